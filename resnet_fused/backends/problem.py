@@ -1,0 +1,136 @@
+"""What a backend is asked to compute: the geometry of the convolutions and the problem, both hashable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+Precision = Literal["fast", "exact"]
+
+
+class Conv(NamedTuple):
+    """Geometry of one 2-d convolution, as torch.nn.Conv2d names it; every pair is (height, width)."""
+
+    in_channels: int
+    out_channels: int
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Conv:
+        """Geometry of `conv2d` with this weight, of shape (out_channels, in_channels / groups, kh, kw)."""
+        out_channels, in_per_group, kh, kw = weight.shape
+        return cls(in_per_group * groups, out_channels, (kh, kw), _pair(stride), _pair(padding), _pair(dilation), groups)
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """Spatial size of the output for an input of height × width pixels."""
+        h, w = (
+            (size + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i, size in enumerate((height, width))
+        )
+        return h, w
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the filter is 1×1 without padding (a matrix product, strided or not)."""
+        return self.kernel == (1, 1) and self.padding == (0, 0)
+
+    def flatten(self) -> list[int]:
+        """The seven integers by which an operator's schema carries what the weight's shape doesn't tell."""
+        return [*self.stride, *self.padding, *self.dilation, self.groups]
+
+    @classmethod
+    def unflatten(cls, weights: Sequence[Tensor], geometry: Sequence[int]) -> tuple[Conv, ...]:
+        """Inverse of `flatten`, for as many convolutions as there are weights."""
+        parts = [geometry[7 * i : 7 * i + 7] for i in range(len(weights))]
+        return tuple(cls.of(w, p[0:2], p[2:4], p[4:6], p[6]) for w, p in zip(weights, parts, strict=True))
+
+
+class Pool(NamedTuple):
+    """Geometry of a max-pool (dilation 1, floor mode), as torch.nn.MaxPool2d names it."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+
+
+def _pair(values: Sequence[int]) -> Pair:
+    height, width = values
+    return int(height), int(width)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op on inputs of one kind: all that the choice and the preparation of a kernel may depend on.
+
+    Attributes:
+        op: the op's name, such as "conv2d_bn_relu" or "bottleneck".
+        shape: of the input, (N, C, H, W).
+        dtype: of the input, the weights and the result.
+        device: where all tensors are.
+        convs: the op's convolutions in order of the arithmetic: the main path first, then the projection shortcut.
+        shortcut: whether the last of `convs` is a projection shortcut (basic_block and bottleneck).
+        pool: the max-pool behind a stem.
+        memory_format: of the result, by stock PyTorch's rule (channels_last if the input or a weight is).
+        precision: "exact" forbids algorithms that trade rounding for speed; "fast" leaves the choice to the backend.
+    """
+
+    op: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    convs: tuple[Conv, ...] = ()
+    shortcut: bool = False
+    pool: Pool | None = None
+    memory_format: torch.memory_format = torch.channels_last
+    precision: Precision = "fast"
+
+    @property
+    def main_path(self) -> tuple[Conv, ...]:
+        return self.convs[:-1] if self.shortcut else self.convs
+
+    def output_shape(self) -> tuple[int, int, int, int]:
+        n, c, h, w = self.shape
+        for conv in self.main_path:
+            h, w = conv.output_size(h, w)
+            c = conv.out_channels
+        if self.pool is not None:
+            k, s, p = self.pool
+            h, w = ((size + 2 * p[i] - k[i]) // s[i] + 1 for i, size in enumerate((h, w)))
+        return n, c, h, w
+
+    def __str__(self) -> str:
+        convs = ", ".join(f"{c.in_channels}→{c.out_channels} {c.kernel[0]}×{c.kernel[1]}/{c.stride[0]}" for c in self.convs)
+        shape = "×".join(map(str, self.shape))
+        return f"{self.op}({shape} {str(self.dtype).removeprefix('torch.')} on {self.device}; {convs})"
+
+
+@dataclass
+class Folded:
+    """Folded parameters of one op, and what backends packed from them.
+
+    Attributes:
+        weights: one per convolution of the problem, in its order; shape (out_channels, in_channels / groups, kh, kw).
+        shifts: one per convolution, shape (out_channels,), in the weights' dtype.
+        packings: each backend's packed form, made once and shared by the problems (input shapes) that can share it.
+    """
+
+    weights: tuple[Tensor, ...]
+    shifts: tuple[Tensor, ...]
+    packings: dict[Hashable, Any] = field(default_factory=dict)
+
+    def pack(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The packing of that key, made by `make` at the first call. Keys start with the backend's name."""
+        found = self.packings.get(key)
+        if found is None:
+            # Two threads may both make it; setdefault lets the first one stand, and the other is dropped.
+            found = self.packings.setdefault(key, make())
+        return found

@@ -1,0 +1,62 @@
+"""Stock PyTorch, op by op: the truth that other backends are compared with, and the fall-back that serves everything."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.backends.problem import Conv, Folded, Problem
+
+
+def conv2d(x: Tensor, weight: Tensor, shift: Tensor, conv: Conv) -> Tensor:
+    """conv2d(x, weight) + shift."""
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def basic_block(x: Tensor, folded: Folded, convs: tuple[Conv, ...], shortcut: bool) -> Tensor:
+    """relu(conv_n(… relu(conv_1(x)) …) + shortcut(x)), for any number of convolutions on the main path."""
+    layers = list(zip(folded.weights, folded.shifts, convs, strict=True))
+    residual = x
+    if shortcut:
+        residual = conv2d(x, *layers.pop())
+    *inner, last = layers
+    y = x
+    for layer in inner:
+        y = conv2d(y, *layer).relu_()
+    return conv2d(y, *last).add_(residual).relu_()
+
+
+class Reference:
+    """Stock PyTorch ops on folded weights."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return None
+
+    def wins(self, problem: Problem) -> bool:
+        return True
+
+    def prepare(self, problem: Problem, folded: Folded):  # noqa: ANN201 — the closures below
+        op, convs = problem.op, problem.convs
+        if op == "add_relu":
+            return lambda x, residual: x.add(residual).relu_()
+        if op in ("basic_block", "bottleneck"):
+            return lambda x, residual: basic_block(x, folded, convs, problem.shortcut)
+
+        weight, shift, conv = folded.weights[0], folded.shifts[0], convs[0]
+        if op == "conv2d_bn":
+            return lambda x, residual: conv2d(x, weight, shift, conv)
+        if op == "conv2d_bn_relu":
+            return lambda x, residual: conv2d(x, weight, shift, conv).relu_()
+        if op == "conv2d_bn_add_relu":
+            return lambda x, residual: conv2d(x, weight, shift, conv).add_(residual).relu_()
+        if op == "stem":
+            pool = problem.pool
+            assert pool is not None
+            return lambda x, residual: F.max_pool2d(conv2d(x, weight, shift, conv).relu_(), *pool)
+        raise AssertionError(f"unknown op {op!r}")

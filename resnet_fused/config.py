@@ -1,0 +1,52 @@
+"""Settings from the environment. The only module that reads os.environ.
+
+| variable | meaning | default |
+|---|---|---|
+| RESNET_FUSED_BACKEND | backend for every op, as rf.use_backend names them | auto |
+| RESNET_FUSED_CACHE_DIR | folder of the tuning cache | the user's cache folder, see `cache_dir` |
+| RESNET_FUSED_LOG | level of the logger "resnet_fused": DEBUG, INFO, WARNING, ERROR | WARNING |
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def backend() -> str:
+    """Name of the backend that the environment asks for, or "auto"."""
+    return os.environ.get("RESNET_FUSED_BACKEND", "").strip().lower() or "auto"
+
+
+def cache_dir() -> Path:
+    """Folder of the tuning cache: RESNET_FUSED_CACHE_DIR, or `resnet_fused` in the system's folder for caches."""
+    chosen = os.environ.get("RESNET_FUSED_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "resnet_fused"
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, read before the import)."""
+    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes")
+
+
+def logger() -> logging.Logger:
+    """The library's logger, at the level that RESNET_FUSED_LOG asks for."""
+    log = logging.getLogger("resnet_fused")
+    level = os.environ.get("RESNET_FUSED_LOG", "").strip().upper()
+    if level:
+        if level not in LOG_LEVELS:
+            raise ValueError(f"RESNET_FUSED_LOG is {level!r}; it must be one of {', '.join(LOG_LEVELS)}, or unset for WARNING.")
+        log.setLevel(level)
+    return log

@@ -1,0 +1,11 @@
+"""One module an op: schema, eager and fake implementation, derivative."""
+
+from resnet_fused.ops.add_relu import add_relu
+from resnet_fused.ops.basic_block import basic_block
+from resnet_fused.ops.bottleneck import bottleneck
+from resnet_fused.ops.conv2d_bn import conv2d_bn
+from resnet_fused.ops.conv2d_bn_add_relu import conv2d_bn_add_relu
+from resnet_fused.ops.conv2d_bn_relu import conv2d_bn_relu
+from resnet_fused.ops.stem import stem
+
+__all__ = ["add_relu", "basic_block", "bottleneck", "conv2d_bn", "conv2d_bn_add_relu", "conv2d_bn_relu", "stem"]

@@ -1,0 +1,162 @@
+"""What all ops share: registration with torch.library, the run of an op on bound kernels, and formulas of derivatives."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import Conv, Folded, Kernel, Pool, Precision, Problem, choice
+from resnet_fused.backends.binding import bind
+
+LIBRARY = torch.library.Library("resnet_fused", "DEF")
+
+# More input shapes than this are unusual; the oldest kernel is dropped, and its packed weights stay for the others.
+_MAX_KERNELS = 64
+
+
+def register(schema: str, eager: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    """Defines resnet_fused::`schema` with its eager implementation on all devices and its fake one."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fused::{name}", fake, lib=LIBRARY)
+
+
+def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Defines the derivative of resnet_fused::`name`."""
+    torch.library.register_autograd(f"resnet_fused::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """Stock PyTorch's rule for a convolution's result: channels_last if the input or a weight is, else contiguous."""
+    for tensor in tensors:
+        # Where both hold (one channel, or 1×1 pixels) stock says contiguous.
+        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+class Runner:
+    """Runs one op on one set of folded parameters.
+
+    A kernel is bound for each kind of input and kept. All of it is dropped when a parameter was changed in place, loaded,
+    moved or cast, seen by its address and version counter.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        convs: tuple[Conv, ...],
+        shortcut: bool = False,
+        pool: Pool | None = None,
+        precision: Precision = "fast",
+        backend: str = "auto",
+    ) -> None:
+        self.op, self.convs, self.shortcut, self.pool = op, convs, shortcut, pool
+        self.precision, self.backend = precision, backend
+        self.folded: Folded | None = None
+        self.backends_used: dict[str, Problem] = {}
+        self._stamp: tuple[int, ...] = ()
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+
+    def __call__(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
+        chosen = choice(self.backend)
+        try:
+            stamp = tuple([number for t in (*weights, *shifts) for number in (t.data_ptr(), t._version)])
+        except RuntimeError:
+            # Parameters made under inference_mode don't count their changes: nothing about them can be kept.
+            problem = self.problem(x, weights)
+            return bind(problem, Folded(tuple(weights), tuple(shifts)), "reference").kernel(x, residual)
+        if stamp != self._stamp:
+            self._kernels.clear()
+            self.folded, self._stamp = Folded(tuple(weights), tuple(shifts)), stamp
+        key = (x.shape, x.stride(), x.dtype, x.device, chosen, torch.backends.mkldnn.enabled)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._bind(key, self.problem(x, weights), chosen)
+        return kernel(x, residual)
+
+    def problem(self, x: Tensor, weights: Sequence[Tensor]) -> Problem:
+        """The problem that an input like x poses."""
+        n, c, h, w = x.shape
+        return Problem(
+            self.op,
+            (n, c, h, w),
+            x.dtype,
+            x.device,
+            self.convs,
+            self.shortcut,
+            self.pool,
+            memory_format(x, *weights),
+            self.precision,
+        )
+
+    def _bind(self, key: tuple[Any, ...], problem: Problem, chosen: str) -> Kernel:
+        assert self.folded is not None
+        kernel, backend = bind(problem, self.folded, chosen)
+        self.backends_used[backend] = problem
+        while len(self._kernels) >= _MAX_KERNELS:
+            self._kernels.pop(next(iter(self._kernels)), None)
+        self._kernels[key] = kernel
+        return kernel
+
+
+_runners: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Runner]] | None = None
+
+
+def runner_for(weight: Tensor, *static: Any) -> Runner:
+    """The runner of calls that come as an operator, without a module: kept as long as the first weight lives."""
+    global _runners
+    if _runners is None:
+        from torch.utils.weak import WeakIdKeyDictionary
+
+        _runners = WeakIdKeyDictionary()
+    own = _runners.setdefault(weight, {})
+    runner = own.get(static)
+    if runner is None:
+        runner = own.setdefault(static, Runner(*static))
+    return runner
+
+
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether a call may go to a backend's kernel directly: eager, plain tensors, no derivative asked for.
+
+    Otherwise it goes through the dispatcher, which knows tracing, functional transforms, subclasses and autograd.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
+            return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def empty_result(problem_shape: Sequence[Any], like: Tensor, format: torch.memory_format) -> Tensor:
+    """An uninitialised result, for fake implementations."""
+    return like.new_empty(tuple(problem_shape)).contiguous(memory_format=format)
+
+
+def convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of conv2d(x, weight) + shift by x, weight and shift, each None where not needed.
+
+    `geometry` holds stride, padding, dilation (two integers each) and groups.
+    """
+    stride, padding, dilation, groups = geometry[0:2], geometry[2:4], geometry[4:6], geometry[6]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(needed)
+    )
+
+
+def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """Gradient of relu by its input, from its result: grad where y > 0, and where y is NaN, as stock PyTorch has it."""
+    return torch.ops.aten.threshold_backward(grad, y, 0)

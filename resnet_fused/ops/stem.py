@@ -1,0 +1,65 @@
+"""stem: y = max_pool2d(relu(conv2d(x, weight) + shift)), the entry of a ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import Conv, Pool
+from resnet_fused.backends.reference import conv2d
+from resnet_fused.ops import common
+
+
+def _eager(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
+    convs = Conv.unflatten([weight], geometry)
+    runner = common.runner_for(weight, "stem", convs, False, _pool(pool))
+    return runner(x, None, (weight,), (shift,))
+
+
+def _pool(pool: Sequence[int]) -> Pool:
+    a, b, c, d, e, f = pool
+    return Pool((a, b), (c, d), (e, f))
+
+
+def _fake(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
+    stride, padding, dilation = geometry[0:2], geometry[2:4], geometry[4:6]
+    conv = Conv(0, 0, weight.shape[2:], stride, padding, dilation)  # type: ignore[arg-type]
+    h, w = conv.output_size(x.shape[2], x.shape[3])
+    window = Conv(0, 0, pool[0:2], pool[2:4], pool[4:6])  # type: ignore[arg-type]
+    shape = (x.shape[0], weight.shape[0], *window.output_size(h, w))
+    return common.empty_result(shape, x, common.memory_format(x, weight))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, shift, ctx.geometry, ctx.pool = inputs
+    ctx.save_for_backward(x, weight, shift)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, shift = ctx.saved_tensors
+    # The result before the pool is four times the size of the stem's own; it is computed again instead of kept.
+    y = conv2d(x, weight, shift, Conv.unflatten([weight], ctx.geometry)[0]).relu()
+    kernel, stride, padding = ctx.pool[0:2], ctx.pool[2:4], ctx.pool[4:6]
+    _, indices = torch.ops.aten.max_pool2d_with_indices(y, kernel, stride, padding)
+    grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, y, kernel, stride, padding, [1, 1], False, indices)
+    grads = common.convolution_backward(common.relu_backward(grad, y), x, weight, ctx.geometry, ctx.needs_input_grad[:3])
+    return (*grads, None, None)
+
+
+common.register(
+    "stem(Tensor x, Tensor weight, Tensor shift, int[] geometry, int[] pool) -> Tensor", _eager, _fake
+)
+common.register_autograd("stem", _setup_context, _backward)
+
+
+def stem(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
+    """max_pool2d(relu(conv2d(x, weight) + shift)); see `resnet_fused.functional.stem`.
+
+    `geometry`: stride, padding, dilation (two integers each) and groups; `pool`: kernel, stride and padding (two each).
+    """
+    if common.plain_eager(x, weight, shift):
+        return _eager(x, weight, shift, geometry, pool)
+    return torch.ops.resnet_fused.stem.default(x, weight, shift, geometry, pool)
