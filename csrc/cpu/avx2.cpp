@@ -1,0 +1,44 @@
+// All kernels, compiled for AVX2 with FMA.
+#include "isa.h"
+
+#if RF_X86_64
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+#include "params.h"
+#include "runtime.h"
+
+#define RF_ISA avx2
+#define RF_ISA_IS_AVX2 1
+RF_ISA_AVX2_BEGIN
+
+#include "simd.h"
+// simd.h comes first: it defines the vector type that the others use.
+#include "tile.h"
+#include "pack.h"
+#include "winograd_transforms.h"
+#include "winograd_stages.h"
+#include "winograd.h"
+#include "pointwise.h"
+#include "direct.h"
+
+namespace resnet_fused::cpu {
+
+const Kernels& avx2_kernels() {
+  using namespace RF_ISA;
+  static const Kernels kernels{LANES, pack, winograd, pointwise, direct};
+  return kernels;
+}
+
+}  // namespace resnet_fused::cpu
+
+RF_ISA_END
+
+#endif

@@ -1,0 +1,157 @@
+// Operators of the namespace resnet_fused_cpu, on PyTorch's stable ABI. They are what resnet_fused/backends/cpu.py calls; the
+// public operators, with fake implementations and autograd, are Python's.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+#include "plan.h"
+#include "runtime.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const Kernels& kernels() {
+  switch (detected_isa()) {
+#if RF_X86_64
+    case Isa::avx512:
+      return avx512_kernels();
+    case Isa::avx2:
+      return avx2_kernels();
+#endif
+    default:
+      STD_TORCH_CHECK(false, "resnet_fused_cpu needs a CPU with AVX2 and FMA, or AVX-512; use the backend 'onednn'.");
+  }
+}
+
+void check_cpu_activations(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; move it with .cpu().");
+  STD_TORCH_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must have four, (N, C, H, W).");
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
+                  " must be float32 or bfloat16; convert it with .to().");
+  // Dense NHWC; the stride of a dimension of size 1 means nothing.
+  const std::array<int64_t, 4> dense{t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
+  for (int64_t d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == dense[static_cast<size_t>(d)], name,
+                    " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
+  }
+}
+
+Tensor new_activations(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const std::array<int64_t, 4> size{n, c, h, w};
+  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// kernel, stride, padding and dilation, (height, width) each.
+void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
+  STD_TORCH_CHECK(geometry.size() == 8, "geometry has ", geometry.size(),
+                  " entries; it must hold kernel, stride, padding and dilation, two each.");
+  p.kernel_h = geometry[0], p.kernel_w = geometry[1], p.stride_h = geometry[2], p.stride_w = geometry[3];
+  p.pad_h = geometry[4], p.pad_w = geometry[5], p.dilation_h = geometry[6], p.dilation_w = geometry[7];
+  p.out_height = (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  STD_TORCH_CHECK(p.out_height > 0 && p.out_width > 0, "x is smaller than the kernel: the result would be empty.");
+}
+
+void check_parameters(const ConvParams& p, const Tensor& weights, const Tensor& shift) {
+  const int64_t panel = 2 * kernels().lanes, padded = (p.out_channels + panel - 1) / panel * panel;
+  const int64_t wanted = padded * p.kernel_h * p.kernel_w * p.in_channels;
+  STD_TORCH_CHECK(weights.numel() == wanted, "weights has ", weights.numel(), " elements, the packed weights of this problem ",
+                  wanted, "; make it with resnet_fused_cpu::pack.");
+  STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.numel() == padded, "shift must be float32 with ", padded,
+                  " elements (whole panels); it has ", shift.numel(), ".");
+}
+
+Tensor pack(Tensor weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.is_cpu(),
+                  "weight must be a contiguous CPU tensor of shape (out_channels, in_channels, kh, kw).");
+  const bool bfloat16 = weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bfloat16 || weight.scalar_type() == ScalarType::Float, "weight must be float32 or bfloat16.");
+  const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const int64_t panel = 2 * kernels().lanes;
+  const std::array<int64_t, 1> size{(out_channels + panel - 1) / panel * panel * taps * in_channels};
+  Tensor packed = torch::stable::empty({size.data(), size.size()}, weight.scalar_type(), std::nullopt, weight.device());
+  advise_huge_pages(packed.mutable_data_ptr(), size[0] * static_cast<int64_t>(packed.element_size()));
+  kernels().pack(weight.const_data_ptr(), packed.mutable_data_ptr(), out_channels, in_channels, taps, bfloat16);
+  return packed;
+}
+
+ConvParams conv_params(const Tensor& x, const Tensor& weights, const Tensor& shift, int64_t out_channels,
+                       const std::vector<int64_t>& geometry, bool relu) {
+  check_cpu_activations(x, "x");
+  ConvParams p{};
+  p.x = x.const_data_ptr();
+  p.weights = weights.const_data_ptr();
+  p.shift = static_cast<const float*>(shift.const_data_ptr());
+  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  p.out_channels = out_channels;
+  p.relu = relu;
+  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(weights.scalar_type() == x.scalar_type(), "weights and x differ in dtype; pack the weights in x's dtype.");
+  set_geometry(p, geometry);
+  check_parameters(p, weights, shift);
+  return p;
+}
+
+// y = act(conv(x, w) + shift + residual). `plan` empty: direct arithmetic; otherwise the five numbers of a WinogradPlan.
+Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residual, int64_t out_channels,
+            std::vector<int64_t> geometry, bool relu, std::vector<int64_t> plan) {
+  ConvParams p = conv_params(x, weights, shift, out_channels, geometry, relu);
+  Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
+  if (residual.has_value()) {
+    check_cpu_activations(*residual, "residual");
+    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(), "residual and x differ in dtype.");
+    for (int64_t d = 0; d < 4; ++d) {
+      STD_TORCH_CHECK(residual->size(d) == y.size(d), "residual differs from the result in dimension ", d, ": ",
+                      residual->size(d), " against ", y.size(d), ".");
+    }
+    p.residual = residual->const_data_ptr();
+  }
+  p.y = y.mutable_data_ptr();
+  if (p.batch == 0) return y;
+  if (!plan.empty()) {
+    kernels().winograd(p, winograd_plan(p, plan));
+  } else if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
+    kernels().pointwise(p);
+  } else {
+    kernels().direct(p);
+  }
+  return y;
+}
+
+int64_t isa() { return static_cast<int64_t>(detected_isa()); }
+bool avx512_bf16() { return has_avx512_bf16(); }
+int64_t panel() { return 2 * kernels().lanes; }
+
+}  // namespace
+}  // namespace resnet_fused::cpu
+
+STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
+  m.def("isa() -> int");
+  m.def("avx512_bf16() -> bool");
+  m.def("panel() -> int");
+  m.def("pack(Tensor weight) -> Tensor");
+  m.def(
+      "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
+      "int[] plan) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
+  using namespace resnet_fused::cpu;
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("avx512_bf16", TORCH_BOX(&avx512_bf16));
+  m.impl("panel", TORCH_BOX(&panel));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("conv", TORCH_BOX(&conv));
+}

@@ -1,0 +1,20 @@
+// The kernels of one instruction set as a table of entry points; bindings.cpp picks the table at run time.
+#pragma once
+
+#include "isa.h"
+#include "params.h"
+
+namespace resnet_fused::cpu {
+
+struct Kernels {
+  int64_t lanes;  // float32 lanes of a vector; a panel of packed weights is two vectors wide
+  void (*pack)(const void* weights, void* packed, int64_t out_channels, int64_t in_channels, int64_t taps, bool bfloat16);
+  void (*winograd)(const ConvParams&, const WinogradPlan&);
+  void (*pointwise)(const ConvParams&);
+  void (*direct)(const ConvParams&);
+};
+
+const Kernels& avx512_kernels();
+const Kernels& avx2_kernels();
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,35 @@
+// What the operators hand to the kernels: plain structs, the same for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fused::cpu {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+// y = act(conv(x, w) + shift + residual). x, residual and y are NHWC (channels_last) of one dtype, dense.
+struct ConvParams {
+  const void* x;
+  const void* weights;    // packed panels, see pack.h; float32, or bfloat16 where x is
+  const float* shift;     // padded with zeros to whole panels
+  const void* residual;   // shape of y, or null
+  void* y;
+  int64_t batch, height, width, in_channels;
+  int64_t out_height, out_width, out_channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool relu;
+  bool bfloat16;
+};
+
+// How a Winograd convolution is cut up; see docs/cpu-kernels.md. Chosen by winograd_plan(), or given by a tuner.
+struct WinogradPlan {
+  int64_t output_tile;     // m of F(m x m, 3 x 3): 2 or 4
+  int64_t tiles;           // tiles that go through the stages together
+  int64_t panels;          // output-channel panels multiplied before their output transform (by_tiles)
+  int64_t channel_chunk;   // input channels whose weights are transformed at once (by_panels)
+  bool by_panels;          // split the work over output channels (deep layers), not over tiles
+};
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,14 @@
+// How a Winograd convolution is cut up: the cost rule, and the check of a plan that a tuner gives.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "params.h"
+
+namespace resnet_fused::cpu {
+
+// The five numbers of a WinogradPlan as given. Throws std::runtime_error for a plan that can't be carried out.
+WinogradPlan winograd_plan(const ConvParams& p, const std::vector<int64_t>& numbers);
+
+}  // namespace resnet_fused::cpu

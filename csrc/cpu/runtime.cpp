@@ -1,0 +1,140 @@
+#include "runtime.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace resnet_fused::cpu {
+
+namespace {
+
+constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
+constexpr int64_t CACHE_LINE = 64;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// A stack of chunks. A request that doesn't fit opens a new chunk, since the older ones may be in use; once the stack is
+// empty, several chunks are merged into one of their total size, so that the steady state is a single chunk.
+struct Arena {
+  struct Chunk {
+    char* memory;
+    int64_t size;
+  };
+  std::vector<Chunk> chunks;
+  size_t current = 0;
+  int64_t used = 0;  // of the current chunk
+
+  ~Arena() { release(); }
+
+  void release() {
+    for (Chunk& chunk : chunks) std::free(chunk.memory);
+    chunks.clear();
+    current = 0;
+    used = 0;
+  }
+
+  void open(int64_t bytes) {
+    const int64_t size = round_up(bytes, HUGE_PAGE);
+    void* memory = std::aligned_alloc(static_cast<size_t>(HUGE_PAGE), static_cast<size_t>(size));
+    if (memory == nullptr) throw std::bad_alloc();
+    advise_huge_pages(memory, size);
+    chunks.push_back({static_cast<char*>(memory), size});
+    current = chunks.size() - 1;
+    used = 0;
+  }
+
+  void* take(int64_t bytes) {
+    bytes = round_up(std::max<int64_t>(bytes, 1), CACHE_LINE);
+    if (current == 0 && used == 0 && chunks.size() > 1) {
+      int64_t total = 0;
+      for (const Chunk& chunk : chunks) total += chunk.size;
+      release();
+      open(std::max(total, bytes));
+    }
+    while (chunks.empty() || used + bytes > chunks[current].size) {
+      if (current + 1 < chunks.size()) {
+        ++current;
+        used = 0;
+      } else {
+        open(bytes);
+      }
+    }
+    char* p = chunks[current].memory + used;
+    used += bytes;
+    return p;
+  }
+};
+
+thread_local Arena arena;
+
+}  // namespace
+
+int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+void run_units(int64_t units, void (*unit)(void*, int64_t, int64_t), void* context) {
+  const int64_t threads = std::min(thread_count(), units);
+  if (threads <= 1) {
+    for (int64_t u = 0; u < units; ++u) unit(context, u, u + 1);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    int64_t u = next.fetch_add(1, std::memory_order_relaxed);
+    while (u < units) {
+      const int64_t following = next.fetch_add(1, std::memory_order_relaxed);
+      unit(context, u, following);
+      u = following;
+    }
+  });
+}
+
+Scratch::Scratch() : chunk_(arena.current), used_(arena.used) {}
+
+Scratch::~Scratch() {
+  arena.current = chunk_;
+  arena.used = used_;
+}
+
+void* Scratch::take_bytes(int64_t bytes) { return arena.take(bytes); }
+
+void advise_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + 4095) & ~uintptr_t{4095};
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) & ~uintptr_t{4095};
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
+
+Isa detected_isa() {
+#if RF_X86_64
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    return Isa::avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::none;
+}
+
+bool has_avx512_bf16() {
+#if RF_X86_64
+  return detected_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace resnet_fused::cpu

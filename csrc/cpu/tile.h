@@ -1,0 +1,215 @@
+// The register tile: up to MAX_ROWS output pixels x PANEL output channels, held in registers over the whole sum.
+//
+// For each input channel k it loads two weight vectors and, for each of its pixels, broadcasts one activation into two
+// fused multiply-adds. Included only between RF_ISA_*_BEGIN and RF_ISA_END.
+#pragma once
+
+namespace resnet_fused::cpu::RF_ISA {
+
+// Weights are read once per tile from L2 or beyond: fetched into L1 this many elements ahead.
+constexpr int WEIGHT_PREFETCH = 2048;
+
+// Stands for a row stride that is known only at run time.
+constexpr int RUNTIME_STRIDE = 0;
+
+template <int ROWS>
+struct Accumulators {
+  vec low[ROWS], high[ROWS];
+};
+
+// One input channel: acc[r] += rows[r] * (b[0], b[1]).
+template <int ROWS, int STRIDE>
+RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&base)[(MAX_ROWS + 2) / 3], int64_t stride,
+                                int64_t k, const float* b) {
+  const vec b_low = load(b), b_high = load(b + LANES);
+  prefetch_l1(b + WEIGHT_PREFETCH);
+  if (PANEL * sizeof(float) > 64) prefetch_l1(b + WEIGHT_PREFETCH + LANES);
+  RF_UNROLL(16)
+  for (int r = 0; r < ROWS; ++r) {
+    const float* a = STRIDE != RUNTIME_STRIDE ? base[0] + r * STRIDE : base[r / 3] + (r % 3) * stride;
+    const vec x = splat(a[k]);
+    acc.low[r] = fma(x, b_low, acc.low[r]);
+    acc.high[r] = fma(x, b_high, acc.high[r]);
+  }
+}
+
+// acc[r] += sum over `channels` of a[r][k] * b[k][0..PANEL). Channels come in blocks of LANES, `block_stride` apart; rows are
+// STRIDE (or `row_stride`) apart. Returns the weights after the last ones read.
+template <int ROWS, int STRIDE>
+RF_INLINE const float* multiply(Accumulators<ROWS>& acc, const float* a, int64_t row_stride, int64_t block_stride,
+                                int64_t channels, const float* b) {
+  const float* base[(MAX_ROWS + 2) / 3];
+  RF_UNROLL(8)
+  for (int i = 0; i < (MAX_ROWS + 2) / 3; ++i) base[i] = a + 3 * i * (STRIDE != RUNTIME_STRIDE ? STRIDE : row_stride);
+  for (; channels >= LANES; channels -= LANES) {
+    RF_UNROLL(4)
+    for (int k = 0; k < LANES; ++k) multiply_channel<ROWS, STRIDE>(acc, base, row_stride, k, b + k * PANEL);
+    b += LANES * PANEL;
+    RF_UNROLL(8)
+    for (int i = 0; i < (MAX_ROWS + 2) / 3; ++i) base[i] += block_stride;
+  }
+  for (int64_t k = 0; k < channels; ++k, b += PANEL) multiply_channel<ROWS, STRIDE>(acc, base, row_stride, k, b);
+  return b;
+}
+
+// ---- Winograd: a plain product of blocked matrices ----------------------------------------------------------------------
+
+struct ProductTile {
+  const float* a;          // [channel block][row][LANES]
+  int64_t a_block_stride;
+  const float* b;          // [channel][PANEL]
+  int64_t channels;
+  float* c;                // [2][row][LANES]
+  int64_t c_vector_stride;
+  bool accumulate;         // add to c
+};
+
+template <int ROWS>
+void product_tile(const ProductTile& t) {
+  Accumulators<ROWS> acc;
+  if (t.accumulate) {
+    RF_UNROLL(16)
+    for (int r = 0; r < ROWS; ++r) {
+      acc.low[r] = load(t.c + r * LANES);
+      acc.high[r] = load(t.c + t.c_vector_stride + r * LANES);
+    }
+  } else {
+    RF_UNROLL(16)
+    for (int r = 0; r < ROWS; ++r) acc.low[r] = acc.high[r] = zero();
+  }
+  multiply<ROWS, LANES>(acc, t.a, LANES, t.a_block_stride, t.channels, t.b);
+  RF_UNROLL(16)
+  for (int r = 0; r < ROWS; ++r) {
+    store(t.c + r * LANES, acc.low[r]);
+    store(t.c + t.c_vector_stride + r * LANES, acc.high[r]);
+  }
+}
+
+// ---- Direct convolution: a sum over taps, with the epilogue -------------------------------------------------------------
+
+// One tap is one kernel position (or one kernel row, for the stem): where its activations for row 0 begin.
+template <class Out>
+struct ConvTile {
+  const float* const* taps;
+  int64_t tap_count;
+  int64_t tap_offset;        // added to every tap
+  int64_t row_stride;        // between neighbouring output pixels
+  int64_t block_stride;      // between blocks of LANES channels
+  int64_t channels;          // summed per tap
+  const float* b;            // [tap][channel][PANEL]
+  const float* shift;        // [PANEL]
+  const Out* residual;       // row 0, or null
+  Out* y;
+  int64_t pixel_stride;      // between rows of y and of residual
+  int64_t out_lanes;         // channels of this panel that exist
+  bool relu;
+};
+
+template <class Out>
+RF_INLINE void finish(vec acc, const Out* residual, Out* y, vec floor) {
+  if (residual != nullptr) acc = add(acc, load(residual));
+  store(y, max_keeping_nan(floor, acc));
+}
+
+template <class Out>
+RF_INLINE void finish(vec acc, const Out* residual, Out* y, vec floor, int64_t lanes) {
+  if (lanes <= 0) return;
+  const int n = static_cast<int>(lanes < LANES ? lanes : LANES);
+  if (residual != nullptr) acc = add(acc, load(residual, n));
+  store(y, max_keeping_nan(floor, acc), n);
+}
+
+template <int ROWS, int STRIDE, class Out>
+void conv_tile(const ConvTile<Out>& t) {
+  Accumulators<ROWS> acc;
+  const vec shift_low = load(t.shift), shift_high = load(t.shift + LANES);
+  RF_UNROLL(16)
+  for (int r = 0; r < ROWS; ++r) {
+    acc.low[r] = shift_low;
+    acc.high[r] = shift_high;
+    prefetch_for_write(t.y + r * t.pixel_stride);
+    prefetch_for_write(t.y + r * t.pixel_stride + LANES);
+    if (t.residual != nullptr) {
+      prefetch_l1(t.residual + r * t.pixel_stride);
+      prefetch_l1(t.residual + r * t.pixel_stride + LANES);
+    }
+  }
+  const float* b = t.b;
+  for (int64_t tap = 0; tap < t.tap_count; ++tap) {
+    b = multiply<ROWS, STRIDE>(acc, t.taps[tap] + t.tap_offset, t.row_stride, t.block_stride, t.channels, b);
+  }
+  const vec floor = t.relu ? zero() : splat(-__builtin_inff());
+  const bool full = t.out_lanes >= PANEL;
+  RF_UNROLL(16)
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t at = r * t.pixel_stride;
+    const Out* residual = t.residual == nullptr ? nullptr : t.residual + at;
+    const Out* residual_high = residual == nullptr ? nullptr : residual + LANES;
+    if (full) {
+      finish(acc.low[r], residual, t.y + at, floor);
+      finish(acc.high[r], residual_high, t.y + at + LANES, floor);
+    } else {
+      finish(acc.low[r], residual, t.y + at, floor, t.out_lanes);
+      finish(acc.high[r], residual_high, t.y + at + LANES, floor, t.out_lanes - LANES);
+    }
+  }
+}
+
+// ---- Splitting a run of rows into tiles ---------------------------------------------------------------------------------
+
+template <class Args>
+using TileFunction = void (*)(const Args&);
+
+template <int... N>
+constexpr std::array<TileFunction<ProductTile>, sizeof...(N)> product_tiles(std::integer_sequence<int, N...>) {
+  return {&product_tile<N + 1>...};
+}
+
+template <int STRIDE, class Out, int... N>
+constexpr std::array<TileFunction<ConvTile<Out>>, sizeof...(N)> conv_tiles(std::integer_sequence<int, N...>) {
+  return {&conv_tile<N + 1, STRIDE, Out>...};
+}
+
+using RowCounts = std::make_integer_sequence<int, MAX_ROWS>;
+
+// Calls visit(first row, rows) for tiles of nearly equal height, so that no tile is left with a row or two.
+template <class Visit>
+RF_INLINE void for_each_row_tile(int64_t rows, Visit&& visit) {
+  const int64_t count = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  int64_t first = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t height = rows / count + (i < rows % count);
+    visit(first, height);
+    first += height;
+  }
+}
+
+// c[2][rows][LANES] (+)= a[.][rows][LANES] * b
+RF_INLINE void multiply_rows(ProductTile t, int64_t rows) {
+  static constexpr auto tiles = product_tiles(RowCounts{});
+  const float* a = t.a;
+  float* c = t.c;
+  for_each_row_tile(rows, [&](int64_t first, int64_t height) {
+    t.a = a + first * LANES;
+    t.c = c + first * LANES;
+    tiles[static_cast<size_t>(height - 1)](t);
+  });
+}
+
+// The convolution of a run of output pixels; STRIDE as in multiply().
+template <int STRIDE, class Out>
+RF_INLINE void convolve_rows(ConvTile<Out> t, int64_t rows) {
+  static constexpr auto tiles = conv_tiles<STRIDE, Out>(RowCounts{});
+  const int64_t stride = STRIDE != RUNTIME_STRIDE ? STRIDE : t.row_stride;
+  const int64_t offset = t.tap_offset;
+  const Out* residual = t.residual;
+  Out* y = t.y;
+  for_each_row_tile(rows, [&](int64_t first, int64_t height) {
+    t.tap_offset = offset + first * stride;
+    t.y = y + first * t.pixel_stride;
+    t.residual = residual == nullptr ? nullptr : residual + first * t.pixel_stride;
+    tiles[static_cast<size_t>(height - 1)](t);
+  });
+}
+
+}  // namespace resnet_fused::cpu::RF_ISA

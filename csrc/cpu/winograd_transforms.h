@@ -1,0 +1,81 @@
+// The transforms of Winograd's minimal filtering F(m x m, 3 x 3): Y = A^T [(G g G^T) * (B^T d B)] A.
+//
+// Built by Toom-Cook from interpolation points 0, +-a(, +-b), infinity (Lavin and Gray 2015, section 4; Blahut 2010). The
+// factors 1/N_i = 1/prod(p_i - p_j) of Lagrange's formula are put into the output transform A^T rather than into G, so that a
+// weight transform is a bare evaluation at the points, cheap enough to be done at every call.
+// For F(4) the points are 0, +-sqrt(1/2), +-sqrt(2), infinity: symmetric in magnitude about 1, they keep the entries of the
+// matrices close together and halve the rounding error of the usual 0, +-1, +-2 (see docs/cpu-kernels.md).
+// Each function transforms one line of vectors; a tile is transformed by its columns, then its rows.
+#pragma once
+
+namespace resnet_fused::cpu::RF_ISA {
+
+struct F2 {
+  static constexpr int M = 2;  // output tile
+  static constexpr int A = 4;  // input tile
+
+  // y = B^T x
+  static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) {
+    y[0] = sub(x[2], x[0]);
+    y[1] = add(x[2], x[1]);
+    y[2] = sub(x[2], x[1]);
+    y[3] = sub(x[3], x[1]);
+  }
+  // y = G x: the values of x0 + x1 p + x2 p^2 at the points
+  static RF_INLINE void weight(const vec (&x)[3], vec (&y)[A]) {
+    const vec even = add(x[0], x[2]);
+    y[0] = x[0];
+    y[1] = add(even, x[1]);
+    y[2] = sub(even, x[1]);
+    y[3] = x[2];
+  }
+  // y = A^T x, with 1/N = (-1, 1/2, 1/2, 1)
+  static RF_INLINE void output(const vec (&x)[A], vec (&y)[M]) {
+    const vec half = splat(0.5f);
+    y[0] = fma(half, add(x[1], x[2]), sub(zero(), x[0]));
+    y[1] = fma(half, sub(x[1], x[2]), x[3]);
+  }
+};
+
+struct F4 {
+  static constexpr int M = 4;
+  static constexpr int A = 6;
+  static constexpr double P = 0.70710678118654752440;  // sqrt(1/2)
+  static constexpr double Q = 1.41421356237309504880;  // sqrt(2)
+  static constexpr double P2 = 0.5, Q2 = 2.0;
+  // 1/N for 0, +-P, +-Q
+  static constexpr double N0 = 1 / (P2 * Q2), NP = 1 / (2 * P2 * (P2 - Q2)), NQ = 1 / (2 * Q2 * (Q2 - P2));
+
+  static RF_INLINE vec constant(double c) { return splat(static_cast<float>(c)); }
+
+  static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) {
+    // (P Q)^2 = 1, so that neither x0 nor x1 is scaled.
+    y[0] = fnma(constant(P2 + Q2), x[2], add(x[0], x[4]));
+    y[5] = fnma(constant(P2 + Q2), x[3], add(x[1], x[5]));
+    const vec even_p = fnma(constant(Q2), x[2], x[4]), odd_p = fnma(constant(Q2), x[1], x[3]);
+    y[1] = fma(constant(P), odd_p, even_p);
+    y[2] = fnma(constant(P), odd_p, even_p);
+    const vec even_q = fnma(constant(P2), x[2], x[4]), odd_q = fnma(constant(P2), x[1], x[3]);
+    y[3] = fma(constant(Q), odd_q, even_q);
+    y[4] = fnma(constant(Q), odd_q, even_q);
+  }
+  static RF_INLINE void weight(const vec (&x)[3], vec (&y)[A]) {
+    const vec even_p = fma(constant(P2), x[2], x[0]), even_q = fma(constant(Q2), x[2], x[0]);
+    y[0] = x[0];
+    y[1] = fma(constant(P), x[1], even_p);
+    y[2] = fnma(constant(P), x[1], even_p);
+    y[3] = fma(constant(Q), x[1], even_q);
+    y[4] = fnma(constant(Q), x[1], even_q);
+    y[5] = x[2];
+  }
+  static RF_INLINE void output(const vec (&x)[A], vec (&y)[M]) {
+    const vec sum_p = add(x[1], x[2]), difference_p = sub(x[1], x[2]);
+    const vec sum_q = add(x[3], x[4]), difference_q = sub(x[3], x[4]);
+    y[0] = fma(constant(NP), sum_p, fma(constant(NQ), sum_q, x[0]));  // N0 = 1
+    y[1] = fma(constant(P * NP), difference_p, mul(constant(Q * NQ), difference_q));
+    y[2] = fma(constant(P2 * NP), sum_p, mul(constant(Q2 * NQ), sum_q));
+    y[3] = fma(constant(P * P2 * NP), difference_p, fma(constant(Q * Q2 * NQ), difference_q, x[5]));
+  }
+};
+
+}  // namespace resnet_fused::cpu::RF_ISA

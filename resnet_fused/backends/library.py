@@ -1,0 +1,26 @@
+"""Loads the compiled libraries of resnet_fused/lib when a backend first asks, and says why where that can't be done."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "lib"
+
+
+@functools.cache
+def load(name: str) -> str | None:
+    """Loads `name`.so, whose operators then stand in torch.ops.<name>. None, or the reason why it can't be loaded."""
+    path = FOLDER / f"{name}.so"
+    if not path.exists():
+        return (
+            f"the compiled library {path.name} was not built; install resnet_fused from source with PyTorch and a C++ "
+            "compiler present (pip install --no-build-isolation -e .) and see what setup.py says"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the compiled library {path.name} can't be loaded ({error}); rebuild it: pip install --no-build-isolation -e ."
+    return None
