@@ -68,6 +68,7 @@ class BackendError(RuntimeError):
 _BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("resnet_fused.backends.reference", "Reference"),
     "onednn": ("resnet_fused.backends.onednn", "OneDNN"),
+    "triton": ("resnet_fused.backends.triton.backend", "Triton"),
 }
 
 _AUTOMATIC_ORDER = ("onednn", "reference")

@@ -1,0 +1,84 @@
+"""Binding of a Triton kernel to everything but its tensors, so that a launch costs little.
+
+Triton's own launch path looks up a kernel by the types, values and alignments of all arguments, tens of microseconds in
+Python. A `Launch` compiles when it is made, through `JITFunction.warmup`, and afterwards only hands over the arguments. The
+compiled kernel relies on tensors that are aligned to 16 bytes; `aligned` sees to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused import config
+
+_ALIGNMENT = 16
+_TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid, integers and compile-time constants.
+
+    Attributes:
+        kernel: a function decorated with triton.jit; its arguments are tensors, then integers, then constants.
+        dtypes: of the tensors, in order; None for one that isn't there.
+        scalars: the integers, in order.
+        constants: the compile-time constants, in order.
+        grid: number of programs along the three axes.
+        warps: warps of a program.
+        stages: depth of the software pipeline.
+    """
+
+    kernel: Any
+    dtypes: tuple[torch.dtype | None, ...]
+    scalars: tuple[int, ...]
+    constants: dict[str, Any]
+    grid: tuple[int, int, int]
+    warps: int = 4
+    stages: int = 1
+
+    def bind(self) -> Any:
+        """Compiles for the current device. Gives a function of the tensors that launches on the current stream."""
+        scalars, constants, grid = self.scalars, self.constants, self.grid
+        if config.triton_interpreted():
+            return lambda *tensors: self.kernel[grid](*tensors, *scalars, **constants)
+        compiled = self.kernel.warmup(
+            *self.dtypes, *scalars, **constants, grid=grid, num_warps=self.warps, num_stages=self.stages
+        )
+        runner = compiled[grid]
+        tail = (*scalars, *constants.values())
+        return lambda *tensors: runner(*tensors, *tail)
+
+    def compile(self, target: Any) -> Any:
+        """The kernel compiled ahead of time for a `triton.backends.compiler.GPUTarget`; no such device is needed."""
+        import triton
+
+        names = self.kernel.arg_names
+        signature, constants, attributes = {}, dict(self.constants), {}
+        for index, dtype in enumerate(self.dtypes):
+            if dtype is None:
+                signature[names[index]], constants[names[index]] = "constexpr", None
+            else:
+                signature[names[index]] = "*" + _TRITON_TYPES[dtype]
+                attributes[(index,)] = [["tt.divisibility", _ALIGNMENT]]
+        for name in names[len(self.dtypes) : len(self.dtypes) + len(self.scalars)]:
+            signature[name] = "i32"
+        signature.update(dict.fromkeys(self.constants, "constexpr"))
+        source = triton.compiler.ASTSource(
+            self.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+        )
+        return triton.compile(source, target=target, options={"num_warps": self.warps, "num_stages": self.stages})
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself if it starts at a multiple of 16 bytes, else a copy that does (the allocator's blocks all do)."""
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
+
+
+def elements_fit(*counts: int) -> bool:
+    """Whether offsets into tensors of these many elements fit 32 bits."""
+    return max(counts) < 2**31

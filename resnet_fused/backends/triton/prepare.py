@@ -1,0 +1,108 @@
+"""Prepared problems: everything that can be done before the tensors are known is done, and a call allocates and launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from resnet_fused import config
+from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends.triton import configs, conv2d, elementwise
+from resnet_fused.backends.triton.launch import aligned
+
+
+def on(device: torch.device) -> torch.cuda.device:
+    """Makes a CUDA device the current one within a `with` block; does nothing for CPU tensors."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def tf32_allowed(problem: Problem) -> bool:
+    """Whether the problem may use TF32 now: float32, by torch.backends.cudnn.conv.fp32_precision, and not precision="exact"."""
+    return (
+        problem.dtype == torch.float32
+        and problem.precision != "exact"
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    )
+
+
+def variants(problem: Problem) -> list[str]:
+    """Names of all plans for a convolution, the most promising first."""
+    return [plan.name for plan in configs.plans(problem, configs.Chip.of(problem.device), tf32_allowed(problem))]
+
+
+def _precision(problem: Problem, tf32: bool) -> str:
+    """How `conv2d.multiply` multiplies. Triton's interpreter takes the bits of bfloat16 operands for integers (3.8)."""
+    if problem.dtype == torch.bfloat16 and config.triton_interpreted():
+        return "upcast"
+    return "tf32" if tf32 else "ieee"
+
+
+class _Prepared:
+    """Calls `run` with the problem's device as the current one, because launches go to the current device."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.shape = problem.output_shape()
+        self.device_index = problem.device.index if problem.device.type == "cuda" else None
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.device_index is not None and torch.cuda.current_device() != self.device_index:
+            with on(x.device):
+                return self.run(x, residual)
+        return self.run(x, residual)
+
+    def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class Conv2d(_Prepared):
+    """conv2d_bn, conv2d_bn_relu or conv2d_bn_add_relu."""
+
+    def __init__(self, problem: Problem, folded: Folded, variant: str | None) -> None:
+        super().__init__(problem)
+        self.folded, self.variant = folded, variant
+        self.float32 = problem.dtype == torch.float32
+        self.shift = folded.pack(("triton", "shift"), lambda: aligned(folded.shifts[0].detach().contiguous()))
+        # By whether TF32 is allowed, which may change from call to call.
+        self.kernels: dict[bool, tuple[Callable[..., None], Tensor]] = {}
+        self._bind(tf32_allowed(problem))
+
+    def _bind(self, tf32: bool) -> tuple[Callable[..., None], Tensor]:
+        problem, (conv,) = self.problem, self.problem.convs
+        chip = configs.Chip.of(problem.device)
+        plans = configs.plans(problem, chip, tf32)
+        # A recorded name may be of the other TF32 setting's table; then the model chooses.
+        plan = next((plan for plan in plans if plan.name == self.variant), plans[0])
+        key = ("triton", plan.walk, plan.block_k)
+        weight = self.folded.pack(key, lambda: conv2d.pack(self.folded.weights[0], conv, plan))
+        run = conv2d.bind(problem, plan, _precision(problem, tf32 and chip.tensor_cores))
+        self.kernels[tf32] = run, weight
+        return run, weight
+
+    def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        tf32 = self.float32 and tf32_allowed(self.problem)
+        run, weight = self.kernels.get(tf32) or self._bind(tf32)
+        y = torch.empty(self.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        x = aligned(x.contiguous(memory_format=torch.channels_last))
+        if residual is not None:
+            residual = aligned(residual.contiguous(memory_format=torch.channels_last))
+        run(x, weight, self.shift, residual, y)
+        return y if self.problem.memory_format == torch.channels_last else y.contiguous()
+
+
+class AddRelu(_Prepared):
+    """add_relu."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        n, c, h, w = problem.shape
+        self.kernel = elementwise.add_relu_fwd(n * c * h * w, problem.dtype).bind()
+
+    def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        assert residual is not None
+        format = self.problem.memory_format
+        y = torch.empty(self.shape, dtype=x.dtype, device=x.device, memory_format=format)
+        self.kernel(aligned(x.contiguous(memory_format=format)), aligned(residual.contiguous(memory_format=format)), y)
+        return y
