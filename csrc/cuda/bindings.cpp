@@ -1,0 +1,165 @@
+// Operators of the namespace resnet_fused_cuda, on PyTorch's stable ABI.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace resnet_fused {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+// The integers of conv2d_plan's `problem`, in order of Conv2dProblem.
+Conv2dProblem problem_of(const Ints& v) {
+  constexpr size_t kCount = 15;
+  RESNET_FUSED_CHECK(v.size() == kCount, "problem has ", v.size(), " integers; it takes ", kCount, ", in order of Conv2dProblem");
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], ElementType(v[13]), v[14] != 0};
+}
+
+DeviceProperties device_of(const Ints& v) {
+  RESNET_FUSED_CHECK(v.size() == 4, "device has ", v.size(), " integers; it takes 4: compute capability, multiprocessors, shared bytes per "
+        "block and per multiprocessor");
+  return {v[0], v[1], v[2], v[3]};
+}
+
+std::string describe(const Conv2dProblem& p) {
+  return message("conv2d of ", p.batch, "x", p.channels, "x", p.height, "x", p.width, " to ", p.out_channels, " channels, filter ",
+                 p.kernel_h, "x", p.kernel_w, ", stride ", p.stride_h, "x", p.stride_w, ", padding ", p.pad_h, "x", p.pad_w);
+}
+
+Ints conv2d_weight_layout_op(Ints problem) {
+  const WeightLayout layout = conv2d_weight_layout(problem_of(problem));
+  return {layout.filter_rows, layout.runs, layout.padded_run_length};
+}
+
+std::vector<std::string> conv2d_kernels_op(Ints problem, Ints device) {
+  return conv2d_kernels(problem_of(problem), device_of(device));
+}
+
+// (kernel names, five integers a launch: grid, block, shared bytes; the parameter struct in 8-byte words; workspace bytes)
+std::tuple<std::vector<std::string>, Ints, Ints, int64_t> conv2d_plan_op(Ints problem, Ints device, Ints pointers,
+                                                                         std::string kernel, int64_t splits) {
+  RESNET_FUSED_CHECK(pointers.size() == 6, "pointers has ", pointers.size(), " integers; it takes 6: x, weight, shift, residual, y, partial");
+  const auto pointer = [&](size_t i) { return reinterpret_cast<void*>(pointers[i]); };
+  const Conv2dPointers to{pointer(0), pointer(1), pointer(2), pointer(3), pointer(4), pointer(5)};
+  const Conv2dPlan plan = plan_conv2d(problem_of(problem), device_of(device), to, kernel, splits);
+  std::vector<std::string> names;
+  Ints launches;
+  for (const KernelLaunch& l : plan.launches) {
+    names.push_back(l.kernel);
+    launches.insert(launches.end(), {l.grid[0], l.grid[1], l.grid[2], l.block, l.shared_bytes});
+  }
+  static_assert(sizeof(Conv2dParams) % sizeof(int64_t) == 0);
+  Ints words(sizeof(Conv2dParams) / sizeof(int64_t));
+  std::memcpy(words.data(), &plan.params, sizeof plan.params);
+  return {names, launches, words, plan.workspace_bytes};
+}
+
+ElementType element_type(const Tensor& x, bool tf32) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return ElementType::kFloat16;
+    case ScalarType::BFloat16: return ElementType::kBFloat16;
+    case ScalarType::Float: return tf32 ? ElementType::kTf32 : ElementType::kFloat32;
+    default: throw std::invalid_argument("x has a dtype that the CUDA kernels don't serve; use float16, bfloat16 or float32");
+  }
+}
+
+// Dense in the order N, H, W, C; the strides of dimensions of size 1 don't matter.
+bool is_channels_last(const Tensor& t) {
+  const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
+  const auto fits = [&](int64_t dim, int64_t size, int64_t stride) { return size <= 1 || t.stride(dim) == stride; };
+  return fits(1, c, 1) && fits(3, w, c) && fits(2, h, w * c) && fits(0, n, h * w * c);
+}
+
+bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+Tensor empty_channels_last(const Tensor& like, const Ints& sizes) {
+  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// An activation in the layout and alignment that the kernels read; a copy only where it isn't already.
+Tensor as_activation(const char* name, const Tensor& t, const Tensor& like) {
+  RESNET_FUSED_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must be (N, C, H, W)");
+  RESNET_FUSED_CHECK(t.get_device_index() == like.get_device_index(), name, " is on CUDA device ", t.get_device_index(), ", x on ",
+        like.get_device_index(), "; move them to one device");
+  RESNET_FUSED_CHECK(t.scalar_type() == like.scalar_type(), name, " and x differ in dtype; cast one of them");
+  if (is_channels_last(t) && is_aligned(t)) return t;
+  Tensor copy = empty_channels_last(t, Ints(t.sizes().begin(), t.sizes().end()));
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+Tensor conv2d_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& shift, std::optional<Tensor> residual_any,
+                     Ints geometry, bool relu, bool tf32, std::string kernel, int64_t splits) {
+  RESNET_FUSED_CHECK(geometry.size() == 8, "geometry has ", geometry.size(), " integers; it takes kernel, stride, padding, dilation, 2 each");
+  const Tensor x = as_activation("x", x_any, x_any);
+  const auto& g = geometry;
+  const Conv2dProblem problem{x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), g[0], g[1], g[2], g[3],
+                              g[4],      g[5],      g[6],      g[7],      element_type(x, tf32), relu};
+  const WeightLayout layout = conv2d_weight_layout(problem);
+  RESNET_FUSED_CHECK(weight.scalar_type() == x.scalar_type() && weight.is_contiguous() && weight.dim() == 4 && is_aligned(weight) &&
+            weight.size(1) == layout.filter_rows && weight.size(2) == layout.runs && weight.size(3) == layout.padded_run_length,
+        "weight must be packed for ", describe(problem), " as a contiguous (", weight.size(0), ", ", layout.filter_rows, ", ",
+        layout.runs, ", ", layout.padded_run_length, ") of x's dtype; see resnet_fused_cuda::conv2d_weight_layout");
+  RESNET_FUSED_CHECK(shift.scalar_type() == ScalarType::Float && shift.is_contiguous() && shift.numel() == problem.out_channels && is_aligned(shift),
+        "shift must be ", problem.out_channels, " contiguous float32");
+  RESNET_FUSED_CHECK(weight.get_device_index() == x.get_device_index() && shift.get_device_index() == x.get_device_index(),
+        "weight, shift and x must be on one CUDA device");
+  Tensor y = empty_channels_last(x, {problem.batch, problem.out_channels, problem.out_height(), problem.out_width()});
+  std::optional<Tensor> residual;
+  if (residual_any.has_value()) {
+    residual = as_activation("residual", *residual_any, x);
+    for (int64_t i = 0; i < 4; ++i)
+      RESNET_FUSED_CHECK(residual->size(i) == y.size(i), "residual has size ", residual->size(i), " in dimension ", i, ", the result ", y.size(i));
+  }
+  if (y.numel() == 0) return y;
+
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Conv2dPointers pointers{x.const_data_ptr(), weight.const_data_ptr(), shift.const_data_ptr(),
+                                residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(), nullptr};
+  Conv2dPlan plan = plan_conv2d(problem, device_properties(device), pointers, kernel, splits);
+  std::optional<Tensor> workspace;  // lives until the launches are queued; the allocator keeps its memory for this stream
+  if (plan.workspace_bytes > 0) {
+    workspace = torch::stable::empty({plan.workspace_bytes / int64_t(sizeof(float))}, ScalarType::Float, std::nullopt, x.device());
+    plan.params.partial = static_cast<float*>(workspace->mutable_data_ptr());
+  }
+  try {
+    for (const KernelLaunch& l : plan.launches) launch(l, &plan.params, device);
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(message(describe(problem), ": ", error.what()));
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace resnet_fused
+
+STABLE_TORCH_LIBRARY(resnet_fused_cuda, m) {
+  m.def(
+      "conv2d_fwd(Tensor x, Tensor weight, Tensor shift, Tensor? residual, int[] geometry, bool relu, bool tf32, str kernel, "
+      "int splits) -> Tensor");
+  m.def("conv2d_weight_layout(int[] problem) -> int[]");
+  m.def("conv2d_kernels(int[] problem, int[] device) -> str[]");
+  m.def("conv2d_plan(int[] problem, int[] device, int[] pointers, str kernel, int splits) -> (str[], int[], int[], int)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) { m.impl("conv2d_fwd", TORCH_BOX(&resnet_fused::conv2d_fwd_op)); }
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CompositeExplicitAutograd, m) {
+  m.impl("conv2d_weight_layout", TORCH_BOX(&resnet_fused::conv2d_weight_layout_op));
+  m.impl("conv2d_kernels", TORCH_BOX(&resnet_fused::conv2d_kernels_op));
+  m.impl("conv2d_plan", TORCH_BOX(&resnet_fused::conv2d_plan_op));
+}

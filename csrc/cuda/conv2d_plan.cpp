@@ -1,0 +1,237 @@
+#include "conv2d_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+#include "conv2d_tiles.h"
+
+namespace resnet_fused {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+
+constexpr int64_t element_bytes(ElementType type) {
+  return type == ElementType::kFloat16 || type == ElementType::kBFloat16 ? 2 : 4;
+}
+
+struct Kernel {
+  const char* name;
+  ElementType type;
+  bool gather;
+  int64_t block_m, block_n, block_k, warp_m, warp_n, stages, blocks_by_registers;
+
+  int64_t warps() const { return block_m / warp_m * (block_n / warp_n); }
+  int64_t row_bytes() const { return block_k * element_bytes(type); }
+  int64_t step_bytes() const { return (block_m + block_n) * row_bytes(); }
+  int64_t shared_bytes() const { return stages * step_bytes(); }
+};
+
+constexpr std::array kKernels = {
+#define RESNET_FUSED_ENTRY(NAME, ELEMENT, GATHER, ...) Kernel{#NAME, ElementType::ELEMENT, GATHER, __VA_ARGS__},
+    RESNET_FUSED_CONV2D_TILES(RESNET_FUSED_ENTRY)
+#undef RESNET_FUSED_ENTRY
+};
+
+const char* suffix(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat16: return "f16";
+    case ElementType::kBFloat16: return "bf16";
+    case ElementType::kFloat32:
+    case ElementType::kTf32: return "f32";
+  }
+  throw std::invalid_argument("unknown element type");
+}
+
+[[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument("conv2d: " + reason); }
+
+void check(const Conv2dProblem& p, const WeightLayout& layout) {
+  std::ostringstream reason;
+  if (p.out_height() <= 0 || p.out_width() <= 0) {
+    reason << "the filter of " << p.kernel_h << "x" << p.kernel_w << " does not fit the padded input of " << p.height << "x"
+           << p.width;
+  } else if (p.out_pixels() > kInt32Max - 256) {
+    reason << p.out_pixels() << " output pixels; the kernels count them in 31 bits";
+  } else if (layout.filter_rows > 16 || layout.runs > 15) {
+    reason << "filter " << p.kernel_h << "x" << p.kernel_w << "; the kernels serve up to 16 rows and 15 columns";
+  } else if (p.channels * 4 * std::max(p.kernel_w, p.dilation_w) > kInt32Max || p.out_channels > kInt32Max / 256 ||
+             p.height > kInt32Max / 2 || p.width > kInt32Max / 2) {
+    reason << "a size beyond 31 bits";
+  } else {
+    return;
+  }
+  refuse(reason.str());
+}
+
+// 1x1 without stride and padding is a plain product: one image of one row.
+Conv2dProblem canonical(Conv2dProblem p) {
+  const bool pointwise = p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
+  if (pointwise && p.out_pixels() <= kInt32Max / 2) {
+    p.width = p.out_pixels();
+    p.batch = p.height = 1;
+  }
+  return p;
+}
+
+bool gathers(const Conv2dProblem& p) { return p.channels * element_bytes(p.type) % 16 != 0; }
+
+int64_t blocks_per_multiprocessor(const Kernel& k, const DeviceProperties& device) {
+  constexpr int64_t kReserved = 1024;  // bytes the system takes of a block's shared memory
+  return std::min(k.blocks_by_registers, device.shared_per_multiprocessor / (k.shared_bytes() + kReserved));
+}
+
+bool serves(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& device) {
+  return k.type == p.type && k.gather == gathers(p) && device.compute_capability >= 80 &&
+         k.shared_bytes() <= device.shared_per_block && blocks_per_multiprocessor(k, device) > 0;
+}
+
+// Cycles by a model of one multiprocessor: a step takes as long as the busiest of its tensor cores, its shared memory and
+// its share of L2; a wave of blocks ends with its slowest. Only ratios matter. The figures are those of an A100
+// (NVIDIA A100 architecture whitepaper); `resnet-fused tune` replaces the model by measurement.
+double modelled_cycles(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& device, int64_t splits) {
+  constexpr double kSharedBytes = 128, kL2Bytes = 40, kMemoryBytes = 10, kBlockStart = 1500, kLaunch = 4000;  // a cycle; cycles
+  const double products = element_bytes(p.type) == 2 ? 1024 : 512;
+  const double fragments = double(k.warps() * (k.warp_m + k.warp_n) * k.row_bytes());
+  const double step = std::max({double(k.block_m * k.block_n * k.block_k) / products,
+                                (fragments + double(k.step_bytes())) / kSharedBytes, double(k.step_bytes()) / kL2Bytes});
+  const WeightLayout layout = conv2d_weight_layout(p);
+  const int64_t steps = ceil_div(layout.filter_rows * layout.runs * ceil_div(layout.padded_run_length, k.block_k), splits);
+  const int64_t blocks = ceil_div(p.out_pixels(), k.block_m) * ceil_div(p.out_channels, k.block_n) * splits;
+  const double output = double(k.block_m * k.block_n) * (splits > 1 ? 8 : element_bytes(p.type)) / kMemoryBytes;
+  const double block = double(steps) * step + output;
+  const int64_t resident = blocks_per_multiprocessor(k, device), wave = resident * device.multiprocessors;
+  const int64_t rest = ceil_div(blocks % wave, device.multiprocessors);
+  const double waves = double(blocks / wave) * (double(resident) * block + kBlockStart) +
+                       (rest > 0 ? double(rest) * block + kBlockStart : 0.0);
+  const double reduction = double(p.out_pixels() * p.out_channels * 4 * splits) / double(device.multiprocessors) / kL2Bytes;
+  return waves + (splits > 1 ? kLaunch + reduction : 0.0);
+}
+
+struct Choice {
+  const Kernel* kernel;
+  int64_t splits;
+  double cycles;
+};
+
+int64_t total_steps(const Kernel& k, const Conv2dProblem& p) {
+  const WeightLayout layout = conv2d_weight_layout(p);
+  return layout.filter_rows * layout.runs * ceil_div(layout.padded_run_length, k.block_k);
+}
+
+// All kernels that serve, each with its best number of splits, the fastest by the model first.
+std::vector<Choice> choices(const Conv2dProblem& p, const DeviceProperties& device, int64_t splits) {
+  constexpr int64_t kMaxSplits = 16, kMinSteps = 8;  // fewer steps a split don't fill the pipeline
+  std::vector<Choice> found;
+  for (const Kernel& k : kKernels) {
+    if (!serves(k, p, device)) continue;
+    const int64_t most = std::clamp<int64_t>(total_steps(k, p) / kMinSteps, 1, kMaxSplits);
+    Choice best{&k, 0, std::numeric_limits<double>::infinity()};
+    for (int64_t s = splits > 0 ? splits : 1; s <= (splits > 0 ? splits : most); s *= 2) {
+      const double cycles = modelled_cycles(k, p, device, s);
+      if (cycles < best.cycles) best = {&k, s, cycles};
+    }
+    found.push_back(best);
+  }
+  std::stable_sort(found.begin(), found.end(), [](const Choice& a, const Choice& b) { return a.cycles < b.cycles; });
+  return found;
+}
+
+// How many tiles of channels neighbouring blocks take before they go down the pixels: the blocks that run at once should
+// cover a near-square part of the product, so that L2 serves both operands. At most 1/8 of the grid may be empty blocks.
+int32_t group_shift(const Kernel& k, const DeviceProperties& device, int64_t tiles_n) {
+  const double at_once = double(blocks_per_multiprocessor(k, device) * device.multiprocessors);
+  const double square = std::sqrt(at_once * double(k.block_m) / double(k.block_n));
+  for (int32_t shift = 4; shift > 0; --shift) {
+    const int64_t group = int64_t{1} << shift, covered = ceil_div(tiles_n, group) * group;
+    if (double(group) <= 2 * square && (covered - tiles_n) * 8 <= tiles_n) return shift;
+  }
+  return 0;
+}
+
+Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPointers& pointers, const DeviceProperties& device,
+                        int64_t splits) {
+  const WeightLayout layout = conv2d_weight_layout(p);
+  const int64_t bytes = element_bytes(p.type), pixel = p.channels * bytes, row = p.width * pixel;
+  const int64_t steps_per_run = ceil_div(layout.padded_run_length, k.block_k);
+  const int64_t within_run = (steps_per_run - 1) * k.row_bytes();
+  Conv2dParams q{};
+  q.x = pointers.x, q.weight = pointers.weight, q.shift = static_cast<const float*>(pointers.shift);
+  q.residual = pointers.residual, q.y = pointers.y;
+  q.image_stride = p.height * row, q.row_stride = row, q.pixel_stride = int32_t(pixel);
+  q.run_delta = p.dilation_w * pixel - within_run;
+  q.row_delta = p.dilation_h * row - (layout.runs - 1) * p.dilation_w * pixel - within_run;
+  q.weight_stride = layout.filter_rows * layout.runs * layout.padded_run_length * bytes;
+  q.weight_delta = int32_t(layout.padded_run_length * bytes - within_run);
+  q.height = int32_t(p.height), q.width = int32_t(p.width), q.channels = int32_t(p.channels);
+  q.out_pixels = int32_t(p.out_pixels()), q.out_channels = int32_t(p.out_channels);
+  q.partial_stride = int32_t(ceil_div(p.out_channels, 4) * 4);
+  q.filter_rows = int32_t(layout.filter_rows), q.runs = int32_t(layout.runs);
+  q.run_length = int32_t(layout.padded_run_length);
+  q.run_pixels = int32_t(layout.run_length / p.channels);
+  q.stride_h = int32_t(p.stride_h), q.stride_w = int32_t(p.stride_w), q.pad_h = int32_t(p.pad_h), q.pad_w = int32_t(p.pad_w);
+  q.dilation_h = int32_t(p.dilation_h), q.dilation_w = int32_t(p.dilation_w);
+  q.steps_per_run = int32_t(steps_per_run);
+  q.steps = int32_t(layout.filter_rows * layout.runs * steps_per_run);
+  q.steps_per_split = int32_t(ceil_div(q.steps, splits));
+  q.splits = int32_t(ceil_div(q.steps, q.steps_per_split));
+  q.partial = q.splits > 1 ? static_cast<float*>(pointers.partial) : nullptr;
+  q.tiles_n = int32_t(ceil_div(p.out_channels, k.block_n));
+  q.group_shift = group_shift(k, device, q.tiles_n);
+  q.relu = p.relu;
+  q.vectorised = p.out_channels * bytes % 16 == 0;
+  q.image = FastDivisor::of(uint32_t(p.out_height() * p.out_width()));
+  q.row = FastDivisor::of(uint32_t(p.out_width()));
+  return q;
+}
+
+}  // namespace
+
+WeightLayout conv2d_weight_layout(const Conv2dProblem& p) {
+  const bool whole_row = gathers(p) && p.dilation_w == 1;
+  const int64_t vector = 16 / element_bytes(p.type), length = whole_row ? p.kernel_w * p.channels : p.channels;
+  return {p.kernel_h, whole_row ? 1 : p.kernel_w, length, ceil_div(length, vector) * vector};
+}
+
+std::vector<std::string> conv2d_kernels(const Conv2dProblem& problem, const DeviceProperties& device) {
+  std::vector<std::string> names;
+  for (const Choice& choice : choices(canonical(problem), device, 0)) names.push_back(choice.kernel->name);
+  return names;
+}
+
+Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& device, const Conv2dPointers& pointers,
+                       const std::string& kernel, int64_t splits) {
+  const Conv2dProblem p = canonical(problem);
+  check(p, conv2d_weight_layout(p));
+  const std::vector<Choice> found = choices(p, device, splits);
+  const auto chosen = kernel.empty() ? found.begin() : std::find_if(found.begin(), found.end(), [&](const Choice& c) {
+    return kernel == c.kernel->name;
+  });
+  if (chosen == found.end()) {
+    std::ostringstream reason;
+    reason << "no kernel " << kernel << " for this problem on compute capability " << double(device.compute_capability) / 10;
+    refuse(reason.str());
+  }
+  const Kernel& k = *chosen->kernel;
+  Conv2dPlan plan{};
+  plan.params = parameters(p, k, pointers, device, chosen->splits);
+  const auto& q = plan.params;
+  const int64_t group = int64_t{1} << q.group_shift;
+  plan.launches.push_back({k.name,
+                           {uint32_t(ceil_div(q.out_pixels, k.block_m) * group), uint32_t(ceil_div(q.tiles_n, group)), uint32_t(q.splits)},
+                           uint32_t(32 * k.warps()),
+                           uint32_t(k.shared_bytes())});
+  if (q.splits > 1) {
+    constexpr int64_t kThreads = 256, kChannels = 4, kBlocksPerMultiprocessor = 8;
+    const int64_t work = int64_t{q.out_pixels} * q.partial_stride / kChannels;
+    const int64_t blocks = std::min(ceil_div(work, kThreads), kBlocksPerMultiprocessor * device.multiprocessors);
+    plan.workspace_bytes = int64_t{q.splits} * q.out_pixels * q.partial_stride * 4;
+    plan.launches.push_back({std::string("conv2d_reduce_fwd_") + suffix(p.type), {uint32_t(blocks), 1, 1}, uint32_t(kThreads), 0});
+  }
+  return plan;
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,64 @@
+// The launch of a convolution, planned by a pure function: problem and device in, kernels, grids and parameters out.
+// The CUDA operator launches the plan; the tests hand the same plan to an executor on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "conv2d_params.h"
+
+namespace resnet_fused {
+
+// y[batch, P, Q, out_channels] = act(conv2d(x[batch, height, width, channels]) + shift + residual), channels_last.
+struct Conv2dProblem {
+  int64_t batch, height, width, channels, out_channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  ElementType type;
+  bool relu;
+
+  int64_t out_height() const { return (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
+  int64_t out_width() const { return (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
+  int64_t out_pixels() const { return batch * out_height() * out_width(); }
+};
+
+struct DeviceProperties {
+  int64_t compute_capability;  // 10 major + minor
+  int64_t multiprocessors;
+  int64_t shared_per_block, shared_per_multiprocessor;  // bytes a block may ask for; bytes there are
+};
+
+struct Conv2dPointers {
+  const void *x, *weight, *shift, *residual;
+  void *y, *partial;
+};
+
+// Shape of the packed weight: [out_channels, filter_rows, runs, run_length padded to whole 16 bytes]. See Conv2dParams.
+struct WeightLayout {
+  int64_t filter_rows, runs, run_length, padded_run_length;
+};
+
+struct KernelLaunch {
+  std::string kernel;  // its extern "C" name
+  uint32_t grid[3];
+  uint32_t block;
+  uint32_t shared_bytes;
+};
+
+struct Conv2dPlan {
+  std::vector<KernelLaunch> launches;  // in order; all take `params`
+  int64_t workspace_bytes;             // of Conv2dPointers::partial
+  Conv2dParams params;
+};
+
+WeightLayout conv2d_weight_layout(const Conv2dProblem& problem);
+
+// `kernel` asks for one instantiation by name and `splits` for a number of parts of k; empty and 0 leave the choice to a
+// model of the GPU's time. Throws std::invalid_argument with the reason where no kernel serves the problem.
+Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& device, const Conv2dPointers& pointers,
+                       const std::string& kernel, int64_t splits);
+
+// Names of the instantiations that serve the problem on the device, best first by the model.
+std::vector<std::string> conv2d_kernels(const Conv2dProblem& problem, const DeviceProperties& device);
+
+}  // namespace resnet_fused

@@ -1,0 +1,96 @@
+// Arithmetic on the element types of the kernels: 16 bytes of them to and from float32, and ReLU that keeps NaN.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "conv2d_params.h"
+#include "ptx.cuh"
+
+namespace resnet_fused {
+
+template <ElementType>
+struct ElementOf;
+template <>
+struct ElementOf<ElementType::kFloat16> {
+  using T = __half;
+};
+template <>
+struct ElementOf<ElementType::kBFloat16> {
+  using T = __nv_bfloat16;
+};
+template <>
+struct ElementOf<ElementType::kFloat32> {
+  using T = float;
+};
+template <>
+struct ElementOf<ElementType::kTf32> {
+  using T = float;
+};
+
+// max(v, 0) as PyTorch has it: NaN stays NaN, which fmaxf would drop.
+__device__ __forceinline__ float relu(float v) { return v < 0.0f ? 0.0f : v; }
+
+// 16 bytes of elements of type T, as kCount floats and back with one rounding each.
+template <class T>
+struct Vector16 {
+  static constexpr int kCount = 16 / sizeof(T);
+
+  __device__ static void unpack(uint4 bits, float (&v)[kCount]) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kCount == 4) {
+        v[i] = __uint_as_float(words[i]);
+      } else {
+        const float2 pair = to_floats(words[i], T{});
+        v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+      }
+    }
+  }
+
+  __device__ static uint4 pack(const float (&v)[kCount]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kCount == 4) {
+        words[i] = __float_as_uint(v[i]);
+      } else {
+        words[i] = to_word(v[2 * i], v[2 * i + 1], T{});
+      }
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+
+  // Rounding keeps order, so ReLU of the rounded value is the rounded ReLU.
+  __device__ static uint4 relu(uint4 v) {
+    return {ptx::relu_word<T>(v.x), ptx::relu_word<T>(v.y), ptx::relu_word<T>(v.z), ptx::relu_word<T>(v.w)};
+  }
+
+  __device__ static uint4 from_elements(const T (&elements)[kCount]) {
+    uint4 bits;
+    memcpy(&bits, elements, sizeof bits);
+    return bits;
+  }
+
+ private:
+  __device__ static float2 to_floats(uint32_t word, __half) { return __half22float2(bit_cast<__half2>(word)); }
+  __device__ static float2 to_floats(uint32_t word, __nv_bfloat16) {  // the upper half of a float32
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+  __device__ static uint32_t to_word(float low, float high, __half) { return bit_cast<uint32_t>(__floats2half2_rn(low, high)); }
+  __device__ static uint32_t to_word(float low, float high, __nv_bfloat16) {
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+  }
+  template <class To, class From>
+  __device__ static To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+  }
+};
+
+}  // namespace resnet_fused

@@ -1,0 +1,55 @@
+// The second half of a convolution whose k was split: y = relu(sum of the parts + shift + residual), one rounding.
+#pragma once
+
+#include "conv2d_params.h"
+#include "element.cuh"
+
+namespace resnet_fused {
+
+template <class T>
+__device__ __forceinline__ void store_quad(const Conv2dParams& p, const float (&sum)[4], int64_t offset, int channel) {
+  struct __align__(4 * sizeof(T)) Quad {
+    T elements[4];
+  };
+  Quad residual{}, y;
+  if (p.residual != nullptr) residual = *reinterpret_cast<const Quad*>(static_cast<const T*>(p.residual) + offset);
+  const float4 shift = *reinterpret_cast<const float4*>(p.shift + channel);
+  const float shifts[4] = {shift.x, shift.y, shift.z, shift.w};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const float v = sum[e] + shifts[e] + static_cast<float>(residual.elements[e]);
+    y.elements[e] = static_cast<T>(p.relu ? relu(v) : v);
+  }
+  *reinterpret_cast<Quad*>(static_cast<T*>(p.y) + offset) = y;
+}
+
+// Four channels a thread, grid-stride. The parts are added in order, so that a result doesn't depend on timing.
+template <class T>
+__device__ __forceinline__ void conv2d_reduce_fwd(const Conv2dParams& p) {
+  const int64_t part = int64_t(p.out_pixels) * p.partial_stride, quads = part / 4;
+  const uint32_t quads_per_row = p.partial_stride / 4;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < quads; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t row = i / quads_per_row;
+    const int channel = int(i - row * quads_per_row) * 4;
+    float4 sum = *reinterpret_cast<const float4*>(p.partial + i * 4);
+    for (int s = 1; s < p.splits; ++s) {
+      const float4 next = *reinterpret_cast<const float4*>(p.partial + s * part + i * 4);
+      sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+    }
+    const float v[4] = {sum.x, sum.y, sum.z, sum.w};
+    const int64_t offset = row * p.out_channels + channel;
+    if (p.vectorised) {
+      store_quad<T>(p, v, offset, channel);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (channel + e >= p.out_channels) continue;
+        float y = v[e] + p.shift[channel + e];
+        if (p.residual != nullptr) y += static_cast<float>(static_cast<const T*>(p.residual)[offset + e]);
+        static_cast<T*>(p.y)[offset + e] = static_cast<T>(p.relu ? relu(y) : y);
+      }
+    }
+  }
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,24 @@
+// A loop whose index is a constant expression, for the immediate offsets of instructions.
+#pragma once
+
+#include <utility>
+
+namespace resnet_fused {
+
+template <int kValue>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return kValue; }  // as std::integral_constant, for device code
+};
+
+template <class F, int... I>
+__device__ __forceinline__ void unroll(F&& f, std::integer_sequence<int, I...>) {
+  (f(Constant<I>{}), ...);
+}
+
+// f(0), ..., f(kCount - 1), the argument a Constant.
+template <int kCount, class F>
+__device__ __forceinline__ void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, kCount>{});
+}
+
+}  // namespace resnet_fused
