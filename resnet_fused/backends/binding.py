@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,26 +36,32 @@ def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
         return Bound(backend.prepare(problem, folded), backend.name)
     for name in candidates(problem) if chosen == "auto" else [chosen]:
         whole = get(name)
-        # The reference composes stock ops, which the composition below does as well, but with the best backend for each.
         if name == "reference" and chosen == "auto":
+            # The composition below computes the same, with the best backend for each part.
             continue
         if whole.unavailable() is None and whole.unsupported(problem) is None and (chosen == name or whole.wins(problem)):
             return Bound(whole.prepare(problem, folded), name)
-    return _compose_stem(problem, folded, chosen) if problem.op == "stem" else _compose_block(problem, folded, chosen)
+
+    # The parts work in channels_last, so that nothing is converted between them.
+    inside = replace(problem, memory_format=torch.channels_last)
+    compose = _compose_stem if problem.op == "stem" else _compose_block
+    composed = compose(inside, folded, chosen)
+    if composed.backend == "reference":
+        return Bound(get("reference").prepare(problem, folded), "reference")
+    if problem.memory_format == torch.channels_last:
+        return composed
+
+    def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+        return composed.kernel(x.contiguous(memory_format=torch.channels_last), residual).contiguous()
+
+    return Bound(kernel, composed.backend)
 
 
 def _part(problem: Problem, folded: Folded, index: int, op: str, height: int, width: int, chosen: str) -> Bound:
     """Convolution `index` of a whole op as an op of its own, on an input of height × width pixels."""
     conv: Conv = problem.convs[index]
-    part = Problem(
-        op=op,
-        shape=(problem.shape[0], conv.in_channels, height, width),
-        dtype=problem.dtype,
-        device=problem.device,
-        convs=(conv,),
-        memory_format=problem.memory_format,
-        precision=problem.precision,
-    )
+    shape = (problem.shape[0], conv.in_channels, height, width)
+    part = replace(problem, op=op, shape=shape, convs=(conv,), shortcut=False, pool=None)
     own = folded.pack(("part", index), lambda: Folded((folded.weights[index],), (folded.shifts[index],)))
     return bind(part, own, chosen)
 

@@ -134,3 +134,18 @@ class Folded:
             # Two threads may both make it; setdefault lets the first one stand, and the other is dropped.
             found = self.packings.setdefault(key, make())
         return found
+
+    def packed_bytes(self) -> int:
+        """Bytes of all packings. Parts that share the plain parameters count only what was packed from them."""
+        return sum(_bytes(value) for value in self.packings.values())
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Folded):
+        return value.packed_bytes()
+    if isinstance(value, Tensor):
+        # Tensors in oneDNN's layout have no storage to ask.
+        return value.numel() * value.element_size()
+    if isinstance(value, (tuple, list)):
+        return sum(_bytes(item) for item in value)
+    return int(getattr(value, "nbytes", 0))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused.backends import Conv, Folded, Kernel, Pool, Precision, Problem, choice
 from resnet_fused.backends.binding import bind
+from resnet_fused.ops import checks
 
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
 
@@ -45,6 +46,11 @@ class Runner:
 
     A kernel is bound for each kind of input and kept. All of it is dropped when a parameter was changed in place, loaded,
     moved or cast, seen by its address and version counter.
+
+    Args:
+        op, convs, shortcut, pool, precision: as in `Problem`.
+        backend: name of the backend to use, or "auto".
+        channels_last: whether results are channels_last always, instead of by stock's rule.
     """
 
     def __init__(
@@ -55,9 +61,10 @@ class Runner:
         pool: Pool | None = None,
         precision: Precision = "fast",
         backend: str = "auto",
+        channels_last: bool = False,
     ) -> None:
         self.op, self.convs, self.shortcut, self.pool = op, convs, shortcut, pool
-        self.precision, self.backend = precision, backend
+        self.precision, self.backend, self.channels_last = precision, backend, channels_last
         self.folded: Folded | None = None
         self.backends_used: dict[str, Problem] = {}
         self._stamp: tuple[int, ...] = ()
@@ -74,14 +81,18 @@ class Runner:
         if stamp != self._stamp:
             self._kernels.clear()
             self.folded, self._stamp = Folded(tuple(weights), tuple(shifts)), stamp
-        key = (x.shape, x.stride(), x.dtype, x.device, chosen, torch.backends.mkldnn.enabled)
+        other = None if residual is None else (residual.shape, residual.dtype)
+        key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch.backends.mkldnn.enabled)
         kernel = self._kernels.get(key)
         if kernel is None:
-            kernel = self._bind(key, self.problem(x, weights), chosen)
+            problem = self.problem(x, weights)
+            checks.check(problem, x, residual, weights)
+            kernel = self._bind(key, problem, chosen)
         return kernel(x, residual)
 
     def problem(self, x: Tensor, weights: Sequence[Tensor]) -> Problem:
         """The problem that an input like x poses."""
+        checks.check_dims("x", x, 4, "(N, C, H, W)")
         n, c, h, w = x.shape
         return Problem(
             self.op,
@@ -91,7 +102,7 @@ class Runner:
             self.convs,
             self.shortcut,
             self.pool,
-            memory_format(x, *weights),
+            torch.channels_last if self.channels_last else memory_format(x, *weights),
             self.precision,
         )
 

@@ -1,0 +1,1 @@
+"""Finding what can be fused in a model: tracing, matching, replacing. `resnet_fused.fuse` is the public side."""

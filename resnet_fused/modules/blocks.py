@@ -1,0 +1,253 @@
+"""Drop-in residual blocks with torchvision's constructor, attribute names and state-dict keys.
+
+In training, and wherever a derivative may be asked for, a block runs its own convolutions, batch norms and activations. In
+inference it takes the folded path: batch norms folded into the weights, the block as one op. The folded parameters are kept,
+and folded anew when a parameter or buffer changed, was loaded, moved or cast, seen by its address and version counter. (A write
+through `.data` changes neither; `block.train()` and `block.eval()` drop the folded parameters in any case.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.backends import Conv
+from resnet_fused.modules.folding import NotFoldable, fold
+from resnet_fused.ops.common import Runner, plain_eager
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
+
+
+def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+class _FoldedPath:
+    """The folded parameters of a block, the runner that uses them, and the state of the block that they were made from."""
+
+    def __init__(self, block: _Block, stamp: tuple[Any, ...], dtype: torch.dtype) -> None:
+        # Outside of inference mode, so that the parameters count their changes, which the runner asks for.
+        with torch.inference_mode(False), torch.no_grad():
+            pairs = [fold(conv, norm) for conv, norm in block.pairs()]
+            self.weights = [weight.to(dtype) for weight, _ in pairs]
+            self.shifts = [shift.to(dtype) for _, shift in pairs]
+        convs = tuple(
+            Conv.of(conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+            for conv, _ in block.pairs()
+        )
+        self.stamp = stamp
+        self.runner = Runner(block.op, convs, block.downsample is not None)
+
+
+class _Block(nn.Module):
+    """What BasicBlock and Bottleneck share: the choice between the folded path and the block's own modules."""
+
+    op: str
+    expansion: int
+    downsample: nn.Module | None
+    relu: nn.Module
+
+    def main_path(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Convolution and batch norm of each layer of the main path."""
+        raise NotImplementedError
+
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """Convolution and batch norm of each layer, the projection shortcut last."""
+        pairs = self.main_path()
+        if self.downsample is not None:
+            conv, norm = self.downsample  # type: ignore[misc]
+            pairs.append((conv, norm))
+        return pairs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_path": None}
+
+    def train(self, mode: bool = True) -> _Block:
+        self._path = None
+        return super().train(mode)
+
+    def _foldable(self) -> bool:
+        """Whether the block still is what its constructor made: plain layers without hooks, in inference mode."""
+        if type(self.relu) is not nn.ReLU:
+            return False
+        downsample = self.downsample
+        if downsample is not None and (type(downsample) is not nn.Sequential or len(downsample) != 2):
+            return False
+        watched = [module for pair in self.pairs() for module in pair]
+        watched += [module for module in (downsample, self.relu) if module is not None]
+        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in watched)
+
+    def _folded_path(self, x: Tensor) -> _FoldedPath | None:
+        """The folded path for an input like x, or None where the block's own modules must run."""
+        if self.training or not self._foldable():
+            return None
+        tensors = [
+            tensor
+            for pair in self.pairs()
+            for module in pair
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        if not plain_eager(x, *tensors):
+            return None
+        dtype = tensors[0].dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        try:
+            stamp = (dtype, *[number for t in tensors for number in (t.data_ptr(), t._version)])
+        except RuntimeError:
+            # Parameters made under inference_mode don't count their changes: what was folded could be stale.
+            return None
+        path = self._path
+        if path is None or path.stamp != stamp:
+            try:
+                path = _FoldedPath(self, stamp, dtype)
+            except NotFoldable:
+                return None
+            self._path = path
+        return path
+
+    def forward(self, x: Tensor) -> Tensor:
+        path = self._folded_path(x)
+        if path is None:
+            return self._unfused(x)
+        return path.runner(x.to(path.weights[0].dtype) if self._casts(x) else x, None, path.weights, path.shifts)
+
+    @staticmethod
+    def _casts(x: Tensor) -> bool:
+        return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        """The block by its own modules: relu(bn_n(conv_n(… relu(bn_1(conv_1(x))) …)) + downsample(x))."""
+        identity = x if self.downsample is None else self.downsample(x)
+        *inner, (conv, norm) = self.main_path()
+        y = x
+        for inner_conv, inner_norm in inner:
+            y = self.relu(inner_norm(inner_conv(y)))
+        y = norm(conv(y))
+        y += identity
+        return self.relu(y)
+
+
+class BasicBlock(_Block):
+    """Residual block of two 3×3 convolutions, a drop-in for torchvision.models.resnet.BasicBlock.
+
+        y = relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))
+
+    Args:
+        inplanes: input channels.
+        planes: output channels.
+        stride: of the first convolution and the shortcut.
+        downsample: Sequential(convolution, batch norm) for the shortcut. Without one, the block makes its own where stride or
+            channels make it necessary.
+        groups, base_width, dilation: 1, 64 and 1; the block has no other form.
+        norm_layer: makes the batch norms; nn.BatchNorm2d by default.
+
+    Shapes: x (N, inplanes, H, W) to y (N, planes, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        ValueError: groups, base_width or dilation other than 1, 64 and 1.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, 2015, figure 5, left.
+    """
+
+    op = "basic_block"
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64 or dilation != 1:
+            raise ValueError(
+                f"groups={groups}, base_width={base_width}, dilation={dilation}: BasicBlock has only groups=1, base_width=64 "
+                "and dilation=1. Use Bottleneck for grouped, wide or dilated blocks."
+            )
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self._path: _FoldedPath | None = None
+        self.conv1 = _conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample or _projection(inplanes, planes, stride, norm_layer)
+        self.stride = stride
+
+    def main_path(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+
+
+class Bottleneck(_Block):
+    """Residual block of a 1×1, a 3×3 and a 1×1 convolution, a drop-in for torchvision.models.resnet.Bottleneck.
+
+        y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))
+
+    Args:
+        inplanes: input channels.
+        planes: a quarter of the output channels.
+        stride: of the 3×3 convolution (ResNet V1.5) and the shortcut.
+        downsample: Sequential(convolution, batch norm) for the shortcut. Without one, the block makes its own where stride or
+            channels make it necessary.
+        groups: of the 3×3 convolution (ResNeXt).
+        base_width: channels of the 3×3 convolution for each 64 planes and group (ResNeXt, Wide-ResNet).
+        dilation: of the 3×3 convolution.
+        norm_layer: makes the batch norms; nn.BatchNorm2d by default.
+
+    Shapes: x (N, inplanes, H, W) to y (N, 4·planes, ceil(H / stride), ceil(W / stride)).
+
+    Source: He et al., Deep Residual Learning for Image Recognition, 2015, figure 5, right.
+    """
+
+    op = "bottleneck"
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        outplanes = planes * self.expansion
+        self._path: _FoldedPath | None = None
+        self.conv1 = _conv1x1(inplanes, width)
+        self.bn1 = norm_layer(width)
+        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = _conv1x1(width, outplanes)
+        self.bn3 = norm_layer(outplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample or _projection(inplanes, outplanes, stride, norm_layer)
+        self.stride = stride
+
+    def main_path(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+
+
+def _projection(inplanes: int, outplanes: int, stride: int, norm_layer: NormLayer) -> nn.Module | None:
+    """The shortcut where the identity doesn't fit: a 1×1 convolution and a batch norm."""
+    if stride == 1 and inplanes == outplanes:
+        return None
+    return nn.Sequential(_conv1x1(inplanes, outplanes, stride), norm_layer(outplanes))

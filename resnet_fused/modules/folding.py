@@ -1,0 +1,119 @@
+"""Folds a batch norm into the convolution before it, and says why where that isn't safe.
+
+    bn(conv(x)) = conv'(x) + shift,   conv'.weight = conv.weight · scale,   shift = (conv.bias − mean) · scale + beta,
+    scale = gamma / sqrt(var + eps)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class NotFoldable(Exception):
+    """A convolution or batch norm can't be folded; the message is the reason, as the report prints it."""
+
+
+def hooks_of(module: nn.Module) -> str | None:
+    """Which hooks a module has that a fused module would not call; None if it has none."""
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        if getattr(module, name, None):
+            return name.strip("_").replace("_", " ")
+    return None
+
+
+def _check_common(module: nn.Module, kind: str) -> None:
+    if parametrize.is_parametrized(module):
+        raise NotFoldable(f"the {kind} is parametrized ({', '.join(module.parametrizations)})")  # type: ignore[arg-type]
+    if hasattr(module, "weight_orig") or hasattr(module, "weight_g"):
+        raise NotFoldable(f"the {kind}'s weight is computed by weight_norm, spectral_norm or pruning")
+    hooks = hooks_of(module)
+    if hooks is not None:
+        raise NotFoldable(f"the {kind} has {hooks}")
+    for name, parameter in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if parameter.is_meta:
+            raise NotFoldable(f"the {kind}'s {name} is on the meta device")
+
+
+def check_conv(conv: nn.Module) -> nn.Conv2d:
+    """`conv` if it is a plain nn.Conv2d whose weight may be scaled; raises NotFoldable with the reason otherwise."""
+    if not isinstance(conv, nn.Conv2d):
+        raise NotFoldable(f"{type(conv).__name__} is not nn.Conv2d")
+    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        raise NotFoldable(f"{type(conv).__name__} computes something else than nn.Conv2d")
+    _check_common(conv, "convolution")
+    if not conv.weight.is_floating_point():
+        raise NotFoldable(f"the convolution's weight is {conv.weight.dtype}, not a floating-point type")
+    return conv
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module looks like a batch norm over channels: torch's own, or a FrozenBatchNorm2d."""
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or type(module).__name__ == "FrozenBatchNorm2d"
+
+
+def check_norm(norm: nn.Module) -> nn.Module:
+    """`norm` if it is, in its present mode, a fixed scale and shift by channel; raises NotFoldable with the reason otherwise."""
+    if not is_norm(norm):
+        raise NotFoldable(f"{type(norm).__name__} is not a batch norm")
+    _check_common(norm, "batch norm")
+    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        base = nn.BatchNorm2d if isinstance(norm, nn.BatchNorm2d) else nn.SyncBatchNorm
+        if type(norm).forward is not base.forward:
+            raise NotFoldable(f"{type(norm).__name__} computes something else than nn.{base.__name__}")
+        if norm.training:
+            raise NotFoldable("the batch norm is in training mode; call model.eval() first")
+        if norm.running_mean is None or norm.running_var is None:
+            raise NotFoldable("the batch norm has no running statistics (track_running_stats=False)")
+    return norm
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift by channel of a batch norm in inference, float64, shape (C,). Raises NotFoldable."""
+    check_norm(norm)
+    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr, operator]
+    # detectron's first FrozenBatchNorm2d had no eps; the probe below tells whether 0 is what it computes with.
+    eps = float(getattr(norm, "eps", 0.0))
+    gamma = norm.weight.double() if norm.weight is not None else torch.ones_like(mean)  # type: ignore[operator]
+    beta = norm.bias.double() if norm.bias is not None else torch.zeros_like(mean)  # type: ignore[operator]
+    scale = gamma / (var + eps).sqrt()
+    shift = beta - mean * scale
+    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        _check_probe(norm, scale, shift)
+    return scale, shift
+
+
+def _check_probe(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Runs a batch norm known only by its name on a few values, and compares it with the scale and shift read from it."""
+    channels = scale.numel()
+    x = torch.linspace(-2, 2, 3 * channels, device=scale.device, dtype=torch.float64).view(1, channels, 1, 3)
+    x = x.to(norm.running_mean.dtype)  # type: ignore[union-attr, arg-type]
+    with torch.no_grad():
+        got = norm(x).double()
+    want = x.double() * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    tolerance = 64 * torch.finfo(x.dtype).eps
+    size = (x.double() * scale.view(1, -1, 1, 1)).abs() + shift.abs().view(1, -1, 1, 1) + 1
+    if got.shape != want.shape or not bool(((got - want).abs() <= tolerance * size).all()):
+        raise NotFoldable(f"{type(norm).__name__} computes something else than (x − mean) · weight / sqrt(var + eps) + bias")
+
+
+@torch.no_grad()
+def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Folded weight and shift of bn(conv(x)), in the convolution's dtype, computed in float64.
+
+    Raises:
+        NotFoldable: with the reason.
+    """
+    conv = check_conv(conv)
+    scale, shift = affine(norm)
+    if scale.numel() != conv.out_channels:
+        raise NotFoldable(f"the batch norm has {scale.numel()} channels and the convolution {conv.out_channels}")
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * scale
+    weight = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype)
+    folded_shift = shift.to(conv.weight.dtype)
+    for folded, exact in ((weight, conv.weight), (folded_shift, shift)):
+        if bool(exact.isfinite().all()) and not bool(folded.isfinite().all()):
+            raise NotFoldable(f"the folded parameters overflow {conv.weight.dtype}")
+    return weight.contiguous(memory_format=torch.channels_last), folded_shift

@@ -1,0 +1,54 @@
+"""Checks of what a user passes: each error names the argument, the value, the rule and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from resnet_fused.backends import Problem
+
+
+def check_dims(name: str, tensor: Tensor, dims: int, layout: str) -> None:
+    """Raises ValueError unless `tensor` has `dims` dimensions."""
+    if tensor.dim() != dims:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must have {dims} dimensions, {layout}. "
+            f"{'Add a batch dimension with unsqueeze(0).' if tensor.dim() == dims - 1 else 'Reshape it.'}"
+        )
+
+
+def check(problem: Problem, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor]) -> None:
+    """Raises ValueError where an input doesn't fit the problem's parameters, before any backend sees it."""
+    if problem.convs:
+        first = problem.convs[0]
+        if x.shape[1] != first.in_channels:
+            raise ValueError(
+                f"x has {x.shape[1]} channels (shape {tuple(x.shape)}); the weight of shape {tuple(weights[0].shape)} with "
+                f"groups={first.groups} takes {first.in_channels}. Pass an input with {first.in_channels} channels, "
+                "dimension 1 in (N, C, H, W)."
+            )
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            raise ValueError(
+                f"x has dtype {x.dtype} and the weight {weight.dtype}; they must be the same. "
+                f"Cast one of them (x.to({weight.dtype}) or module.to({x.dtype})), or use torch.autocast."
+            )
+        if weight.device != x.device:
+            raise ValueError(f"x is on {x.device} and the weight on {weight.device}; move one with .to({str(x.device)!r}).")
+    shape = problem.output_shape()
+    if shape[2] < 0 or shape[3] < 0 or (0 in shape[2:] and 0 not in x.shape):
+        raise ValueError(
+            f"x has {x.shape[2]}×{x.shape[3]} pixels, and the result would have {max(shape[2], 0)}×{max(shape[3], 0)}; "
+            "every convolution and pool needs an input at least as large as its window. Pass a larger image."
+        )
+    if residual is not None:
+        if tuple(residual.shape) != shape:
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)}; it must have the result's shape {shape}. "
+                "Where sizes differ, project the shortcut with conv2d_bn first."
+            )
+        if residual.dtype != x.dtype or residual.device != x.device:
+            raise ValueError(
+                f"residual is {residual.dtype} on {residual.device} and x {x.dtype} on {x.device}; they must be the same."
+            )
