@@ -1,0 +1,261 @@
+"""Floating-point arithmetic of float16, bfloat16, float32 and float64, packed pairs included.
+
+Half formats are computed in float64 and rounded once; float32 fma is rounded once; .approx functions are computed in float64
+and rounded, which is more exact than hardware is.
+
+Source: PTX ISA, "Floating Point Instructions", "Half Precision Floating Point Instructions".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .decode import Action, allow, instruction, types
+from .integer_ops import integer
+from .machine import DTYPES, Machine, elementwise
+from .parser import Instruction
+from .rounding import ROUNDINGS, flush, fma_f32, from_bf16, maximum, minimum, narrow, to_bf16, two_product, two_sum
+
+_F64 = np.float64
+_HALF = {"f16": "f16", "f16x2": "f16", "bf16": "bf16", "bf16x2": "bf16"}
+_FUNCTIONS: dict[str, Callable] = {
+    "rcp": lambda x: 1.0 / x, "sqrt": np.sqrt, "rsqrt": lambda x: 1.0 / np.sqrt(x), "sin": np.sin, "cos": np.cos,
+    "lg2": np.log2, "ex2": np.exp2, "tanh": np.tanh,
+}  # fmt: skip
+_KNOWN = (*ROUNDINGS, "ftz", "sat", "relu", "NaN", "xorsign", "abs", "approx", "full", "noftz", "oob")
+
+
+def _wide(value: np.ndarray, kind: str) -> np.ndarray:
+    """A half operand in float64; packed operands as (lanes, 2)."""
+    if kind.endswith("x2"):
+        value = np.ascontiguousarray(value).view(np.uint16).reshape(len(value), 2)
+        return (value.view(np.float16) if kind == "f16x2" else from_bf16(value)).astype(_F64)
+    return (value if kind == "f16" else from_bf16(value)).astype(_F64)
+
+
+def _half(value: np.ndarray, kind: str, residual: np.ndarray | None = None) -> np.ndarray:
+    """float64 to the bits or values that a half destination takes."""
+    if kind.startswith("bf16"):
+        bits = to_bf16(value, residual=residual)
+    else:
+        bits = narrow(value, residual, np.float16).view(np.uint16)
+    if kind.endswith("x2"):
+        return np.ascontiguousarray(bits).view(np.uint32).reshape(-1)
+    return bits.view(np.float16) if kind == "f16" else bits
+
+
+def _half_function(op: str, ins: Instruction) -> Callable:
+    """An operation on float64 images of half operands, giving (value, residual)."""
+    keep_nan = "NaN" in ins.modifiers
+    if op in ("fma", "mad"):
+
+        def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+            total, residual = two_sum(a * b, c)
+            if "relu" in ins.modifiers:
+                total = np.where(np.isnan(total), total, np.maximum(total, 0.0))
+            return total, residual
+
+        return fma
+    simple: dict[str, Callable] = {
+        "add": two_sum, "sub": lambda a, b: two_sum(a, -b), "mul": lambda a, b: (a * b, None),
+        "min": lambda a, b: (minimum(a, b, keep_nan), None), "max": lambda a, b: (maximum(a, b, keep_nan), None),
+        "neg": lambda a: (-a, None), "abs": lambda a: (np.abs(a), None),
+        **{name: (lambda a, f=f: (f(a), None)) for name, f in _FUNCTIONS.items()},
+    }  # fmt: skip
+    return simple[op]
+
+
+def _half_op(machine: Machine, ins: Instruction, kind: str) -> Action:
+    allow(machine, ins, *(k for k in _KNOWN if k not in ("rz", "rm", "rp", "xorsign", "abs", "oob")))
+    function, saturate = _half_function(ins.opcode, ins), "sat" in ins.modifiers
+    sources = [machine.source(o, kind) for o in ins.operands[1:]]
+
+    def run(*operands: np.ndarray) -> np.ndarray:
+        value, residual = function(*(_wide(o, kind) for o in operands))
+        if saturate:
+            value = np.clip(np.where(np.isnan(value), 0.0, value), 0.0, 1.0)
+        return _half(value, kind, residual)
+
+    return elementwise(run, machine.destination(ins.operands[0], kind), *sources)
+
+
+def _saturated(function: Callable) -> Callable:
+    def run(*operands: np.ndarray) -> np.ndarray:
+        value = function(*operands)
+        return np.clip(np.where(np.isnan(value), value.dtype.type(0), value), 0, 1)
+
+    return run
+
+
+def _flushed(function: Callable) -> Callable:
+    return lambda *operands: flush(function(*(flush(o) for o in operands)))
+
+
+def _f32_function(op: str, mode: str, ins: Instruction) -> Callable:
+    keep_nan = "NaN" in ins.modifiers
+    if op in ("fma", "mad"):
+        return lambda a, b, c: fma_f32(a, b, c, mode)
+    if op in ("min", "max"):
+        pick = minimum if op == "min" else maximum
+        if "xorsign" in ins.modifiers:
+            return lambda a, b: np.copysign(pick(np.abs(a), np.abs(b), keep_nan), np.where(np.signbit(a) ^ np.signbit(b), a.dtype.type(-1), 1))
+        return lambda a, b: pick(a, b, keep_nan)
+    plain = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "neg": np.negative, "abs": np.abs}
+    if op in plain and (mode == "rn" or op in ("neg", "abs")):
+        return plain[op]
+    if op in ("add", "sub"):
+        sign = 1.0 if op == "add" else -1.0
+        return lambda a, b: narrow(*two_sum(a.astype(_F64), sign * b.astype(_F64)), np.float32, mode)
+    if op in ("mul", "div"):
+        exact = np.multiply if op == "mul" else np.divide
+        return lambda a, b: narrow(exact(a.astype(_F64), b.astype(_F64)), None, np.float32, mode)
+    function = _FUNCTIONS[op]
+    return lambda a: narrow(function(a.astype(_F64)), None, np.float32, mode)
+
+
+def _fma_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    product, low = two_product(a, b)
+    total, rest = two_sum(product, c)
+    return np.where(np.isfinite(total), total + (low + rest), a * b + c)
+
+
+def _f64_function(machine: Machine, op: str, mode: str) -> Callable:
+    if mode != "rn":
+        raise machine.unsupported(f"float64 arithmetic rounded .{mode}")
+    if op in ("fma", "mad"):
+        return _fma_f64
+    plain: dict[str, Callable] = {
+        "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "neg": np.negative, "abs": np.abs,
+        "min": lambda a, b: minimum(a, b, False), "max": lambda a, b: maximum(a, b, False),
+    }  # fmt: skip
+    return plain[op] if op in plain else _FUNCTIONS[op]
+
+
+@instruction("add", "sub", "mul", "fma", "mad", "div", "rem", "min", "max", "neg", "abs",
+             "rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh")  # fmt: skip
+def _arithmetic(machine: Machine, ins: Instruction) -> Action:
+    kind = types(ins)[-1]
+    if kind in _HALF:
+        return _half_op(machine, ins, kind)
+    if kind not in ("f32", "f64"):
+        return integer(machine, ins)
+    allow(machine, ins, *_KNOWN)
+    mode = next((m for m in ins.modifiers if m in ROUNDINGS), "rn")
+    if len(types(ins)) > 1:
+        raise machine.unsupported("mixed-precision arithmetic")
+    if kind == "f64":
+        function = _f64_function(machine, ins.opcode, mode)
+    else:
+        function = _f32_function(ins.opcode, mode, ins)
+    if "sat" in ins.modifiers:
+        function = _saturated(function)
+    if "ftz" in ins.modifiers and kind == "f32":
+        function = _flushed(function)
+    sources = [machine.source(o, kind) for o in ins.operands[1:]]
+    return elementwise(function, machine.destination(ins.operands[0], kind), *sources)
+
+
+@instruction("copysign")
+def _copysign(machine: Machine, ins: Instruction) -> Action:
+    kind = types(ins)[-1]
+    sources = [machine.source(o, kind) for o in ins.operands[1:]]
+    return elementwise(lambda a, b: np.copysign(b, a), machine.destination(ins.operands[0], kind), *sources)
+
+
+@instruction("testp")
+def _testp(machine: Machine, ins: Instruction) -> Action:
+    kind = types(ins)[-1]
+    tiny = np.finfo(DTYPES[kind]).tiny
+    test = next(m for m in ins.modifiers if m != kind)
+    function = {
+        "finite": np.isfinite, "infinite": np.isinf, "number": lambda a: ~np.isnan(a), "notanumber": np.isnan,
+        "normal": lambda a: np.isfinite(a) & (np.abs(a) >= tiny), "subnormal": lambda a: (np.abs(a) < tiny) & (a != 0),
+    }[test]  # fmt: skip
+    return elementwise(function, machine.destination(ins.operands[0], "pred"), machine.source(ins.operands[1], kind))
+
+
+# ---- comparisons -----------------------------------------------------------------------------------------------------
+_ORDERED: dict[str, Callable] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+_UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "geu": "ge"}
+
+
+def _comparison(name: str) -> Callable:
+    if name in _UNORDERED:
+        ordered = _ORDERED[_UNORDERED[name]]
+        return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
+    if name == "num":
+        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
+    if name == "nan":
+        return lambda a, b: np.isnan(a) | np.isnan(b)
+    if name == "ne":  # false for NaN, unlike NumPy's
+        return lambda a, b: (a < b) | (a > b)
+    return _ORDERED[name]
+
+
+@instruction("setp", "set")
+def _setp(machine: Machine, ins: Instruction) -> Action:
+    result, kind = ("pred", types(ins)[-1]) if ins.opcode == "setp" else (types(ins)[0], types(ins)[-1])
+    names = [m for m in ins.modifiers if m in _ORDERED or m in _UNORDERED or m in ("num", "nan")]
+    combine = next((m for m in ins.modifiers if m in ("and", "or", "xor")), None)
+    allow(machine, ins, *names, "and", "or", "xor", "ftz")
+    compare = _comparison(names[0])
+    a, b = (machine.source(o, kind) for o in ins.operands[1:3])
+    third = machine.predicate(ins.operands[3]) if combine else None
+    join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(combine or "")
+    pair = hasattr(ins.operands[0], "second")
+    packed = kind in ("f16x2", "bf16x2")
+    if ins.opcode == "set":
+        return _set(machine, ins, result, kind, compare, a, b, third, join)
+
+    def function(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        if kind in _HALF:
+            x, y = _wide(x, kind), _wide(y, kind)
+        elif "ftz" in ins.modifiers and kind == "f32":
+            x, y = flush(x), flush(y)
+        return compare(x, y)
+
+    if not pair and join is None:
+        fast = kind not in _HALF and "ftz" not in ins.modifiers
+        return elementwise(compare if fast else function, machine.destination(ins.operands[0], "pred"), a, b)
+    first, second = (ins.operands[0].first, ins.operands[0].second) if pair else (ins.operands[0], None)
+    p, q = machine.destination(first, "pred"), machine.destination(second, "pred")
+
+    def run(selection: np.ndarray | None) -> None:
+        lanes = slice(None) if selection is None else selection
+        truth = function(a[lanes], b[lanes])
+        if packed:
+            results = (truth[:, 0], truth[:, 1])
+        else:
+            results = (truth, ~truth)
+        if join is not None and third is not None:
+            c = third[0][lanes] ^ third[1]
+            results = (join(results[0], c), join(results[1], c))
+        p[lanes], q[lanes] = results
+
+    return run
+
+
+def _set(machine, ins, result, kind, compare, a, b, third, join) -> Action:  # type: ignore[no-untyped-def]
+    def function(x: np.ndarray, y: np.ndarray, *c: np.ndarray) -> np.ndarray:
+        truth = compare(_wide(x, kind), _wide(y, kind)) if kind in _HALF else compare(x, y)
+        if c:
+            truth = join(truth, c[0] ^ third[1])
+        if result in ("f16x2", "bf16x2"):
+            one = np.uint16(0x3C00 if result == "f16x2" else 0x3F80)
+            return np.where(truth, one, np.uint16(0)).view(np.uint32).reshape(-1)
+        if kind.endswith("x2"):  # set.u32.f16x2: all ones for each half
+            return np.where(truth, np.uint16(0xFFFF), np.uint16(0)).view(np.uint32).reshape(-1)
+        if result == "bf16":
+            return np.where(truth, np.uint16(0x3F80), np.uint16(0))
+        if result in ("f16", "f32"):
+            return truth.astype(DTYPES[result])
+        ones = np.array(-1, np.int64).astype(DTYPES[result])
+        return np.where(truth, ones, np.zeros_like(ones))
+
+    target = machine.destination(ins.operands[0], result)
+    return elementwise(function, target, a, b, *([third[0]] if third else []))
