@@ -6,5 +6,40 @@ from .counters import Counters, Line, Traffic
 from .errors import KernelFault, PtxError, PtxSyntaxError, UnsupportedInstruction
 from .launch import Module
 from .memory import Memory
+from .sass import SassMix, sass_mix
+from .toolchain import (
+    CompileError,
+    KernelResources,
+    Toolkit,
+    ToolkitNotFound,
+    compile_cubin,
+    compile_ptx,
+    find_toolkit,
+    ptxas_info,
+)
+from .triton_launch import Output, compile_triton, launch_triton
 
-__all__ = ["Counters", "KernelFault", "Line", "Memory", "Module", "PtxError", "PtxSyntaxError", "Traffic", "UnsupportedInstruction"]
+__all__ = [
+    "CompileError",
+    "Counters",
+    "KernelFault",
+    "KernelResources",
+    "Line",
+    "Memory",
+    "Module",
+    "Output",
+    "PtxError",
+    "PtxSyntaxError",
+    "SassMix",
+    "Toolkit",
+    "ToolkitNotFound",
+    "Traffic",
+    "UnsupportedInstruction",
+    "compile_cubin",
+    "compile_ptx",
+    "compile_triton",
+    "find_toolkit",
+    "launch_triton",
+    "ptxas_info",
+    "sass_mix",
+]

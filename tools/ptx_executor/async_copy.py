@@ -48,7 +48,14 @@ class AsyncCopies:
         at, lanes = where // access.size, lanes_of(self.machine, selection)
         owner[at] = lanes
         if (owner[at] != lanes).any():
-            shared.fault("shared-race", access.ins, owner[at] != lanes, where, selection, "several threads copy to the same place at once")
+            shared.fault(
+                "shared-race",
+                access.ins,
+                owner[at] != lanes,
+                where,
+                selection,
+                "several threads copy to the same place at once",
+            )
         shared.shadow.state[granules] = PENDING
         self.flight.append(_Copy(lanes, at, granules, raw, self.committed[lanes]))
 
@@ -68,7 +75,9 @@ class AsyncCopies:
                 done = done & (copy.group < self.committed[copy.lanes] - allowed)
             if not done.all():
                 kept = ~done
-                remaining.append(_Copy(copy.lanes[kept], copy.where[kept], copy.granules[kept], copy.raw[kept], copy.group[kept]))
+                remaining.append(
+                    _Copy(copy.lanes[kept], copy.where[kept], copy.granules[kept], copy.raw[kept], copy.group[kept])
+                )
             if done.any():
                 self.deliver(copy, done)
         self.flight = remaining
@@ -121,7 +130,9 @@ def _copy(machine: Machine, ins: Instruction) -> Action:
             wanted = np.where(ignore[lanes] ^ ignored_if, 0, wanted)
         if wanted.max() > size:
             lane = int(lanes_of(machine, selection)[np.flatnonzero(wanted > size)[0]])
-            raise machine.error("out-of-bounds", ins, lane, f"the source size {int(wanted.max())} is more than the copy's {size} bytes")
+            raise machine.error(
+                "out-of-bounds", ins, lane, f"the source size {int(wanted.max())} is more than the copy's {size} bytes"
+            )
         raw = _gather(machine, access, at[lanes].astype(np.int64) + at_offset, wanted, selection, memory)
         machine.copies.start(access, where, raw, selection)
 

@@ -53,7 +53,21 @@ def _update(operation: str, kind: str) -> Callable:
 
 @instruction("atom", "red")
 def _atom(machine: Machine, ins: Instruction) -> Action:
-    allow(machine, ins, *SPACES, *_OPERATIONS, "noftz", "relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys")
+    allow(
+        machine,
+        ins,
+        *SPACES,
+        *_OPERATIONS,
+        "noftz",
+        "relaxed",
+        "acquire",
+        "release",
+        "acq_rel",
+        "cta",
+        "cluster",
+        "gpu",
+        "sys",
+    )
     kind = types(ins)[-1]
     operation = next(m for m in ins.modifiers if m in _OPERATIONS)
     update, dtype = _update(operation, kind), np.dtype(DTYPES[kind])
@@ -84,7 +98,9 @@ def _atom(machine: Machine, ins: Instruction) -> Action:
         where = (base if selection is None else base[selection]).astype(np.int64) + offset
         lanes = np.arange(machine.lanes) if selection is None else selection
         if isinstance(space, GenericSpace):
-            parts = [(s, a, lanes[p] if not isinstance(p, slice) else lanes) for s, a, p, _ in space.split(where, selection)]
+            parts = [
+                (s, a, lanes[p] if not isinstance(p, slice) else lanes) for s, a, p, _ in space.split(where, selection)
+            ]
         else:
             parts = [(space, where, lanes)]
         for each, inside, who in parts:

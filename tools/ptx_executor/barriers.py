@@ -56,7 +56,9 @@ def decode_barrier(machine: Machine, ins: Instruction) -> BarrierStep:
 class Barriers:
     """The barriers of every block of a batch. ``resume(step number, lanes)`` is called for lanes that may go on."""
 
-    def __init__(self, machine: Machine, steps: dict[int, BarrierStep], resume: Callable[[int, np.ndarray], None]) -> None:
+    def __init__(
+        self, machine: Machine, steps: dict[int, BarrierStep], resume: Callable[[int, np.ndarray], None]
+    ) -> None:
         self.machine, self.steps, self.resume = machine, steps, resume
         self.at = np.full(machine.lanes, -1, np.int64)  # the step at which a lane waits
         self.id_of = np.zeros(machine.lanes, np.int64)
@@ -89,7 +91,12 @@ class Barriers:
         lanes = lanes_of(machine, selection)
         ids = step.ids[lanes].astype(np.int64)
         if ids.max() >= IDS:
-            raise machine.error("deadlock", step.ins, int(lanes[ids >= IDS][0]), f"barrier {int(ids.max())}: a block has barriers 0 to 15")
+            raise machine.error(
+                "deadlock",
+                step.ins,
+                int(lanes[ids >= IDS][0]),
+                f"barrier {int(ids.max())}: a block has barriers 0 to 15",
+            )
         blocks = machine.block_of[lanes]
         if step.counts is not None:
             self.expected[blocks, ids] = step.counts[lanes]
@@ -113,8 +120,12 @@ class Barriers:
             return
         key = machine.block_of[waiting] * IDS + self.id_of[waiting]
         shape = (machine.blocks, IDS)
-        came = np.bincount(key, weights=self.weight[waiting], minlength=machine.blocks * IDS).reshape(shape) + self.arrived
-        alive = np.bincount(machine.block_of[machine.alive], weights=self.weight[machine.alive], minlength=machine.blocks)[:, None]
+        came = (
+            np.bincount(key, weights=self.weight[waiting], minlength=machine.blocks * IDS).reshape(shape) + self.arrived
+        )
+        alive = np.bincount(
+            machine.block_of[machine.alive], weights=self.weight[machine.alive], minlength=machine.blocks
+        )[:, None]
         present = np.bincount(key, minlength=machine.blocks * IDS).reshape(shape) > 0
         done = present & (came >= np.where(self.expected > 0, self.expected, alive))
         for block, number in np.argwhere(done):
@@ -163,7 +174,9 @@ class Barriers:
             warp = lane >> 5 << 5
             alive = machine.exists[warp : warp + 32]
             if (self.at[warp : warp + 32][alive] != self.at[lane]).any() and self.steps[int(self.at[lane])].aligned:
-                raise machine.error("divergent-barrier", self.steps[int(self.at[lane])].ins, int(lane), self.divergence(int(lane)))
+                raise machine.error(
+                    "divergent-barrier", self.steps[int(self.at[lane])].ins, int(lane), self.divergence(int(lane))
+                )
         lane = int(waiting[0])
         block, number = int(machine.block_of[lane]), int(self.id_of[lane])
         here = int(self.weight[waiting[(machine.block_of[waiting] == block) & (self.id_of[waiting] == number)]].sum())

@@ -20,7 +20,9 @@ def _logic(machine: Machine, ins: Instruction) -> Action:
     if kind == "pred":
         (a, not_a), (b, not_b) = (machine.predicate(o) for o in ins.operands[1:])
         function = _LOGIC[ins.opcode]
-        return elementwise(lambda x, y: function(x ^ not_a, y ^ not_b), machine.destination(ins.operands[0], kind), a, b)
+        return elementwise(
+            lambda x, y: function(x ^ not_a, y ^ not_b), machine.destination(ins.operands[0], kind), a, b
+        )
     sources = [machine.source(o, kind) for o in ins.operands[1:]]
     return elementwise(_LOGIC[ins.opcode], machine.destination(ins.operands[0], kind), *sources)
 
@@ -52,7 +54,11 @@ def _shift(machine: Machine, ins: Instruction) -> Action:
     kind = types(ins)[-1]
     dtype = np.dtype(DTYPES[kind])
     bits = 8 * dtype.itemsize
-    a, amount, target = machine.source(ins.operands[1], kind), machine.source(ins.operands[2], "u32"), machine.destination(ins.operands[0], kind)
+    a, amount, target = (
+        machine.source(ins.operands[1], kind),
+        machine.source(ins.operands[2], "u32"),
+        machine.destination(ins.operands[0], kind),
+    )
     shift = np.left_shift if ins.opcode == "shl" else np.right_shift
     signed = ins.opcode == "shr" and dtype.kind == "i"
     if isinstance(ins.operands[2], Immediate) and 0 <= ins.operands[2].value < bits:
@@ -93,11 +99,18 @@ def _bfe(machine: Machine, ins: Instruction) -> Action:
         wide = x.astype(np.int64) if signed else x.astype(np.uint64)
         sign = (wide >> np.minimum(p + n - 1, bits - 1).clip(0).astype(wide.dtype)) & wide.dtype.type(1)
         moved = wide >> np.minimum(p, bits - 1).astype(wide.dtype)
-        mask = np.where(count >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(count, 63).astype(np.uint64)) - np.uint64(1))
+        mask = np.where(
+            count >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(count, 63).astype(np.uint64)) - np.uint64(1)
+        )
         field = moved.view(np.uint64) & mask
         if signed:
             field = np.where((sign == 1) & (n > 0), field | ~mask, field)
-        return np.where(n == 0, np.uint64(0), field).astype(np.uint64).view(np.int64 if signed else np.uint64).astype(dtype)
+        return (
+            np.where(n == 0, np.uint64(0), field)
+            .astype(np.uint64)
+            .view(np.int64 if signed else np.uint64)
+            .astype(dtype)
+        )
 
     return elementwise(function, machine.destination(ins.operands[0], kind), a, start, length)
 
@@ -157,7 +170,13 @@ def _brev(machine: Machine, ins: Instruction) -> Action:
 
     def function(x: np.ndarray) -> np.ndarray:
         octets = np.ascontiguousarray(x).view(np.uint8).reshape(len(x), -1)
-        return np.packbits(np.unpackbits(octets, axis=1, bitorder="little"), axis=1).reshape(len(x), -1)[:, ::-1].copy().view(x.dtype).reshape(-1)
+        return (
+            np.packbits(np.unpackbits(octets, axis=1, bitorder="little"), axis=1)
+            .reshape(len(x), -1)[:, ::-1]
+            .copy()
+            .view(x.dtype)
+            .reshape(-1)
+        )
 
     return elementwise(function, machine.destination(ins.operands[0], kind), machine.source(ins.operands[1], kind))
 
@@ -173,7 +192,9 @@ def _bmsk(machine: Machine, ins: Instruction) -> Action:
         start, width = np.minimum(start, np.uint64(32)), np.minimum(width, np.uint64(32))
         return (((np.uint64(1) << width) - np.uint64(1)) << start).astype(np.uint32)
 
-    return elementwise(function, machine.destination(ins.operands[0], "b32"), *(machine.source(o, "u32") for o in ins.operands[1:]))
+    return elementwise(
+        function, machine.destination(ins.operands[0], "b32"), *(machine.source(o, "u32") for o in ins.operands[1:])
+    )
 
 
 @instruction("szext")
@@ -183,7 +204,11 @@ def _szext(machine: Machine, ins: Instruction) -> Action:
     def function(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         width = (b & np.uint32(31) if wrap else np.minimum(b, np.uint32(32))).astype(np.int64)
         moved = a.astype(np.int64) << (64 - width).clip(0, 63)
-        back = moved >> (64 - width).clip(0, 63) if kind == "s32" else (moved.view(np.uint64) >> (64 - width).clip(0, 63).astype(np.uint64))
+        back = (
+            moved >> (64 - width).clip(0, 63)
+            if kind == "s32"
+            else (moved.view(np.uint64) >> (64 - width).clip(0, 63).astype(np.uint64))
+        )
         return np.where(width == 0, 0, back).astype(a.dtype)
 
     sources = (machine.source(ins.operands[1], kind), machine.source(ins.operands[2], "u32"))
@@ -255,7 +280,11 @@ def _unpack(machine: Machine, target: Vector, value: object, kind: str) -> Actio
     dtype = DTYPES[part]
 
     def run(selection: Selection) -> None:
-        parts = np.ascontiguousarray(source if selection is None else source[selection]).view(dtype).reshape(-1, len(targets))
+        parts = (
+            np.ascontiguousarray(source if selection is None else source[selection])
+            .view(dtype)
+            .reshape(-1, len(targets))
+        )
         for k, t in enumerate(targets):
             t[... if selection is None else selection] = parts[:, k]
 
@@ -275,7 +304,9 @@ def _selp(machine: Machine, ins: Instruction) -> Action:
     target = machine.destination(ins.operands[0], kind)
     a, b = (machine.source(o, kind) for o in ins.operands[1:3])
     if ins.opcode == "slct":
-        return elementwise(lambda x, y, c: np.where(c >= 0, x, y), target, a, b, machine.source(ins.operands[3], types(ins)[1]))
+        return elementwise(
+            lambda x, y, c: np.where(c >= 0, x, y), target, a, b, machine.source(ins.operands[3], types(ins)[1])
+        )
     predicate, negated = machine.predicate(ins.operands[3])
     if negated:
         a, b = b, a

@@ -16,7 +16,14 @@ _FIXED = {
     **{op: op for op in ("ldmatrix", "stmatrix", "movmatrix")},
     "cvt": "convert", "cp": "cp_async",
 }  # fmt: skip
-_FLOPS = {"f32": ("fp32", 1), "f64": ("fp64", 1), "f16": ("fp16", 1), "bf16": ("fp16", 1), "f16x2": ("fp16", 2), "bf16x2": ("fp16", 2)}
+_FLOPS = {
+    "f32": ("fp32", 1),
+    "f64": ("fp64", 1),
+    "f16": ("fp16", 1),
+    "bf16": ("fp16", 1),
+    "f16x2": ("fp16", 2),
+    "bf16x2": ("fp16", 2),
+}
 
 
 def type_of(ins: Instruction) -> str:

@@ -68,7 +68,11 @@ def _integer_to_float(kind: str, source: str, mode: str) -> Callable:
             if mode == "rn" or residual is None:
                 return exact
             step = {"rz": (residual * exact < 0), "rm": residual < 0, "rp": residual > 0}[mode]
-            toward = {"rz": np.zeros_like(exact), "rm": np.full_like(exact, -np.inf), "rp": np.full_like(exact, np.inf)}[mode]
+            toward = {
+                "rz": np.zeros_like(exact),
+                "rm": np.full_like(exact, -np.inf),
+                "rp": np.full_like(exact, np.inf),
+            }[mode]
             return np.where(step, np.nextafter(exact, toward), exact)
         return narrow(exact, residual, DTYPES[kind], mode)
 
@@ -92,7 +96,13 @@ def _float_to_float(kind: str, source: str, mode: str | None, whole: str | None)
 def _tf32(value: np.ndarray, mode: str) -> np.ndarray:
     """float32 rounded to 10 mantissa bits; .rna rounds halves away from zero."""
     bits = value.view(np.uint32)
-    add = np.uint32(0x1000) if mode == "rna" else np.uint32(0x0FFF) + (bits >> np.uint32(13) & np.uint32(1)) if mode == "rn" else np.uint32(0)
+    add = (
+        np.uint32(0x1000)
+        if mode == "rna"
+        else np.uint32(0x0FFF) + (bits >> np.uint32(13) & np.uint32(1))
+        if mode == "rn"
+        else np.uint32(0)
+    )
     rounded = (bits + add) & np.uint32(0xFFFFE000)
     return np.where(np.isnan(value), np.uint32(0x7FFFFFFF), np.where(np.isinf(value), bits, rounded))
 

@@ -103,15 +103,21 @@ class Counters:
 
     def summary(self) -> str:
         """The counts as text, one topic a line."""
-        rows = [f"kernel {self.kernel}: {self.blocks} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared memory"]
+        rows = [
+            f"kernel {self.kernel}: {self.blocks} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared memory"
+        ]
         rows.append("  warp instructions: " + ", ".join(f"{k} {v}" for k, v in self.warp_instructions.most_common()))
         rows += [f"  tensor {k}: {n} warp instructions, {f} FLOPs" for k, (n, f) in self.tensor.items()]
         rows.append("  FLOPs: " + ", ".join(f"{k} {v}" for k, v in self.flops.items()))
         for kind in (*GLOBAL_KINDS, *SHARED_KINDS):
             if t := self.traffic.get(kind):
                 unit = "sectors" if kind in GLOBAL_KINDS else "wavefronts"
-                rows.append(f"  {kind}: {t.requests} requests, {t.bytes} bytes, {t.units} {unit}, ideal {t.ideal:g}, factor {t.factor:.3f}")
-        rows.append(f"  global bytes read at least once {self.bytes_read}, written {self.bytes_written}; barriers {self.barriers}")
+                rows.append(
+                    f"  {kind}: {t.requests} requests, {t.bytes} bytes, {t.units} {unit}, ideal {t.ideal:g}, factor {t.factor:.3f}"
+                )
+        rows.append(
+            f"  global bytes read at least once {self.bytes_read}, written {self.bytes_written}; barriers {self.barriers}"
+        )
         rows += [f"  FAULT {fault}" for fault in self.faults]
         return "\n".join(rows)
 

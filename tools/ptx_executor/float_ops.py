@@ -100,7 +100,9 @@ def _f32_function(op: str, mode: str, ins: Instruction) -> Callable:
     if op in ("min", "max"):
         pick = minimum if op == "min" else maximum
         if "xorsign" in ins.modifiers:
-            return lambda a, b: np.copysign(pick(np.abs(a), np.abs(b), keep_nan), np.where(np.signbit(a) ^ np.signbit(b), a.dtype.type(-1), 1))
+            return lambda a, b: np.copysign(
+                pick(np.abs(a), np.abs(b), keep_nan), np.where(np.signbit(a) ^ np.signbit(b), a.dtype.type(-1), 1)
+            )
         return lambda a, b: pick(a, b, keep_nan)
     plain = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "neg": np.negative, "abs": np.abs}
     if op in plain and (mode == "rn" or op in ("neg", "abs")):

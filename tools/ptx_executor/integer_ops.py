@@ -112,7 +112,10 @@ def _extended(machine: Machine, ins: Instruction, kind: str, target: np.ndarray,
 
     def run(selection: Selection) -> None:
         lanes = slice(None) if selection is None else selection
-        a, b = (s[lanes].view(unsigned) if s[lanes].flags.c_contiguous else np.array(s[lanes]).view(unsigned) for s in sources)
+        a, b = (
+            s[lanes].view(unsigned) if s[lanes].flags.c_contiguous else np.array(s[lanes]).view(unsigned)
+            for s in sources
+        )
         extra = carry[lanes].astype(unsigned) if use else np.zeros(len(a), unsigned)
         if minus:
             result = a - b - extra
@@ -153,7 +156,9 @@ def _mul24(machine: Machine, ins: Instruction) -> Action:
 def _sad(machine: Machine, ins: Instruction) -> Action:
     kind = types(ins)[-1]
     sources = [machine.source(o, kind) for o in ins.operands[1:]]
-    return elementwise(lambda a, b, c: c + (np.maximum(a, b) - np.minimum(a, b)), machine.destination(ins.operands[0], kind), *sources)
+    return elementwise(
+        lambda a, b, c: c + (np.maximum(a, b) - np.minimum(a, b)), machine.destination(ins.operands[0], kind), *sources
+    )
 
 
 def _dot(machine: Machine, ins: Instruction, split: Callable) -> Action:
@@ -181,5 +186,9 @@ def _dp4a(machine: Machine, ins: Instruction) -> Action:
 
 @instruction("dp2a")
 def _dp2a(machine: Machine, ins: Instruction) -> Action:
-    wide, byte, half = {"s": "i2", "u": "u2"}, {"s": "i1", "u": "u1"}, slice(2, 4) if "hi" in ins.modifiers else slice(0, 2)
+    wide, byte, half = (
+        {"s": "i2", "u": "u2"},
+        {"s": "i1", "u": "u1"},
+        slice(2, 4) if "hi" in ins.modifiers else slice(0, 2),
+    )
     return _dot(machine, ins, lambda a, b, x, y: (_parts(a, wide[x]), _parts(b, byte[y])[:, half]))

@@ -128,7 +128,9 @@ class Module:
         limit = function.directives.get("reqntid") or function.directives.get("maxntid")
         bound = int(np.prod(limit)) if limit else 1024
         if threads > bound or ("reqntid" in function.directives and threads != bound):
-            raise ValueError(f"block={block3}: {threads} threads, and the kernel was compiled for {bound}; launch it with that")
+            raise ValueError(
+                f"block={block3}: {threads} threads, and the kernel was compiled for {bound}; launch it with that"
+            )
         program = link(self.parsed, function, shared_bytes)
         allowed = SHARED_LIMIT.get(self.parsed.target.rstrip("a"), 227 << 10)
         if program.shared_bytes > allowed:
@@ -165,7 +167,9 @@ class Module:
         counters.bytes_read, counters.bytes_written = memory.touched()
         return counters
 
-    def _furnish(self, machine: Machine, program: Program, parameters: list[tuple[Variable, bytes]], symbols: dict[str, int]) -> None:
+    def _furnish(
+        self, machine: Machine, program: Program, parameters: list[tuple[Variable, bytes]], symbols: dict[str, int]
+    ) -> None:
         """Give a machine its state spaces and the addresses of all variables."""
         constants = bytearray(self._constants)
         for variable, raw in parameters:
@@ -174,7 +178,9 @@ class Module:
             machine.symbols[variable.name] = CONST_START + len(constants)
             constants += raw
         machine.symbols.update({**symbols, **self._constant_addresses, **program.shared, **program.local})
-        shared = SharedSpace(machine, program.shared_bytes, program.smallest_shared_access(), program.has_shared_atomics())
+        shared = SharedSpace(
+            machine, program.shared_bytes, program.smallest_shared_access(), program.has_shared_atomics()
+        )
         machine.spaces.update(
             {"global": GlobalSpace(machine, machine.memory), "shared": shared, "local": LocalSpace(machine, program.local_bytes),
              "const": ConstSpace(machine, bytes(constants))}
@@ -200,7 +206,9 @@ def _batch_size(function: Function, blocks: int, threads: int, shared_bytes: int
 
 def _pack(parameters: list[Variable], args: Sequence[Any]) -> list[tuple[Variable, bytes]]:
     if len(parameters) != len(args):
-        raise ValueError(f"args has {len(args)} values, and the kernel takes {len(parameters)}: {[p.name for p in parameters]}")
+        raise ValueError(
+            f"args has {len(args)} values, and the kernel takes {len(parameters)}: {[p.name for p in parameters]}"
+        )
     return [(p, _pack_one(p, k, a)) for k, (p, a) in enumerate(zip(parameters, args))]
 
 
@@ -216,7 +224,9 @@ def _pack_one(parameter: Variable, index: int, value: Any) -> bytes:
         raise ValueError(f"args[{index}]={value!r}: parameter {parameter.name} takes {size} bytes; pass an int, a float, bytes, a NumPy "
                          f"value or a ctypes structure (a tensor goes to memory.upload first)") from None  # fmt: skip
     if len(raw) != size:
-        raise ValueError(f"args[{index}] has {len(raw)} bytes, and parameter {parameter.name} takes {size}; pass a value of that size")
+        raise ValueError(
+            f"args[{index}] has {len(raw)} bytes, and parameter {parameter.name} takes {size}; pass a value of that size"
+        )
     return raw
 
 
@@ -234,7 +244,10 @@ def _account(counters: Counters, program: Program, scheduler: Scheduler) -> None
         unit, flops = flops_of(step.ins)
         if unit == "tensor":
             modifiers = step.ins.modifiers
-            name = ".".join([m for m in modifiers if m[0] == "m" and m[1:2].isdigit()] + [m for m in modifiers if m == type_of(step.ins) or m in _TYPES])
+            name = ".".join(
+                [m for m in modifiers if m[0] == "m" and m[1:2].isdigit()]
+                + [m for m in modifiers if m == type_of(step.ins) or m in _TYPES]
+            )
             before = counters.tensor.get(name, (0, 0))
             counters.tensor[name] = (before[0] + issued, before[1] + issued * flops)
             counters.flops["tensor"] += issued * flops

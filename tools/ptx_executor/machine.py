@@ -106,7 +106,11 @@ class Machine:
             bits = np.float64(value).view(np.uint64) if dtype.itemsize == 8 else np.float32(value).view(np.uint32)
             scalar = bits.astype(dtype)
         else:
-            scalar = np.array(value & ((1 << 8 * dtype.itemsize) - 1), np.uint64).astype(_STORAGE[dtype.itemsize]).view(dtype)
+            scalar = (
+                np.array(value & ((1 << 8 * dtype.itemsize) - 1), np.uint64)
+                .astype(_STORAGE[dtype.itemsize])
+                .view(dtype)
+            )
         return np.broadcast_to(scalar, (self.lanes,))
 
     def storage(self, name: str) -> np.ndarray:
@@ -154,7 +158,9 @@ class Machine:
         storage = self.storage(operand.name)
         if storage.dtype == np.bool_ or dtype.kind == "b":
             if storage.dtype != dtype:
-                raise self.unsupported(f"{operand.name} is not a predicate" if dtype.kind == "b" else f"{operand.name} is a predicate")
+                raise self.unsupported(
+                    f"{operand.name} is not a predicate" if dtype.kind == "b" else f"{operand.name} is a predicate"
+                )
             return storage
         if storage.dtype.itemsize == dtype.itemsize:
             return storage.view(dtype)
@@ -191,7 +197,9 @@ class Machine:
         if lane is not None:
             block = tuple(int(self.special[f"ctaid.{a}"][lane]) for a in "xyz")
             thread = tuple(int(self.special[f"tid.{a}"][lane]) for a in "xyz")
-        return KernelFault(kind, self.kernel.name, ins.line, ins.text, message, source=ins.source, block=block, thread=thread)
+        return KernelFault(
+            kind, self.kernel.name, ins.line, ins.text, message, source=ins.source, block=block, thread=thread
+        )
 
     def fault(self, kind: str, ins: Instruction, lane: int | None, message: str) -> None:
         """Raise a fault whose result can be poisoned, or note it where the caller asked for that."""
@@ -213,7 +221,9 @@ def _narrow(storage: np.ndarray, dtype: np.dtype, machine: Machine) -> np.ndarra
     if storage.dtype.itemsize == dtype.itemsize:
         return storage.view(dtype)
     if storage.dtype.itemsize < dtype.itemsize:
-        raise machine.unsupported(f"a {storage.dtype.itemsize}-byte register is used as a {dtype.itemsize}-byte operand")
+        raise machine.unsupported(
+            f"a {storage.dtype.itemsize}-byte register is used as a {dtype.itemsize}-byte operand"
+        )
     return storage.view(dtype)[:: storage.dtype.itemsize // dtype.itemsize]
 
 

@@ -146,7 +146,9 @@ def _storage_bytes(array: Any, writable: bool = False) -> np.ndarray:
     if torch is not None and isinstance(array, torch.Tensor):
         tensor = array.detach()
         if tensor.device.type != "cpu":
-            raise ValueError(f"array is on device {tensor.device}: the executor's memory is filled from the CPU; pass array.cpu()")
+            raise ValueError(
+                f"array is on device {tensor.device}: the executor's memory is filled from the CPU; pass array.cpu()"
+            )
         extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
         if extent != tensor.numel():
             raise ValueError(f"array has shape {tuple(tensor.shape)} and strides {tensor.stride()}: only a tensor without gaps or "

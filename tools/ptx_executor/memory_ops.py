@@ -65,7 +65,9 @@ def _ld(machine: Machine, ins: Instruction) -> Action:
     base, offset = effective_address(machine, address)
     access = Access(ins, element.itemsize * vector, bool(_STRONG & set(ins.modifiers)))
     if isinstance(space, ConstSpace) and isinstance(address.base, Symbol):
-        at = machine.address_of(address.base) + address.offset  # a kernel parameter or a constant: the same for all lanes
+        at = (
+            machine.address_of(address.base) + address.offset
+        )  # a kernel parameter or a constant: the same for all lanes
         raw = space.load(access, np.full(1, at, np.int64), None)
         values = raw.view(element)
 
@@ -124,7 +126,9 @@ def _cvta(machine: Machine, ins: Instruction) -> Action:
     if kind != "u64" and window:
         raise machine.unsupported("32-bit generic addresses")
     delta = machine.constant(-window if "to" in ins.modifiers else window, "u64")
-    return elementwise(np.add, machine.destination(ins.operands[0], "u64"), machine.source(ins.operands[1], "u64"), delta)
+    return elementwise(
+        np.add, machine.destination(ins.operands[0], "u64"), machine.source(ins.operands[1], "u64"), delta
+    )
 
 
 @instruction("isspacep")

@@ -10,7 +10,20 @@ from dataclasses import dataclass, field
 from .machine import CONST_START, LOCAL_START, SHARED_START
 from .parser import Address, Function, Instruction, ParsedModule, Symbol, Vector
 
-_UNITS = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4}
+_UNITS = {
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+}
 
 
 @dataclass

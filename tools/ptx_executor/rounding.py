@@ -25,7 +25,11 @@ def to_bf16(value: np.ndarray, mode: str = "rn", residual: np.ndarray | None = N
     if mode == "rn":
         rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     else:
-        toward = {"rz": np.zeros(bits.shape, bool), "rm": (bits >> np.uint32(31)) == 1, "rp": (bits >> np.uint32(31)) == 0}[mode]
+        toward = {
+            "rz": np.zeros(bits.shape, bool),
+            "rm": (bits >> np.uint32(31)) == 1,
+            "rp": (bits >> np.uint32(31)) == 0,
+        }[mode]
         rounded = (bits + np.where(toward, np.uint32(0xFFFF), np.uint32(0))) >> np.uint32(16)
         rounded = np.where(np.isinf(odd), bits >> np.uint32(16), rounded)
     return np.where(nan, np.uint32(0x7FFF), rounded).astype(np.uint16)
@@ -41,7 +45,11 @@ def _to_odd_f32(value: np.ndarray, residual: np.ndarray | None = None) -> np.nda
     toward_zero = np.abs(back) > np.abs(value)
     bits = nearest.view(np.uint32) - toward_zero.astype(np.uint32)
     finite = np.isfinite(value)
-    return np.where(finite, bits | (lost & finite).astype(np.uint32), nearest.view(np.uint32)).astype(np.uint32).view(np.float32)
+    return (
+        np.where(finite, bits | (lost & finite).astype(np.uint32), nearest.view(np.uint32))
+        .astype(np.uint32)
+        .view(np.float32)
+    )
 
 
 def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +81,12 @@ def narrow(value: np.ndarray, residual: np.ndarray | None, dtype: type, mode: st
         # Only where value lies exactly between two results does the residual decide.
         toward = np.where(value > back, np.inf, -np.inf).astype(dtype)
         other = np.nextafter(result, toward)
-        half = (np.abs(value - back) == np.abs(other.astype(_F64) - value)) & (value != back) & (residual != 0) & np.isfinite(other)
+        half = (
+            (np.abs(value - back) == np.abs(other.astype(_F64) - value))
+            & (value != back)
+            & (residual != 0)
+            & np.isfinite(other)
+        )
         wrong = half & ((residual > 0) == (other > result))
         return np.where(wrong, other, result) if wrong.any() else result
     rest = value - back if residual is None else np.where(value != back, value - back, residual)

@@ -48,7 +48,9 @@ class Scheduler:
                 action = self.guarded(pc, decode(machine, ins))
             self.actions.append(action)
         self.barriers = Barriers(machine, barrier_steps, self.join)
-        flow = [pc for pc, s in enumerate(program.steps) if s.ins.opcode in _CONTROL or s.ins.opcode in WARP_SYNCHRONOUS]
+        flow = [
+            pc for pc, s in enumerate(program.steps) if s.ins.opcode in _CONTROL or s.ins.opcode in WARP_SYNCHRONOUS
+        ]
         ends = np.array([*flow, count])
         self.segment_end = ends[np.searchsorted(ends, np.arange(count + 1))].tolist()
         self.groups: dict[int, Selection] = {}
@@ -126,7 +128,12 @@ class Scheduler:
                 self.barriers.stuck()
             pc = min(self.parked)
             step = self.program.steps[pc]
-            raise self.machine.error("member-mask", step.ins, int(self.parked[pc][0]), "waits for lanes of its member mask that never come here")
+            raise self.machine.error(
+                "member-mask",
+                step.ins,
+                int(self.parked[pc][0]),
+                "waits for lanes of its member mask that never come here",
+            )
         if (self.barriers.at >= 0).any():
             self.barriers.stuck()
         return False
@@ -152,7 +159,9 @@ class Scheduler:
             if pc == stop:
                 return self.join(pc, selection)
             if pc >= len(self.actions):
-                raise self.machine.error("trap", self.program.steps[-1].ins, None, "the kernel ran past its last instruction")
+                raise self.machine.error(
+                    "trap", self.program.steps[-1].ins, None, "the kernel ran past its last instruction"
+                )
             self.issued(pc, pc + 1, selection)
             going = self.control(pc, selection)
             if going is None:
@@ -236,7 +245,10 @@ class Scheduler:
             targets = self.returns[self.depth[lanes], lanes]
         else:  # brx.idx
             machine.function, machine.instruction = step.function, step.ins
-            table = [self.program.labels[step.function.name, n] for n in step.function.branch_tables[step.ins.operands[1].name]]
+            table = [
+                self.program.labels[step.function.name, n]
+                for n in step.function.branch_tables[step.ins.operands[1].name]
+            ]
             targets = np.array(table)[machine.source(step.ins.operands[0], "u32")[lanes]]
         for target in np.unique(targets):
             there = lanes[targets == target]
@@ -251,13 +263,20 @@ class Scheduler:
         if name not in self.program.entry:
             if name == "__assertfail":
                 raise self.machine.error("trap", step.ins, int(lanes[0]), "an assertion failed")
-            raise UnsupportedInstruction(step.function.name, step.ins.line, step.ins.text, f"a call of {name}, which the PTX does not define")
+            raise UnsupportedInstruction(
+                step.function.name, step.ins.line, step.ins.text, f"a call of {name}, which the PTX does not define"
+            )
         entry = self.program.entry[name]
         callee = self.program.steps[entry].function
         for variable, argument in zip(callee.parameters, arguments):
             self.copy_local(argument, variable.name, variable.size, lanes)
         if self.depth[lanes].max() >= len(self.returns):
-            raise self.machine.error("trap", step.ins, int(lanes[0]), f"calls are nested deeper than {len(self.returns)}; recursion is not supported")
+            raise self.machine.error(
+                "trap",
+                step.ins,
+                int(lanes[0]),
+                f"calls are nested deeper than {len(self.returns)}; recursion is not supported",
+            )
         self.returns[self.depth[lanes], lanes] = pc + 1
         self.depth[lanes] += 1
         return entry, selection
@@ -305,7 +324,12 @@ class Scheduler:
         if not ready.size:
             return None
         if step.ins.opcode in _TENSOR and len(ready) != 32 * len(np.unique(ready >> 5)):
-            raise self.machine.error("member-mask", step.ins, int(ready[0]), "needs all 32 lanes of the warp, and some have exited or never were")
+            raise self.machine.error(
+                "member-mask",
+                step.ins,
+                int(ready[0]),
+                "needs all 32 lanes of the warp, and some have exited or never were",
+            )
         self.actions[pc](ready)
         if step.ins.opcode == "bar":
             self.release_syncwarp(ready)

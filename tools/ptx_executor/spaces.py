@@ -105,20 +105,31 @@ class GlobalSpace(Space):
             if unwritten.any():
                 k = int(np.flatnonzero(unwritten)[0])
                 lane = int(lanes_of(self.machine, selection)[k])
-                self.machine.fault("uninitialised-global", ins, lane, f"{self.memory.describe(int(address[k]))}, which nothing has written")
+                self.machine.fault(
+                    "uninitialised-global",
+                    ins,
+                    lane,
+                    f"{self.memory.describe(int(address[k]))}, which nothing has written",
+                )
             state[where] |= ones * state.dtype.type(mark)
         return offset // size
 
-    def out_of_bounds(self, ins: Instruction, address: np.ndarray, bad: np.ndarray, size: int, selection: Selection) -> None:
+    def out_of_bounds(
+        self, ins: Instruction, address: np.ndarray, bad: np.ndarray, size: int, selection: Selection
+    ) -> None:
         k = int(np.flatnonzero(bad)[0])
         lane = int(lanes_of(self.machine, selection)[k])
-        raise self.machine.error("out-of-bounds", ins, lane, f"{size} bytes of global memory: {self.memory.describe(int(address[k]))}")
+        raise self.machine.error(
+            "out-of-bounds", ins, lane, f"{size} bytes of global memory: {self.memory.describe(int(address[k]))}"
+        )
 
     def count(self, kind: str, access: Access, address: np.ndarray, selection: Selection, missing: int = 0) -> None:
         """Count a request of which ``missing`` bytes are not asked for."""
         rows = self.by_warp(address.astype(np.int64), selection)
         requests, units, ideal = sectors(rows, access.size, GLOBAL_BASE)
-        self.line(kind, access.ins).traffic.add(requests, len(address) * access.size - missing, units, ideal - missing / 32)
+        self.line(kind, access.ins).traffic.add(
+            requests, len(address) * access.size - missing, units, ideal - missing / 32
+        )
 
     def fetch(self, access: Access, address: np.ndarray, selection: Selection) -> np.ndarray:
         return self.data[access.size][self.index(access, address, selection, VALID | WRITTEN, READ_NOW)]
@@ -184,7 +195,9 @@ class SharedSpace(Space):
     def warps(self, selection: Selection) -> np.ndarray:
         return self.warp_of if selection is None else self.warp_of[selection]
 
-    def fault(self, kind: str, ins: Instruction, bad: np.ndarray, where: np.ndarray, selection: Selection, message: str) -> None:
+    def fault(
+        self, kind: str, ins: Instruction, bad: np.ndarray, where: np.ndarray, selection: Selection, message: str
+    ) -> None:
         k = int(np.flatnonzero(bad)[0])
         lane = int(lanes_of(self.machine, selection)[k])
         self.machine.fault(kind, ins, lane, f"byte {int(where[k]) % self.stride} of shared memory: {message}")
@@ -209,17 +222,35 @@ class SharedSpace(Space):
             poison(raw, bad)
             pending = self.shadow.pending(granules)
             if pending is not None:
-                self.fault("async-not-waited", access.ins, pending, where, selection, "read before the wait for the cp.async that fills it")
+                self.fault(
+                    "async-not-waited",
+                    access.ins,
+                    pending,
+                    where,
+                    selection,
+                    "read before the wait for the cp.async that fills it",
+                )
             else:
-                self.fault("uninitialised-shared", access.ins, bad, where, selection, "read before anything was written there")
+                self.fault(
+                    "uninitialised-shared", access.ins, bad, where, selection, "read before anything was written there"
+                )
         elif not access.strong:
             racing = self.shadow.read(granules, warps)
             if racing is not None:
                 poison(raw, racing)
-                self.fault("shared-race", access.ins, racing, where, selection, "read while another warp's write is not ordered by a barrier")
+                self.fault(
+                    "shared-race",
+                    access.ins,
+                    racing,
+                    where,
+                    selection,
+                    "read while another warp's write is not ordered by a barrier",
+                )
         return raw
 
-    def store(self, access: Access, address: np.ndarray, raw: np.ndarray, selection: Selection, kind: str = "shared_store") -> None:
+    def store(
+        self, access: Access, address: np.ndarray, raw: np.ndarray, selection: Selection, kind: str = "shared_store"
+    ) -> None:
         where = self.index(access.ins, access.size, address, selection)
         self.count(kind, access, where, selection)
         granules, warps, data = self.granules(where, access.size), self.warps(selection), self.data[access.size]
@@ -229,26 +260,55 @@ class SharedSpace(Space):
         data[at] = raw
         clash = data[at] != raw
         if clash.any():
-            self.fault("shared-race", access.ins, clash, where, selection, "several threads store different values at once")
+            self.fault(
+                "shared-race", access.ins, clash, where, selection, "several threads store different values at once"
+            )
             poison(data, at[clash])
         self.shadow.wrote(granules, warps)
 
     def claim(
-        self, access: Access, granules: np.ndarray, warps: np.ndarray, where: np.ndarray, selection: Selection, same: np.ndarray | None
+        self,
+        access: Access,
+        granules: np.ndarray,
+        warps: np.ndarray,
+        where: np.ndarray,
+        selection: Selection,
+        same: np.ndarray | None,
     ) -> None:
         """Check that a write is ordered after every other warp's access; writing the value that is there already is no race."""
         pending = self.shadow.pending(granules)
         if pending is not None:
-            self.fault("async-not-waited", access.ins, pending, where, selection, "written while a cp.async that fills it was not waited for")
+            self.fault(
+                "async-not-waited",
+                access.ins,
+                pending,
+                where,
+                selection,
+                "written while a cp.async that fills it was not waited for",
+            )
         if access.strong:
             return
         writes, reads = self.shadow.write(granules, warps)
         if writes is not None and same is not None:
             writes = writes & ~same
         if writes is not None and writes.any():
-            self.fault("shared-race", access.ins, writes, where, selection, "written while another warp's write is not ordered by a barrier")
+            self.fault(
+                "shared-race",
+                access.ins,
+                writes,
+                where,
+                selection,
+                "written while another warp's write is not ordered by a barrier",
+            )
         if reads is not None:
-            self.fault("shared-race", access.ins, reads, where, selection, "written while another warp may still read it: no barrier between")
+            self.fault(
+                "shared-race",
+                access.ins,
+                reads,
+                where,
+                selection,
+                "written while another warp may still read it: no barrier between",
+            )
 
     def atomic(self, access: Access, address: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
         where = self.index(access.ins, access.size, address, selection)
@@ -256,10 +316,24 @@ class SharedSpace(Space):
         granules = self.granules(where, access.size)
         bad = self.shadow.unusable(granules)
         if bad is not None:
-            self.fault("uninitialised-shared", access.ins, bad, where, selection, "an atomic on memory that nothing has written")
+            self.fault(
+                "uninitialised-shared",
+                access.ins,
+                bad,
+                where,
+                selection,
+                "an atomic on memory that nothing has written",
+            )
         racing = self.shadow.atomic(granules, self.warps(selection))
         if racing is not None:
-            self.fault("shared-race", access.ins, racing, where, selection, "an atomic while another warp's access is not ordered by a barrier")
+            self.fault(
+                "shared-race",
+                access.ins,
+                racing,
+                where,
+                selection,
+                "an atomic while another warp's access is not ordered by a barrier",
+            )
         return self.data[access.size], where // access.size
 
 
@@ -317,7 +391,9 @@ class ConstSpace(Space):
 
     def store(self, access: Access, address: np.ndarray, raw: np.ndarray, selection: Selection) -> None:
         lane = int(lanes_of(self.machine, selection)[0])
-        raise self.machine.error("write-to-constant", access.ins, lane, "constant memory and kernel parameters cannot be written")
+        raise self.machine.error(
+            "write-to-constant", access.ins, lane, "constant memory and kernel parameters cannot be written"
+        )
 
 
 class GenericSpace(Space):
@@ -330,7 +406,9 @@ class GenericSpace(Space):
         self.spaces = spaces
         self.windows = (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW), ("const", CONST_WINDOW))
 
-    def split(self, address: np.ndarray, selection: Selection) -> list[tuple[Space, np.ndarray, np.ndarray | slice, Selection]]:
+    def split(
+        self, address: np.ndarray, selection: Selection
+    ) -> list[tuple[Space, np.ndarray, np.ndarray | slice, Selection]]:
         """(space, addresses in it, positions among the lanes given, selection) for each space that is addressed."""
         address = address.astype(np.int64)
         if address.max() < SHARED_WINDOW:

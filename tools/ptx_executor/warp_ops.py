@@ -45,7 +45,11 @@ def _shfl(machine: Machine, ins: Instruction) -> Action:
         values, active = _rows(machine, a, selection)
         amounts, _ = _rows(machine, b, selection)
         controls, _ = _rows(machine, c, selection)
-        amount, clamp, segment = (amounts & 31).astype(np.int64), (controls & 31).astype(np.int64), (controls >> 8 & 31).astype(np.int64)
+        amount, clamp, segment = (
+            (amounts & 31).astype(np.int64),
+            (controls & 31).astype(np.int64),
+            (controls >> 8 & 31).astype(np.int64),
+        )
         high = (lane & segment) | (clamp & ~segment)
         low = lane & segment
         if mode == "up":
@@ -64,7 +68,9 @@ def _shfl(machine: Machine, ins: Instruction) -> Action:
             where = np.flatnonzero(absent)[0]
             warps = np.arange(machine.lanes // 32) if selection is None else np.unique(selection >> 5)
             bad = int(warps[where // 32]) * 32 + int(where % 32)
-            machine.fault("member-mask", ins, bad, f"reads from lane {int(source.reshape(-1)[where])}, which does not take part")
+            machine.fault(
+                "member-mask", ins, bad, f"reads from lane {int(source.reshape(-1)[where])}, which does not take part"
+            )
             moved = np.where(absent, np.uint32(0xFFFFFFFF), moved)
         if selection is None:
             target[:], valid[:] = moved.reshape(-1), inside.reshape(-1)
