@@ -68,10 +68,11 @@ class BackendError(RuntimeError):
 _BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("resnet_fused.backends.reference", "Reference"),
     "onednn": ("resnet_fused.backends.onednn", "OneDNN"),
+    "cpu": ("resnet_fused.backends.cpu", "CPU"),
     "triton": ("resnet_fused.backends.triton.backend", "Triton"),
 }
 
-_AUTOMATIC_ORDER = ("onednn", "reference")
+_AUTOMATIC_ORDER = ("cpu", "onednn", "reference")
 
 _context_choice: ContextVar[str | None] = ContextVar("resnet_fused_backend", default=None)
 

@@ -2,10 +2,24 @@
 
 from resnet_fused.ops.add_relu import add_relu
 from resnet_fused.ops.basic_block import basic_block
+from resnet_fused.ops.bn import bn
+from resnet_fused.ops.bn_add_relu import bn_add_relu
+from resnet_fused.ops.bn_relu import bn_relu
 from resnet_fused.ops.bottleneck import bottleneck
 from resnet_fused.ops.conv2d_bn import conv2d_bn
 from resnet_fused.ops.conv2d_bn_add_relu import conv2d_bn_add_relu
 from resnet_fused.ops.conv2d_bn_relu import conv2d_bn_relu
 from resnet_fused.ops.stem import stem
 
-__all__ = ["add_relu", "basic_block", "bottleneck", "conv2d_bn", "conv2d_bn_add_relu", "conv2d_bn_relu", "stem"]
+__all__ = [
+    "add_relu",
+    "basic_block",
+    "bn",
+    "bn_add_relu",
+    "bn_relu",
+    "bottleneck",
+    "conv2d_bn",
+    "conv2d_bn_add_relu",
+    "conv2d_bn_relu",
+    "stem",
+]

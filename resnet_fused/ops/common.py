@@ -133,18 +133,24 @@ def runner_for(weight: Tensor, *static: Any) -> Runner:
     return runner
 
 
-def plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether a call may go to a backend's kernel directly: eager, plain tensors, no derivative asked for.
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd watches a call: eager, plain tensors.
 
-    Otherwise it goes through the dispatcher, which knows tracing, functional transforms, subclasses and autograd.
+    Otherwise it goes through the dispatcher, which knows tracing, functional transforms and subclasses.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
-    grad = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
-            return False
-    return True
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a derivative by one of the tensors may be asked for."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether a call may go to a backend's kernel directly: nothing watches it, not even autograd."""
+    return plain(*tensors) and not needs_grad(*tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,76 @@
+"""Batch norm's passes by the compiled kernels of csrc/cpu/bn*."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends.problem import Problem
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why the kernels can't serve the problem; None if they can."""
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return f"it serves float32 and bfloat16, not {problem.dtype}"
+    if 0 in problem.shape:
+        return "the input is empty"
+    return None
+
+
+class CPUNorm:
+    """The kernels write into tensors that are made here."""
+
+    def __init__(self) -> None:
+        library = torch.ops.resnet_fused_cpu
+        self._statistics = library.bn_statistics.default
+        self._apply = library.bn_apply.default
+        self._backward_reduce = library.bn_backward_reduce.default
+        self._backward_apply = library.bn_backward_apply.default
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.empty(x.shape[1])
+        var = torch.empty(x.shape[1])
+        self._statistics(x, mean, var)
+        return mean, var
+
+    def apply(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        self._apply(x, residual, mean, var, weight, bias, eps, relu, y)
+        return y
+
+    def backward_reduce(
+        self, dy: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, eps: float, keep_masked: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        masked = torch.empty_like(x) if keep_masked else None
+        dweight = torch.empty_like(mean)
+        dbias = torch.empty_like(mean)
+        self._backward_reduce(dy, x, y, mean, var, eps, masked, dweight, dbias)
+        return dweight, dbias, masked
+
+    def backward_apply(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        y: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        sums: tuple[Tensor, Tensor, float] | None,
+        eps: float,
+        keep_masked: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        masked = torch.empty_like(dy) if keep_masked else None
+        dx = torch.empty_like(dy)
+        dweight, dbias, count = sums if sums is not None else (None, None, 1.0)
+        self._backward_apply(dy, x, y, mean, var, weight, dweight, dbias, count, eps, masked, dx)
+        return dx, masked

@@ -1,0 +1,308 @@
+"""The common part of bn, bn_relu and bn_add_relu: y = act((x − mean) · weight / sqrt(var + eps) + bias + residual).
+
+Without `mean` and `var`, statistics are those of the batch, taken over all processes of `group` if it names a process group
+(SyncBatchNorm); with them they are constants. Each op gives y, and the batch's mean, biased and unbiased variance, which the
+caller needs for running statistics (empty where statistics are constants). Saved for backward: x, y (its sign is ReLU's mask),
+and values by channel; x not even, where statistics are constants and the parameters need no gradient.
+
+In eager mode an autograd.Function calls the backend's kernels directly; tracing, functional transforms and subclasses go through
+the registered operators. Both use the same forward, setup_context and backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends.norm import norm_kernels
+from resnet_fused.ops import common
+
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Saved(NamedTuple):
+    """What backward needs beside dy. `batch`: statistics were taken from the batch, over the processes of `group`."""
+
+    x: Tensor | None
+    y: Tensor | None
+    weight: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+    batch: bool
+    group: str
+
+
+def activation_format(x: Tensor) -> torch.memory_format:
+    """Stock PyTorch's rule for a batch norm's result: x's own format, where x has holes the one that its strides look like."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    smallest = 0
+    for dim in (1, 3, 2, 0):
+        stride = x.stride(dim)
+        if stride == 0 or stride < smallest or (dim == 0 and smallest == x.stride(1)):
+            return torch.contiguous_format
+        smallest = stride * max(x.shape[dim], 1)
+    return torch.channels_last
+
+
+def _by_channel(t: Tensor | None) -> Tensor | None:
+    """A parameter or running statistic as kernels take it: contiguous float32, or float64."""
+    if t is None or t.dtype in (torch.float32, torch.float64):
+        return t if t is None else t.contiguous()
+    return t.float().contiguous()
+
+
+# ---- exchange between processes -----------------------------------------------------------------------------------------
+
+
+def _process_group(name: str) -> Any:
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(name)
+
+
+def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance over all processes by Chan's formula, and the number of values of a channel."""
+    import torch.distributed as dist
+
+    processes = _process_group(group)
+    own = torch.cat([mean, var, torch.full_like(mean[:1], count)])
+    every = own.new_empty(dist.get_world_size(processes) * own.numel())
+    dist.all_gather_into_tensor(every, own, group=processes)
+    means, vars, counts = every.view(-1, own.numel()).split([mean.numel(), var.numel(), 1], dim=1)
+    total = counts.sum()
+    shares = counts / total
+    mean = (shares * means).sum(0)
+    return mean, (shares * (vars + (means - mean) ** 2)).sum(0), total
+
+
+def _combine_sums(dweight: Tensor, dbias: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, float]:
+    """dweight and dbias summed over all processes, divided by the number of values; the 1 says that they are."""
+    import torch.distributed as dist
+
+    every = torch.cat([dweight, dbias, torch.full_like(dbias[:1], count)])
+    dist.all_reduce(every, group=_process_group(group))
+    dweight, dbias = (every[:-1] / every[-1]).view(2, -1).unbind(0)
+    return dweight, dbias, 1.0
+
+
+# ---- forward and backward -----------------------------------------------------------------------------------------------
+
+
+def _forward(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    group: str,
+) -> Result:
+    kernels = norm_kernels(op, x)
+    format = activation_format(x)
+    x = x.contiguous(memory_format=format)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=format)
+    mean, var = _by_channel(mean), _by_channel(var)
+    if mean is not None and var is not None:
+        given = (mean.new_empty(0), mean.new_empty(0), mean.new_empty(0))
+    else:
+        count: int | Tensor = x.numel() // x.shape[1]
+        if count:
+            mean, var = kernels.statistics(x)
+        else:
+            # This process has no values; it takes part in the exchange all the same.
+            mean = torch.zeros(x.shape[1], dtype=_statistics_dtype(x), device=x.device)
+            var = torch.zeros_like(mean)
+        if group:
+            mean, var, count = _combine_statistics(mean, var, int(count), group)
+        given = (mean, var, var * (count / (count - 1)) if not isinstance(count, int) or count > 1 else var * math.nan)
+    y = kernels.apply(x, residual, mean, var, _by_channel(weight), _by_channel(bias), eps, op != "bn")
+    return y, *given
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(x: Tensor, batch: bool) -> Result:
+    y = torch.empty_like(x, memory_format=activation_format(x))
+    size = x.shape[1] if batch else 0
+    mean, var, unbiased = (x.new_empty(size, dtype=_statistics_dtype(x)) for _ in range(3))
+    return y, mean, var, unbiased
+
+
+def _backward(
+    op: str,
+    dy: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    batch: bool,
+    group: str,
+    needs: Sequence[bool],
+) -> Result:
+    """dx, dresidual, dweight and dbias; empty where `needs` (x, residual, parameters) says that it isn't needed."""
+    like = x if x is not None else y if y is not None else dy
+    kernels = norm_kernels(op, like)
+    format = activation_format(like)
+    dy = dy.contiguous(memory_format=format)
+    x = x.contiguous(memory_format=format) if x is not None else None
+    y = y.contiguous(memory_format=format) if y is not None else None
+    need_x, need_residual, need_parameters = needs
+    dweight = dbias = masked = sums = None
+    if need_parameters or (batch and need_x):
+        assert x is not None
+        if x.numel():
+            dweight, dbias, masked = kernels.backward_reduce(dy, x, y, mean, var, eps, need_residual)
+        else:
+            dweight, dbias = torch.zeros_like(mean), torch.zeros_like(mean)
+        if masked is not None:
+            dy, y, need_residual = masked, None, False
+        if batch and need_x:
+            count = x.numel() // x.shape[1]
+            sums = _combine_sums(dweight, dbias, count, group) if group else (dweight, dbias, float(count))
+    dx = None
+    if need_x:
+        dx, more = kernels.backward_apply(dy, x, y, mean, var, _by_channel(weight), sums, eps, need_residual)
+        masked = more if masked is None else masked
+    elif need_residual:
+        masked = dy.clone() if y is None else common.relu_backward(dy, y)
+    none = dy.new_empty(0)
+    dtype = weight.dtype if weight is not None else mean.dtype
+    dweight, dbias = (none if t is None or not need_parameters else t.to(dtype) for t in (dweight, dbias))
+    return none if dx is None else dx, none.clone() if masked is None else masked, dweight, dbias
+
+
+def _fake_backward(
+    op: str,
+    dy: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    batch: bool,
+    group: str,
+    needs: Sequence[bool],
+) -> Result:
+    like = x if x is not None else y if y is not None else dy
+    parameter = mean if weight is None else weight
+
+    def activation(needed: bool) -> Tensor:
+        return torch.empty_like(like, memory_format=activation_format(like)) if needed else dy.new_empty(0)
+
+    def by_channel() -> Tensor:
+        return parameter.new_empty(like.shape[1]) if needs[2] else dy.new_empty(0)
+
+    return activation(needs[0]), activation(needs[1]), by_channel(), by_channel()
+
+
+def _differentiable_backward(dy: Tensor, saved: Saved, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Backward in stock PyTorch ops that have a derivative themselves."""
+    if saved.group:
+        raise RuntimeError(
+            "a second derivative through a batch norm whose statistics are shared by processes (SyncBatchNorm) is not "
+            "defined; call backward without create_graph=True, or use nn.BatchNorm2d."
+        )
+    g = dy if saved.y is None else common.relu_backward(dy, saved.y)
+    mean, var, weight = saved.mean, saved.var, saved.weight
+    if saved.x is None:
+        inverse = (var + saved.eps).rsqrt()
+        scale = inverse if weight is None else inverse * weight
+        return (g * scale.view(1, -1, 1, 1)).to(g.dtype), g, None, None
+    mask = [needs[0], needs[2], needs[2]]
+    inverse = (var + saved.eps).rsqrt()
+    running = (None, None) if saved.batch else (mean, var)
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        g, saved.x, weight, *running, mean, inverse, saved.batch, saved.eps, mask
+    )
+    return dx, g, dweight, dbias
+
+
+_TAIL = "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str group"
+
+common.register(
+    "bn_backward(str op, Tensor dy, Tensor? x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, float eps, bool batch, "
+    "str group, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
+    """Registers resnet_fused::`name` and gives the function that calls it.
+
+    The function's arguments are x, residual (only with `residual`), weight, bias, mean, var, eps, group.
+    """
+    first = 2 if residual else 1
+    schema = f"{name}(Tensor x, {'Tensor residual, ' if residual else ''}{_TAIL}) -> (Tensor, Tensor, Tensor, Tensor)"
+
+    def eager(*args: Any) -> Result:
+        return _forward(name, args[0], args[1] if residual else None, *args[first:])
+
+    def fake(*args: Any) -> Result:
+        return _fake_forward(args[0], args[first + 2] is None)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+        weight, bias, mean, var, eps, group = inputs[first:]
+        batch = mean is None
+        needs = ctx.needs_input_grad
+        ctx.needs = (needs[0], residual and needs[1], bool(needs[first] or needs[first + 1]))
+        ctx.batch, ctx.eps, ctx.group = batch, eps, group
+        if batch:
+            mean, var = output[1:3]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        x = inputs[0] if batch or ctx.needs[2] else None
+        ctx.save_for_backward(x, output[0] if relu else None, weight, mean, var)
+
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        nothing = (None,) * (first + 6)
+        if dy is None:
+            return nothing
+        saved = Saved(*ctx.saved_tensors, ctx.eps, ctx.batch, ctx.group)
+        if torch.is_grad_enabled():
+            dx, dresidual, dweight, dbias = _differentiable_backward(dy, saved, ctx.needs)
+        else:
+            mean, var = _by_channel(saved.mean), _by_channel(saved.var)
+            args = (name, dy, saved.x, saved.y, saved.weight, mean, var, ctx.eps, ctx.batch, ctx.group, ctx.needs)
+            run = _backward if common.plain(dy, saved.x, saved.y, saved.weight) else torch.ops.resnet_fused.bn_backward.default
+            dx, dresidual, dweight, dbias = run(*args)
+        needed = ctx.needs_input_grad
+        grads = (dx, dresidual, dweight, dbias) if residual else (dx, dweight, dbias)
+        return (*(g if needed[i] else None for i, g in enumerate(grads)), None, None, None, None)
+
+    common.register(schema, eager, fake)
+    common.register_autograd(name, setup_context, backward)
+    operator = getattr(torch.ops.resnet_fused, name).default
+    function = type(
+        f"{name}_function",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(eager),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+        },
+    )
+
+    def call(*args: Any) -> Result:
+        tensors = args[: first + 4]
+        if not common.plain(*tensors):
+            return operator(*args)
+        return function.apply(*args) if common.needs_grad(*tensors) else eager(*args)
+
+    return call
