@@ -1,0 +1,106 @@
+"""The ways to run a model that are compared: stock, torch.compile, this library, and other engines where installed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import resnet_fused as rf
+
+Run = Callable[[], Tensor]
+
+EAGER = "stock eager"
+CHANNELS_LAST = "stock channels_last"
+COMPILE = "torch.compile, frozen"
+OURS = "resnet_fused"
+PEERS = ("onnxruntime", "openvino")
+
+
+class Unavailable(Exception):
+    """A peer can't run here; the message says why and what to install."""
+
+
+def make(name: str, model: nn.Module, x: Tensor) -> Run:
+    """A call that runs the model on x by the variant of that name, and returns its result.
+
+    Raises:
+        Unavailable: the variant can't run on this machine or this dtype.
+    """
+    return _MAKERS[name](copy.deepcopy(model), x)
+
+
+def _eager(model: nn.Module, x: Tensor) -> Run:
+    return lambda: model(x)
+
+
+def _channels_last(model: nn.Module, x: Tensor) -> Run:
+    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lambda: model(x)
+
+
+def _compile(model: nn.Module, x: Tensor) -> Run:
+    torch._dynamo.reset()
+    compiled = torch.compile(model.to(memory_format=torch.channels_last), options={"freezing": True})  # type: ignore[call-overload]
+    x = x.contiguous(memory_format=torch.channels_last)
+    return lambda: compiled(x)
+
+
+def _ours(model: nn.Module, x: Tensor) -> Run:
+    fused = rf.fuse(model, inplace=True)
+    return lambda: fused(x)
+
+
+def _onnxruntime(model: nn.Module, x: Tensor) -> Run:
+    if x.dtype != torch.float32:
+        raise Unavailable("ONNX Runtime's CPU provider has no bfloat16 or float16 convolution; float32 only")
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        _need(package)
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.onnx")
+        torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    array = x.numpy()
+    return lambda: torch.from_numpy(session.run(None, {name: array})[0])
+
+
+def _openvino(model: nn.Module, x: Tensor) -> Run:
+    _need("openvino")
+    if x.dtype == torch.float16:
+        raise Unavailable("OpenVINO's CPU plugin is compared in float32 and bfloat16 only")
+    import openvino
+
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[x.dtype]
+    x = x.float()
+    core = openvino.Core()
+    converted = openvino.convert_model(model.float(), example_input=x, input=[list(x.shape)])
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
+    compiled = core.compile_model(converted, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
+    request, array = compiled.create_infer_request(), x.numpy()
+    return lambda: torch.from_numpy(request.infer([array], share_inputs=True)[0])
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise Unavailable(f"{package} is not installed; pip install 'resnet_fused[peers]'")
+
+
+_MAKERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
+    EAGER: _eager,
+    CHANNELS_LAST: _channels_last,
+    COMPILE: _compile,
+    OURS: _ours,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}

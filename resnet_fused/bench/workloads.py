@@ -1,0 +1,56 @@
+"""The models and inputs that are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model on inputs of one kind.
+
+    Attributes:
+        model: name of a torchvision model, such as "resnet50".
+        batch: images.
+        dtype: name of the dtype of weights and images.
+        size: height and width of the images, pixels.
+    """
+
+    model: str
+    batch: int
+    dtype: str
+    size: tuple[int, int] = (224, 224)
+
+    def __str__(self) -> str:
+        size = f"{self.size[0]}×{self.size[1]}"
+        return f"{self.model}, batch {self.batch}, {self.dtype}, {size}"
+
+    def make(self) -> tuple[nn.Module, Tensor]:
+        """The model in eval mode, with batch-norm statistics as after training, and a batch of noise."""
+        import torchvision
+
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(self.model)
+        _settle(model)
+        dtype = DTYPES[self.dtype]
+        x = torch.randn(self.batch, 3, *self.size)
+        return model.eval().to(dtype), x.to(dtype)
+
+
+@torch.no_grad()
+def _settle(model: nn.Module) -> None:
+    """Gives batch norms the statistics of what flows through them, since a fresh model's results grow out of all bounds."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.uniform_(0.4, 1.0)
+        norm.bias.normal_(std=0.1)
+    model.train()
+    model(torch.randn(4, 3, 96, 96))
+    for norm in norms:
+        norm.momentum = 0.1

@@ -1,0 +1,79 @@
+"""What was built, what is available, and why not: all that a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from resnet_fused import backends, config
+from resnet_fused.text import table
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> list[tuple[str, str]]:
+    """Versions of the packages that matter, and which of them are missing."""
+    found = []
+    for package in ("resnet_fused", "torch", "torchvision", "triton", "timm", "numpy", "rich", "matplotlib"):
+        try:
+            found.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append((package, "not installed"))
+    return found
+
+
+def machine() -> list[tuple[str, str]]:
+    """Processor, threads and GPUs. Looks for a GPU, so it may start the driver."""
+    lines = [
+        ("python", sys.version.split()[0]),
+        ("system", platform.platform()),
+        ("CPU", cpu_name()),
+        ("CPU capability", torch.backends.cpu.get_cpu_capability()),
+        ("threads", str(torch.get_num_threads())),
+        ("CUDA build of torch", str(torch.version.cuda or "no")),
+    ]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            lines.append((f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"))
+    else:
+        lines.append(("GPU", "none found by torch.cuda.is_available()"))
+    return lines
+
+
+def availability() -> list[tuple[str, str, str]]:
+    """Each backend: whether it can run here, and why not, with the remedy."""
+    rows = []
+    for name in backends.names():
+        reason = backends.get(name).unavailable()
+        rows.append((name, "yes" if reason is None else "no", reason or ""))
+    return rows
+
+
+def text() -> str:
+    """The whole report, as `resnet-fused info` prints it."""
+    settings = [
+        ("RESNET_FUSED_BACKEND", config.backend()),
+        ("tuning cache", str(config.cache_dir())),
+        ("triton interpreter", "on" if config.triton_interpreted() else "off"),
+    ]
+    parts = [
+        table(("package", "version"), versions()),
+        table(("machine", ""), machine()),
+        table(("backend", "available", "why not, and the remedy"), availability()),
+        table(("setting", "value"), settings),
+    ]
+    return "\n\n".join(parts)

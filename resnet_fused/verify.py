@@ -1,0 +1,118 @@
+"""rf.verify: how far a fused model's results are from the truth, beside stock's, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.modules.fused import FusedModule
+from resnet_fused.text import table
+
+
+@dataclass
+class LayerError:
+    """Relative errors of one layer's result against float64, ‖y − truth‖ / ‖truth‖.
+
+    `nan_mismatch` counts elements that are NaN or Inf in one of stock and fused, and not in the other.
+    """
+
+    layer: str
+    stock: float
+    fused: float
+    nan_mismatch: int
+
+
+@dataclass
+class Verification:
+    """Errors of every layer that both models have, in order of execution; the last row is the model's result."""
+
+    layers: list[LayerError]
+    dtype: torch.dtype
+
+    @property
+    def passed(self) -> bool:
+        """Whether the model's result is as near to the truth as it must be: twice stock's error, or a small floor."""
+        final = self.layers[-1]
+        floor = 2e-6 if self.dtype == torch.float32 else 4 * torch.finfo(self.dtype).eps
+        return final.nan_mismatch == 0 and final.fused <= max(2 * final.stock, floor)
+
+    def __str__(self) -> str:
+        rows = [
+            (e.layer, f"{e.stock:.1e}", f"{e.fused:.1e}", str(e.nan_mismatch or ""))
+            for e in self.layers
+        ]
+        verdict = "passed" if self.passed else "FAILED"
+        return f"{table(('layer', 'stock', 'fused', 'NaN mismatch'), rows)}\n{verdict}: errors against float64, {self.dtype}"
+
+
+@torch.no_grad()
+def verify(stock: nn.Module, fused: nn.Module, inputs: Any) -> Verification:
+    """Compares a fused model with its original: errors of both against the original in float64, block by block.
+
+    Args:
+        stock: the original model, in eval mode.
+        fused: what `rf.fuse` made of it.
+        inputs: a tensor or a tuple of the model's arguments, on the models' device and of their dtype.
+
+    Returns:
+        The errors; `print` it for a table. `passed` tells whether the result keeps the library's promise.
+
+    Raises:
+        ValueError: the models' results differ in structure, or `stock` is in training mode.
+    """
+    if stock.training:
+        raise ValueError("stock is in training mode, where results depend on the batch; call stock.eval() first.")
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    exact = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in copy.deepcopy(arguments))
+    layers = [path for path, m in fused.named_modules() if isinstance(m, FusedModule) and path]
+    names = dict(stock.named_modules())
+    # A convolution's fused module computes more than the convolution did, so only whole modules can be compared.
+    watched = [path for path in layers if path in names and not isinstance(names[path], nn.Conv2d)]
+    truth, by_stock, by_fused = (
+        _results(model, given, watched)
+        for model, given in ((copy.deepcopy(stock).double(), exact), (stock, arguments), (fused, arguments))
+    )
+    rows = []
+    dtype = torch.float32
+    for name, want in truth.items():
+        a, b = by_stock.get(name), by_fused.get(name)
+        if a is None or b is None:
+            continue
+        if a.shape != want.shape or b.shape != want.shape:
+            raise ValueError(
+                f"fused gives shape {tuple(b.shape)} at {name!r} and stock {tuple(a.shape)}; pass a model and what rf.fuse made of it."
+            )
+        dtype = a.dtype
+        mismatch = int((a.isfinite() != b.isfinite()).sum())
+        rows.append(LayerError(name, _error(a, want), _error(b, want), mismatch))
+    if not rows:
+        raise ValueError("fused and stock give no results to compare; pass a model and what rf.fuse made of it.")
+    return Verification(rows, dtype)
+
+
+def _results(model: nn.Module, arguments: tuple[Any, ...], watched: list[str]) -> dict[str, Tensor]:
+    """Results of the watched modules and of the model itself, by name."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for path in watched:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_hook(lambda m, a, y, path=path: found.__setitem__(path, y.detach().clone())))
+    try:
+        output = model(*copy.deepcopy(arguments))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i, leaf in enumerate(torch.utils._pytree.tree_leaves(output)):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            found[f"result {i}" if i else "result"] = leaf
+    return found
+
+
+def _error(y: Tensor, truth: Tensor) -> float:
+    finite = truth.isfinite() & y.isfinite()
+    difference = (y.double() - truth)[finite].norm()
+    return float(difference / truth[finite].norm().clamp_min(torch.finfo(torch.float64).tiny))
