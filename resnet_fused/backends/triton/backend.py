@@ -1,10 +1,10 @@
 """The Triton backend: what it serves. Preparing and launching is in prepare.py, which imports triton.
 
-Under torch.compile these kernels stay inside of the opaque ops that resnet_fused registers with torch.library. Opaque was
-preferred to triton_op and wrap_triton because the choice of backend, tile and packed weights happens when an op is first run on
-real tensors, which tracing doesn't have; an op is one node of the graph (fullgraph holds), launches on the current stream
-without synchronising, and is captured by CUDA graphs as it is. What Inductor can't do is fuse its own pointwise kernels into
-ours, and there are none left: shift, residual and ReLU are in the epilogue already.
+Under torch.compile these kernels stay inside of the opaque ops that resnet_fused registers with torch.library. Opaque
+was preferred to triton_op and wrap_triton because the choice of backend, tile and packed weights happens when an op is
+first run on real tensors, which tracing doesn't have; an op is one node of the graph (fullgraph holds), launches on the
+current stream without synchronising, and is captured by CUDA graphs as it is. What Inductor can't do is fuse its own
+pointwise kernels into ours, and there are none left: shift, residual and ReLU are in the epilogue already.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Triton:
         return False
 
     def variants(self, problem: Problem) -> list[str]:
-        """Names of the plans that `prepare` takes for the problem, the most promising first; empty if there is no choice."""
+        """Names of the plans that `prepare` takes for the problem, the most promising first; empty without a choice."""
         from resnet_fused.backends.triton import prepare
 
         return prepare.variants(problem) if problem.op in _CONV_OPS else []
@@ -72,7 +72,4 @@ class Triton:
         """The kernel for the problem, by the plan of that name, or by the most promising one."""
         from resnet_fused.backends.triton import prepare
 
-        with prepare.on(problem.device):
-            if problem.op == "add_relu":
-                return prepare.AddRelu(problem)
-            return prepare.Conv2d(problem, folded, variant)
+        return prepare.prepare(problem, folded, variant)

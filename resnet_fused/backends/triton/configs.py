@@ -1,7 +1,7 @@
 """Tile configurations of the convolution kernel, each with why it is there, and the choice among them without timing.
 
-Nothing here was timed on a GPU. Registers, spills, instructions and shared memory of every entry were counted, and are held by
-tests/ptx/triton; the choice is a model, which `rf.tune` replaces by measurements.
+Nothing here was timed on a GPU. Registers, spills, instructions and shared memory of every entry were counted, and are
+held by tests/ptx/triton; the choice is a model, which `rf.tune` replaces by measurements.
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ class Chip:
     shared_limit: int
 
     @property
-    def tensor_cores(self) -> bool:
-        """Whether Triton drives this chip's matrix units: from compute capability 8.0 on (not on 7.5), and on AMD's CDNA."""
-        return self.vendor == "hip" or self.capability >= 80
-
-    @property
-    def buffers_per_stage(self) -> tuple[int, int]:
-        """(a, b) so that a pipeline of s stages keeps a·s + b tiles in shared memory: mma.sync reads the oldest into registers."""
-        return (1, 0) if self.vendor == "cuda" and self.capability in (90, 100, 103) else (1, -1)
+    def unit(self) -> str:
+        """What Triton multiplies matrices with on this chip: "wgmma", "tcgen05", "mma.sync", "mfma", or "fma" on 7.5."""
+        if self.vendor == "hip":
+            return "mfma"
+        if self.capability < 80:
+            return "fma"
+        return {9: "wgmma", 10: "tcgen05"}.get(self.capability // 10, "mma.sync")
 
     @classmethod
     @functools.cache
@@ -61,7 +60,8 @@ class Chip:
             number = int(properties.gcnArchName.split(":")[0].removeprefix("gfx"), 16)
             return cls("hip", number, properties.multi_processor_count, properties.shared_memory_per_block)
         capability = properties.major * 10 + properties.minor
-        return cls("cuda", capability, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        shared_limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return cls("cuda", capability, properties.multi_processor_count, shared_limit)
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class Tile:
         warps: warps of a program.
         stages: depth of the software pipeline.
         why: what the entry is good for.
-        since: lowest compute capability that it is meant for.
-        residual: whether it fits the registers with a residual too.
+        units: the matrix units (`Chip.unit`) that it is meant for; empty for all.
     """
 
     m: int
@@ -85,21 +84,33 @@ class Tile:
     warps: int
     stages: int
     why: str
-    since: int = 80
-    residual: bool = True
+    units: tuple[str, ...] = ()
+
+    def fits_registers(self, chip: Chip, walk: int, residual: bool) -> bool:
+        """Whether it compiles without spills.
+
+        With 128 accumulators a thread, half of the registers, there is no room for the masks of a filter row, nor for a
+        residual on 9.0, where ptxas keeps what it loads beside all the accumulators of a wgmma.
+        """
+        if self.m * self.n <= 64 * 32 * self.warps:
+            return True
+        return walk != ROWS and not (residual and chip.unit == "wgmma")
 
     def shared_bytes(self, chip: Chip, itemsize: int) -> int:
         """Shared memory of the main loop's tiles, in bytes."""
-        a, b = chip.buffers_per_stage
-        return (a * self.stages + b) * (self.m + self.n) * self.k * itemsize
+        # wgmma and tcgen05 read shared memory; elsewhere the oldest tiles of the pipeline are in registers.
+        buffers = self.stages if chip.unit in ("wgmma", "tcgen05") else self.stages - 1
+        return buffers * (self.m + self.n) * self.k * itemsize
 
+
+_SYNC = ("mma.sync", "mfma")
 
 # float16 and bfloat16. Warp tiles of 64×64 (128×128 by 4 warps) need the fewest shared-memory reads per mma.
 HALF = (
-    Tile(128, 256, 64, 8, 3, "widest tile: 85 flop per byte read; res4 and res5 at large batch", residual=False),
-    Tile(256, 128, 32, 8, 3, "as wide, for K of 128: res3 at large batch"),
-    Tile(128, 128, 32, 4, 4, "64×64 warp tiles in 48 KiB, so that two programs share an SM: the work horse from 8.0 to 8.9"),
-    Tile(128, 128, 64, 8, 3, "half the loop turns and barriers of the former, two warp groups: the work horse on 9.0 and 10.0"),
+    Tile(128, 256, 64, 8, 3, "widest tile: 85 flop per byte read; res4 and res5 at large batch"),
+    Tile(256, 128, 32, 8, 3, "as wide, for K of 128: res3 at large batch", _SYNC),
+    Tile(128, 128, 32, 4, 4, "64×64 warp tiles, 48 KiB: two programs share an SM; the work horse without wgmma", _SYNC),
+    Tile(128, 128, 64, 8, 3, "two warp groups and half the loop turns: the work horse on 9.0 and 10.0"),
     Tile(128, 64, 32, 4, 4, "K of 64: res2, where a wider tile would compute padding"),
     Tile(64, 128, 32, 4, 4, "fewer pixels than 128 tiles can fill an SM with: res4 at batch 1 to 8"),
     Tile(64, 64, 64, 4, 4, "14×14 and 7×7 at small batch, with deep prefetch for long reductions"),
@@ -119,10 +130,10 @@ TF32 = (
 
 # Without tensor cores: IEEE float32 everywhere, and all types on compute capability 7.5, where Triton has no mma.
 FMA = (
-    Tile(64, 64, 16, 8, 2, "16 accumulators a thread, the largest that doesn't spill on 7.5", since=75),
-    Tile(64, 32, 16, 4, 2, "half as wide: K of 32 and small batch", since=75),
-    Tile(32, 32, 16, 4, 2, "the smallest problems", since=75),
-    Tile(64, 16, 16, 4, 2, "grouped and depthwise convolutions with at most 16 channels in a group", since=75),
+    Tile(64, 64, 16, 8, 2, "16 accumulators a thread, the largest that doesn't spill on 7.5"),
+    Tile(64, 32, 16, 4, 2, "half as wide: K of 32 and small batch"),
+    Tile(32, 32, 16, 4, 2, "the smallest problems"),
+    Tile(64, 16, 16, 4, 2, "grouped and depthwise convolutions with at most 16 channels in a group"),
 )
 
 
@@ -171,9 +182,11 @@ def row_lanes(conv: Conv) -> int:
 
 def table(dtype: torch.dtype, chip: Chip, tf32: bool) -> tuple[Tile, ...]:
     """The part of the table for a type: float32 goes to TF32 tensor cores if `tf32`."""
-    if not chip.tensor_cores or (dtype == torch.float32 and not tf32):
-        return FMA
-    return TF32 if dtype == torch.float32 else HALF
+    if chip.unit == "fma" or (dtype == torch.float32 and not tf32):
+        tiles = FMA
+    else:
+        tiles = TF32 if dtype == torch.float32 else HALF
+    return tuple(tile for tile in tiles if not tile.units or chip.unit in tile.units)
 
 
 def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
@@ -184,13 +197,14 @@ def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
     for tile in table(problem.dtype, chip, tf32):
         block_k = row_lanes(conv) if walk == ROWS else tile.k
         bytes_used = tile.shared_bytes(chip, itemsize) * block_k // tile.k
-        if bytes_used > chip.shared_limit or (chip.vendor == "cuda" and chip.capability < tile.since):
-            continue
-        if problem.op == "conv2d_bn_add_relu" and not tile.residual:
+        residual = problem.op == "conv2d_bn_add_relu"
+        if bytes_used > chip.shared_limit or not tile.fits_registers(chip, walk, residual):
             continue
         base = Plan(tile, walk, block_k)
-        found += [Plan(tile, walk, block_k, splits) for splits in _splits(base.steps(conv), math.prod(problem.output_shape()))]
-    best = {}
+        found += [
+            Plan(tile, walk, block_k, splits) for splits in _splits(base.steps(conv), math.prod(problem.output_shape()))
+        ]
+    best: dict[Tile, Plan] = {}
     for plan in sorted(found, key=lambda plan: _cost(plan, problem, chip)):
         best.setdefault(plan.tile, plan)
     return list(best.values())
@@ -208,8 +222,9 @@ def _splits(steps: int, results: int) -> Iterator[int]:
 def _cost(plan: Plan, problem: Problem, chip: Chip) -> float:
     """Modelled time in units of one multiply-add per SM.
 
-    A step costs its multiply-adds or the reading of its operands; a reading of one element is taken as 64 multiply-adds, between
-    the 85 of an A100 and the 50 of an RTX 4090 (flop per second over bytes per second from L2). The rest is whole waves of programs.
+    A step costs its multiply-adds or the reading of its operands; a reading of one element is taken as 64
+    multiply-adds, between the 85 of an A100 and the 50 of an RTX 4090 (flop per second over bytes per second from L2).
+    The rest is whole waves of programs.
     """
     (conv,) = problem.convs
     tile, (n, _, oh, ow) = plan.tile, problem.output_shape()
@@ -217,7 +232,8 @@ def _cost(plan: Plan, problem: Problem, chip: Chip) -> float:
     programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n) * conv.groups * plan.splits
     steps = math.ceil(plan.steps(conv) / plan.splits)
     step = plan.block_k * max(tile.m * tile.n, 64 * (tile.m + tile.n))
-    # Filling the pipeline, and the epilogue: reading the residual and writing the result, or the partial sums of a split.
+    # Filling the pipeline, and the epilogue: reading the residual and writing the result, or the partial sums of a
+    # split.
     once = tile.stages * step + 64 * tile.m * tile.n * (4 if plan.splits > 1 else 2)
     work = math.ceil(programs / chip.multiprocessors) * (steps * step + once)
     again = 64 * pixels * conv.out_channels * (plan.splits + 1) / chip.multiprocessors + 2e6 if plan.splits > 1 else 0.0

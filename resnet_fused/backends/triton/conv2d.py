@@ -2,20 +2,23 @@
 
     y[m, k] = act(Σ_j x_window[m, j] · w[k, j] + shift[k] + residual[m, k])
 
-m counts output pixels (n, oh, ow), j counts the filter's (r, s, c), k the output channels of one group. The matrix x_window is
-never formed: a program reads its rows where they lie in the channels_last input. Sums are float32, the epilogue works on the
-accumulators. Three ways to walk over j, chosen when the kernel is compiled:
+m counts output pixels (n, oh, ow), j counts the filter's (r, s, c), k the output channels of one group. The matrix
+x_window is never formed: a program reads its rows where they lie in the channels_last input. Sums are float32, the
+epilogue works on the accumulators. Three ways to walk over j, chosen when the kernel is compiled:
 
-* `POINTWISE`: a 1×1 filter without padding. Rows of x_window are rows of x, so nothing is masked but a ragged channel count.
-* `TAPS`: one step is BLOCK_K channels of one filter tap. Taps and channel blocks are one flat loop, so that the software
-  pipeline runs on over the end of a tap; the tap's position is counted up, never divided out.
-* `ROWS`: one step is a whole filter row, S·C elements, for few channels (the stem, grouped convolutions): with three channels a
-  tap would fill 3 of 32 lanes of a step, and a row of seven taps fills 21.
+* `POINTWISE`: a 1×1 filter without padding. Rows of x_window are rows of x, so nothing is masked but a ragged channel
+  count.
+* `TAPS`: one step is BLOCK_K channels of one filter tap. Taps and channel blocks are one flat loop, so that the
+  software pipeline runs on over the end of a tap; the tap's position is counted up, never divided out.
+* `ROWS`: one step is a whole filter row, S·C elements, for few channels (the stem, grouped convolutions): with three
+  channels a tap would fill 3 of 32 lanes of a step, and a row of seven taps fills 21.
 
 Weights come packed for the walk by `pack`, padded with zeros to whole steps, so that they are read without a mask.
 
 Source: Chetlur et al., cuDNN: Efficient Primitives for Deep Learning, 2014, section 3.2 (implicit GEMM).
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ ROWS = tl.constexpr(configs.ROWS)
 
 @triton.jit
 def tile_of(pid, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile (m, n) of a program, in strips of GROUP_M row tiles: programs that run together share input rows and weights in L2."""
+    """Tile (m, n) of a program, in strips of GROUP_M row tiles, so that neighbours in time share rows in L2."""
     strip = pid // (GROUP_M * TILES_N)
     first = strip * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
@@ -47,18 +50,10 @@ def tile_of(pid, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def multiply(x, w, acc, PRECISION: tl.constexpr):
-    """acc + x · w. PRECISION is tl.dot's input_precision, or "upcast" for an exact product in float32."""
-    if PRECISION == "upcast":
-        acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
-    else:
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr):
-    """Adds shift and residual, applies ReLU (NaN stays NaN) and stores rows m and channels first + k of y, a row being STRIDE."""
+def epilogue(
+    acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr
+):
+    """Adds shift and residual, applies ReLU (NaN stays NaN), stores channels first + k of rows m of y, STRIDE apart."""
     channel = k < K
     acc += tl.load(shift_ptr + first + k, mask=channel, other=0.0).to(tl.float32)[None, :]
     offsets = m[:, None] * STRIDE + (first + k)[None, :]
@@ -155,7 +150,7 @@ def conv2d_fwd_kernel(
             else:
                 x = tl.load(x_rows + step * BLOCK_K, mask=(step * BLOCK_K + lane < C)[None, :], other=0.0)
             w = tl.load(w_rows + step * BLOCK_K)
-            acc = multiply(x, w, acc, PRECISION)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
     elif WALK == TAPS:
         r = first_step // (S * C_STEPS)
         s = first_step // C_STEPS % S
@@ -170,7 +165,7 @@ def conv2d_fwd_kernel(
             tap = (r * DILATION_H * W + s * DILATION_W) * (GROUPS * C) + c
             x = tl.load(x_rows + tap, mask=inside, other=0.0)
             w = tl.load(w_rows + step * BLOCK_K)
-            acc = multiply(x, w, acc, PRECISION)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
             c += BLOCK_K
             tap_done = c >= C
             c = tl.where(tap_done, 0, c)
@@ -188,7 +183,7 @@ def conv2d_fwd_kernel(
             inside = across & (h.to(tl.uint32, bitcast=True) < H)[:, None]
             x = tl.load(x_lanes + r * (DILATION_H * GROUPS * C) * W, mask=inside, other=0.0)
             w = tl.load(w_rows + r * BLOCK_K)
-            acc = multiply(x, w, acc, PRECISION)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
     first = group * K
     if SPLIT:
@@ -224,7 +219,7 @@ def conv2d_split_fwd_kernel(
 
 
 def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
-    """The weight (K, C, R, S) as rows of K in R-S-C order, every step of the plan's walk padded with zeros to block_k."""
+    """The weight (K, C, R, S) as K rows in R-S-C order, every step of the plan's walk padded with zeros to block_k."""
     k, c, r, s = weight.shape
     steps = weight.detach().permute(0, 2, 3, 1)
     steps = steps.reshape(k, r, s * c) if plan.walk == configs.ROWS else steps.reshape(k, r * s, c)
@@ -233,7 +228,8 @@ def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
 
 
 def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, Launch | None]:
-    """The launch of (x, w, shift, residual or None, y), and with splits a second one of (partial, shift, residual or None, y).
+    """The launch of (x, w, shift, residual or None, y), and with splits a second one of (partial, shift, residual or
+    None, y).
 
     With splits the first one's y is the partial sums.
     """

@@ -1,8 +1,10 @@
 """One-pass kernels: add_relu forward and backward, and batch norm in inference with what follows it.
 
-Every thread moves 16 bytes at a time. The arithmetic is float32, so that a sum of two float16 numbers is rounded once, as stock
-PyTorch does it.
+Every thread moves 16 bytes at a time. The arithmetic is float32, so that a sum of two float16 numbers is rounded once,
+as stock PyTorch does it.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -93,7 +95,7 @@ def _flat(kernel: object, size: int, dtype: torch.dtype) -> Launch:
 
 
 def bn_relu_fwd(rows: int, channels: int, dtype: torch.dtype, residual: bool) -> Launch:
-    """Launch of (x, scale, shift, residual or None, y); x is `rows` pixels of `channels`, scale and shift are float32."""
+    """Launch of (x, scale, shift, residual or None, y); x is `rows` pixels of `channels`; float32 scale and shift."""
     elements = 2 * _THREADS * _vector(dtype)
     block_c = min(triton.next_power_of_2(channels), 256)
     constants = {"C": channels, "BLOCK_R": elements // block_c, "BLOCK_C": block_c}
@@ -103,7 +105,7 @@ def bn_relu_fwd(rows: int, channels: int, dtype: torch.dtype, residual: bool) ->
 
 
 def bn_relu(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(x · scale + shift + residual), for a channels_last x of shape (N, C, H, W), a residual like it, and C scales and shifts."""
+    """relu(x · scale + shift + residual) for x (N, C, H, W) in channels_last, and C scales and shifts."""
     y = torch.empty_like(x)
     n, c, h, w = x.shape
     bn_relu_fwd(n * h * w, c, x.dtype, residual is not None).bind()(x, scale.float(), shift.float(), residual, y)

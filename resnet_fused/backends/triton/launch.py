@@ -1,8 +1,8 @@
 """Binding of a Triton kernel to everything but its tensors, so that a launch costs little.
 
 Triton's own launch path looks up a kernel by the types, values and alignments of all arguments, tens of microseconds in
-Python. A `Launch` compiles when it is made, through `JITFunction.warmup`, and afterwards only hands over the arguments. The
-compiled kernel relies on tensors that are aligned to 16 bytes; `aligned` sees to that.
+Python. A `Launch` compiles when it is made, through `JITFunction.warmup`, and afterwards only hands over the arguments.
+The compiled kernel relies on tensors that are aligned to 16 bytes; `aligned` sees to that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Prepared problems: everything that can be done before the tensors are known is done, and a call allocates and launches."""
+"""Prepared problems: what can be done before the tensors are known is done; a call allocates and launches."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,8 @@ from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.backends.triton import configs, conv2d, elementwise
 from resnet_fused.backends.triton.launch import aligned
 
+Kernel = Callable[[Tensor, Tensor | None], Tensor]
+
 
 def on(device: torch.device) -> torch.cuda.device:
     """Makes a CUDA device the current one within a `with` block; does nothing for CPU tensors."""
@@ -19,11 +22,11 @@ def on(device: torch.device) -> torch.cuda.device:
 
 
 def tf32_allowed(problem: Problem) -> bool:
-    """Whether the problem may use TF32 now: float32, by torch.backends.cudnn.conv.fp32_precision, and not precision="exact"."""
+    """Whether the problem may use TF32 now: by torch.backends.cudnn.conv.fp32_precision, and not precision="exact"."""
     return (
         problem.dtype == torch.float32
         and problem.precision != "exact"
-        and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     )
 
 
@@ -32,11 +35,19 @@ def variants(problem: Problem) -> list[str]:
     return [plan.name for plan in configs.plans(problem, configs.Chip.of(problem.device), tf32_allowed(problem))]
 
 
-def _precision(problem: Problem, tf32: bool) -> str:
-    """How `conv2d.multiply` multiplies. Triton's interpreter takes the bits of bfloat16 operands for integers (3.8)."""
+def prepare(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
+    """The kernel for a problem that the backend serves."""
     if problem.dtype == torch.bfloat16 and config.triton_interpreted():
-        return "upcast"
-    return "tf32" if tf32 else "ieee"
+        return _in_float32(problem, folded, variant)
+    with on(problem.device):
+        return AddRelu(problem) if problem.op == "add_relu" else Conv2d(problem, folded, variant)
+
+
+def _in_float32(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
+    """A bfloat16 problem for Triton's interpreter, whose bfloat16 products and roundings are wrong (3.8)."""
+    wide = Folded(tuple(w.float() for w in folded.weights), tuple(s.float() for s in folded.shifts))
+    kernel = prepare(dataclasses.replace(problem, dtype=torch.float32), wide, variant)
+    return lambda x, residual: kernel(x.float(), None if residual is None else residual.float()).bfloat16()
 
 
 class _Prepared:
@@ -77,7 +88,7 @@ class Conv2d(_Prepared):
         plan = next((plan for plan in plans if plan.name == self.variant), plans[0])
         key = ("triton", plan.walk, plan.block_k)
         weight = self.folded.pack(key, lambda: conv2d.pack(self.folded.weights[0], conv, plan))
-        run = conv2d.bind(problem, plan, _precision(problem, tf32 and chip.tensor_cores))
+        run = conv2d.bind(problem, plan, "tf32" if tf32 and chip.unit != "fma" else "ieee")
         self.kernels[tf32] = run, weight
         return run, weight
 
