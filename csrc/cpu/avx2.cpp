@@ -28,12 +28,13 @@ RF_ISA_AVX2_BEGIN
 #include "winograd.h"
 #include "pointwise.h"
 #include "direct.h"
+#include "blocks.h"
 
 namespace resnet_fused::cpu {
 
 const Kernels& avx2_kernels() {
   using namespace RF_ISA;
-  static const Kernels kernels{LANES, pack, winograd, pointwise, direct};
+  static const Kernels kernels{LANES, pack, winograd, pointwise, direct, bottleneck, basic_block};
   return kernels;
 }
 

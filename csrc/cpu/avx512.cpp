@@ -28,12 +28,13 @@ RF_ISA_AVX512_BEGIN
 #include "winograd.h"
 #include "pointwise.h"
 #include "direct.h"
+#include "blocks.h"
 
 namespace resnet_fused::cpu {
 
 const Kernels& avx512_kernels() {
   using namespace RF_ISA;
-  static const Kernels kernels{LANES, pack, winograd, pointwise, direct};
+  static const Kernels kernels{LANES, pack, winograd, pointwise, direct, bottleneck, basic_block};
   return kernels;
 }
 

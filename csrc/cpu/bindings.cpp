@@ -130,6 +130,43 @@ Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residu
   return y;
 }
 
+LayerParams layer_params(const Tensor& weights, const Tensor& shift, int64_t in_channels, int64_t out_channels,
+                         int64_t kernel) {
+  ConvParams p{};
+  p.in_channels = in_channels, p.out_channels = out_channels, p.kernel_h = p.kernel_w = kernel;
+  check_parameters(p, weights, shift);
+  return {weights.const_data_ptr(), static_cast<const float*>(shift.const_data_ptr()), in_channels, out_channels};
+}
+
+// y = relu(layers(x) + shortcut(x)) of a block of stride 1. `channels`: those of x, then of each layer's result; as many
+// weights and shifts as layers, and one more for a projection shortcut. `plan`: strip, parts, panels of BlockParams.
+Tensor block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> shifts, std::vector<int64_t> channels,
+             std::vector<int64_t> plan) {
+  check_cpu_activations(x, "x");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32 for a block as a whole.");
+  const size_t layers = channels.size() - 1;
+  STD_TORCH_CHECK((layers == 2 || layers == 3) && (weights.size() == layers || weights.size() == layers + 1) &&
+                      shifts.size() == weights.size(),
+                  "channels, weights and shifts don't describe a basic block (two layers) or a bottleneck (three).");
+  STD_TORCH_CHECK(plan.size() == 3 && plan[0] > 0 && plan[1] > 0 && plan[2] > 0,
+                  "plan must hold three positive numbers: strip, parts, panels.");
+  STD_TORCH_CHECK(channels[0] == x.size(1) && (weights.size() > layers || channels[0] == channels[layers]),
+                  "channels don't match x, or the identity shortcut.");
+  BlockParams p{};
+  p.batch = x.size(0), p.height = x.size(2), p.width = x.size(3);
+  for (size_t i = 0; i < layers; ++i) {
+    const bool pointwise = layers == 3 && i != 1;
+    p.layers[i] = layer_params(weights[i], shifts[i], channels[i], channels[i + 1], pointwise ? 1 : 3);
+  }
+  if (weights.size() > layers) p.shortcut = layer_params(weights[layers], shifts[layers], channels[0], channels[layers], 1);
+  p.strip = plan[0], p.parts = plan[1], p.panels = plan[2];
+  Tensor y = new_activations(x, p.batch, channels[layers], p.height, p.width);
+  p.x = x.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  if (p.batch > 0) layers == 3 ? kernels().bottleneck(p) : kernels().basic_block(p);
+  return y;
+}
+
 int64_t isa() { return static_cast<int64_t>(detected_isa()); }
 bool avx512_bf16() { return has_avx512_bf16(); }
 int64_t panel() { return 2 * kernels().lanes; }
@@ -145,6 +182,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def(
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> Tensor");
+  m.def("block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
@@ -154,4 +192,5 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("conv", TORCH_BOX(&conv));
+  m.impl("block", TORCH_BOX(&block));
 }

@@ -79,7 +79,7 @@ inline void direct(const ConvParams& p) {
         }
         const int64_t at = ((n * p.out_height + o) * p.out_width) * p.out_channels + channel;
         convolve_rows<LANES>(
-            ConvTile<float>{taps, taps_count, 0, LANES, layout.block_stride, p.in_channels,
+            ConvTile<float>{taps, taps_count, 0, LANES, layout.block_stride, p.in_channels, 0,
                             static_cast<const float*>(p.weights) + channel * taps_count * p.in_channels, p.shift + channel,
                             residual == nullptr ? nullptr : residual + at, static_cast<float*>(p.y) + at, p.out_channels,
                             p.out_channels - channel, p.relu},

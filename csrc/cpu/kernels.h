@@ -12,6 +12,8 @@ struct Kernels {
   void (*winograd)(const ConvParams&, const WinogradPlan&);
   void (*pointwise)(const ConvParams&);
   void (*direct)(const ConvParams&);
+  void (*bottleneck)(const BlockParams&);
+  void (*basic_block)(const BlockParams&);
 };
 
 const Kernels& avx512_kernels();

@@ -32,4 +32,23 @@ struct WinogradPlan {
   bool by_panels;          // split the work over output channels (deep layers), not over tiles
 };
 
+// One convolution of a block: packed weights, shift padded to whole panels.
+struct LayerParams {
+  const void* weights;
+  const float* shift;
+  int64_t in_channels, out_channels;
+};
+
+// A residual block of stride 1, computed strip by strip: y = relu(layers(x) + shortcut(x)).
+struct BlockParams {
+  const void* x;
+  void* y;
+  int64_t batch, height, width;
+  LayerParams layers[3];   // basic block: two 3 x 3; bottleneck: 1 x 1, 3 x 3, 1 x 1
+  LayerParams shortcut;    // 1 x 1; weights null: the identity
+  int64_t strip;           // rows of Winograd tiles that go through the block together
+  int64_t parts;           // parts of an image, so that a small batch keeps all threads busy
+  int64_t panels;          // panels multiplied before their output transform
+};
+
 }  // namespace resnet_fused::cpu

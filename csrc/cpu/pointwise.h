@@ -19,6 +19,9 @@ void copy_to_blocks(int64_t rows, int64_t channels, float* out, Pixel&& pixel) {
   }
 }
 
+// Weights up to this many elements are left in L2 while rows of activations pass; larger ones pass over rows that stay.
+constexpr int64_t RESIDENT_WEIGHTS = 64 * 1024;
+
 // A matrix of activations as the register tile takes it: plain NHWC rows, or blocked by copy_to_blocks().
 struct Rows {
   const float* data;
@@ -30,28 +33,56 @@ struct Rows {
 // y[row][0..out_channels) of panels [first_panel, last_panel) for all rows. `residual` and `y` point at row 0.
 inline void multiply_pointwise(const Rows& x, const float* weights, const float* shift, int64_t first_panel,
                                int64_t last_panel, const float* residual, float* y, int64_t out_channels, bool relu) {
-  const float* taps[1] = {x.data};
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const int64_t channel = panel * PANEL;
-    const ConvTile<float> tile{taps,
-                               1,
-                               0,
-                               x.blocked ? LANES : x.channels,
-                               x.blocked ? x.count * LANES : LANES,
-                               x.channels,
-                               weights + channel * x.channels,
-                               shift + channel,
-                               residual == nullptr ? nullptr : residual + channel,
-                               y + channel,
-                               out_channels,
-                               out_channels - channel,
-                               relu};
-    x.blocked ? convolve_rows<LANES>(tile, x.count) : convolve_rows<RUNTIME_STRIDE>(tile, x.count);
+  const float* taps[1];
+  ConvTile<float> tile{};
+  tile.taps = taps;
+  tile.tap_count = 1;
+  tile.row_stride = x.blocked ? LANES : x.channels;
+  tile.block_stride = x.blocked ? x.count * LANES : LANES;
+  tile.channels = x.channels;
+  tile.pixel_stride = out_channels;
+  tile.relu = relu;
+  const auto multiply = [&](int64_t first_row, int64_t rows, int64_t panel) {
+    const int64_t channel = panel * PANEL, at = first_row * out_channels + channel;
+    taps[0] = x.data + first_row * tile.row_stride;
+    tile.b = weights + channel * x.channels;
+    tile.shift = shift + channel;
+    tile.residual = residual == nullptr ? nullptr : residual + at;
+    tile.y = y + at;
+    tile.out_lanes = out_channels - channel;
+    tile.ahead = !x.blocked && panel == first_panel ? std::min<int64_t>(rows, MAX_ROWS) * x.channels : 0;
+    x.blocked ? convolve_rows<LANES>(tile, rows) : convolve_rows<RUNTIME_STRIDE>(tile, rows);
+  };
+  if ((last_panel - first_panel) * PANEL * x.channels <= RESIDENT_WEIGHTS) {
+    // The weights stay in L2: each activation is read, and each row of the result written, in one go.
+    for_each_row_tile(x.count, [&](int64_t first, int64_t rows) {
+      for (int64_t panel = first_panel; panel < last_panel; ++panel) multiply(first, rows, panel);
+    });
+  } else {
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) multiply(0, x.count, panel);
   }
 }
 
 // Pixels that go through the product together: their activations stay in L2 while the weights stream past.
 constexpr int64_t POINTWISE_ROWS = 4 * MAX_ROWS;
+
+// y = act(x w + shift + residual) for `count` neighbouring pixels (stride 1) and all output channels.
+inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, const float* weights, const float* shift,
+                           const float* residual, float* y, int64_t out_channels, bool relu) {
+  const int64_t panels = panel_count(out_channels);
+  if (!rows_collide(in_channels)) {
+    multiply_pointwise({x, count, in_channels, false}, weights, shift, 0, panels, residual, y, out_channels, relu);
+    return;
+  }
+  Scratch scratch;
+  float* copy = scratch.take<float>(std::min(count, POINTWISE_ROWS) * vector_count(in_channels) * LANES);
+  for (int64_t first = 0; first < count; first += POINTWISE_ROWS) {
+    const int64_t rows = std::min(POINTWISE_ROWS, count - first), at = first * out_channels;
+    copy_to_blocks<float>(rows, in_channels, copy, [&](int64_t row) { return x + (first + row) * in_channels; });
+    multiply_pointwise({copy, rows, in_channels, true}, weights, shift, 0, panels,
+                       residual == nullptr ? nullptr : residual + at, y + at, out_channels, relu);
+  }
+}
 
 inline void pointwise(const ConvParams& p) {
   const int64_t pixels = p.batch * p.out_height * p.out_width, panels = panel_count(p.out_channels);

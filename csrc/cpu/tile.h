@@ -34,14 +34,19 @@ RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&ba
 }
 
 // acc[r] += sum over `channels` of a[r][k] * b[k][0..PANEL). Channels come in blocks of LANES, `block_stride` apart; rows are
-// STRIDE (or `row_stride`) apart. Returns the weights after the last ones read.
+// STRIDE (or `row_stride`) apart. The activations `ahead` elements further on are prefetched (0: none). Returns the weights
+// after the last ones read.
 template <int ROWS, int STRIDE>
 RF_INLINE const float* multiply(Accumulators<ROWS>& acc, const float* a, int64_t row_stride, int64_t block_stride,
-                                int64_t channels, const float* b) {
+                                int64_t channels, const float* b, int64_t ahead = 0) {
   const float* base[(MAX_ROWS + 2) / 3];
   RF_UNROLL(8)
   for (int i = 0; i < (MAX_ROWS + 2) / 3; ++i) base[i] = a + 3 * i * (STRIDE != RUNTIME_STRIDE ? STRIDE : row_stride);
   for (; channels >= LANES; channels -= LANES) {
+    if (ahead != 0) {
+      RF_UNROLL(16)
+      for (int r = 0; r < ROWS; ++r) prefetch_l1(base[r / 3] + (r % 3) * row_stride + ahead);
+    }
     RF_UNROLL(4)
     for (int k = 0; k < LANES; ++k) multiply_channel<ROWS, STRIDE>(acc, base, row_stride, k, b + k * PANEL);
     b += LANES * PANEL;
@@ -96,6 +101,7 @@ struct ConvTile {
   int64_t row_stride;        // between neighbouring output pixels
   int64_t block_stride;      // between blocks of LANES channels
   int64_t channels;          // summed per tap
+  int64_t ahead;             // how far behind these activations lie the next ones to be used, for prefetching; 0: cached
   const float* b;            // [tap][channel][PANEL]
   const float* shift;        // [PANEL]
   const Out* residual;       // row 0, or null
@@ -119,39 +125,59 @@ RF_INLINE void finish(vec acc, const Out* residual, Out* y, vec floor, int64_t l
   store(y, max_keeping_nan(floor, acc), n);
 }
 
+template <int ROWS, class Out, class Prefetch>
+RF_INLINE void prefetch_rows(const Out* p, int64_t pixel_stride, Prefetch prefetch) {
+  // Rolled: unrolled, the compiler keeps an address for each row alive across the whole tile.
+  RF_UNROLL(1)
+  for (int r = 0; r < ROWS; ++r, p += pixel_stride) {
+    prefetch(p);
+    if (PANEL * sizeof(Out) > 64) prefetch(p + LANES);
+  }
+}
+
+// The epilogue of a whole panel.
+template <int ROWS, bool RESIDUAL, class Out>
+RF_INLINE void finish_rows(const Accumulators<ROWS>& acc, const ConvTile<Out>& t, vec floor) {
+  const Out* residual = t.residual;
+  Out* y = t.y;
+  RF_UNROLL(16)
+  for (int r = 0; r < ROWS; ++r, y += t.pixel_stride) {
+    finish(acc.low[r], RESIDUAL ? residual : nullptr, y, floor);
+    finish(acc.high[r], RESIDUAL ? residual + LANES : nullptr, y + LANES, floor);
+    if (RESIDUAL) residual += t.pixel_stride;
+  }
+}
+
 template <int ROWS, int STRIDE, class Out>
 void conv_tile(const ConvTile<Out>& t) {
+  prefetch_rows<ROWS>(t.y, t.pixel_stride, [](const Out* p) { prefetch_for_write(p); });
+  if (t.residual != nullptr) prefetch_rows<ROWS>(t.residual, t.pixel_stride, [](const Out* p) { prefetch_l1(p); });
+
   Accumulators<ROWS> acc;
   const vec shift_low = load(t.shift), shift_high = load(t.shift + LANES);
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) {
     acc.low[r] = shift_low;
     acc.high[r] = shift_high;
-    prefetch_for_write(t.y + r * t.pixel_stride);
-    prefetch_for_write(t.y + r * t.pixel_stride + LANES);
-    if (t.residual != nullptr) {
-      prefetch_l1(t.residual + r * t.pixel_stride);
-      prefetch_l1(t.residual + r * t.pixel_stride + LANES);
-    }
   }
   const float* b = t.b;
   for (int64_t tap = 0; tap < t.tap_count; ++tap) {
-    b = multiply<ROWS, STRIDE>(acc, t.taps[tap] + t.tap_offset, t.row_stride, t.block_stride, t.channels, b);
+    b = multiply<ROWS, STRIDE>(acc, t.taps[tap] + t.tap_offset, t.row_stride, t.block_stride, t.channels, b,
+                               t.ahead);
   }
+
   const vec floor = t.relu ? zero() : splat(-__builtin_inff());
-  const bool full = t.out_lanes >= PANEL;
+  if (t.out_lanes >= PANEL) {
+    t.residual == nullptr ? finish_rows<ROWS, false>(acc, t, floor) : finish_rows<ROWS, true>(acc, t, floor);
+    return;
+  }
+  const Out* residual = t.residual;
+  Out* y = t.y;
   RF_UNROLL(16)
-  for (int r = 0; r < ROWS; ++r) {
-    const int64_t at = r * t.pixel_stride;
-    const Out* residual = t.residual == nullptr ? nullptr : t.residual + at;
-    const Out* residual_high = residual == nullptr ? nullptr : residual + LANES;
-    if (full) {
-      finish(acc.low[r], residual, t.y + at, floor);
-      finish(acc.high[r], residual_high, t.y + at + LANES, floor);
-    } else {
-      finish(acc.low[r], residual, t.y + at, floor, t.out_lanes);
-      finish(acc.high[r], residual_high, t.y + at + LANES, floor, t.out_lanes - LANES);
-    }
+  for (int r = 0; r < ROWS; ++r, y += t.pixel_stride) {
+    finish(acc.low[r], residual, y, floor, t.out_lanes);
+    finish(acc.high[r], residual == nullptr ? nullptr : residual + LANES, y + LANES, floor, t.out_lanes - LANES);
+    if (residual != nullptr) residual += t.pixel_stride;
   }
 }
 

@@ -24,27 +24,6 @@ struct TileGrid {
   int64_t height, down, across, count;
 };
 
-// A run of memory fetched into L2 piece by piece while the products keep the multipliers busy.
-struct Prefetcher {
-  const char* next = nullptr;
-  const char* end = nullptr;
-  int64_t step = 0;
-
-  Prefetcher() = default;
-  template <class T>
-  Prefetcher(const T* data, int64_t begin, int64_t stop, int64_t steps) {
-    if (data == nullptr || stop <= begin) return;
-    next = reinterpret_cast<const char*>(data + begin);
-    end = reinterpret_cast<const char*>(data + stop);
-    step = ((end - next) / 64 + steps) / steps * 64;
-  }
-  template <bool WRITE>
-  RF_INLINE void advance() {
-    const char* stop = next + step < end ? next + step : end;
-    for (; next < stop; next += 64) WRITE ? prefetch_for_write(next) : prefetch_l2(next);
-  }
-};
-
 template <class F, class T>
 struct WinogradConv {
   static constexpr int POINTS = F::A * F::A;
@@ -72,79 +51,41 @@ struct WinogradConv {
     return {batch == nullptr ? nullptr : batch + n * p.height * p.width * channels, 0, p.height, p.width, channels};
   }
 
-  void input(int64_t tile, const T* zeros, float* v, int64_t v_point_stride, int64_t v_vector_stride) const {
-    transform_input_tile<F, T>(image(static_cast<const T*>(p.x), grid.image(tile), p.in_channels), grid.top(tile) - 1,
-                               grid.left(tile) - 1, zeros, v, v_point_stride, v_vector_stride);
-  }
-  void output(int64_t tile, const float* m, int64_t m_point_stride, int64_t channel) const {
+  TilePlace<T> place(int64_t tile) const {
     const int64_t n = grid.image(tile);
-    transform_output_tile<F, T>(m, m_point_stride, p.shift, image(static_cast<const T*>(p.residual), n, p.out_channels),
-                                image(static_cast<T*>(p.y), n, p.out_channels), grid.top(tile), grid.left(tile), channel,
-                                p.relu);
-  }
-  static const T* zero_pixel(Scratch& scratch, int64_t channels) {
-    T* zeros = scratch.take<T>(channels);
-    __builtin_memset(zeros, 0, static_cast<size_t>(channels) * sizeof(T));
-    return zeros;
+    return {image(static_cast<const T*>(p.x), n, p.in_channels), image(static_cast<const T*>(p.residual), n, p.out_channels),
+            image(static_cast<T*>(p.y), n, p.out_channels), grid.top(tile), grid.left(tile)};
   }
 
   // A thread takes a block of tiles through all stages, everything in its L2. The weights are transformed first, once for
   // all threads.
   void by_tiles() const {
     Scratch shared;
-    const int64_t u_stride = point_stride(p.in_channels * 2), u_panel = u_stride * POINTS;
-    float* u = shared.take<float>(panels * u_panel + WEIGHT_PREFETCH);
-    const int64_t chunk = plan.channel_chunk, chunks = (p.in_channels + chunk - 1) / chunk;
-    parallel_units(panels * chunks, [&](int64_t unit, int64_t) {
-      const int64_t panel = unit / chunks, c = unit % chunks * chunk;
-      const int64_t channels = std::min(chunk, p.in_channels - c);
-      transform_weights<F, T>(panel_taps(panel) + c * PANEL, tap_stride(), channels, u + panel * u_panel + c * PANEL,
-                              u_stride);
+    const TransformedWeights weights = transform_layer<F, T>(shared, static_cast<const T*>(p.weights), p.shift,
+                                                             p.in_channels, p.out_channels, p.relu);
+    parallel_units(blocks, [&](int64_t block, int64_t following) {
+      const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
+      const int64_t out_begin = grid.batch_row(begin, 0) * p.width * p.out_channels;
+      const int64_t out_count = grid.batch_row(begin + tiles - 1, F::M) * p.width * p.out_channels - out_begin;
+      const int64_t first_steps = POINTS * std::min(plan.panels, panels);
+      const auto at_output = [&](auto* data) { return data == nullptr ? data : data + out_begin; };
+      Prefetcher y(at_output(static_cast<const T*>(p.y)), out_count, first_steps);
+      Prefetcher residual(at_output(static_cast<const T*>(p.residual)), out_count, first_steps);
+      Prefetcher next_x;
+      if (following < blocks) {
+        const int64_t first = block_begin(following), last = block_begin(following + 1) - 1;
+        const int64_t row = grid.batch_row(first, 1), rows = grid.batch_row(last, F::M + 1) - row;
+        const int64_t width = p.width * p.in_channels;
+        next_x = Prefetcher(static_cast<const T*>(p.x) + row * width, rows * width, POINTS * panels);
+      }
+      winograd_tiles<F, T>(
+          weights, tiles, plan.panels, [&](int64_t t) { return place(begin + t); },
+          [&] {
+            next_x.template advance<false>();
+            residual.template advance<false>();
+            y.template advance<true>();
+          });
     });
-    parallel_units(blocks, [&](int64_t block, int64_t following) { one_block(block, following, u, u_stride, u_panel); });
-  }
-
-  void one_block(int64_t block, int64_t following, const float* u, int64_t u_stride, int64_t u_panel) const {
-    const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-    const int64_t group = std::min(plan.panels, panels);
-    const int64_t v_stride = point_stride(in_vectors * tiles), m_stride = point_stride(group * 2 * tiles);
-    Scratch scratch;
-    float* v = scratch.take<float>(v_stride * POINTS);
-    float* m = scratch.take<float>(m_stride * POINTS);
-    const T* zeros = zero_pixel(scratch, p.in_channels);
-
-    for (int64_t t = 0; t < tiles; ++t) input(begin + t, zeros, v + t * LANES, v_stride, tiles * LANES);
-
-    const int64_t out_begin = grid.batch_row(begin, 0) * p.width * p.out_channels;
-    const int64_t out_end = grid.batch_row(begin + tiles - 1, F::M) * p.width * p.out_channels;
-    Prefetcher next_x;
-    if (following < blocks) {
-      const int64_t first = block_begin(following), last = block_begin(following + 1) - 1, row = p.width * p.in_channels;
-      next_x = Prefetcher(static_cast<const T*>(p.x), grid.batch_row(first, 1) * row,
-                          grid.batch_row(last, F::M + 1) * row, POINTS * panels);
-    }
-    Prefetcher y(static_cast<const T*>(p.y), out_begin, out_end, POINTS * group);
-    Prefetcher residual(static_cast<const T*>(p.residual), out_begin, out_end, POINTS * group);
-
-    for (int64_t first = 0; first < panels; first += group) {
-      const int64_t count = std::min(group, panels - first);
-      for (int point = 0; point < POINTS; ++point) {
-        for (int64_t j = 0; j < count; ++j) {
-          next_x.template advance<false>();
-          residual.template advance<false>();
-          y.template advance<true>();
-          multiply_rows({v + point * v_stride, tiles * LANES, u + (first + j) * u_panel + point * u_stride, p.in_channels,
-                         m + point * m_stride + j * 2 * tiles * LANES, tiles * LANES, false},
-                        tiles);
-        }
-      }
-      for (int64_t t = 0; t < tiles; ++t) {
-        for (int64_t i = 0; i < 2 * count; ++i) {
-          const int64_t channel = (2 * first + i) * LANES;
-          if (channel < p.out_channels) output(begin + t, m + (i * tiles + t) * LANES, m_stride, channel);
-        }
-      }
-    }
   }
 
   // All tiles are transformed first, for all threads; then a thread takes a panel of output channels (and a block of tiles)
@@ -153,12 +94,15 @@ struct WinogradConv {
     Scratch shared;
     const int64_t v_stride = point_stride(in_vectors * plan.tiles), v_block = v_stride * POINTS;
     float* v = shared.take<float>(blocks * v_block);
-    const T* zeros = zero_pixel(shared, p.in_channels);
+    T* zeros = shared.take<T>(p.in_channels);
+    __builtin_memset(zeros, 0, static_cast<size_t>(p.in_channels) * sizeof(T));
     parallel_units(grid.count, [&](int64_t tile, int64_t) {
       int64_t block = tile * blocks / grid.count;
       while (block_begin(block + 1) <= tile) ++block;
       const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-      input(tile, zeros, v + block * v_block + (tile - begin) * LANES, v_stride, tiles * LANES);
+      const TilePlace<T> at = place(tile);
+      transform_input_tile<F, T>(at.x, at.top - 1, at.left - 1, zeros, v + block * v_block + (tile - begin) * LANES, v_stride,
+                                 tiles * LANES);
     });
     parallel_units(panels * blocks, [&](int64_t unit, int64_t following) {
       one_panel(unit / blocks, unit % blocks, following / blocks, v + unit % blocks * v_block, v_stride);
@@ -170,7 +114,7 @@ struct WinogradConv {
     const int64_t chunk = std::min(plan.channel_chunk, p.in_channels);
     const int64_t u_stride = point_stride(chunk * 2), m_stride = point_stride(2 * tiles);
     Scratch scratch;
-    float* u = scratch.take<float>(u_stride * POINTS + WEIGHT_PREFETCH);
+    float* u = scratch.take<float>(u_stride * POINTS);
     float* m = scratch.take<float>(m_stride * POINTS);
 
     for (int64_t c = 0; c < p.in_channels; c += chunk) {
@@ -182,7 +126,7 @@ struct WinogradConv {
       const int64_t next_size = std::min(chunk, p.in_channels - (last ? 0 : c + chunk)) * PANEL;
       for (int point = 0; point < POINTS; ++point) {
         if (next != nullptr && point < 9) {
-          Prefetcher(next + point * tap_stride(), 0, next_size, 1).template advance<false>();
+          Prefetcher(next + point * tap_stride(), next_size, 1).template advance<false>();
         }
         multiply_rows({v + point * v_stride + c * tiles, tiles * LANES, u + point * u_stride, channels,
                        m + point * m_stride, tiles * LANES, c > 0},
@@ -190,9 +134,12 @@ struct WinogradConv {
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
+      const TilePlace<T> at = place(begin + t);
       for (int64_t i = 0; i < 2; ++i) {
         const int64_t channel = (2 * panel + i) * LANES;
-        if (channel < p.out_channels) output(begin + t, m + (i * tiles + t) * LANES, m_stride, channel);
+        if (channel >= p.out_channels) break;
+        transform_output_tile<F, T>(m + (i * tiles + t) * LANES, m_stride, p.shift, at.residual, at.y, at.top, at.left,
+                                    channel, p.relu);
       }
     }
   }

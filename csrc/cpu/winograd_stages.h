@@ -128,4 +128,98 @@ void transform_output_tile(const float* m, int64_t m_point_stride, const float* 
   }
 }
 
+// Where a tile reads and writes: strips of one image, and the tile's first output pixel.
+template <class T>
+struct TilePlace {
+  Strip<const T> x, residual;  // residual.data may be null
+  Strip<T> y;
+  int64_t top, left;
+};
+
+// The weights of a layer after their transform: [panel][point][channel][PANEL].
+struct TransformedWeights {
+  const float* u;
+  int64_t point_stride, panel_stride;
+  int64_t in_channels, out_channels;
+  const float* shift;
+  bool relu;
+};
+
+// Transforms all weights of a layer, on all threads, into memory taken from `scratch`.
+template <class F, class T>
+TransformedWeights transform_layer(Scratch& scratch, const T* packed, const float* shift, int64_t in_channels,
+                                   int64_t out_channels, bool relu) {
+  constexpr int64_t CHUNK = 64;  // input channels a unit of work
+  const int64_t panels = panel_count(out_channels), chunks = (in_channels + CHUNK - 1) / CHUNK;
+  const int64_t stride = point_stride(in_channels * 2), panel_stride = stride * F::A * F::A;
+  float* u = scratch.take<float>(panels * panel_stride);
+  parallel_units(panels * chunks, [&](int64_t unit, int64_t) {
+    const int64_t panel = unit / chunks, c = unit % chunks * CHUNK;
+    transform_weights<F, T>(packed + (panel * 9 * in_channels + c) * PANEL, in_channels * PANEL,
+                            std::min(CHUNK, in_channels - c), u + panel * panel_stride + c * PANEL, stride);
+  });
+  return {u, stride, panel_stride, in_channels, out_channels, shift, relu};
+}
+
+// Takes `tiles` tiles through input transform, products and output transform, `group` panels at a time. `place(t)` tells
+// where tile t lies; `between()` is called before each product, to prefetch what comes later.
+template <class F, class T, class Place, class Between>
+void winograd_tiles(const TransformedWeights& w, int64_t tiles, int64_t group, Place&& place, Between&& between) {
+  constexpr int POINTS = F::A * F::A;
+  const int64_t panels = panel_count(w.out_channels);
+  group = std::min(group, panels);
+  const int64_t v_stride = point_stride(vector_count(w.in_channels) * tiles), m_stride = point_stride(group * 2 * tiles);
+  Scratch scratch;
+  float* v = scratch.take<float>(v_stride * POINTS);
+  float* m = scratch.take<float>(m_stride * POINTS);
+  T* zeros = scratch.take<T>(w.in_channels);
+  __builtin_memset(zeros, 0, static_cast<size_t>(w.in_channels) * sizeof(T));
+
+  for (int64_t t = 0; t < tiles; ++t) {
+    const TilePlace<T> at = place(t);
+    transform_input_tile<F, T>(at.x, at.top - 1, at.left - 1, zeros, v + t * LANES, v_stride, tiles * LANES);
+  }
+  for (int64_t first = 0; first < panels; first += group) {
+    const int64_t count = std::min(group, panels - first);
+    for (int point = 0; point < POINTS; ++point) {
+      for (int64_t j = 0; j < count; ++j) {
+        between();
+        multiply_rows({v + point * v_stride, tiles * LANES, w.u + (first + j) * w.panel_stride + point * w.point_stride,
+                       w.in_channels, m + point * m_stride + j * 2 * tiles * LANES, tiles * LANES, false},
+                      tiles);
+      }
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      const TilePlace<T> at = place(t);
+      for (int64_t i = 0; i < 2 * count; ++i) {
+        const int64_t channel = (2 * first + i) * LANES;
+        if (channel >= w.out_channels) break;
+        transform_output_tile<F, T>(m + (i * tiles + t) * LANES, m_stride, w.shift, at.residual, at.y, at.top, at.left,
+                                    channel, w.relu);
+      }
+    }
+  }
+}
+
+// A run of memory fetched into L2 piece by piece while products keep the multipliers busy.
+struct Prefetcher {
+  const char* next = nullptr;
+  const char* end = nullptr;
+  int64_t step = 0;
+
+  Prefetcher() = default;
+  template <class T>
+  Prefetcher(const T* begin, int64_t count, int64_t steps) {
+    if (begin == nullptr || count <= 0) return;
+    next = reinterpret_cast<const char*>(begin);
+    end = reinterpret_cast<const char*>(begin + count);
+    step = ((end - next) / 64 + steps) / steps * 64;
+  }
+  template <bool WRITE>
+  RF_INLINE void advance() {
+    const char* stop = next + step < end ? next + step : end;
+    for (; next < stop; next += 64) WRITE ? prefetch_for_write(next) : prefetch_l2(next);
+  }
+};
+
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -1,20 +1,22 @@
-"""How the CPU kernels cut up a Winograd convolution: the cost rule, and the alternatives for a tuner."""
+"""How the CPU kernels cut up a convolution or a block: cost rules, fitted to whole models (docs/cpu-kernels.md)."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from resnet_fused.backends.problem import Conv, Problem
 
 
-class Plan(NamedTuple):
-    """The numbers that resnet_fused_cpu::conv takes as `plan`; see docs/cpu-kernels.md.
+class WinogradPlan(NamedTuple):
+    """The numbers that resnet_fused_cpu::conv takes as `plan`.
 
     Attributes:
         output_tile: m of F(m×m, 3×3).
         tiles: tiles that go through the stages together.
         panels: panels of output channels multiplied before their output transform (only where work is split over tiles).
-        channel_chunk: input channels whose weights are transformed at once.
+        channel_chunk: input channels whose weights are transformed at once (only where work is split over panels).
         by_panels: whether the work is split over output channels, and not over tiles.
     """
 
@@ -25,15 +27,60 @@ class Plan(NamedTuple):
     by_panels: bool
 
 
-def serves(conv: Conv) -> bool:
+class BlockPlan(NamedTuple):
+    """The numbers that resnet_fused_cpu::block takes as `plan`.
+
+    Attributes:
+        strip: rows of Winograd tiles that go through the block together.
+        parts: parts of an image that are separate units of work.
+        panels: panels of output channels multiplied before their output transform.
+    """
+
+    strip: int
+    parts: int
+    panels: int
+
+
+def _tiles(size: int) -> int:
+    return -(-size // 4)
+
+
+def winograd_serves(conv: Conv) -> bool:
     """Whether the Winograd kernels can compute it: 3×3, stride, padding and dilation 1, one group."""
     return conv[2:] == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
-def plan(problem: Problem) -> Plan:
-    """The plan of the cost rule for a problem of one convolution that Winograd serves."""
+def winograd(problem: Problem) -> WinogradPlan:
+    """The plan for a problem of one convolution that Winograd serves."""
     n, channels, h, w = problem.shape
-    tiles = n * -(-h // 4) * -(-w // 4)
+    tiles = n * _tiles(h) * _tiles(w)
     if channels <= 256 and tiles >= 96:
-        return Plan(4, 8, 4, 64, False)
-    return Plan(4, min(tiles, 64), 1, 64, True)
+        return WinogradPlan(4, 8, 4, 64, False)
+    return WinogradPlan(4, min(tiles, 64), 1, 64, True)
+
+
+def block_serves(problem: Problem) -> bool:
+    """Whether a block can be computed as a whole: stride 1, its 3×3 layers by Winograd, the others 1×1."""
+    convs = problem.main_path
+    pointwise = [conv.pointwise and conv.stride == (1, 1) and conv.groups == 1 for conv in problem.convs]
+    if problem.shortcut and not pointwise[-1]:
+        return False
+    if problem.op == "basic_block":
+        return len(convs) == 2 and all(map(winograd_serves, convs))
+    return len(convs) == 3 and pointwise[0] and winograd_serves(convs[1]) and pointwise[2]
+
+
+def block(problem: Problem) -> BlockPlan:
+    """The plan for a block that `block_serves`."""
+    n, _, h, w = problem.shape
+    strip = 1 if _tiles(w) >= 14 else 2
+    # Four units a thread let it finish evenly, but every seam of two parts costs rows that are computed twice.
+    parts = min(-(-4 * torch.get_num_threads() // max(n, 1)), 1 + _tiles(h) // (2 * strip))
+    return BlockPlan(strip, max(parts, 1), 2)
+
+
+def block_wins(problem: Problem) -> bool:
+    """Whether the block as a whole was measured to beat its layers one by one: where its rows outweigh its weights."""
+    n, _, h, w = problem.shape
+    width = problem.main_path[0].out_channels
+    return width <= 128 or (width <= 256 and n * _tiles(h) * _tiles(w) >= 48)
