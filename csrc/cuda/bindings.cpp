@@ -40,7 +40,7 @@ std::string describe(const Conv2dProblem& p) {
 
 Ints conv2d_weight_layout_op(Ints problem) {
   const WeightLayout layout = conv2d_weight_layout(problem_of(problem));
-  return {layout.filter_rows, layout.runs, layout.padded_run_length};
+  return {layout.filter_rows, layout.runs, layout.lead, layout.run_length, layout.padded_run_length};
 }
 
 std::vector<std::string> conv2d_kernels_op(Ints problem, Ints device) {

@@ -6,16 +6,23 @@
 
 extern __shared__ __align__(128) unsigned char resnet_fused_shared[];
 
-// The body is empty below sm_80, where the planner never launches it.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define RESNET_FUSED_CONV2D_BODY(...)
-#else
-#define RESNET_FUSED_CONV2D_BODY(...) resnet_fused::conv2d_fwd<__VA_ARGS__>(p, resnet_fused_shared)
-#endif
+namespace resnet_fused {
 
-#define RESNET_FUSED_CONV2D_KERNEL(NAME, ELEMENT, GATHER, BM, BN, BK, WM, WN, STAGES, BLOCKS)                              \
+// Whether the code being compiled is for a GPU on which the planner launches a kernel that copies in this way.
+__host__ __device__ constexpr bool is_for_this_gpu(Copy copy) {
+#ifdef __CUDA_ARCH__
+  return (copy == Copy::kAsync) == (__CUDA_ARCH__ >= 800);
+#else
+  return true;
+#endif
+}
+
+}  // namespace resnet_fused
+
+#define RESNET_FUSED_CONV2D_KERNEL(NAME, ELEMENT, GATHER, COPY, BM, BN, BK, WM, WN, STAGES, BLOCKS)                        \
   extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32, BLOCKS)                                          \
       NAME(const __grid_constant__ resnet_fused::Conv2dParams p) {                                                        \
-    using T = resnet_fused::ElementOf<resnet_fused::ElementType::ELEMENT>::T;                                              \
-    RESNET_FUSED_CONV2D_BODY(resnet_fused::Conv2dTile<T, GATHER, BM, BN, BK, WM, WN, STAGES>);                             \
+    using namespace resnet_fused;                                                                                         \
+    if constexpr (is_for_this_gpu(Copy::COPY))                                                                            \
+      conv2d_fwd<Conv2dTile<ElementType::ELEMENT, GATHER, Copy::COPY, BM, BN, BK, WM, WN, STAGES>>(p, resnet_fused_shared); \
   }

@@ -36,12 +36,16 @@ struct FastDivisor {
   }
 };
 
+// Runs that make no whole 16 bytes have this many zeros in front in the packed weight: it lets the stem's kernel read x in
+// aligned pairs.
+constexpr int32_t kRunLead = 1;
+
 // The filter is walked as filter_rows x runs, each run contiguous in x and in the packed weight: a run is the channels of one
 // filter position, or, where they make no whole 16 bytes, a whole filter row. The product's k is all runs in order, each
 // padded to whole steps of the main loop.
 struct Conv2dParams {
   const void* x;          // [N, height, width, channels]
-  const void* weight;     // [out_channels, filter_rows, runs, run_length], zeros behind the true length of a run
+  const void* weight;     // [out_channels, filter_rows, runs, run_length], zeros where a run was padded
   const float* shift;     // [out_channels]
   const void* residual;   // [N, P, Q, out_channels] or null
   void* y;                // [N, P, Q, out_channels]

@@ -19,10 +19,13 @@ constexpr int64_t element_bytes(ElementType type) {
   return type == ElementType::kFloat16 || type == ElementType::kBFloat16 ? 2 : 4;
 }
 
+enum Copy { kAsync, kThroughRegisters };
+
 struct Kernel {
   const char* name;
   ElementType type;
   bool gather;
+  Copy copy;
   int64_t block_m, block_n, block_k, warp_m, warp_n, stages, blocks_by_registers;
 
   int64_t warps() const { return block_m / warp_m * (block_n / warp_n); }
@@ -32,7 +35,7 @@ struct Kernel {
 };
 
 constexpr std::array kKernels = {
-#define RESNET_FUSED_ENTRY(NAME, ELEMENT, GATHER, ...) Kernel{#NAME, ElementType::ELEMENT, GATHER, __VA_ARGS__},
+#define RESNET_FUSED_ENTRY(NAME, ELEMENT, ...) Kernel{#NAME, ElementType::ELEMENT, __VA_ARGS__},
     RESNET_FUSED_CONV2D_TILES(RESNET_FUSED_ENTRY)
 #undef RESNET_FUSED_ENTRY
 };
@@ -85,7 +88,7 @@ int64_t blocks_per_multiprocessor(const Kernel& k, const DeviceProperties& devic
 }
 
 bool serves(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& device) {
-  return k.type == p.type && k.gather == gathers(p) && device.compute_capability >= 80 &&
+  return k.type == p.type && k.gather == gathers(p) && (k.copy == kAsync) == (device.compute_capability >= 80) &&
          k.shared_bytes() <= device.shared_per_block && blocks_per_multiprocessor(k, device) > 0;
 }
 
@@ -94,7 +97,7 @@ bool serves(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& dev
 // (NVIDIA A100 architecture whitepaper); `resnet-fused tune` replaces the model by measurement.
 double modelled_cycles(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& device, int64_t splits) {
   constexpr double kSharedBytes = 128, kL2Bytes = 40, kMemoryBytes = 10, kBlockStart = 1500, kLaunch = 4000;  // a cycle; cycles
-  const double products = element_bytes(p.type) == 2 ? 1024 : 512;
+  const double products = p.type == ElementType::kFloat32 ? 64 : p.type == ElementType::kTf32 ? 512 : 1024;
   const double fragments = double(k.warps() * (k.warp_m + k.warp_n) * k.row_bytes());
   const double step = std::max({double(k.block_m * k.block_n * k.block_k) / products,
                                 (fragments + double(k.step_bytes())) / kSharedBytes, double(k.step_bytes()) / kL2Bytes});
@@ -109,6 +112,26 @@ double modelled_cycles(const Kernel& k, const Conv2dProblem& p, const DeviceProp
                        (rest > 0 ? double(rest) * block + kBlockStart : 0.0);
   const double reduction = double(p.out_pixels() * p.out_channels * 4 * splits) / double(device.multiprocessors) / kL2Bytes;
   return waves + (splits > 1 ? kLaunch + reduction : 0.0);
+}
+
+// The stem's own kernel, where it serves; empty elsewhere. Its copies are of whole 16 bytes, so rows of x must be.
+std::string stem_kernel(const Conv2dProblem& p, const DeviceProperties& device) {
+  using Tile = StemTile;
+  const bool shape = p.kernel_h == Tile::kFilter && p.kernel_w == Tile::kFilter && p.stride_h == Tile::kStride &&
+                     p.stride_w == Tile::kStride && p.pad_h == Tile::kPad && p.pad_w == Tile::kPad && p.dilation_h == 1 &&
+                     p.dilation_w == 1 && p.channels == Tile::kInputChannels && p.width % 8 == 0;
+  constexpr int64_t kMaxGridY = 65535;
+  const bool serves = shape && element_bytes(p.type) == 2 && device.compute_capability >= 80 && p.batch <= kMaxGridY;
+  return serves ? std::string("conv2d_stem_fwd_") + suffix(p.type) : "";
+}
+
+KernelLaunch stem_launch(const Conv2dProblem& p, const std::string& kernel) {
+  using Tile = StemTile;
+  const int64_t tiles = ceil_div(p.out_height(), Tile::kTile) * ceil_div(p.out_width(), Tile::kTile);
+  return {kernel,
+          {uint32_t(tiles), uint32_t(p.batch), uint32_t(ceil_div(p.out_channels, Tile::kChannels))},
+          Tile::kThreads,
+          Tile::kSharedBytes};
 }
 
 struct Choice {
@@ -193,11 +216,14 @@ Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPoi
 WeightLayout conv2d_weight_layout(const Conv2dProblem& p) {
   const bool whole_row = gathers(p) && p.dilation_w == 1;
   const int64_t vector = 16 / element_bytes(p.type), length = whole_row ? p.kernel_w * p.channels : p.channels;
-  return {p.kernel_h, whole_row ? 1 : p.kernel_w, length, ceil_div(length, vector) * vector};
+  const int64_t lead = gathers(p) ? kRunLead : 0;
+  return {p.kernel_h, whole_row ? 1 : p.kernel_w, lead, length, ceil_div(lead + length, vector) * vector};
 }
 
 std::vector<std::string> conv2d_kernels(const Conv2dProblem& problem, const DeviceProperties& device) {
   std::vector<std::string> names;
+  const std::string stem = stem_kernel(problem, device);
+  if (!stem.empty()) names.push_back(stem);
   for (const Choice& choice : choices(canonical(problem), device, 0)) names.push_back(choice.kernel->name);
   return names;
 }
@@ -207,7 +233,9 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& dev
   const Conv2dProblem p = canonical(problem);
   check(p, conv2d_weight_layout(p));
   const std::vector<Choice> found = choices(p, device, splits);
-  const auto chosen = kernel.empty() ? found.begin() : std::find_if(found.begin(), found.end(), [&](const Choice& c) {
+  const std::string stem = stem_kernel(p, device);
+  const bool is_stem = !stem.empty() && (kernel.empty() || kernel == stem);
+  const auto chosen = kernel.empty() || is_stem ? found.begin() : std::find_if(found.begin(), found.end(), [&](const Choice& c) {
     return kernel == c.kernel->name;
   });
   if (chosen == found.end()) {
@@ -217,7 +245,11 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& dev
   }
   const Kernel& k = *chosen->kernel;
   Conv2dPlan plan{};
-  plan.params = parameters(p, k, pointers, device, chosen->splits);
+  plan.params = parameters(p, k, pointers, device, is_stem ? 1 : chosen->splits);
+  if (is_stem) {
+    plan.launches.push_back(stem_launch(p, stem));
+    return plan;
+  }
   const auto& q = plan.params;
   const int64_t group = int64_t{1} << q.group_shift;
   plan.launches.push_back({k.name,

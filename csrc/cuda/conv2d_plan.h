@@ -33,9 +33,10 @@ struct Conv2dPointers {
   void *y, *partial;
 };
 
-// Shape of the packed weight: [out_channels, filter_rows, runs, run_length padded to whole 16 bytes]. See Conv2dParams.
+// Shape of the packed weight: [out_channels, filter_rows, runs, padded_run_length], a run's run_length elements behind `lead`
+// zeros and before others. See Conv2dParams.
 struct WeightLayout {
-  int64_t filter_rows, runs, run_length, padded_run_length;
+  int64_t filter_rows, runs, lead, run_length, padded_run_length;
 };
 
 struct KernelLaunch {

@@ -11,14 +11,19 @@
 #include "../checks.h"
 #include "conv2d_tiles.h"
 
+#define RESNET_FUSED_KERNELS(X)   \
+  RESNET_FUSED_CONV2D_TILES(X)    \
+  X(conv2d_stem_fwd_f16)          \
+  X(conv2d_stem_fwd_bf16)         \
+  X(conv2d_reduce_fwd_f16)        \
+  X(conv2d_reduce_fwd_bf16)       \
+  X(conv2d_reduce_fwd_f32)
+
 // The host stubs that nvcc makes of the kernels.
 extern "C" {
 #define RESNET_FUSED_DECLARE(NAME, ...) void NAME(resnet_fused::Conv2dParams);
-RESNET_FUSED_CONV2D_TILES(RESNET_FUSED_DECLARE)
+RESNET_FUSED_KERNELS(RESNET_FUSED_DECLARE)
 #undef RESNET_FUSED_DECLARE
-void conv2d_reduce_fwd_f16(resnet_fused::Conv2dParams);
-void conv2d_reduce_fwd_bf16(resnet_fused::Conv2dParams);
-void conv2d_reduce_fwd_f32(resnet_fused::Conv2dParams);
 }
 
 namespace resnet_fused {
@@ -34,11 +39,8 @@ struct Entry {
 
 Entry kEntries[] = {
 #define RESNET_FUSED_ENTRY(NAME, ...) {#NAME, reinterpret_cast<const void*>(&NAME)},
-    RESNET_FUSED_CONV2D_TILES(RESNET_FUSED_ENTRY)
+    RESNET_FUSED_KERNELS(RESNET_FUSED_ENTRY)
 #undef RESNET_FUSED_ENTRY
-    {"conv2d_reduce_fwd_f16", reinterpret_cast<const void*>(&conv2d_reduce_fwd_f16)},
-    {"conv2d_reduce_fwd_bf16", reinterpret_cast<const void*>(&conv2d_reduce_fwd_bf16)},
-    {"conv2d_reduce_fwd_f32", reinterpret_cast<const void*>(&conv2d_reduce_fwd_f32)},
 };
 
 Entry& find(const std::string& kernel) {

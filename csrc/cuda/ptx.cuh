@@ -32,6 +32,12 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // ld.shared, st.shared (9.7.9.8, 9.7.9.12) at an address of shared memory plus a constant number of bytes.
 template <int kOffset>
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t shared) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(shared), "n"(kOffset));
+  return v;
+}
+template <int kOffset>
 __device__ __forceinline__ float4 load_shared_16(uint32_t shared) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + %5];"
@@ -68,11 +74,14 @@ __device__ __forceinline__ void store_global_16(void* global, uint4 v, bool vali
 // max.NaN (9.7.3.12, 9.7.4.8): max(v, 0) that keeps NaN; two 16-bit elements or one float32 in a word.
 template <class T>
 __device__ __forceinline__ uint32_t relu_word(uint32_t word);
-#if __CUDA_ARCH__ >= 800
 template <>
 __device__ __forceinline__ uint32_t relu_word<__half>(uint32_t word) {
+#if __CUDA_ARCH__ >= 800
   asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0));
   return word;
+#else
+  return word & ~__hlt2_mask(reinterpret_cast<const __half2&>(word), __half2half2(__half(0.0f)));
+#endif
 }
 template <>
 __device__ __forceinline__ uint32_t relu_word<__nv_bfloat16>(uint32_t word) {
@@ -81,10 +90,13 @@ __device__ __forceinline__ uint32_t relu_word<__nv_bfloat16>(uint32_t word) {
 }
 template <>
 __device__ __forceinline__ uint32_t relu_word<float>(uint32_t word) {
+#if __CUDA_ARCH__ >= 800
   asm("max.NaN.f32 %0, %0, %1;" : "+r"(word) : "r"(0));
   return word;
-}
+#else
+  return __uint_as_float(word) < 0.0f ? 0 : word;
 #endif
+}
 
 // prefetch (9.7.9.15): asks for the line of `global` to be brought into L2; holds no register.
 __device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }

@@ -1,0 +1,3 @@
+#include "conv2d_kernels.cuh"
+
+RESNET_FUSED_CONV2D_TILES_F32(RESNET_FUSED_CONV2D_KERNEL)

@@ -1,3 +1,0 @@
-#include "conv2d_kernels.cuh"
-
-RESNET_FUSED_CONV2D_TILES_TF32(RESNET_FUSED_CONV2D_KERNEL)
