@@ -7,7 +7,11 @@ Python package is installed without it, and one line says so.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,9 +54,71 @@ def cpu_extension() -> Extension:
     )
 
 
+CUDA_LIBRARY = "resnet_fused.lib.resnet_fused_cuda"
+
+
+def cuda_toolkit() -> Path | None:
+    """Root of a CUDA toolkit: CUDA_HOME, else the PyPI package's, else that of the nvcc on PATH or in /usr/local."""
+    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    package = importlib.util.find_spec("nvidia")
+    if package is not None:
+        roots += [root for place in package.submodule_search_locations or () for root in Path(place).glob("cu*")]
+    on_path = shutil.which("nvcc")
+    roots += [Path(on_path).resolve().parent.parent] if on_path else []
+    # An nvcc on PATH may be a script that calls one elsewhere.
+    whole = ("bin/nvcc", "include/cuda_runtime.h")
+    return next((root for root in [*roots, Path("/usr/local/cuda")] if all((root / part).is_file() for part in whole)), None)
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA kernels can't be built here, with the remedy; None if they can."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    major = torch.version.cuda.split(".")[0]
+    remedy = f'pip install "cuda-toolkit[nvcc,cccl]=={major}.*" and build again with --no-build-isolation'
+    if toolkit is None:
+        return f"there is no nvcc; {remedy}"
+    version = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", version)
+    if release is None or release.group(1) != major:
+        return f"the nvcc in {toolkit} is not of CUDA {major}, which PyTorch was built with; {remedy}, or set CUDA_HOME"
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX")  # the driver compiles the PTX for newer GPUs
+    return None
+
+
+def cuda_extension() -> Extension:
+    """resnet_fused/lib/resnet_fused_cuda.so: for the GPUs of TORCH_CUDA_ARCH_LIST, else those visible, else sm_80 and later."""
+    from torch.utils.cpp_extension import CppExtension
+
+    assert toolkit is not None
+    # CUDA's runtime is linked in, so that the library loads where there is no driver and beside any PyTorch.
+    return CppExtension(
+        CUDA_LIBRARY,
+        sources("cuda", "*.cpp") + sources("cuda", "*.cu"),
+        depends=sources("cuda", "*.h") + sources("cuda", "*.cuh") + ["csrc/checks.h"],
+        include_dirs=[str(toolkit / "include")],
+        library_dirs=[str(toolkit / folder) for folder in ("lib64", "lib") if (toolkit / folder).is_dir()],
+        libraries=["torch_cuda"],
+        extra_compile_args={
+            "cxx": ["-O2", "-fvisibility=hidden", "-g0", "-DUSE_CUDA", STABLE_ABI],
+            "nvcc": ["-Xcompiler", "-fvisibility=hidden", STABLE_ABI],
+        },
+        extra_link_args=["-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+        optional=True,
+        py_limited_api=True,
+    )
+
+
 def extensions() -> list[Extension]:
     """Every library that can be built here."""
-    return [cpu_extension()]
+    without_cuda = cuda_missing()
+    if without_cuda is not None:
+        print(f"resnet_fused: the CUDA kernels are not built, since {without_cuda}.", file=sys.stderr)
+        return [cpu_extension()]
+    return [cpu_extension(), cuda_extension()]
 
 
 def build_command() -> type[Any]:
@@ -64,6 +130,14 @@ def build_command() -> type[Any]:
             (ROOT / "resnet_fused" / "lib").mkdir(exist_ok=True)  # where an editable install puts them
             super().run()
 
+        def build_extension(self, ext: Extension) -> None:
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if ext.name != CUDA_LIBRARY:
+                    raise
+                print(f"resnet_fused: the CUDA kernels are not built, since compiling them failed: {error}", file=sys.stderr)
+
         def get_ext_filename(self, name: str) -> str:
             return str(Path(*name.split(".")).with_suffix(".so"))
 
@@ -73,6 +147,9 @@ def build_command() -> type[Any]:
     return BuildLibraries
 
 
+toolkit = cuda_toolkit()
+if toolkit is not None:
+    os.environ["CUDA_HOME"] = str(toolkit)  # torch.utils.cpp_extension reads it when it is imported
 reason = compiler_missing()
 if reason is None:
     setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})

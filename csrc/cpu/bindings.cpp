@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "activations.h"
 #include "kernels.h"
 #include "plan.h"
 #include "runtime.h"
@@ -45,12 +46,6 @@ void check_cpu_activations(const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == dense[static_cast<size_t>(d)], name,
                     " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
   }
-}
-
-Tensor new_activations(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const std::array<int64_t, 4> size{n, c, h, w};
-  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 // kernel, stride, padding and dilation, (height, width) each.
@@ -182,6 +177,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def(
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> Tensor");
+  m.def("release_activations() -> int");
   m.def("block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> Tensor");
 }
 
@@ -192,5 +188,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("conv", TORCH_BOX(&conv));
+  m.impl("release_activations", TORCH_BOX(&release_activations));
   m.impl("block", TORCH_BOX(&block));
 }

@@ -168,7 +168,7 @@ class TileLoader {
     T v[kVector];
 #pragma unroll
     for (int e = 0; e < kVector; ++e)
-      v[e] = first + e >= low && first + e < high ? reinterpret_cast<const T*>(x_[i])[e] : T(0.0f);
+      v[e] = first + e >= low && first + e < high ? reinterpret_cast<const T*>(x_[i])[e] : from_float<T>(0.0f);
     return Vector16<T>::from_elements(v);
   }
 

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "conv2d_params.h"
 #include "ptx.cuh"
@@ -32,6 +33,21 @@ struct ElementOf<ElementType::kTf32> {
 
 // max(v, 0) as PyTorch has it: NaN stays NaN, which fmaxf would drop.
 __device__ __forceinline__ float relu(float v) { return v < 0.0f ? 0.0f : v; }
+
+// Explicit conversions: PyTorch compiles extensions with the implicit ones of half types switched off.
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+template <class T>
+__device__ __forceinline__ T from_float(float v) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return v;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(v);
+  } else {
+    return __float2bfloat16_rn(v);
+  }
+}
 
 // 16 bytes of elements of type T, as kCount floats and back with one rounding each.
 template <class T>

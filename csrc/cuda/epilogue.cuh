@@ -140,8 +140,8 @@ class Epilogue {
       for (int e = 0; e < kVector; ++e) {
         if (row >= rows || channel_ + e >= p_.out_channels) continue;
         float sum = v[e] + shift_[e];
-        if (p_.residual != nullptr) sum += static_cast<float>(static_cast<const T*>(p_.residual)[offset + e]);
-        static_cast<T*>(p_.y)[offset + e] = static_cast<T>(p_.relu ? relu(sum) : sum);
+        if (p_.residual != nullptr) sum += to_float(static_cast<const T*>(p_.residual)[offset + e]);
+        static_cast<T*>(p_.y)[offset + e] = from_float<T>(p_.relu ? relu(sum) : sum);
       }
     });
   }

@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t relu_word<__half>(uint32_t word) {
   asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0));
   return word;
 #else
-  return word & ~__hlt2_mask(reinterpret_cast<const __half2&>(word), __half2half2(__half(0.0f)));
+  return word & ~__hlt2_mask(reinterpret_cast<const __half2&>(word), __float2half2_rn(0.0f));
 #endif
 }
 template <>

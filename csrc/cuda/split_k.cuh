@@ -17,8 +17,8 @@ __device__ __forceinline__ void store_quad(const Conv2dParams& p, const float (&
   const float shifts[4] = {shift.x, shift.y, shift.z, shift.w};
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const float v = sum[e] + shifts[e] + static_cast<float>(residual.elements[e]);
-    y.elements[e] = static_cast<T>(p.relu ? relu(v) : v);
+    const float v = sum[e] + shifts[e] + to_float(residual.elements[e]);
+    y.elements[e] = from_float<T>(p.relu ? relu(v) : v);
   }
   *reinterpret_cast<Quad*>(static_cast<T*>(p.y) + offset) = y;
 }
@@ -45,8 +45,8 @@ __device__ __forceinline__ void conv2d_reduce_fwd(const Conv2dParams& p) {
       for (int e = 0; e < 4; ++e) {
         if (channel + e >= p.out_channels) continue;
         float y = v[e] + p.shift[channel + e];
-        if (p.residual != nullptr) y += static_cast<float>(static_cast<const T*>(p.residual)[offset + e]);
-        static_cast<T*>(p.y)[offset + e] = static_cast<T>(p.relu ? relu(y) : y);
+        if (p.residual != nullptr) y += to_float(static_cast<const T*>(p.residual)[offset + e]);
+        static_cast<T*>(p.y)[offset + e] = from_float<T>(p.relu ? relu(y) : y);
       }
     }
   }
