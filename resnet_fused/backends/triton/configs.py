@@ -42,7 +42,7 @@ class Chip:
 
     @property
     def unit(self) -> str:
-        """What Triton multiplies matrices with on this chip: "wgmma", "tcgen05", "mma.sync", "mfma", or "fma" on 7.5."""
+        """What Triton multiplies matrices with on this chip: "wgmma", "tcgen05", "mma.sync", "mfma"; "fma" on 7.5."""
         if self.vendor == "hip":
             return "mfma"
         if self.capability < 80:
@@ -52,9 +52,9 @@ class Chip:
     @classmethod
     @functools.cache
     def of(cls, device: torch.device) -> Chip:
-        """The chip of a device; an A100 for the interpreter's CPU tensors."""
+        """The chip of a device. For the interpreter's CPU tensors an A100 of one SM, as it runs one program at a time."""
         if device.type == "cpu":
-            return cls("cuda", 80, 108, 166912)
+            return cls("cuda", 80, 1, 163 << 10)
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip is not None:
             number = int(properties.gcnArchName.split(":")[0].removeprefix("gfx"), 16)
@@ -183,7 +183,7 @@ def row_lanes(conv: Conv) -> int:
 def table(dtype: torch.dtype, chip: Chip, tf32: bool) -> tuple[Tile, ...]:
     """The part of the table for a type: float32 goes to TF32 tensor cores if `tf32`."""
     if chip.unit == "fma" or (dtype == torch.float32 and not tf32):
-        tiles = FMA
+        tiles: tuple[Tile, ...] = FMA
     else:
         tiles = TF32 if dtype == torch.float32 else HALF
     return tuple(tile for tile in tiles if not tile.units or chip.unit in tile.units)

@@ -7,6 +7,8 @@ The compiled kernel relies on tensors that are aligned to 16 bytes; `aligned` se
 
 from __future__ import annotations
 
+import functools
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from resnet_fused import config
 
+_INTERPRETER = threading.Lock()
 _ALIGNMENT = 16
 _TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -45,7 +48,7 @@ class Launch:
         """Compiles for the current device. Gives a function of the tensors that launches on the current stream."""
         scalars, constants, grid = self.scalars, self.constants, self.grid
         if config.triton_interpreted():
-            return lambda *tensors: self.kernel[grid](*tensors, *scalars, **constants)
+            return functools.partial(_interpret, self.kernel[grid], scalars, constants)
         compiled = self.kernel.warmup(
             *self.dtypes, *scalars, **constants, grid=grid, num_warps=self.warps, num_stages=self.stages
         )
@@ -72,6 +75,12 @@ class Launch:
             self.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
         )
         return triton.compile(source, target=target, options={"num_warps": self.warps, "num_stages": self.stages})
+
+
+def _interpret(launch: Any, scalars: tuple[int, ...], constants: dict[str, Any], *tensors: Tensor | None) -> None:
+    # The interpreter replaces functions of triton.language while it runs.
+    with _INTERPRETER:
+        launch(*tensors, *scalars, **constants)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""Random convolution problems and what stock PyTorch makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused import functional
+from resnet_fused.backends.problem import Conv, Folded, Problem
+
+# float32: see tests/tolerances.py; the narrow types are measured against stock alone.
+FLOOR = {torch.float32: 2e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution; `why` says what it is there for."""
+
+    why: str
+    shape: tuple[int, int, int, int]
+    k: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    op: str = "conv2d_bn_add_relu"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def problem(self) -> Problem:
+        conv = Conv(self.shape[1], self.k, self.kernel, self.stride, self.padding, self.dilation, self.groups)
+        return Problem(self.op, self.shape, self.dtype, torch.device("cpu"), (conv,))
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, weight, shift and residual, all channels_last."""
+        generator = torch.Generator().manual_seed(7)
+        c = self.shape[1] // self.groups
+        shapes = self.shape, (self.k, c, *self.kernel), self.problem.output_shape()
+        x, weight, residual = (torch.randn(shape, generator=generator) for shape in shapes)
+        weight /= (c * self.kernel[0] * self.kernel[1]) ** 0.5
+        x, weight, residual = (t.to(self.dtype, memory_format=torch.channels_last) for t in (x, weight, residual))
+        return x, weight, torch.randn(self.k, generator=generator).to(self.dtype), residual
+
+    def folded(self) -> Folded:
+        _, weight, shift, _ = self.tensors()
+        return Folded((weight,), (shift,))
+
+    def with_(self, **changes: object) -> Case:
+        return replace(self, **changes)
+
+
+def stock(case: Case, x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+    """The op as stock PyTorch computes it."""
+    y = F.conv2d(x, weight, shift, *case.geometry)
+    if case.op == "conv2d_bn_add_relu":
+        y = y + residual
+    return y if case.op == "conv2d_bn" else y.relu()
+
+
+def fused(case: Case, x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+    """The op as resnet_fused computes it, on the backend in use."""
+    rest = (residual,) if case.op == "conv2d_bn_add_relu" else ()
+    return getattr(functional, case.op)(x, weight, shift, *rest, *case.geometry)
+
+
+def error(y: Tensor, truth: Tensor) -> float:
+    """‖y − truth‖ / ‖truth‖."""
+    return ((y.double() - truth).norm() / truth.norm()).item()
+
+
+def check(case: Case, y: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """y is as near to float64 as stock PyTorch at the same type, within a factor of two."""
+    truth = stock(case, *(t.double() for t in tensors))
+    allowed = max(2 * error(stock(case, *tensors), truth), FLOOR[case.dtype])
+    assert y.shape == truth.shape
+    assert y.dtype == case.dtype
+    assert error(y, truth) <= allowed

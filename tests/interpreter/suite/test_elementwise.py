@@ -1,0 +1,86 @@
+"""add_relu forward and backward, and batch norm in inference, on the Triton kernels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import FLOOR, error
+
+import resnet_fused as rf
+from resnet_fused.backends.triton import elementwise
+
+SHAPES = {
+    "several-programs": (2, 64, 9, 9),
+    "one-element": (1, 1, 1, 1),
+    "no-whole-vector": (1, 7, 3, 5),
+}
+NAN = float("nan")
+
+
+def tensors(shape, dtype, count):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator).to(dtype, memory_format=torch.channels_last) for _ in range(count)]
+
+
+def as_good_as(y, stock, truth):
+    assert error(y, truth) <= max(2 * error(stock, truth), FLOOR[y.dtype])
+
+
+@pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in SHAPES.items()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
+def test_add_relu_is_as_exact_as_stock(shape, dtype):
+    x, residual = tensors(shape, dtype, 2)
+    y = rf.functional.add_relu(x, residual)
+    as_good_as(y, F.relu(x + residual), F.relu(x.double() + residual.double()))
+    assert y.stride() == x.stride()
+
+
+def test_add_relu_takes_tensors_of_different_strides():
+    x, residual = tensors((2, 16, 5, 5), torch.float32, 2)
+    y = rf.functional.add_relu(x, residual.contiguous())
+    assert torch.equal(y, F.relu(x + residual))
+
+
+def test_add_relu_keeps_nan_and_inf():
+    x = torch.tensor([1.0, NAN, float("inf"), -float("inf"), 2.0]).reshape(1, 5, 1, 1)
+    residual = torch.tensor([NAN, 1.0, 1.0, float("inf"), -3.0]).reshape(1, 5, 1, 1)
+    torch.testing.assert_close(
+        rf.functional.add_relu(x, residual), F.relu(x + residual), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+def test_add_relu_backward_is_that_of_stock(dtype):
+    y, dy = tensors((2, 24, 5, 5), dtype, 2)
+    y = y.relu()
+    y[0, 0, 0, 0] = NAN
+    dx = torch.empty_like(dy)
+    elementwise.add_relu_bwd(dy.numel(), dtype).bind()(dy, y, dx)
+    assert torch.equal(dx, torch.ops.aten.threshold_backward(dy, y, 0))
+
+
+BN_CASES = {
+    "relu": ((2, 64, 5, 5), torch.float32, False),
+    "add-relu": ((2, 64, 5, 5), torch.float16, True),
+    "wider-than-a-tile": ((1, 600, 3, 3), torch.float32, True),
+    "odd-channels": ((3, 19, 3, 2), torch.float16, False),
+}
+
+
+@pytest.mark.parametrize(("shape", "dtype", "add"), [pytest.param(*case, id=name) for name, case in BN_CASES.items()])
+def test_bn_relu_is_as_exact_as_stock(shape, dtype, add):
+    x, residual = tensors(shape, dtype, 2)
+    mean, variance, gamma, beta = torch.randn(4, shape[1], generator=torch.Generator().manual_seed(5)).unbind()
+    variance = variance.square() + 0.1
+    scale = gamma / (variance + 1e-5).sqrt()
+    y = elementwise.bn_relu(x, scale, beta - mean * scale, residual if add else None)
+
+    def reference(to):
+        normal = F.batch_norm(to(x), *(t.to(to(x).dtype) for t in (mean, variance, gamma, beta)))
+        return F.relu(normal + to(residual) if add else normal)
+
+    as_good_as(y, reference(lambda t: t), reference(torch.Tensor.double))
+
+
+def test_bn_relu_keeps_nan():
+    x = torch.full((1, 8, 2, 2), NAN).to(memory_format=torch.channels_last)
+    assert elementwise.bn_relu(x, torch.ones(8), torch.zeros(8)).isnan().all()

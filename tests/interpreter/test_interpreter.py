@@ -1,0 +1,14 @@
+"""Runs the tests of suite/ in a process of their own, because Triton reads TRITON_INTERPRET when it is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_suite_passes_in_the_interpreter():
+    suite = Path(__file__).with_name("suite")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
+    run = subprocess.run(command, env=environment, cwd=suite.parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}\nAlone: TRITON_INTERPRET=1 pytest {suite}"
