@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import cpu_plan, library
+from resnet_fused.backends import cpu_bn, cpu_plan, library
+from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Conv, Folded, Problem
 
 _LIBRARY = "resnet_fused_cpu"
@@ -52,6 +53,8 @@ class CPU:
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device.type != "cpu":
             return f"it serves CPU tensors, not {problem.device.type}"
+        if problem.op in NORM_OPS:
+            return cpu_bn.unsupported(problem)
         if problem.op not in _CONVS + _BLOCKS:
             return f"it has no kernel for {problem.op}"
         if problem.dtype not in (torch.float32, torch.bfloat16):
@@ -115,3 +118,6 @@ class CPU:
             return run(x.contiguous(memory_format=torch.channels_last), weights, shifts, channels, plan)
 
         return kernel
+
+    def norm(self) -> NormKernels:
+        return cpu_bn.CPUNorm()

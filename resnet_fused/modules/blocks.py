@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.backends import Conv
-from resnet_fused.modules.folding import NotFoldable, fold
+from resnet_fused.modules.folding import NotFoldable, fold, hooks_of
+from resnet_fused.modules.norm import bn, bn_add_relu, bn_relu
 from resnet_fused.ops.common import Runner, plain_eager
 
 NormLayer = Callable[[int], nn.Module]
@@ -117,23 +118,34 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         path = self._folded_path(x)
         if path is None:
-            return self._unfused(x)
+            return self._unfolded(x)
         return path.runner(x.to(path.weights[0].dtype) if self._casts(x) else x, None, path.weights, path.shifts)
 
     @staticmethod
     def _casts(x: Tensor) -> bool:
         return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
-    def _unfused(self, x: Tensor) -> Tensor:
+    def _unfolded(self, x: Tensor) -> Tensor:
         """The block by its own modules: relu(bn_n(conv_n(… relu(bn_1(conv_1(x))) …)) + downsample(x))."""
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = self._shortcut(x)
         *inner, (conv, norm) = self.main_path()
         y = x
+        if type(self.relu) is nn.ReLU and hooks_of(self.relu) is None:
+            for inner_conv, inner_norm in inner:
+                y = bn_relu(inner_norm, inner_conv(y))
+            return bn_add_relu(norm, conv(y), identity)
         for inner_conv, inner_norm in inner:
-            y = self.relu(inner_norm(inner_conv(y)))
-        y = norm(conv(y))
-        y += identity
-        return self.relu(y)
+            y = self.relu(bn(inner_norm, inner_conv(y)))
+        return self.relu(bn(norm, conv(y)) + identity)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        downsample = self.downsample
+        if downsample is None:
+            return x
+        if type(downsample) is not nn.Sequential or len(downsample) != 2 or hooks_of(downsample) is not None:
+            return downsample(x)
+        conv, norm = downsample
+        return bn(norm, conv(x))
 
 
 class BasicBlock(_Block):
