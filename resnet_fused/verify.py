@@ -13,6 +13,10 @@ from resnet_fused.modules.fused import FusedModule
 from resnet_fused.text import table
 
 
+# The promise: an error of at most twice stock's, or this, whichever is larger.
+FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
 @dataclass
 class LayerError:
     """Relative errors of one layer's result against float64, ‖y − truth‖ / ‖truth‖.
@@ -37,8 +41,7 @@ class Verification:
     def passed(self) -> bool:
         """Whether the model's result is as near to the truth as it must be: twice stock's error, or a small floor."""
         final = self.layers[-1]
-        floor = 2e-6 if self.dtype == torch.float32 else 4 * torch.finfo(self.dtype).eps
-        return final.nan_mismatch == 0 and final.fused <= max(2 * final.stock, floor)
+        return final.nan_mismatch == 0 and final.fused <= max(2 * final.stock, FLOOR[self.dtype])
 
     def __str__(self) -> str:
         rows = [

@@ -13,6 +13,8 @@ from resnet_fused.bench.inference import Comparison
 
 def print_table(console: Console, comparisons: list[Comparison], machine: dict[str, object]) -> None:
     """A row for each variant and workload."""
+    if not console.is_terminal:
+        console = Console(width=160)
     console.print(
         f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}, PyTorch {machine['torch']}; "
         "medians of interleaved runs",

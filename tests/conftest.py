@@ -1,0 +1,41 @@
+"""Fixtures for all tests: seeds, threads, and models with batch-norm statistics as after training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import tolerances`, from every folder of tests
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def randomize_norms(model: nn.Module) -> nn.Module:
+    """Gives every batch norm parameters and statistics that a mistake would show in, negative and zero gamma included."""
+    for module in model.modules():
+        if hasattr(module, "running_var") and module.running_var is not None:
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            if module.weight is not None:
+                module.weight.uniform_(0.3, 0.9)
+                module.weight.view(-1)[0] *= -1
+                module.weight.view(-1)[-1] = 0
+                module.bias.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture
+def trained() -> Callable[[nn.Module], nn.Module]:
+    """Makes a model look trained: its batch norms hold statistics, and it is in eval mode."""
+    return lambda model: randomize_norms(model).eval()
