@@ -9,15 +9,15 @@ through `.data` changes neither; `block.train()` and `block.eval()` drop the fol
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.backends import Conv
-from resnet_fused.modules.folding import NotFoldable, fold, hooks_of
+from resnet_fused.modules.folding import NotFoldable, hooks_of
+from resnet_fused.modules.fused import FusedBlock, FusedConv2d
 from resnet_fused.modules.norm import bn, bn_add_relu, bn_relu
-from resnet_fused.ops.common import Runner, plain_eager
+from resnet_fused.ops.common import plain_eager
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -30,21 +30,11 @@ def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
-class _FoldedPath:
-    """The folded parameters of a block, the runner that uses them, and the state of the block that they were made from."""
+class _FoldedPath(NamedTuple):
+    """The fused form of a block, and the state of the block that it was made from."""
 
-    def __init__(self, block: _Block, stamp: tuple[Any, ...], dtype: torch.dtype) -> None:
-        # Outside of inference mode, so that the parameters count their changes, which the runner asks for.
-        with torch.inference_mode(False), torch.no_grad():
-            pairs = [fold(conv, norm) for conv, norm in block.pairs()]
-            self.weights = [weight.to(dtype) for weight, _ in pairs]
-            self.shifts = [shift.to(dtype) for _, shift in pairs]
-        convs = tuple(
-            Conv.of(conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
-            for conv, _ in block.pairs()
-        )
-        self.stamp = stamp
-        self.runner = Runner(block.op, convs, block.downsample is not None)
+    stamp: tuple[int, ...]
+    block: FusedBlock
 
 
 class _Block(nn.Module):
@@ -98,32 +88,31 @@ class _Block(nn.Module):
         ]
         if not plain_eager(x, *tensors):
             return None
-        dtype = tensors[0].dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
         try:
-            stamp = (dtype, *[number for t in tensors for number in (t.data_ptr(), t._version)])
+            stamp = tuple([number for t in tensors for number in (t.data_ptr(), t._version)])
         except RuntimeError:
             # Parameters made under inference_mode don't count their changes: what was folded could be stale.
             return None
         path = self._path
         if path is None or path.stamp != stamp:
             try:
-                path = _FoldedPath(self, stamp, dtype)
+                path = self._path = _FoldedPath(stamp, self._fold())
             except NotFoldable:
                 return None
-            self._path = path
         return path
+
+    def _fold(self) -> FusedBlock:
+        # Outside of inference mode, so that the folded parameters count their changes like all parameters.
+        with torch.inference_mode(False), torch.no_grad():
+            convs = [FusedConv2d.of(conv, norm, channels_last=False) for conv, norm in self.pairs()]
+        if any(conv.pad for conv in convs):
+            raise NotFoldable("a convolution has padding that the block's op doesn't")
+        shortcut = convs.pop() if self.downsample is not None else None
+        return FusedBlock(convs, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         path = self._folded_path(x)
-        if path is None:
-            return self._unfolded(x)
-        return path.runner(x.to(path.weights[0].dtype) if self._casts(x) else x, None, path.weights, path.shifts)
-
-    @staticmethod
-    def _casts(x: Tensor) -> bool:
-        return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        return self._unfolded(x) if path is None else path.block(x)
 
     def _unfolded(self, x: Tensor) -> Tensor:
         """The block by its own modules: relu(bn_n(conv_n(… relu(bn_1(conv_1(x))) …)) + downsample(x))."""

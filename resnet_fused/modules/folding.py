@@ -100,7 +100,7 @@ def _check_probe(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
 
 @torch.no_grad()
 def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Folded weight and shift of bn(conv(x)), in the convolution's dtype, computed in float64.
+    """Folded weight and shift of bn(conv(x)), in the convolution's dtype and memory format, computed in float64.
 
     Raises:
         NotFoldable: with the reason.
@@ -116,4 +116,4 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     for folded, exact in ((weight, conv.weight), (folded_shift, shift)):
         if bool(exact.isfinite().all()) and not bool(folded.isfinite().all()):
             raise NotFoldable(f"the folded parameters overflow {conv.weight.dtype}")
-    return weight.contiguous(memory_format=torch.channels_last), folded_shift
+    return weight, folded_shift

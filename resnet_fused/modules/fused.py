@@ -15,18 +15,25 @@ from torch import Tensor, nn
 
 from resnet_fused import ops
 from resnet_fused.backends import Conv, Pool, Precision, Problem
-from resnet_fused.modules.folding import fold
+from resnet_fused.modules.folding import check_conv, fold
 from resnet_fused.ops.common import Runner, plain_eager
 
 
 class FusedModule(nn.Module):
-    """Base of the fused modules: runs `op` on the folded parameters of its convolutions."""
+    """Base of the fused modules: runs `op` on the folded parameters of its convolutions.
+
+    Args:
+        precision: as in `rf.fuse`.
+        backend: name of the backend, or "auto".
+        channels_last: whether results are channels_last always, instead of by stock's rule.
+    """
 
     op: str
     residual = False
 
-    def __init__(self, precision: Precision, backend: str) -> None:
+    def __init__(self, precision: Precision, backend: str, channels_last: bool) -> None:
         super().__init__()
+        self.channels_last = channels_last
         self.precision: Precision = precision
         self.backend = backend
         self._runner: Runner | None = None
@@ -83,9 +90,8 @@ class FusedModule(nn.Module):
 
     def packed_bytes(self) -> int:
         """Bytes of what backends packed from the parameters, beside the parameters themselves."""
-        folded = self._runner.folded if self._runner is not None else None
         copies = sum(t.nbytes for _, w, s in self._cast.values() for t in (*w, *s))
-        return copies + (folded.packed_bytes() if folded is not None else 0)
+        return copies + (self._runner.packed_bytes() if self._runner is not None else 0)
 
     def backends_used(self) -> dict[str, Problem]:
         """The backends that served this module so far, each with a problem that it served."""
@@ -102,6 +108,7 @@ class FusedConv2d(FusedModule):
         relu: whether ReLU follows.
         pad: pixels to add before the convolution by F.pad (left, right, top, bottom), for padding modes and uneven padding.
         pad_mode: mode of F.pad.
+        precision, backend, channels_last: as in `FusedModule`.
     """
 
     def __init__(
@@ -118,8 +125,9 @@ class FusedConv2d(FusedModule):
         pad_mode: str = "constant",
         precision: Precision = "fast",
         backend: str = "auto",
+        channels_last: bool = True,
     ) -> None:
-        super().__init__(precision, backend)
+        super().__init__(precision, backend, channels_last)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.shift = nn.Parameter(shift.detach(), requires_grad=False)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
@@ -127,16 +135,25 @@ class FusedConv2d(FusedModule):
         self.pad, self.pad_mode = list(pad), pad_mode
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, norm: nn.Module, relu: bool, precision: Precision, backend: str) -> FusedConv2d:
+    def of(
+        cls,
+        conv: nn.Module,
+        norm: nn.Module,
+        relu: bool = False,
+        precision: Precision = "fast",
+        backend: str = "auto",
+        channels_last: bool = True,
+    ) -> FusedConv2d:
         """norm(conv(x)), with ReLU behind it if `relu`, folded.
 
         Raises:
             NotFoldable: with the reason.
         """
+        conv = check_conv(conv)
         weight, shift = fold(conv, norm)
         padding, pad, pad_mode = _padding(conv)
         return cls(
-            weight,
+            weight.contiguous(memory_format=torch.channels_last) if channels_last else weight,
             shift,
             stride=conv.stride,  # type: ignore[arg-type]
             padding=padding,
@@ -147,6 +164,7 @@ class FusedConv2d(FusedModule):
             pad_mode=pad_mode,
             precision=precision,
             backend=backend,
+            channels_last=channels_last,
         )
 
     @classmethod
@@ -164,6 +182,7 @@ class FusedConv2d(FusedModule):
             pad_mode=other.pad_mode,
             precision=other.precision,
             backend=other.backend,
+            channels_last=other.channels_last,
         )
 
     @property
@@ -175,7 +194,7 @@ class FusedConv2d(FusedModule):
 
     def _new_runner(self) -> Runner:
         op = "conv2d_bn_add_relu" if self.residual else "conv2d_bn_relu" if self.relu else "conv2d_bn"
-        return Runner(op, (self.conv,), precision=self.precision, backend=self.backend, channels_last=True)
+        return Runner(op, (self.conv,), precision=self.precision, backend=self.backend, channels_last=self.channels_last)
 
     def _call_op(self, x: Tensor, residual: Tensor | None, weights: list[Tensor], shifts: list[Tensor]) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
@@ -228,7 +247,7 @@ class FusedStem(FusedModule):
     op = "stem"
 
     def __init__(self, conv: FusedConv2d, pool: Pool) -> None:
-        super().__init__(conv.precision, conv.backend)
+        super().__init__(conv.precision, conv.backend, conv.channels_last)
         self.conv = conv
         self.pool = pool
 
@@ -236,7 +255,7 @@ class FusedStem(FusedModule):
         return [self.conv]
 
     def _new_runner(self) -> Runner:
-        return Runner("stem", (self.conv.conv,), False, self.pool, self.precision, self.backend, channels_last=True)
+        return Runner("stem", (self.conv.conv,), False, self.pool, self.precision, self.backend, self.channels_last)
 
     def _call_op(self, x: Tensor, residual: Tensor | None, weights: list[Tensor], shifts: list[Tensor]) -> Tensor:
         return ops.stem(x, weights[0], shifts[0], self.conv.conv.flatten(), [v for pair in self.pool for v in pair])
@@ -254,7 +273,7 @@ class FusedBlock(FusedModule):
     """
 
     def __init__(self, convs: Sequence[FusedConv2d], shortcut: FusedConv2d | None) -> None:
-        super().__init__(convs[0].precision, convs[0].backend)
+        super().__init__(convs[0].precision, convs[0].backend, convs[0].channels_last)
         self.op = {2: "basic_block", 3: "bottleneck"}[len(convs)]
         for index, conv in enumerate(convs, 1):
             self.add_module(f"conv{index}", conv)
@@ -270,7 +289,7 @@ class FusedBlock(FusedModule):
     def _new_runner(self) -> Runner:
         convs = tuple(conv.conv for conv in self.convolutions())
         return Runner(
-            self.op, convs, self.shortcut is not None, None, self.precision, self.backend, channels_last=True
+            self.op, convs, self.shortcut is not None, None, self.precision, self.backend, self.channels_last
         )
 
     def _call_op(self, x: Tensor, residual: Tensor | None, weights: list[Tensor], shifts: list[Tensor]) -> Tensor:

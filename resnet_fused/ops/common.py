@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,14 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+class _Bound(NamedTuple):
+    """What a runner keeps for one state of its parameters. Replaced as a whole, so that threads may share a runner."""
+
+    stamp: tuple[int, ...]
+    folded: Folded
+    kernels: dict[tuple[Any, ...], Kernel]
+
+
 class Runner:
     """Runs one op on one set of folded parameters.
 
@@ -65,10 +73,8 @@ class Runner:
     ) -> None:
         self.op, self.convs, self.shortcut, self.pool = op, convs, shortcut, pool
         self.precision, self.backend, self.channels_last = precision, backend, channels_last
-        self.folded: Folded | None = None
         self.backends_used: dict[str, Problem] = {}
-        self._stamp: tuple[int, ...] = ()
-        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        self._bound: _Bound | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
         chosen = choice(self.backend)
@@ -78,16 +84,22 @@ class Runner:
             # Parameters made under inference_mode don't count their changes: nothing about them can be kept.
             problem = self.problem(x, weights)
             return bind(problem, Folded(tuple(weights), tuple(shifts)), "reference").kernel(x, residual)
-        if stamp != self._stamp:
-            self._kernels.clear()
-            self.folded, self._stamp = Folded(tuple(weights), tuple(shifts)), stamp
+        bound = self._bound
+        if bound is None or bound.stamp != stamp:
+            # Aliases, so that what is kept for a parameter doesn't keep the parameter itself alive.
+            folded = Folded(tuple(w.detach() for w in weights), tuple(s.detach() for s in shifts))
+            bound = self._bound = _Bound(stamp, folded, {})
         other = None if residual is None else (residual.shape, residual.dtype)
         key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch.backends.mkldnn.enabled)
-        kernel = self._kernels.get(key)
+        kernel = bound.kernels.get(key)
         if kernel is None:
             problem = self.problem(x, weights)
             checks.check(problem, x, residual, weights)
-            kernel = self._bind(key, problem, chosen)
+            kernel, backend = bind(problem, bound.folded, chosen)
+            self.backends_used[backend] = problem
+            while len(bound.kernels) >= _MAX_KERNELS:
+                bound.kernels.pop(next(iter(bound.kernels)), None)
+            bound.kernels[key] = kernel
         return kernel(x, residual)
 
     def problem(self, x: Tensor, weights: Sequence[Tensor]) -> Problem:
@@ -106,14 +118,9 @@ class Runner:
             self.precision,
         )
 
-    def _bind(self, key: tuple[Any, ...], problem: Problem, chosen: str) -> Kernel:
-        assert self.folded is not None
-        kernel, backend = bind(problem, self.folded, chosen)
-        self.backends_used[backend] = problem
-        while len(self._kernels) >= _MAX_KERNELS:
-            self._kernels.pop(next(iter(self._kernels)), None)
-        self._kernels[key] = kernel
-        return kernel
+    def packed_bytes(self) -> int:
+        """Bytes of what backends packed from the parameters."""
+        return self._bound.folded.packed_bytes() if self._bound is not None else 0
 
 
 _runners: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Runner]] | None = None
