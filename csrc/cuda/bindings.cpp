@@ -1,36 +1,24 @@
-// Operators of the namespace resnet_fused_cuda, on PyTorch's stable ABI.
+// The operators of convolution, and the namespace resnet_fused_cuda, on PyTorch's stable ABI.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <cstring>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../checks.h"
+#include "conv2d_plan.h"
 #include "launch.h"
+#include "tensors.h"
 
 namespace resnet_fused {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
 
 // The integers of conv2d_plan's `problem`, in order of Conv2dProblem.
 Conv2dProblem problem_of(const Ints& v) {
   constexpr size_t kCount = 15;
   RESNET_FUSED_CHECK(v.size() == kCount, "problem has ", v.size(), " integers; it takes ", kCount, ", in order of Conv2dProblem");
   return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], ElementType(v[13]), v[14] != 0};
-}
-
-DeviceProperties device_of(const Ints& v) {
-  RESNET_FUSED_CHECK(v.size() == 4, "device has ", v.size(), " integers; it takes 4: compute capability, multiprocessors, shared bytes per "
-        "block and per multiprocessor");
-  return {v[0], v[1], v[2], v[3]};
 }
 
 std::string describe(const Conv2dProblem& p) {
@@ -47,58 +35,13 @@ std::vector<std::string> conv2d_kernels_op(Ints problem, Ints device) {
   return conv2d_kernels(problem_of(problem), device_of(device));
 }
 
-// (kernel names, five integers a launch: grid, block, shared bytes; the parameter struct in 8-byte words; workspace bytes)
-std::tuple<std::vector<std::string>, Ints, Ints, int64_t> conv2d_plan_op(Ints problem, Ints device, Ints pointers,
-                                                                         std::string kernel, int64_t splits) {
-  RESNET_FUSED_CHECK(pointers.size() == 6, "pointers has ", pointers.size(), " integers; it takes 6: x, weight, shift, residual, y, partial");
+PlanWords conv2d_plan_op(Ints problem, Ints device, Ints pointers, std::string kernel, int64_t splits) {
+  RESNET_FUSED_CHECK(pointers.size() == 6, "pointers has ", pointers.size(),
+                     " integers; it takes 6: x, weight, shift, residual, y, partial");
   const auto pointer = [&](size_t i) { return reinterpret_cast<void*>(pointers[i]); };
   const Conv2dPointers to{pointer(0), pointer(1), pointer(2), pointer(3), pointer(4), pointer(5)};
   const Conv2dPlan plan = plan_conv2d(problem_of(problem), device_of(device), to, kernel, splits);
-  std::vector<std::string> names;
-  Ints launches;
-  for (const KernelLaunch& l : plan.launches) {
-    names.push_back(l.kernel);
-    launches.insert(launches.end(), {l.grid[0], l.grid[1], l.grid[2], l.block, l.shared_bytes});
-  }
-  static_assert(sizeof(Conv2dParams) % sizeof(int64_t) == 0);
-  Ints words(sizeof(Conv2dParams) / sizeof(int64_t));
-  std::memcpy(words.data(), &plan.params, sizeof plan.params);
-  return {names, launches, words, plan.workspace_bytes};
-}
-
-ElementType element_type(const Tensor& x, bool tf32) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return ElementType::kFloat16;
-    case ScalarType::BFloat16: return ElementType::kBFloat16;
-    case ScalarType::Float: return tf32 ? ElementType::kTf32 : ElementType::kFloat32;
-    default: throw std::invalid_argument("x has a dtype that the CUDA kernels don't serve; use float16, bfloat16 or float32");
-  }
-}
-
-// Dense in the order N, H, W, C; the strides of dimensions of size 1 don't matter.
-bool is_channels_last(const Tensor& t) {
-  const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
-  const auto fits = [&](int64_t dim, int64_t size, int64_t stride) { return size <= 1 || t.stride(dim) == stride; };
-  return fits(1, c, 1) && fits(3, w, c) && fits(2, h, w * c) && fits(0, n, h * w * c);
-}
-
-bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
-Tensor empty_channels_last(const Tensor& like, const Ints& sizes) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-// An activation in the layout and alignment that the kernels read; a copy only where it isn't already.
-Tensor as_activation(const char* name, const Tensor& t, const Tensor& like) {
-  RESNET_FUSED_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must be (N, C, H, W)");
-  RESNET_FUSED_CHECK(t.get_device_index() == like.get_device_index(), name, " is on CUDA device ", t.get_device_index(), ", x on ",
-        like.get_device_index(), "; move them to one device");
-  RESNET_FUSED_CHECK(t.scalar_type() == like.scalar_type(), name, " and x differ in dtype; cast one of them");
-  if (is_channels_last(t) && is_aligned(t)) return t;
-  Tensor copy = empty_channels_last(t, Ints(t.sizes().begin(), t.sizes().end()));
-  torch::stable::copy_(copy, t);
-  return copy;
+  return plan_words(plan.launches, plan.params, plan.workspace_bytes);
 }
 
 Tensor conv2d_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& shift, std::optional<Tensor> residual_any,

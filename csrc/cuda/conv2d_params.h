@@ -11,9 +11,6 @@
 
 namespace resnet_fused {
 
-// kFloat32 is direct float32 arithmetic, kTf32 tensor cores on float32 rounded to 10 bits of mantissa.
-enum class ElementType : int64_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kTf32 = 3 };
-
 // Division of 0 <= n < 2^31 by a divisor fixed on the host: one multiplication and one shift.
 // Source: Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994.
 struct FastDivisor {

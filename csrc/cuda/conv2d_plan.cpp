@@ -12,12 +12,7 @@
 namespace resnet_fused {
 namespace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
-
-constexpr int64_t element_bytes(ElementType type) {
-  return type == ElementType::kFloat16 || type == ElementType::kBFloat16 ? 2 : 4;
-}
 
 enum Copy { kAsync, kThroughRegisters };
 
@@ -39,16 +34,6 @@ constexpr std::array kKernels = {
     RESNET_FUSED_CONV2D_TILES(RESNET_FUSED_ENTRY)
 #undef RESNET_FUSED_ENTRY
 };
-
-const char* suffix(ElementType type) {
-  switch (type) {
-    case ElementType::kFloat16: return "f16";
-    case ElementType::kBFloat16: return "bf16";
-    case ElementType::kFloat32:
-    case ElementType::kTf32: return "f32";
-  }
-  throw std::invalid_argument("unknown element type");
-}
 
 [[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument("conv2d: " + reason); }
 

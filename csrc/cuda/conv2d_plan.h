@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "conv2d_params.h"
+#include "plan.h"
 
 namespace resnet_fused {
 
@@ -22,12 +23,6 @@ struct Conv2dProblem {
   int64_t out_pixels() const { return batch * out_height() * out_width(); }
 };
 
-struct DeviceProperties {
-  int64_t compute_capability;  // 10 major + minor
-  int64_t multiprocessors;
-  int64_t shared_per_block, shared_per_multiprocessor;  // bytes a block may ask for; bytes there are
-};
-
 struct Conv2dPointers {
   const void *x, *weight, *shift, *residual;
   void *y, *partial;
@@ -37,13 +32,6 @@ struct Conv2dPointers {
 // zeros and before others. See Conv2dParams.
 struct WeightLayout {
   int64_t filter_rows, runs, lead, run_length, padded_run_length;
-};
-
-struct KernelLaunch {
-  std::string kernel;  // its extern "C" name
-  uint32_t grid[3];
-  uint32_t block;
-  uint32_t shared_bytes;
 };
 
 struct Conv2dPlan {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "conv2d_params.h"
+#include "element_type.h"
 #include "ptx.cuh"
 
 namespace resnet_fused {

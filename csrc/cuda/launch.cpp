@@ -9,20 +9,31 @@
 #include <vector>
 
 #include "../checks.h"
+#include "conv2d_params.h"
 #include "conv2d_tiles.h"
+#include "norm_kernels.h"
+#include "norm_params.h"
 
-#define RESNET_FUSED_KERNELS(X)   \
-  RESNET_FUSED_CONV2D_TILES(X)    \
-  X(conv2d_stem_fwd_f16)          \
-  X(conv2d_stem_fwd_bf16)         \
-  X(conv2d_reduce_fwd_f16)        \
-  X(conv2d_reduce_fwd_bf16)       \
+#define RESNET_FUSED_CONV2D_KERNELS(X) \
+  RESNET_FUSED_CONV2D_TILES(X)         \
+  X(conv2d_stem_fwd_f16)               \
+  X(conv2d_stem_fwd_bf16)              \
+  X(conv2d_reduce_fwd_f16)             \
+  X(conv2d_reduce_fwd_bf16)            \
   X(conv2d_reduce_fwd_f32)
+
+#define RESNET_FUSED_ALL_NORM_KERNELS(X) RESNET_FUSED_NORM_KERNELS(X) RESNET_FUSED_NORM_FINISH_KERNELS(X)
 
 // The host stubs that nvcc makes of the kernels.
 extern "C" {
 #define RESNET_FUSED_DECLARE(NAME, ...) void NAME(resnet_fused::Conv2dParams);
-RESNET_FUSED_KERNELS(RESNET_FUSED_DECLARE)
+RESNET_FUSED_CONV2D_KERNELS(RESNET_FUSED_DECLARE)
+#undef RESNET_FUSED_DECLARE
+#define RESNET_FUSED_DECLARE(NAME, ...) void NAME(resnet_fused::NormParams);
+RESNET_FUSED_ALL_NORM_KERNELS(RESNET_FUSED_DECLARE)
+#undef RESNET_FUSED_DECLARE
+#define RESNET_FUSED_DECLARE(NAME, ...) void NAME(resnet_fused::AddReluParams);
+RESNET_FUSED_ADD_RELU_KERNELS(RESNET_FUSED_DECLARE)
 #undef RESNET_FUSED_DECLARE
 }
 
@@ -39,7 +50,9 @@ struct Entry {
 
 Entry kEntries[] = {
 #define RESNET_FUSED_ENTRY(NAME, ...) {#NAME, reinterpret_cast<const void*>(&NAME)},
-    RESNET_FUSED_KERNELS(RESNET_FUSED_ENTRY)
+    RESNET_FUSED_CONV2D_KERNELS(RESNET_FUSED_ENTRY)
+    RESNET_FUSED_ALL_NORM_KERNELS(RESNET_FUSED_ENTRY)
+    RESNET_FUSED_ADD_RELU_KERNELS(RESNET_FUSED_ENTRY)
 #undef RESNET_FUSED_ENTRY
 };
 

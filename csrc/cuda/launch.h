@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "conv2d_plan.h"
+#include "plan.h"
 
 namespace resnet_fused {
 

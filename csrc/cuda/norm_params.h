@@ -1,0 +1,30 @@
+// What one launch of a batch-norm or add_relu kernel is told. Plain C++: the planner fills it on the host.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fused {
+
+// Activations are [rows, channels], channels_last: a row is a pixel. Unused pointers are null.
+struct NormParams {
+  const void *x, *residual, *dy, *y;  // y: a saved result, whose sign is ReLU's mask
+  void *out, *masked;
+  const float *mean, *var, *weight, *bias, *dweight, *dbias;  // [channels]
+  float* partial;                                             // [groups, 2, channels]
+  float *first, *second;                                      // results, [channels]
+  int64_t rows;
+  int32_t channels;
+  int32_t columns;        // threads of a block along the channels, a power of two
+  int32_t groups;         // blocks along the rows
+  float eps;
+  float inverse_count;    // 1 / values of a channel; 0 where statistics are constants
+  int32_t relu;
+};
+
+struct AddReluParams {
+  const void *x, *residual;
+  void* y;
+  int64_t count;  // elements
+};
+
+}  // namespace resnet_fused

@@ -1,0 +1,50 @@
+#include "norm_plan.h"
+
+#include <algorithm>
+#include <array>
+
+namespace resnet_fused {
+namespace {
+
+constexpr int64_t kThreads = 256;              // as compiled: kNormThreads
+constexpr int64_t kBlocksPerMultiprocessor = 8;  // of 256 threads: all that an SM holds
+constexpr int64_t kRowsPerThread = 4;          // at least, where there are that many
+constexpr int64_t kMaxGroups = 512;            // partial sums of a channel
+
+constexpr std::array kNames = {"bn_statistics", "bn_apply_fwd", "bn_reduce_bwd", "bn_apply_bwd"};
+
+}  // namespace
+
+NormPlan plan_norm(NormPass pass, int64_t rows, int64_t channels, ElementType type, const DeviceProperties& device) {
+  const int64_t vector = 16 / element_bytes(type);
+  const bool scalar = channels % vector != 0;
+  const int64_t columns_in_all = scalar ? channels : channels / vector;
+  int64_t columns = 1;
+  while (columns < columns_in_all && columns < 32) columns *= 2;
+  const int64_t blocks_x = ceil_div(columns_in_all, columns), lines = kThreads / columns;
+  const int64_t resident = std::max<int64_t>(1, kBlocksPerMultiprocessor * device.multiprocessors / blocks_x);
+  const int64_t groups = std::clamp<int64_t>(ceil_div(rows, lines * kRowsPerThread), 1, std::min(resident, kMaxGroups));
+
+  NormPlan plan{};
+  plan.params.rows = rows;
+  plan.params.channels = int32_t(channels);
+  plan.params.columns = int32_t(columns);
+  plan.params.groups = int32_t(groups);
+  const std::string name = kNames.at(size_t(pass));
+  plan.launches.push_back(
+      {name + "_" + suffix(type) + (scalar ? "_scalar" : ""), {uint32_t(blocks_x), uint32_t(groups), 1}, kThreads, 0});
+  if (pass == NormPass::kStatistics || pass == NormPass::kReduceBwd) {
+    constexpr int64_t kFinishChannels = 8;
+    plan.workspace_bytes = groups * 2 * channels * int64_t(sizeof(float));
+    plan.launches.push_back({name + "_finish", {uint32_t(ceil_div(channels, kFinishChannels)), 1, 1}, kThreads, 0});
+  }
+  return plan;
+}
+
+KernelLaunch plan_add_relu(int64_t count, ElementType type, const DeviceProperties& device) {
+  const int64_t vectors = ceil_div(count, 16 / element_bytes(type));
+  const int64_t blocks = std::min(ceil_div(vectors, kThreads), kBlocksPerMultiprocessor * device.multiprocessors);
+  return {std::string("add_relu_fwd_") + suffix(type), {uint32_t(blocks), 1, 1}, kThreads, 0};
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,24 @@
+// The launches of batch norm's passes and of add_relu, planned by pure functions; see conv2d_plan.h.
+#pragma once
+
+#include <vector>
+
+#include "norm_params.h"
+#include "plan.h"
+
+namespace resnet_fused {
+
+enum class NormPass : int64_t { kStatistics = 0, kApplyFwd = 1, kReduceBwd = 2, kApplyBwd = 3 };
+
+struct NormPlan {
+  std::vector<KernelLaunch> launches;  // in order; all take `params`
+  int64_t workspace_bytes;             // of NormParams::partial
+  NormParams params;                   // sizes only; the caller fills in the rest
+};
+
+// rows: pixels of the channels_last activations. Needs rows and channels > 0.
+NormPlan plan_norm(NormPass pass, int64_t rows, int64_t channels, ElementType type, const DeviceProperties& device);
+
+KernelLaunch plan_add_relu(int64_t count, ElementType type, const DeviceProperties& device);
+
+}  // namespace resnet_fused
