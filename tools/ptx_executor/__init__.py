@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .counters import Counters, Line, Traffic
 from .errors import KernelFault, PtxError, PtxSyntaxError, UnsupportedInstruction
-from .launch import Module
 from .memory import Memory
+from .module import Module
 from .sass import SassMix, sass_mix
 from .toolchain import (
     CompileError,

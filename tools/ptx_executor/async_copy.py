@@ -1,6 +1,7 @@
 """Asynchronous copies to shared memory: the bytes land at the wait that covers them, not before.
 
-Source: PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy": cp.async, cp.async.commit_group, cp.async.wait_group.
+Source: PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy": cp.async, cp.async.commit_group,
+cp.async.wait_group.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from .machine import Machine, Selection, lanes_of
 from .memory_ops import effective_address
 from .parser import Address, Immediate, Instruction, Not, Register
 from .races import PENDING
-from .spaces import Access, GlobalSpace, SharedSpace
+from .shared import SharedSpace
+from .spaces import Access, GlobalSpace
 
 
 @dataclass
@@ -41,23 +43,17 @@ class AsyncCopies:
         self.flight.clear()
 
     def start(self, access: Access, where: np.ndarray, raw: np.ndarray, selection: Selection) -> None:
-        shared = self.shared
-        granules, warps = shared.granules(where, access.size), shared.warps(selection)
-        shared.claim(access, granules, warps, where, selection, None)
-        owner = np.zeros(shared.bytes.size // access.size, np.int32)
-        at, lanes = where // access.size, lanes_of(self.machine, selection)
-        owner[at] = lanes
-        if (owner[at] != lanes).any():
-            shared.fault(
-                "shared-race",
-                access.ins,
-                owner[at] != lanes,
-                where,
-                selection,
-                "several threads copy to the same place at once",
-            )
-        shared.shadow.state[granules] = PENDING
-        self.flight.append(_Copy(lanes, at, granules, raw, self.committed[lanes]))
+        """Claim the destinations and take the copy in flight."""
+        shared, at = self.shared, where // access.size
+        these = shared.accesses(access, where, selection)
+        shared.claim(these, None)
+        owner = np.empty(shared.bytes.size // access.size, np.int64)
+        owner[at] = these.lanes
+        clash = owner[at] != these.lanes
+        if clash.any():
+            shared.fault("shared-race", these, clash, "several threads copy to the same place at once")
+        shared.shadow.state[these.granules] = PENDING
+        self.flight.append(_Copy(these.lanes, at, these.granules, raw, self.committed[these.lanes]))
 
     def commit(self, selection: Selection) -> None:
         self.committed[slice(None) if selection is None else selection] += 1
@@ -84,7 +80,7 @@ class AsyncCopies:
 
     def deliver(self, copy: _Copy, done: np.ndarray) -> None:
         self.shared.data[copy.raw.dtype.itemsize][copy.where[done]] = copy.raw[done]
-        self.shared.shadow.wrote(copy.granules[done], self.shared.warp_of[copy.lanes[done]])
+        self.shared.shadow.wrote(copy.granules[done], copy.lanes[done])
 
 
 @instruction("cp")

@@ -12,7 +12,7 @@ import numpy as np
 
 from .machine import Machine, Selection, lanes_of
 from .parser import Immediate, Instruction
-from .spaces import SharedSpace
+from .shared import SharedSpace
 
 IDS = 16  # barriers of a block
 

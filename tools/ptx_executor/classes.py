@@ -26,6 +26,10 @@ _FLOPS = {
 }
 
 
+_SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
+_TENSOR_TYPES = {"f16", "bf16", "tf32", "f32", "f64", "s8", "u8", "s4", "u4", "s32"}
+
+
 def type_of(ins: Instruction) -> str:
     """The last type modifier, '' where there is none."""
     return next((m for m in reversed(ins.modifiers) if m in TYPE_BYTES), "")
@@ -63,9 +67,14 @@ def flops_of(ins: Instruction) -> tuple[str, int]:
     """(kind, floating-point operations): of a warp for tensor instructions, else of a thread; ('', 0) where there are none."""
     if ins.opcode == "mma" or (ins.opcode == "wmma" and "mma" in ins.modifiers):
         for m in ins.modifiers:
-            if shape := re.fullmatch(r"m(\d+)n(\d+)k(\d+)", m):
+            if shape := _SHAPE.fullmatch(m):
                 return "tensor", 2 * int(shape[1]) * int(shape[2]) * int(shape[3])
     if ins.opcode in ("add", "sub", "mul", "fma", "mad"):
         kind, count = _FLOPS.get(type_of(ins), ("", 0))
         return kind, count * (2 if ins.opcode in ("fma", "mad") else 1)
     return "", 0
+
+
+def tensor_name(ins: Instruction) -> str:
+    """The shape and types of a tensor instruction, such as 'm16n8k16.f32.f16.f16.f32'."""
+    return ".".join(m for m in ins.modifiers if _SHAPE.fullmatch(m) or m in _TENSOR_TYPES)

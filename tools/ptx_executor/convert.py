@@ -29,7 +29,7 @@ def _to_f64(value: np.ndarray, kind: str) -> np.ndarray:
 def _float_to_integer(kind: str, source: str, rounding: str) -> Callable:
     dtype = np.dtype(DTYPES[kind])
     low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
-    nan = 0 if dtype.itemsize < 8 else 1 << 63
+    nan = 0 if dtype.itemsize < 8 and source != "f64" else 1 << (8 * dtype.itemsize - 1)
 
     def function(value: np.ndarray) -> np.ndarray:
         whole = _INTEGER_ROUNDINGS[rounding](_to_f64(value, source))
@@ -113,9 +113,24 @@ def _limits(kind: str) -> float:
 
 @instruction("cvt")
 def _cvt(machine: Machine, ins: Instruction) -> Action:
-    allow(machine, ins, *ROUNDINGS, *_INTEGER_ROUNDINGS, "rna", "ftz", "sat", "relu", "satfinite", "pack")
+    allow(
+        machine,
+        ins,
+        *ROUNDINGS,
+        *_INTEGER_ROUNDINGS,
+        "rna",
+        "ftz",
+        "sat",
+        "relu",
+        "satfinite",
+        "pack",
+        "s4",
+        "u4",
+        "s2",
+        "u2",
+    )
     if "pack" in ins.modifiers:
-        raise machine.unsupported("cvt.pack")
+        return _pack_integers(machine, ins)
     kind, source = types(ins)[:2]
     mode = next((m for m in ins.modifiers if m in ROUNDINGS or m == "rna"), None)
     whole = next((m for m in ins.modifiers if m in _INTEGER_ROUNDINGS), None)
@@ -179,3 +194,19 @@ def _pack_halves(machine: Machine, ins: Instruction, kind: str, mode: str, relu:
         return high << np.uint32(16) | low
 
     return elementwise(function, machine.destination(ins.operands[0], kind), upper, lower)
+
+
+def _pack_integers(machine: Machine, ins: Instruction) -> Action:
+    """cvt.pack.sat: two int32 saturated to 16, 8, 4 or 2 bits; of three operands the last supplies the upper bits, shifted up."""
+    name = ins.modifiers[ins.modifiers.index("sat") + 1]
+    bits, low = int(name[1:]), 0 if name[0] == "u" else -(1 << int(name[1:]) - 1)
+    high = low + (1 << bits) - 1
+    a, b = (machine.source(o, "s32") for o in ins.operands[1:3])
+    rest = [machine.source(o, "b32") for o in ins.operands[3:]]
+
+    def function(x: np.ndarray, y: np.ndarray, *above: np.ndarray) -> np.ndarray:
+        upper, lower = (np.clip(v.astype(np.int64), low, high) & ((1 << bits) - 1) for v in (x, y))
+        packed = (upper << bits | lower).astype(np.uint32)
+        return above[0] << np.uint32(2 * bits) | packed if above else packed
+
+    return elementwise(function, machine.destination(ins.operands[0], "b32"), a, b, *rest)

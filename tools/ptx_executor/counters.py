@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .errors import KernelFault
+
 
 @dataclass
 class Traffic:
@@ -53,7 +55,7 @@ class Counters:
     kind: global_load, global_store, global_atomic, cp_async_global (sectors); shared_load, shared_store, shared_atomic,
     ldmatrix, stmatrix, cp_async_shared (wavefronts); ``lines``: the same for each PTX line; ``bytes_read`` and
     ``bytes_written``: distinct global bytes touched, the compulsory traffic; ``barriers``: block barriers completed;
-    ``faults``: what was found where the launch was asked to collect faults.
+    ``faults``: what was found where the launch was asked to collect faults; ``printed``: what printf() printed.
     """
 
     kernel: str
@@ -70,7 +72,8 @@ class Counters:
     bytes_read: int = 0
     bytes_written: int = 0
     barriers: int = 0
-    faults: list = field(default_factory=list)
+    faults: list[KernelFault] = field(default_factory=list)
+    printed: list[str] = field(default_factory=list)
 
     def of(self, kind: str) -> Traffic:
         """The traffic of one kind, zero where there was none."""
@@ -141,7 +144,7 @@ def sectors(addresses: np.ndarray, size: int, first: int) -> tuple[int, int, flo
     distinct = np.count_nonzero(step) + len(rows) - idle
     sector = rows >> 5
     units = np.count_nonzero(sector[:, 1:] != sector[:, :-1]) + len(rows) - idle
-    return int(np.count_nonzero(active)), int(units), distinct * size / 32
+    return int(np.count_nonzero(active)), int(units), float(distinct * size / 32)
 
 
 def wavefronts(words: np.ndarray) -> tuple[int, int]:

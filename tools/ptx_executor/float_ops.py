@@ -61,14 +61,24 @@ def _half_function(op: str, ins: Instruction) -> Callable:
     simple: dict[str, Callable] = {
         "add": two_sum, "sub": lambda a, b: two_sum(a, -b), "mul": lambda a, b: (a * b, None),
         "min": lambda a, b: (minimum(a, b, keep_nan), None), "max": lambda a, b: (maximum(a, b, keep_nan), None),
-        "neg": lambda a: (-a, None), "abs": lambda a: (np.abs(a), None),
         **{name: (lambda a, f=f: (f(a), None)) for name, f in _FUNCTIONS.items()},
     }  # fmt: skip
     return simple[op]
 
 
+def _half_sign(machine: Machine, ins: Instruction, kind: str) -> Action:
+    """neg and abs change the sign bits alone."""
+    bits = "b32" if kind.endswith("x2") else "b16"
+    sign = machine.constant(0x80008000, bits)
+    sources = machine.source(ins.operands[1], bits), sign if ins.opcode == "neg" else ~sign
+    change = np.bitwise_xor if ins.opcode == "neg" else np.bitwise_and
+    return elementwise(change, machine.destination(ins.operands[0], bits), *sources)
+
+
 def _half_op(machine: Machine, ins: Instruction, kind: str) -> Action:
     allow(machine, ins, *(k for k in _KNOWN if k not in ("rz", "rm", "rp", "xorsign", "abs", "oob")))
+    if ins.opcode in ("neg", "abs"):
+        return _half_sign(machine, ins, kind)
     function, saturate = _half_function(ins.opcode, ins), "sat" in ins.modifiers
     sources = [machine.source(o, kind) for o in ins.operands[1:]]
 
@@ -120,7 +130,8 @@ def _f32_function(op: str, mode: str, ins: Instruction) -> Callable:
 def _fma_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     product, low = two_product(a, b)
     total, rest = two_sum(product, c)
-    return np.where(np.isfinite(total), total + (low + rest), a * b + c)
+    correction = low + rest
+    return np.where(np.isfinite(total), np.where(correction == 0, total, total + correction), a * b + c)
 
 
 def _f64_function(machine: Machine, op: str, mode: str) -> Callable:

@@ -90,7 +90,7 @@ def _multiply(machine: Machine, ins: Instruction, kind: str) -> Action:
     if ins.opcode == "mul":
         return elementwise(product, target, *sources)
     if "cc" in ins.modifiers:
-        raise machine.unsupported("mad.cc")
+        return _multiply_carry(machine, ins, target, sources, product, use=False)
     if "sat" in ins.modifiers:
         raise machine.unsupported("mad.hi.sat")
     return elementwise(lambda a, b, c: product(a, b) + c, target, *sources)
@@ -135,6 +135,37 @@ def _addc(machine: Machine, ins: Instruction) -> Action:
     kind = types(ins)[-1]
     target = machine.destination(ins.operands[0], kind)
     return _extended(machine, ins, kind, target, [machine.source(o, kind) for o in ins.operands[1:]], use=True)
+
+
+def _multiply_carry(
+    machine: Machine, ins: Instruction, target: np.ndarray, sources: list, product: Callable, use: bool
+) -> Action:
+    """mad.cc and madc: the product plus the addend plus the carry."""
+    carry, keep = _carry(machine), "cc" in ins.modifiers
+
+    def run(selection: Selection) -> None:
+        lanes = slice(None) if selection is None else selection
+        a, b, c = (s[lanes] for s in sources)
+        term = product(a, b)
+        total = term + c
+        unsigned = np.dtype(f"u{total.dtype.itemsize}")
+        out = total.view(unsigned) < np.ascontiguousarray(c).view(unsigned)
+        if use:
+            total = total + carry[lanes].astype(total.dtype)
+            out |= (total == 0) & (carry[lanes] == 1)
+        target[lanes] = total
+        if keep:
+            carry[lanes] = out
+
+    return run
+
+
+@instruction("madc")
+def _madc(machine: Machine, ins: Instruction) -> Action:
+    kind = types(ins)[-1]
+    sources = [machine.source(o, kind) for o in ins.operands[1:]]
+    product = high_product if "hi" in ins.modifiers else np.multiply
+    return _multiply_carry(machine, ins, machine.destination(ins.operands[0], kind), sources, product, use=True)
 
 
 # ---- bits and sums ---------------------------------------------------------------------------------------------------

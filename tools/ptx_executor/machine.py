@@ -71,9 +71,14 @@ class Machine:
         self.special["warpid"] = (tid // 32).astype(np.uint32)
         for name, value in {"nwarpid": self.warps, "smid": 0, "nsmid": 1, "gridid": 0, "WARP_SZ": 32}.items():
             self.special[name] = self.constant(value, "u32")
+        self.clock = np.zeros(1, np.uint64)  # advances with the scheduler's turns
+        self.special["clock64"] = self.special["globaltimer"] = np.broadcast_to(self.clock, (self.lanes,))
+        self.special["clock"] = self.special["globaltimer_lo"] = np.broadcast_to(
+            self.clock.view(np.uint32)[:1], (self.lanes,)
+        )
         self._registers: dict[tuple[str, str], np.ndarray] = {}
         self.symbols: dict[str, int] = {}  # address of each variable, in its own state space
-        self.parameters: dict[str, tuple[bytes, int]] = {}  # kernel parameter -> (bytes of all of them, offset)
+        self.parameters: set[str] = set()  # names of the kernel's parameters
         self.function = kernel  # whose operands are being decoded
         self.instruction: Instruction | None = None
         self.first_block = 0
@@ -90,6 +95,8 @@ class Machine:
         self.alive[:] = self.exists
         for storage in self._registers.values():
             storage.view(np.uint8)[:] = 0
+        self.spaces["shared"].reset()
+        self.copies.reset()
 
     # ---- operands --------------------------------------------------------------------------------------------------
     def constant(self, value: int | float, kind: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Instructions that order memory or pass time: nothing to do where lanes run in lockstep and memory is seen at once.
+"""Instructions that order memory or pass time; memory is seen at once here, so a fence only matters to the checks.
 
 Source: PTX ISA, "membar, fence", "nanosleep", "Miscellaneous Instructions".
 """
@@ -10,9 +10,14 @@ from .machine import Machine, Selection
 from .parser import Instruction
 
 
-@instruction("membar", "fence", "nanosleep", "brkpt", "pmevent")
-def _ordering(machine: Machine, ins: Instruction) -> Action:
+@instruction("membar", "fence")
+def _fence(machine: Machine, ins: Instruction) -> Action:
+    return machine.spaces["global"].order
+
+
+@instruction("nanosleep", "brkpt", "pmevent")
+def _pause(machine: Machine, ins: Instruction) -> Action:
     def run(selection: Selection) -> None:
-        """Other blocks' writes are visible already."""
+        """Time passes."""
 
     return run

@@ -8,22 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .machine import CONST_START, LOCAL_START, SHARED_START
-from .parser import Address, Function, Instruction, ParsedModule, Symbol, Vector
+from .parser import SPACES, TYPE_BYTES, Address, Function, Instruction, ParsedModule, Symbol, Vector
 
-_UNITS = {
-    "b8": 1,
-    "u8": 1,
-    "s8": 1,
-    "b16": 2,
-    "u16": 2,
-    "s16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "b32": 4,
-    "u32": 4,
-    "s32": 4,
-    "f32": 4,
-}
+_ACCESSES = ("ld", "ldu", "st", "atom", "red", "wmma")
+
+
+def _may_be(ins: Instruction, space: str) -> bool:
+    """Whether a memory instruction addresses a state space, perhaps by a generic address."""
+    return next((m for m in ins.modifiers if m in SPACES), space) == space
+
+
+def _bytes_of(ins: Instruction) -> int:
+    """The bytes that each lane accesses; for wmma the smallest run of them."""
+    if ins.opcode == "wmma":
+        return 4
+    vector = 4 if "v4" in ins.modifiers else 2 if "v2" in ins.modifiers else 1
+    return next(TYPE_BYTES[m] for m in reversed(ins.modifiers) if m in TYPE_BYTES) * vector
 
 
 @dataclass
@@ -44,24 +44,25 @@ class Program:
     labels: dict[tuple[str, str], int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0
+    dynamic_shared: int = 0
     local: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
-    local_sizes: dict[str, int] = field(default_factory=dict)
-    globals_used: list[str] = field(default_factory=list)
 
     def smallest_shared_access(self) -> int:
         """The granule in which shared memory is watched."""
-        smallest = 16
-        for step in self.steps:
-            ins = step.ins
-            generic = not any(m in ("global", "local", "param", "const") for m in ins.modifiers)
-            if ins.opcode in ("ld", "ldu", "st", "atom", "red", "wmma") and ("shared" in ins.modifiers or generic):
-                unit = next((_UNITS.get(m, 8) for m in reversed(ins.modifiers) if m in _UNITS or m.endswith("64")), 2)
-                vector = 4 if "v4" in ins.modifiers else 2 if "v2" in ins.modifiers else 1
-                smallest = min(smallest, 16 if ins.opcode == "wmma" else unit * vector)
-            elif ins.opcode == "cp" and ins.operands and hasattr(ins.operands[-1], "value") and len(ins.operands) > 1:
-                smallest = min(smallest, int(ins.operands[2].value))
-        return smallest
+        sizes = [_bytes_of(s.ins) for s in self.steps if s.ins.opcode in _ACCESSES and _may_be(s.ins, "shared")]
+        copies = [int(s.ins.operands[2].value) for s in self.steps if s.ins.opcode == "cp" and len(s.ins.operands) > 2]
+        return min([16, *sizes, *copies])
+
+    def smallest_global_access(self) -> int:
+        """The granule in which global memory is watched."""
+        sizes = [_bytes_of(s.ins) for s in self.steps if s.ins.opcode in _ACCESSES and _may_be(s.ins, "global")]
+        copies = [int(s.ins.operands[2].value) for s in self.steps if s.ins.opcode == "cp" and len(s.ins.operands) > 2]
+        partial = any(s.ins.opcode == "cp" and len(s.ins.operands) > 3 for s in self.steps)
+        return min([16, *sizes, *([1] if partial else copies)])
+
+    def has_fences(self) -> bool:
+        return any(s.ins.opcode in ("membar", "fence") for s in self.steps)
 
     def has_shared_atomics(self) -> bool:
         return any(s.ins.opcode in ("atom", "red") and "global" not in s.ins.modifiers for s in self.steps)
@@ -86,7 +87,7 @@ def _place(table: dict[str, int], name: str, top: int, size: int, align: int) ->
 
 def link(module: ParsedModule, kernel: Function, dynamic_shared: int) -> Program:
     """Lay out a kernel and all functions that it can reach."""
-    program, pending, used = Program(kernel), [kernel], set()
+    program, pending, used = Program(kernel, dynamic_shared=dynamic_shared), [kernel], set()
     while pending:
         function = pending.pop(0)
         if function.name in program.entry:
@@ -121,9 +122,7 @@ def link(module: ParsedModule, kernel: Function, dynamic_shared: int) -> Program
         formals = [] if function is kernel else [*function.parameters, *function.results]
         for variable in [*formals, *(v for v in function.variables.values() if v.space in ("local", "param"))]:
             top = _place(program.local, variable.name, top, variable.size, max(variable.align, 1))
-            program.local_sizes[variable.name] = variable.size
     program.local_bytes = top - LOCAL_START
-    program.globals_used = [v.name for v in module.variables.values() if v.space == "global"]
     return program
 
 

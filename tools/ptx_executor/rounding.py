@@ -72,7 +72,14 @@ def two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def narrow(value: np.ndarray, residual: np.ndarray | None, dtype: type, mode: str = "rn") -> np.ndarray:
-    """Round a float64, whose exact value is ``value + residual``, once to float32 or float16."""
+    """Round a float64, whose exact value is ``value + residual``, once to float32 or float16 (whose NaN is 0x7fff)."""
+    result = _narrow(value, residual, dtype, mode)
+    if dtype is np.float16 and np.isnan(value).any():
+        result = np.where(np.isnan(value), np.uint16(0x7FFF), result.view(np.uint16)).view(np.float16)
+    return result
+
+
+def _narrow(value: np.ndarray, residual: np.ndarray | None, dtype: type, mode: str) -> np.ndarray:
     result = value.astype(dtype)
     back = result.astype(_F64)
     if mode == "rn":

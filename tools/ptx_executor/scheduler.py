@@ -10,10 +10,10 @@ import numpy as np
 from .barriers import Barriers, BarrierStep, decode_barrier
 from .decode import WARP_SYNCHRONOUS, Action, decode
 from .errors import UnsupportedInstruction
-from .machine import LOCAL_START, Machine, Selection, lanes_of
+from .machine import Machine, Selection, lanes_of
 from .parser import Symbol, Vector
+from .printf import format_message
 from .program import Program, Step
-from .spaces import LocalSpace
 from .warp_ops import member_mask
 
 _CONTROL = {"bra", "brx", "call", "ret", "exit", "trap", "bar", "barrier"}
@@ -143,6 +143,7 @@ class Scheduler:
         stop = self.lowest(patience)
         while True:
             self.turns += 1
+            self.machine.clock += np.uint64(32)
             if self.turns > self.max_turns:
                 step = self.program.steps[pc]
                 lane = int(lanes_of(self.machine, selection)[0])
@@ -207,6 +208,7 @@ class Scheduler:
         step = self.program.steps[pc]
         going, staying = self.split(pc, selection)
         if step.ins.opcode == "bra":
+            self.lanes_skipped[pc] = 0  # a branch is executed by those who do not take it, too
             target = self.program.labels[step.function.name, step.ins.operands[0].name]
             if isinstance(staying, bool):
                 return target, going  # type: ignore[return-value]
@@ -249,7 +251,11 @@ class Scheduler:
                 self.program.labels[step.function.name, n]
                 for n in step.function.branch_tables[step.ins.operands[1].name]
             ]
-            targets = np.array(table)[machine.source(step.ins.operands[0], "u32")[lanes]]
+            index = machine.source(step.ins.operands[0], "u32")[lanes]
+            if index.max() >= len(table):
+                message = f"index {int(index.max())} of a branch table with {len(table)} targets"
+                raise machine.error("out-of-bounds", step.ins, int(lanes[index.argmax()]), message)
+            targets = np.array(table)[index]
         for target in np.unique(targets):
             there = lanes[targets == target]
             if op == "ret":
@@ -261,6 +267,9 @@ class Scheduler:
     def call(self, pc: int, step: Step, selection: Selection, lanes: np.ndarray) -> tuple[int, Selection]:
         name, arguments = _callee(step)
         if name not in self.program.entry:
+            if name == "vprintf":
+                self.print(arguments, step, lanes)
+                return pc + 1, selection
             if name == "__assertfail":
                 raise self.machine.error("trap", step.ins, int(lanes[0]), "an assertion failed")
             raise UnsupportedInstruction(
@@ -281,6 +290,15 @@ class Scheduler:
         self.depth[lanes] += 1
         return entry, selection
 
+    def print(self, arguments: list[str], step: Step, lanes: np.ndarray) -> None:
+        local = self.machine.spaces["local"]
+        values = [local.read(self.program.local[a], 8, lanes).view(np.uint64).reshape(-1) for a in arguments]
+        for lane, text, packed in zip(lanes.tolist(), *(v.tolist() for v in values), strict=True):
+            self.machine.counters.printed.append(format_message(self.machine, text, packed, lane))
+        results = step.ins.operands[0]
+        if isinstance(results, Vector):
+            local.write(self.program.local[results.elements[0].name], np.zeros((len(lanes), 4), np.uint8), lanes)
+
     def copy_results(self, call_pc: int, step: Step, lanes: np.ndarray) -> None:
         results = self.program.steps[call_pc].ins.operands[0]
         if isinstance(results, Vector):
@@ -289,10 +307,7 @@ class Scheduler:
 
     def copy_local(self, source: str, target: str, size: int, lanes: np.ndarray) -> None:
         local = self.machine.spaces["local"]
-        assert isinstance(local, LocalSpace)
-        stack = local.bytes.reshape(self.machine.lanes, -1)
-        start, to = self.program.local[source] - LOCAL_START, self.program.local[target] - LOCAL_START
-        stack[lanes, to : to + size] = stack[lanes, start : start + size]
+        local.write(self.program.local[target], local.read(self.program.local[source], size, lanes), lanes)
 
     # ---- lanes of a warp that must come together -------------------------------------------------------------------
     def complete(self, pc: int, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -307,15 +322,24 @@ class Scheduler:
         required = machine.alive.reshape(-1, 32)[lanes >> 5]
         mask = self.masks[pc]
         if mask is not None:
+            outside = (mask[lanes] >> (lanes & 31).astype(np.uint32) & np.uint32(1)) == 0
+            if outside.any():
+                lane = int(lanes[outside][0])
+                raise machine.error(
+                    "member-mask", step.ins, lane, f"lane {lane % 32} is not in its mask {mask[lane]:#x}"
+                )
             required = required & ((mask[lanes, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)).astype(bool)
         missing = (required & ~present.reshape(-1, 32)[lanes >> 5]).any(axis=1)
         return lanes[~missing], lanes[missing]
 
     def warp_step(self, pc: int, selection: Selection) -> tuple[int, Selection] | None:
-        if selection is None:
-            self.actions[pc](None)
-            return pc + 1, None
         step = self.program.steps[pc]
+        if selection is None and self.masks[pc] is None:
+            self.actions[pc](None)
+            if step.ins.opcode in ("bar", "barrier"):
+                self.barriers.clocks.advance(np.arange(self.machine.lanes // 32))
+            return pc + 1, None
+        selection = lanes_of(self.machine, selection)
         if pc in self.parked:
             selection = np.sort(np.concatenate([self.parked.pop(pc), selection]))
         ready, waiting = self.complete(pc, selection)
@@ -332,8 +356,9 @@ class Scheduler:
             )
         self.actions[pc](ready)
         if step.ins.opcode == "bar":
+            self.barriers.clocks.advance(np.unique(ready >> 5))
             self.release_syncwarp(ready)
-        return pc + 1, ready
+        return pc + 1, ready if len(ready) < self.machine.lanes else None
 
     def release_syncwarp(self, ready: np.ndarray) -> None:
         """Lanes parked at another __syncwarp() of the same warps go on too."""

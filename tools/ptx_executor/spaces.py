@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .counters import Line, sectors, wavefronts
+from .counters import Line, sectors
 from .machine import (
     CONST_START,
     CONST_WINDOW,
     LOCAL_START,
     LOCAL_WINDOW,
-    SHARED_START,
     SHARED_WINDOW,
     Machine,
     Selection,
@@ -23,7 +22,7 @@ from .machine import (
 )
 from .memory import GLOBAL_BASE, READ_NOW, VALID, WRITTEN, WRITTEN_NOW, Memory
 from .parser import Instruction
-from .races import Clocks, Shadow
+from .races import BlockRaces
 
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
 ONES = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
@@ -38,9 +37,9 @@ class Access:
     strong: bool = False
 
 
-def poison(raw: np.ndarray, bad: np.ndarray) -> None:
-    """Overwrite results with all-ones bytes: NaN in every floating-point format."""
-    raw[bad] = np.full(raw.dtype.itemsize, 0xFF, np.uint8).view(raw.dtype)[0]
+def poison(raw: np.ndarray, at: np.ndarray) -> None:
+    """Overwrite items with all-ones bytes: NaN in every floating-point format."""
+    raw[at] = np.full(raw.dtype.itemsize, 0xFF, np.uint8).view(raw.dtype)[0]
 
 
 class Space:
@@ -77,9 +76,9 @@ class GlobalSpace(Space):
 
     name = "global"
 
-    def __init__(self, machine: Machine, memory: Memory) -> None:
+    def __init__(self, machine: Machine, memory: Memory, races: BlockRaces | None) -> None:
         super().__init__(machine)
-        self.memory = memory
+        self.memory, self.races = memory, races
         self.data = {size: memory.data[: memory.data.size // 16 * 16].view(RAW[size]) for size in RAW}
         self.state = {size: memory.state[: memory.state.size // 16 * 16].view(RAW[size]) for size in ONES}
         self.limit = memory.data.size // 16 * 16
@@ -132,7 +131,27 @@ class GlobalSpace(Space):
         )
 
     def fetch(self, access: Access, address: np.ndarray, selection: Selection) -> np.ndarray:
-        return self.data[access.size][self.index(access, address, selection, VALID | WRITTEN, READ_NOW)]
+        where = self.index(access, address, selection, VALID | WRITTEN, READ_NOW)
+        raw = self.data[access.size][where]
+        if self.races is not None:
+            blocks = self.blocks(selection)
+            if access.strong:
+                self.races.ordered[blocks] = True
+            racing = self.races.read(self.races.granules(where * access.size, access.size), blocks)
+            if racing is not None and racing.any():
+                poison(raw, racing)
+                self.race(access, address, racing, selection, "read, and another block writes it in this launch")
+        return raw
+
+    def blocks(self, selection: Selection) -> np.ndarray:
+        """The linear number, in the grid, of the block of each lane."""
+        within = self.machine.block_of if selection is None else self.machine.block_of[selection]
+        return within + self.machine.first_block
+
+    def race(self, access: Access, address: np.ndarray, bad: np.ndarray, selection: Selection, message: str) -> None:
+        k = int(np.flatnonzero(bad)[0])
+        lane = int(lanes_of(self.machine, selection)[k])
+        self.machine.fault("global-race", access.ins, lane, f"{self.memory.describe(int(address[k]))}: {message}")
 
     def load(self, access: Access, address: np.ndarray, selection: Selection, kind: str = "global_load") -> np.ndarray:
         self.count(kind, access, address, selection)
@@ -142,199 +161,31 @@ class GlobalSpace(Space):
         where = self.index(access, address, selection, VALID, WRITTEN | WRITTEN_NOW)
         self.count("global_store", access, address, selection)
         data = self.data[access.size]
+        changes = data[where] != raw
         data[where] = raw
         clash = data[where] != raw
         if clash.any():
-            k = int(np.flatnonzero(clash)[0])
-            lane = int(lanes_of(self.machine, selection)[k])
-            self.machine.fault("global-race", access.ins, lane, f"several threads store different values at once: "
-                                                                f"{self.memory.describe(int(address[k]))}")  # fmt: skip
-            data[where[clash]] = np.full(access.size, 0xFF, np.uint8).view(data.dtype)[0]
+            poison(data, where[clash])
+            self.race(access, address, clash, selection, "several threads store different values at once")
+        if self.races is not None and not access.strong:
+            racing = self.races.write(self.races.granules(where * access.size, access.size), self.blocks(selection))
+            if racing is not None and (racing & changes).any():
+                poison(data, where[racing & changes])
+                self.race(
+                    access, address, racing & changes, selection, "written, and another block reads or writes it too"
+                )
 
     def atomic(self, access: Access, address: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
         """The memory (in units of the access size) and the index of each lane's word in it."""
         where = self.index(access, address, selection, VALID | WRITTEN, READ_NOW | WRITTEN_NOW)
         self.count("global_atomic", access, address, selection)
+        self.order(selection)
         return self.data[access.size], where
 
-
-class SharedSpace(Space):
-    """Shared memory of every block of the batch, watched by a Shadow."""
-
-    name = "shared"
-
-    def __init__(self, machine: Machine, size: int, granule: int, atomics: bool) -> None:
-        super().__init__(machine)
-        self.size, self.stride, self.granule = size, -(-max(size, 1) // 128) * 128, granule
-        self.bytes = np.full(machine.blocks * self.stride, 0xFF, np.uint8)
-        self.data = {n: self.bytes.view(RAW[n]) for n in RAW}
-        self.base = machine.block_of * self.stride - SHARED_START
-        self.warp_of = np.arange(machine.lanes) >> 5
-        self.clocks = Clocks(machine.blocks, machine.warps)
-        self.shadow = Shadow(self.bytes.size // granule, self.clocks, atomics)
-
-    def reset(self) -> None:
-        self.bytes[:] = 0xFF
-        self.clocks.reset()
-        self.shadow.reset()
-
-    def index(self, ins: Instruction, size: int, address: np.ndarray, selection: Selection) -> np.ndarray:
-        """Check bounds and alignment; the byte index in ``bytes`` of each access."""
-        offset = address.astype(np.int64)
-        self.aligned(ins, offset, size, selection)
-        if offset.min() < SHARED_START or offset.max() + size > SHARED_START + self.size:
-            k = int(np.flatnonzero((offset < SHARED_START) | (offset + size > SHARED_START + self.size))[0])
-            lane = int(lanes_of(self.machine, selection)[k])
-            raise self.machine.error("out-of-bounds", ins, lane, f"{size} bytes at byte {int(offset[k]) - SHARED_START} of the block's "
-                                                                 f"{self.size} bytes of shared memory")  # fmt: skip
-        return offset + (self.base if selection is None else self.base[selection])
-
-    def granules(self, where: np.ndarray, size: int) -> np.ndarray:
-        return (where // self.granule)[:, None] + np.arange(max(size // self.granule, 1))
-
-    def warps(self, selection: Selection) -> np.ndarray:
-        return self.warp_of if selection is None else self.warp_of[selection]
-
-    def fault(
-        self, kind: str, ins: Instruction, bad: np.ndarray, where: np.ndarray, selection: Selection, message: str
-    ) -> None:
-        k = int(np.flatnonzero(bad)[0])
-        lane = int(lanes_of(self.machine, selection)[k])
-        self.machine.fault(kind, ins, lane, f"byte {int(where[k]) % self.stride} of shared memory: {message}")
-
-    def count(self, kind: str, access: Access, where: np.ndarray, selection: Selection, lanes: int = 0) -> None:
-        """Count wavefronts. ``lanes`` served together: by default 32 up to 4 bytes a lane, 16 for 8 bytes, 8 for 16."""
-        words = self.by_warp(where >> 2, selection)
-        requests = int(np.count_nonzero(words.max(axis=1) >= 0))
-        per_lane = max(access.size // 4, 1)
-        if per_lane > 1:
-            words = words[..., None] + np.where(words < 0, 0, 1)[..., None] * np.arange(per_lane)
-        units, ideal = wavefronts(words.reshape(-1, 32))
-        self.line(kind, access.ins).traffic.add(requests, len(where) * access.size, units, ideal)
-
-    def load(self, access: Access, address: np.ndarray, selection: Selection, kind: str = "shared_load") -> np.ndarray:
-        where = self.index(access.ins, access.size, address, selection)
-        self.count(kind, access, where, selection)
-        raw = self.data[access.size][where // access.size]
-        granules, warps = self.granules(where, access.size), self.warps(selection)
-        bad = self.shadow.unusable(granules)
-        if bad is not None:
-            poison(raw, bad)
-            pending = self.shadow.pending(granules)
-            if pending is not None:
-                self.fault(
-                    "async-not-waited",
-                    access.ins,
-                    pending,
-                    where,
-                    selection,
-                    "read before the wait for the cp.async that fills it",
-                )
-            else:
-                self.fault(
-                    "uninitialised-shared", access.ins, bad, where, selection, "read before anything was written there"
-                )
-        elif not access.strong:
-            racing = self.shadow.read(granules, warps)
-            if racing is not None:
-                poison(raw, racing)
-                self.fault(
-                    "shared-race",
-                    access.ins,
-                    racing,
-                    where,
-                    selection,
-                    "read while another warp's write is not ordered by a barrier",
-                )
-        return raw
-
-    def store(
-        self, access: Access, address: np.ndarray, raw: np.ndarray, selection: Selection, kind: str = "shared_store"
-    ) -> None:
-        where = self.index(access.ins, access.size, address, selection)
-        self.count(kind, access, where, selection)
-        granules, warps, data = self.granules(where, access.size), self.warps(selection), self.data[access.size]
-        at = where // access.size
-        same = data[at] == raw
-        self.claim(access, granules, warps, where, selection, same)
-        data[at] = raw
-        clash = data[at] != raw
-        if clash.any():
-            self.fault(
-                "shared-race", access.ins, clash, where, selection, "several threads store different values at once"
-            )
-            poison(data, at[clash])
-        self.shadow.wrote(granules, warps)
-
-    def claim(
-        self,
-        access: Access,
-        granules: np.ndarray,
-        warps: np.ndarray,
-        where: np.ndarray,
-        selection: Selection,
-        same: np.ndarray | None,
-    ) -> None:
-        """Check that a write is ordered after every other warp's access; writing the value that is there already is no race."""
-        pending = self.shadow.pending(granules)
-        if pending is not None:
-            self.fault(
-                "async-not-waited",
-                access.ins,
-                pending,
-                where,
-                selection,
-                "written while a cp.async that fills it was not waited for",
-            )
-        if access.strong:
-            return
-        writes, reads = self.shadow.write(granules, warps)
-        if writes is not None and same is not None:
-            writes = writes & ~same
-        if writes is not None and writes.any():
-            self.fault(
-                "shared-race",
-                access.ins,
-                writes,
-                where,
-                selection,
-                "written while another warp's write is not ordered by a barrier",
-            )
-        if reads is not None:
-            self.fault(
-                "shared-race",
-                access.ins,
-                reads,
-                where,
-                selection,
-                "written while another warp may still read it: no barrier between",
-            )
-
-    def atomic(self, access: Access, address: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-        where = self.index(access.ins, access.size, address, selection)
-        self.count("shared_atomic", access, where, selection)
-        granules = self.granules(where, access.size)
-        bad = self.shadow.unusable(granules)
-        if bad is not None:
-            self.fault(
-                "uninitialised-shared",
-                access.ins,
-                bad,
-                where,
-                selection,
-                "an atomic on memory that nothing has written",
-            )
-        racing = self.shadow.atomic(granules, self.warps(selection))
-        if racing is not None:
-            self.fault(
-                "shared-race",
-                access.ins,
-                racing,
-                where,
-                selection,
-                "an atomic while another warp's access is not ordered by a barrier",
-            )
-        return self.data[access.size], where // access.size
+    def order(self, selection: Selection) -> None:
+        """The lanes' blocks may have ordered themselves among the others."""
+        if self.races is not None:
+            self.races.ordered[self.blocks(selection)] = True
 
 
 class LocalSpace(Space):
@@ -365,6 +216,14 @@ class LocalSpace(Space):
 
     def store(self, access: Access, address: np.ndarray, raw: np.ndarray, selection: Selection) -> None:
         self.data[access.size][self.index(access, address, selection)] = raw
+
+    def read(self, address: int, size: int, lanes: np.ndarray) -> np.ndarray:
+        """The bytes of one variable of each lane."""
+        return self.bytes.reshape(self.machine.lanes, -1)[lanes, address - LOCAL_START : address - LOCAL_START + size]
+
+    def write(self, address: int, content: np.ndarray, lanes: np.ndarray) -> None:
+        start = address - LOCAL_START
+        self.bytes.reshape(self.machine.lanes, -1)[lanes, start : start + content.shape[1]] = content
 
 
 class ConstSpace(Space):

@@ -18,7 +18,8 @@ from .machine import Machine, Selection
 from .memory_ops import effective_address
 from .parser import Instruction, Vector
 from .rounding import from_bf16
-from .spaces import Access, SharedSpace
+from .shared import SharedSpace
+from .spaces import Access
 
 _BITS = {"f16": 16, "bf16": 16, "tf32": 32, "f64": 64, "s8": 8, "u8": 8, "s4": 4, "u4": 4}
 SHAPES = {

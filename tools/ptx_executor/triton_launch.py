@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from .counters import Counters
-from .launch import Module
 from .memory import Memory
+from .module import Module
 
 
 class Output:
