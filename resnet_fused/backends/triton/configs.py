@@ -52,7 +52,7 @@ class Chip:
     @classmethod
     @functools.cache
     def of(cls, device: torch.device) -> Chip:
-        """The chip of a device. For the interpreter's CPU tensors an A100 of one SM, as it runs one program at a time."""
+        """The chip of a device; for the interpreter, which runs one program at a time, an A100 of one SM."""
         if device.type == "cpu":
             return cls("cuda", 80, 1, 163 << 10)
         properties = torch.cuda.get_device_properties(device)
@@ -116,7 +116,7 @@ HALF = (
     Tile(64, 64, 64, 4, 4, "14×14 and 7×7 at small batch, with deep prefetch for long reductions"),
     Tile(32, 64, 64, 4, 4, "7×7 at batch 1: 49 pixels fill two tiles of 32"),
     Tile(32, 32, 64, 4, 4, "the most programs: the smallest problems, split over the reduction"),
-    Tile(128, 16, 32, 4, 4, "grouped and depthwise convolutions with at most 16 channels in a group"),
+    Tile(128, 16, 64, 4, 3, "grouped and depthwise convolutions with at most 16 channels in a group"),
 )
 
 # float32 by TF32 tensor cores: the same tiles in bytes.
@@ -130,10 +130,9 @@ TF32 = (
 
 # Without tensor cores: IEEE float32 everywhere, and all types on compute capability 7.5, where Triton has no mma.
 FMA = (
-    Tile(64, 64, 16, 8, 2, "16 accumulators a thread, the largest that doesn't spill on 7.5"),
-    Tile(64, 32, 16, 4, 2, "half as wide: K of 32 and small batch"),
-    Tile(32, 32, 16, 4, 2, "the smallest problems"),
-    Tile(64, 16, 16, 4, 2, "grouped and depthwise convolutions with at most 16 channels in a group"),
+    Tile(64, 64, 32, 8, 2, "16 accumulators a thread: operands go through registers too, and more would spill on 7.5"),
+    Tile(32, 32, 32, 4, 2, "the smallest problems"),
+    Tile(64, 16, 32, 2, 2, "grouped and depthwise convolutions with at most 16 channels in a group"),
 )
 
 

@@ -8,6 +8,8 @@ as stock PyTorch does it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -25,23 +27,30 @@ def relu(y):
     return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["size"])
-def add_relu_fwd_kernel(x_ptr, residual_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    """y = relu(x + residual) over `size` elements in the same order."""
+@triton.jit
+def flat_block(vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """First element, lanes and mask of a program's part of `vectors` · VECTOR elements in a row.
+
+    The mask is equal over every VECTOR lanes, which lets the compiler make one access of them.
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
-    inside = lane < size - start
+    return start, lane, lane // VECTOR < vectors - start // VECTOR
+
+
+@triton.jit(do_not_specialize=["vectors"])
+def add_relu_fwd_kernel(x_ptr, residual_ptr, y_ptr, vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """y = relu(x + residual) over `vectors` · VECTOR elements in the same order."""
+    start, lane, inside = flat_block(vectors, VECTOR, BLOCK)
     x = tl.load(x_ptr + start + lane, mask=inside).to(tl.float32)
     y = relu(x + tl.load(residual_ptr + start + lane, mask=inside).to(tl.float32))
     tl.store(y_ptr + start + lane, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
-def add_relu_bwd_kernel(dy_ptr, y_ptr, dx_ptr, size, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["vectors"])
+def add_relu_bwd_kernel(dy_ptr, y_ptr, dx_ptr, vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     """dx = dy where y > 0 or y is NaN, else 0: the gradient by both x and the residual."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    inside = lane < size - start
+    start, lane, inside = flat_block(vectors, VECTOR, BLOCK)
     dy = tl.load(dy_ptr + start + lane, mask=inside)
     y = tl.load(y_ptr + start + lane, mask=inside).to(tl.float32)
     tl.store(dx_ptr + start + lane, tl.where(y <= 0.0, tl.zeros_like(dy), dy), mask=inside)
@@ -90,8 +99,10 @@ def add_relu_bwd(size: int, dtype: torch.dtype) -> Launch:
 
 
 def _flat(kernel: object, size: int, dtype: torch.dtype) -> Launch:
-    block = _THREADS * _vector(dtype)
-    return Launch(kernel, (dtype,) * 3, (size,), {"BLOCK": block}, (triton.cdiv(size, block), 1, 1), _WARPS)
+    vector = math.gcd(size, _vector(dtype))
+    block = _THREADS * vector
+    constants = {"VECTOR": vector, "BLOCK": block}
+    return Launch(kernel, (dtype,) * 3, (size // vector,), constants, (triton.cdiv(size, block), 1, 1), _WARPS)
 
 
 def bn_relu_fwd(rows: int, channels: int, dtype: torch.dtype, residual: bool) -> Launch:

@@ -1,0 +1,159 @@
+"""The compiled sm_80 kernels, run instruction by instruction on the CPU: results, memory traffic and bank conflicts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ptx_executor as px
+import pytest
+import torch
+import torch.nn.functional as F
+from aot import plan, problem, target
+from torch import Tensor
+
+from resnet_fused.backends.problem import Problem
+from resnet_fused.backends.triton import conv2d, elementwise
+from resnet_fused.backends.triton.configs import HALF, TF32, Plan, Tile
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+# Rounding of the operands of a TF32 product, which stock PyTorch doesn't do on a CPU: 10 bits, see the PTX ISA.
+TF32_ERROR = 2**-11
+LOOP_KINDS = ("cp_async_shared", "ldmatrix", "shared_load")
+
+
+def tile(m: int, n: int, k: int, table: tuple[Tile, ...] = HALF) -> Tile:
+    return next(tile for tile in table if (tile.m, tile.n, tile.k) == (m, n, k))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One problem on one plan; `why` says what it is there for."""
+
+    why: str
+    problem: Problem
+    plan: Plan
+    sectors: float = 1.05
+
+
+def case(
+    why: str, chosen: Tile, splits: int = 1, sectors: float = 1.05, op: str = "conv2d_bn_add_relu", **geometry: Any
+) -> Run:
+    conv = problem(op, **geometry)
+    return Run(why, conv, plan(chosen, conv, splits), sectors)
+
+
+RUNS = {
+    "taps": case("the work horse", tile(128, 128, 32), shape=(1, 64, 14, 14), k=128, size=3),
+    "taps-stride": case("first 3×3 of a stage", tile(128, 64, 32), shape=(1, 64, 18, 18), k=64, size=3, stride=2),
+    "taps-bf16": case("bfloat16", tile(128, 64, 32), shape=(1, 32, 12, 12), k=64, size=3, dtype=BF16),
+    "taps-wide": case("the widest tile", tile(128, 256, 64), shape=(1, 64, 12, 12), k=256, size=3),
+    "taps-small": case("7×7 images", tile(64, 64, 64), shape=(2, 64, 7, 7), k=64, size=3),
+    "taps-tf32": case("TF32", tile(64, 64, 32, TF32), shape=(1, 32, 8, 8), k=64, size=3, dtype=F32),
+    "pointwise": case("1×1, the end of a bottleneck", tile(128, 128, 32), shape=(1, 64, 14, 14), k=256, size=1),
+    "pointwise-stride": case(
+        "projection shortcut", tile(128, 64, 32), op="conv2d_bn", shape=(1, 64, 16, 16), k=64, size=1, stride=2
+    ),
+    "split": case("the reduction in four parts", tile(32, 64, 64), splits=4, shape=(1, 128, 7, 7), k=64, size=3),
+    # A window's row is 42 bytes that start anywhere: two or three sectors, where 1.3 would hold it.
+    "stem": case(
+        "three channels",
+        tile(128, 64, 32),
+        sectors=1.3,
+        op="conv2d_bn_relu",
+        shape=(1, 3, 24, 24),
+        k=64,
+        size=7,
+        stride=2,
+    ),
+    "grouped": case("ResNeXt", tile(128, 16, 64), shape=(1, 32, 10, 10), k=32, size=3, groups=2),
+    "ragged": case("nothing fills a tile", tile(64, 64, 64), shape=(1, 72, 5, 5), k=40, size=3),
+}
+
+
+def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
+    """The kernels' result, float64's, stock's, and the counters of each launch."""
+    (conv,) = run.problem.convs
+    dtype = run.problem.dtype
+    generator = torch.Generator().manual_seed(11)
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    shapes = run.problem.shape, run.problem.output_shape()
+    x, residual = (random(shape).contiguous(memory_format=torch.channels_last) for shape in shapes)
+    weight_shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
+    weight = random(weight_shape) / math.prod(weight_shape[1:]) ** 0.5
+    shift = random((conv.out_channels,))
+    added = residual if run.problem.op == "conv2d_bn_add_relu" else None
+
+    main, finish = conv2d.launches(run.problem, run.plan, "tf32" if dtype == F32 else "ieee")
+    packed = conv2d.pack(weight, conv, run.plan)
+    y = torch.empty_like(residual)
+    pixels = (y.permute(0, 2, 3, 1), None if added is None else added.permute(0, 2, 3, 1))
+    counters = []
+    if finish is None:
+        arguments = [x.permute(0, 2, 3, 1), packed, shift, pixels[1], px.Output(pixels[0])]
+        counters.append(launch(main, arguments))
+    else:
+        partial = torch.empty((main.grid[1], y.numel()), dtype=F32)
+        counters.append(launch(main, [x.permute(0, 2, 3, 1), packed, shift, None, px.Output(partial)]))
+        counters.append(launch(finish, [partial, shift, pixels[1], px.Output(pixels[0])]))
+
+    def stock(to: Any) -> Tensor:
+        result = F.conv2d(to(x), to(weight), to(shift), conv.stride, conv.padding, conv.dilation, conv.groups)
+        result = result if added is None else result + to(added)
+        return result if run.problem.op == "conv2d_bn" else result.relu()
+
+    return y, stock(Tensor.double), stock(lambda t: t), counters
+
+
+def launch(kernel: Any, tensors: list[Any]) -> px.Counters:
+    arguments = [t for t in tensors if t is not None]
+    return px.launch_triton(kernel.compile(target(80)), kernel.grid, [*arguments, *kernel.scalars])
+
+
+def error(y: Tensor, truth: Tensor) -> float:
+    return ((y.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("run", [pytest.param(run, id=name) for name, run in RUNS.items()])
+def test_compiled_convolution(run):
+    y, truth, stock, counters = execute(run)
+    floor = TF32_ERROR if run.problem.dtype == F32 else 0.0
+    assert error(y, truth) <= max(2 * error(stock, truth), floor)
+    for count in counters:
+        assert count.global_factor <= run.sectors
+        for kind in LOOP_KINDS:
+            assert count.of(kind).units == count.of(kind).ideal
+
+
+def activations(shape: tuple[int, ...], count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(13)
+    return [torch.randn(shape, generator=generator).to(F16) for _ in range(count)]
+
+
+def test_compiled_add_relu_forward_and_backward():
+    x, residual, dy = activations((3, 800), 3)
+    y, dx = torch.empty_like(x), torch.empty_like(x)
+    forward = launch(elementwise.add_relu_fwd(x.numel(), F16), [x, residual, px.Output(y)])
+    backward = launch(elementwise.add_relu_bwd(x.numel(), F16), [dy, y, px.Output(dx)])
+    assert torch.equal(y, F.relu(x + residual))
+    assert torch.equal(dx, torch.where(y > 0, dy, 0))
+    assert forward.global_factor == 1.0
+    assert backward.global_factor == 1.0
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["bn_relu", "bn_add_relu"])
+def test_compiled_bn_relu(add):
+    x, residual = activations((50, 64), 2)
+    scale, shift = torch.randn(2, 64, generator=torch.Generator().manual_seed(17)).unbind()
+    y = torch.empty_like(x)
+    kernel = elementwise.bn_relu_fwd(50, 64, F16, residual=add)
+    counters = launch(kernel, [x, scale, shift, residual if add else None, px.Output(y)])
+    truth = (x.double() * scale + shift + (residual if add else 0)).relu()
+    assert error(y, truth) <= 2 * error(truth.to(F16), truth)
+    assert counters.of("global_store").factor == 1.0
+    # One pass: nothing but x, the residual, scale and shift is read, and nothing twice.
+    assert counters.bytes_read == x.nbytes * (1 + add) + scale.nbytes + shift.nbytes
