@@ -28,13 +28,15 @@ RF_ISA_AVX2_BEGIN
 #include "winograd.h"
 #include "pointwise.h"
 #include "direct.h"
+#include "row_buffer.h"
+#include "stem.h"
 #include "blocks.h"
 
 namespace resnet_fused::cpu {
 
 const Kernels& avx2_kernels() {
   using namespace RF_ISA;
-  static const Kernels kernels{LANES, pack, winograd, pointwise, direct, bottleneck, basic_block};
+  static const Kernels kernels{LANES, pack, winograd, pointwise, direct, stem, bottleneck, basic_block};
   return kernels;
 }
 

@@ -162,6 +162,32 @@ Tensor block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> shifts, 
   return y;
 }
 
+// y = maxpool(relu(conv(x, w) + shift)), or without the pool; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
+// `weights` are transformed, [panel][36][4 in_channels][PANEL]; x may have any strides.
+Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool pool, bool relu) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
+                  "x must be float32 or bfloat16; convert it with .to().");
+  STD_TORCH_CHECK(relu || !pool, "the pool of a stem follows a ReLU.");
+  const int64_t panel = 2 * kernels().lanes, padded = (out_channels + panel - 1) / panel * panel;
+  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == padded * 36 * 4 * x.size(1),
+                  "weights must be the float32 transformed weights of this stem.");
+  STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.numel() == padded, "shift must be float32 with ", padded,
+                  " elements (whole panels).");
+  StemParams p{};
+  p.x = x.const_data_ptr();
+  p.x_stride_n = x.stride(0), p.x_stride_c = x.stride(1), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
+  p.weights = static_cast<const float*>(weights.const_data_ptr());
+  p.shift = static_cast<const float*>(shift.const_data_ptr());
+  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3), p.out_channels = out_channels;
+  p.pool = pool, p.relu = relu, p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
+  Tensor y = new_activations(x, p.batch, out_channels, p.out_height(), p.out_width());
+  p.y = y.mutable_data_ptr();
+  if (p.batch > 0) kernels().stem(p);
+  return y;
+}
+
 int64_t isa() { return static_cast<int64_t>(detected_isa()); }
 bool avx512_bf16() { return has_avx512_bf16(); }
 int64_t panel() { return 2 * kernels().lanes; }
@@ -177,6 +203,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def(
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> Tensor");
+  m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor");
   m.def("release_activations() -> int");
   m.def("block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> Tensor");
 }
@@ -188,6 +215,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("conv", TORCH_BOX(&conv));
+  m.impl("stem", TORCH_BOX(&stem));
   m.impl("release_activations", TORCH_BOX(&release_activations));
   m.impl("block", TORCH_BOX(&block));
 }

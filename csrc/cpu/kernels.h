@@ -12,6 +12,7 @@ struct Kernels {
   void (*winograd)(const ConvParams&, const WinogradPlan&);
   void (*pointwise)(const ConvParams&);
   void (*direct)(const ConvParams&);
+  void (*stem)(const StemParams&);
   void (*bottleneck)(const BlockParams&);
   void (*basic_block)(const BlockParams&);
 };

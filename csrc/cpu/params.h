@@ -51,4 +51,20 @@ struct BlockParams {
   int64_t panels;          // panels multiplied before their output transform
 };
 
+// 7 x 7 convolution of stride 2 and padding 3 on few channels, + shift, ReLU, and a 3 x 3 max-pool of stride 2 and padding 1.
+struct StemParams {
+  const void* x;            // any strides
+  int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
+  const float* weights;     // transformed: [panel][point][4 in_channels][PANEL]
+  const float* shift;
+  void* y;                  // NHWC
+  int64_t batch, height, width, in_channels, out_channels;
+  bool pool, relu, bfloat16;
+
+  int64_t conv_height() const { return (height + 1) / 2; }
+  int64_t conv_width() const { return (width + 1) / 2; }
+  int64_t out_height() const { return pool ? (conv_height() + 1) / 2 : conv_height(); }
+  int64_t out_width() const { return pool ? (conv_width() + 1) / 2 : conv_width(); }
+};
+
 }  // namespace resnet_fused::cpu

@@ -101,7 +101,7 @@ struct WinogradConv {
       while (block_begin(block + 1) <= tile) ++block;
       const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
       const TilePlace<T> at = place(tile);
-      transform_input_tile<F, T>(at.x, at.top - 1, at.left - 1, zeros, v + block * v_block + (tile - begin) * LANES, v_stride,
+      transform_input_tile<F, T>(at.x, at.top - F::PAD, at.left - F::PAD, zeros, v + block * v_block + (tile - begin) * LANES, v_stride,
                                  tiles * LANES);
     });
     parallel_units(panels * blocks, [&](int64_t unit, int64_t following) {

@@ -177,7 +177,7 @@ void winograd_tiles(const TransformedWeights& w, int64_t tiles, int64_t group, P
 
   for (int64_t t = 0; t < tiles; ++t) {
     const TilePlace<T> at = place(t);
-    transform_input_tile<F, T>(at.x, at.top - 1, at.left - 1, zeros, v + t * LANES, v_stride, tiles * LANES);
+    transform_input_tile<F, T>(at.x, at.top - F::PAD, at.left - F::PAD, zeros, v + t * LANES, v_stride, tiles * LANES);
   }
   for (int64_t first = 0; first < panels; first += group) {
     const int64_t count = std::min(group, panels - first);

@@ -11,8 +11,9 @@
 namespace resnet_fused::cpu::RF_ISA {
 
 struct F2 {
-  static constexpr int M = 2;  // output tile
-  static constexpr int A = 4;  // input tile
+  static constexpr int M = 2;    // output tile
+  static constexpr int A = 4;    // input tile
+  static constexpr int PAD = 1;  // the tile begins this far above and left of its first output
 
   // y = B^T x
   static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) {
@@ -40,6 +41,7 @@ struct F2 {
 struct F4 {
   static constexpr int M = 4;
   static constexpr int A = 6;
+  static constexpr int PAD = 1;
   static constexpr double P = 0.70710678118654752440;  // sqrt(1/2)
   static constexpr double Q = 1.41421356237309504880;  // sqrt(2)
   static constexpr double P2 = 0.5, Q2 = 2.0;
@@ -75,6 +77,24 @@ struct F4 {
     y[1] = fma(constant(P * NP), difference_p, mul(constant(Q * NQ), difference_q));
     y[2] = fma(constant(P2 * NP), sum_p, mul(constant(Q2 * NQ), sum_q));
     y[3] = fma(constant(P * P2 * NP), difference_p, fma(constant(Q * Q2 * NQ), difference_q, x[5]));
+  }
+};
+
+// F(3 x 3, 4 x 4) at the same points, so with the same input transform: for the stem, see stem.h. Its weights are transformed
+// where they are packed, in resnet_fused/backends/cpu.py.
+struct Stem34 {
+  static constexpr int M = 3;
+  static constexpr int A = 6;
+  static constexpr int PAD = 2;
+
+  static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) { F4::input(x, y); }
+  static RF_INLINE void output(const vec (&x)[A], vec (&y)[M]) {
+    constexpr double P = F4::P, P2 = F4::P2, Q = F4::Q, Q2 = F4::Q2, NP = F4::NP, NQ = F4::NQ;
+    const vec sum_p = add(x[1], x[2]), difference_p = sub(x[1], x[2]);
+    const vec sum_q = add(x[3], x[4]), difference_q = sub(x[3], x[4]);
+    y[0] = fma(F4::constant(NP), sum_p, fma(F4::constant(NQ), sum_q, x[0]));
+    y[1] = fma(F4::constant(P * NP), difference_p, mul(F4::constant(Q * NQ), difference_q));
+    y[2] = fma(F4::constant(P2 * NP), sum_p, fma(F4::constant(Q2 * NQ), sum_q, x[5]));
   }
 };
 

@@ -9,15 +9,46 @@ from torch import Tensor
 
 from resnet_fused.backends import cpu_bn, cpu_plan, library
 from resnet_fused.backends.norm import NORM_OPS, NormKernels
-from resnet_fused.backends.problem import Conv, Folded, Problem
+from resnet_fused.backends.problem import Conv, Folded, Pool, Problem
 
 _LIBRARY = "resnet_fused_cpu"
 _CONVS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
 _BLOCKS = ("basic_block", "bottleneck")
+_STEM_POOL = Pool((3, 3), (2, 2), (1, 1))
 
 
 def _winograd(problem: Problem, conv: Conv) -> bool:
     return problem.precision == "fast" and cpu_plan.winograd_serves(conv)
+
+
+def _stem_kernel(problem: Problem) -> bool:
+    """Whether the stem's kernel serves the problem, a stem or its convolution alone."""
+    if problem.precision != "fast" or not _is_stem(problem.convs[0]):
+        return False
+    return problem.pool == _STEM_POOL if problem.op == "stem" else problem.op in ("conv2d_bn", "conv2d_bn_relu")
+
+
+def _is_stem(conv: Conv) -> bool:
+    """Whether the stem's kernel can compute it: 7×7, stride 2, padding 3, on as few channels as images have."""
+    return conv[2:] == ((7, 7), (2, 2), (3, 3), (1, 1), 1) and conv.in_channels <= 4
+
+
+def _stem_weights(weight: Tensor) -> Tensor:
+    """Weights of the stem's kernel, [panel][36 points][4·in_channels][panel]: G g Gᵀ of the 4×4 taps of each phase.
+
+    Row kh of the 7×7 filter is tap a of phase p, where kh + 1 = 2a + p; likewise for columns. G holds the powers of the
+    interpolation points (csrc/cpu/winograd_transforms.h).
+    """
+    out_channels, in_channels = weight.shape[:2]
+    taps = torch.nn.functional.pad(weight.detach().double(), (1, 0, 1, 0)).view(out_channels, in_channels, 4, 2, 4, 2)
+    points = torch.tensor([0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)], dtype=torch.float64)
+    g = torch.cat([torch.stack([points**power for power in range(4)], 1), points.new_tensor([[0, 0, 0, 1]])])
+    transformed = torch.einsum("ocapbq,ia,jb->oijpqc", taps, g, g).reshape(out_channels, 36, 4 * in_channels)
+    panel = torch.ops.resnet_fused_cpu.panel()
+    panels = -(-out_channels // panel)
+    padded = transformed.new_zeros(panels * panel, 36, 4 * in_channels)
+    padded[:out_channels] = transformed
+    return padded.view(panels, panel, 36, 4 * in_channels).permute(0, 2, 3, 1).float().contiguous()
 
 
 def _padded_shift(shift: Tensor) -> Tensor:
@@ -55,7 +86,7 @@ class CPU:
             return f"it serves CPU tensors, not {problem.device.type}"
         if problem.op in NORM_OPS:
             return cpu_bn.unsupported(problem)
-        if problem.op not in _CONVS + _BLOCKS:
+        if problem.op not in (*_CONVS, *_BLOCKS, "stem"):
             return f"it has no kernel for {problem.op}"
         if problem.dtype not in (torch.float32, torch.bfloat16):
             return f"it serves float32 and bfloat16, not {problem.dtype}"
@@ -64,8 +95,10 @@ class CPU:
         for conv in problem.convs:
             if conv.groups != 1:
                 return f"it serves convolutions of one group, not {conv.groups}"
-            if problem.dtype == torch.bfloat16 and not _winograd(problem, conv):
+            if problem.dtype == torch.bfloat16 and not (_winograd(problem, conv) or _stem_kernel(problem)):
                 return "in bfloat16 it serves 3×3 convolutions of stride, padding and dilation 1 (by float32 Winograd)"
+        if problem.op == "stem" and not _stem_kernel(problem):
+            return "as a whole it serves stems of a 7×7 convolution of stride 2 on up to 4 channels and a 3×3 pool of stride 2, by Winograd"
         if problem.op in _BLOCKS:
             if not cpu_plan.block_serves(problem):
                 return "as a whole it serves blocks of stride 1 whose 3×3 layers have padding and dilation 1"
@@ -78,10 +111,15 @@ class CPU:
     def wins(self, problem: Problem) -> bool:
         if problem.op in _BLOCKS:
             return cpu_plan.block_wins(problem)
-        return all(_winograd(problem, conv) for conv in problem.convs)
+        return True
 
     def prepare(self, problem: Problem, folded: Folded):  # noqa: ANN201 — the closures below
-        run = self._block(problem, folded) if problem.op in _BLOCKS else self._conv(problem, folded)
+        if problem.op in _BLOCKS:
+            run = self._block(problem, folded)
+        elif _stem_kernel(problem):
+            run = self._stem(problem, folded)
+        else:
+            run = self._conv(problem, folded)
         if problem.memory_format == torch.channels_last:
             return run
         return lambda x, residual: run(x, residual).contiguous()
@@ -101,6 +139,12 @@ class CPU:
             return run(x, weight, shift, residual, out_channels, geometry, relu, plan)
 
         return kernel
+
+    def _stem(self, problem: Problem, folded: Folded):  # noqa: ANN202
+        weights, shift = folded.pack(("cpu", "stem"), lambda: (_stem_weights(folded.weights[0]), _padded_shift(folded.shifts[0])))
+        out_channels, pool, relu = problem.convs[0].out_channels, problem.pool is not None, problem.op != "conv2d_bn"
+        run = torch.ops.resnet_fused_cpu.stem.default
+        return lambda x, residual: run(x, weights, shift, out_channels, pool, relu)
 
     def _block(self, problem: Problem, folded: Folded):  # noqa: ANN202
         # The parts' own Folded, under the key by which a block composed of its layers finds them.

@@ -55,8 +55,8 @@ def winograd(problem: Problem) -> WinogradPlan:
     n, channels, h, w = problem.shape
     tiles = n * _tiles(h) * _tiles(w)
     if channels <= 256 and tiles >= 96:
-        return WinogradPlan(4, 8, 4, 64, False)
-    return WinogradPlan(4, min(tiles, 64), 1, 64, True)
+        return WinogradPlan(4, 8, 8, 64, False)
+    return WinogradPlan(4, min(tiles, 64 if channels <= 256 else 32), 1, 64, True)
 
 
 def block_serves(problem: Problem) -> bool:

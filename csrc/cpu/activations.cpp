@@ -1,0 +1,132 @@
+#include "activations.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "runtime.h"
+
+// Of PyTorch 2.11's stable ABI; null where an older PyTorch runs the library.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* deleter_context);
+
+namespace resnet_fused::cpu {
+
+namespace {
+
+// Smaller results come from PyTorch's allocator, whose free lists keep them.
+constexpr int64_t SMALLEST = int64_t{1} << 20;
+constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
+// A kept block serves a request of at least this fraction of its size, so that one small result doesn't hold a large block.
+constexpr int64_t LARGEST_WASTE = 4;
+
+struct Block {
+  void* memory;
+  int64_t size;
+};
+
+class Pool {
+ public:
+  Block* take(int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t best = free_.size();
+    for (size_t i = 0; i < free_.size(); ++i) {
+      const int64_t size = free_[i]->size;
+      if (size >= bytes && size / LARGEST_WASTE <= bytes && (best == free_.size() || size < free_[best]->size)) best = i;
+    }
+    Block* block = nullptr;
+    if (best < free_.size()) {
+      block = free_[best];
+      free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(best));
+      kept_ -= block->size;
+    } else {
+      block = allocate((bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+    }
+    used_ += block->size;
+    most_used_ = std::max(most_used_, used_);
+    trim(limit());
+    return block;
+  }
+
+  void give_back(Block* block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    used_ -= block->size;
+    kept_ += block->size;
+    free_.push_back(block);
+    trim(limit());
+  }
+
+  int64_t release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t bytes = kept_;
+    trim(0);
+    most_used_ = used_;
+    return bytes;
+  }
+
+ private:
+  // Together with what is in use, the pool holds a quarter more than was ever in use at once: a network's layers differ in
+  // size, and the largest are wanted again at the next call.
+  int64_t limit() const { return most_used_ + most_used_ / 4 - used_; }
+
+  // Frees the longest kept blocks until at most `limit` bytes are kept.
+  void trim(int64_t limit) {
+    while (kept_ > limit && !free_.empty()) {
+      Block* block = free_.front();
+      free_.erase(free_.begin());
+      kept_ -= block->size;
+      std::free(block->memory);
+      delete block;
+    }
+  }
+
+  static Block* allocate(int64_t size) {
+    void* memory = std::aligned_alloc(static_cast<size_t>(HUGE_PAGE), static_cast<size_t>(size));
+    if (memory == nullptr) throw std::bad_alloc();
+    advise_huge_pages(memory, size);
+    return new Block{memory, size};
+  }
+
+  std::mutex mutex_;
+  std::vector<Block*> free_;
+  int64_t used_ = 0, kept_ = 0, most_used_ = 0;
+};
+
+// Never destroyed: a tensor may outlive every static object of this library.
+Pool& pool() {
+  static Pool* const instance = new Pool;
+  return *instance;
+}
+
+}  // namespace
+
+torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const std::array<int64_t, 4> size{n, c, h, w}, stride{c * h * w, 1, w * c, c};
+  const int64_t bytes = n * c * h * w * static_cast<int64_t>(like.element_size());
+  if (bytes < SMALLEST || torch_from_blob == nullptr) {
+    return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                                torch::headeronly::MemoryFormat::ChannelsLast);
+  }
+  int32_t dtype = 0, device_type = 0, layout = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  Block* block = pool().take(bytes);
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      block->memory, 4, size.data(), stride.data(), 0, dtype, device_type, -1, &tensor, layout, nullptr, 0,
+      [](void*, void* context) { pool().give_back(static_cast<Block*>(context)); }, block));
+  return torch::stable::Tensor(tensor);
+}
+
+int64_t release_activations() { return pool().release(); }
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,17 @@
+// Memory of results. A large block that PyTorch's CPU allocator frees goes back to the system, and the next layer pays for
+// every page again: 9% of a ResNet-50's time. Freed blocks are therefore kept, behind huge pages, and given out again.
+#pragma once
+
+#include <cstdint>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace resnet_fused::cpu {
+
+// An uninitialised channels_last tensor of shape (n, c, h, w) with the dtype of `like`.
+torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w);
+
+// Gives the kept blocks back to the system; returns how many bytes that were.
+int64_t release_activations();
+
+}  // namespace resnet_fused::cpu
