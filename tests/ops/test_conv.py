@@ -1,0 +1,159 @@
+"""conv2d_bn, conv2d_bn_relu and conv2d_bn_add_relu on every backend of this machine, against float64 and stock."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, Case
+from tolerances import assert_as_good_as_stock
+
+import resnet_fused as rf
+from resnet_fused.backends import BackendError
+
+F = torch.nn.functional
+BACKENDS = ["auto", *rf.available_backends()]
+
+
+def stock(op: str, x, weight, shift, residual, geometry):
+    """What stock PyTorch computes, op by op."""
+    y = F.conv2d(x, weight, shift, *geometry)
+    if residual is not None:
+        y = y + residual
+    return y if op == "conv2d_bn" else y.relu()
+
+
+def run(op: str, x, weight, shift, residual, geometry):
+    function = getattr(rf.functional, op)
+    return function(x, weight, shift, *(() if residual is None else (residual,)), *geometry)
+
+
+@pytest.mark.parametrize("op", ["conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@torch.no_grad()
+def test_every_backend_is_as_good_as_stock(case: Case, op: str):
+    x, weight, shift = case.tensors()
+    shape = F.conv2d(x.float(), weight.float(), None, *case.geometry).shape
+    residual = torch.randn(shape).to(case.dtype) if op == "conv2d_bn_add_relu" else None
+    given = [t.clone() for t in (x, weight, shift)]
+    want = stock(op, x, weight, shift, residual, case.geometry)
+    exact = [None if t is None else t.double() for t in (x, weight, shift, residual)]
+    truth = stock(op, *exact, case.geometry)
+    served = 0
+    for backend in BACKENDS:
+        try:
+            with rf.use_backend(backend):
+                y = run(op, x, weight, shift, residual, case.geometry)
+        except BackendError as reason:
+            assert "can't serve" in str(reason)
+            assert backend != "auto"
+            continue
+        served += 1
+        # The backends that have Winograd, for 3×3 and for stems; everything else must place NaN exactly.
+        winograd = backend in ("auto", "cpu") and case.kernel in ((3, 3), (7, 7))
+        assert_as_good_as_stock(y, want, truth, winograd)
+        assert y.is_contiguous() == want.is_contiguous()
+        assert y.data_ptr() not in (x.data_ptr(), 0 if residual is None else residual.data_ptr()) or y.numel() == 0
+    assert served >= 2  # the automatic choice and the reference
+    for before, after in zip(given, (x, weight, shift), strict=True):
+        assert torch.equal(before, after) or before.isnan().any(), "an input was modified"
+
+
+def test_residual_may_be_the_input_itself():
+    case = Case("", out_channels=16)
+    x, weight, shift = case.tensors()
+    before = x.clone()
+    y = rf.functional.conv2d_bn_add_relu(x, weight, shift, x, *case.geometry)
+    truth = stock("", x.double(), weight.double(), shift.double(), x.double(), case.geometry)
+    assert_as_good_as_stock(y, stock("", x, weight, shift, x, case.geometry), truth)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_made_by_an_overflow_in_the_middle_survives(backend: str):
+    """Finite inputs whose products overflow to Inf − Inf: stock gives NaN, and a max(y, 0) would make it 0."""
+    x = torch.full((1, 32, 8, 8), 3e38).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(32, 32, 1, 1)
+    weight[:, ::2] = -1
+    weight[:, :2] *= 4
+    want = F.conv2d(x, weight).relu()
+    with rf.use_backend(backend):
+        y = rf.functional.conv2d_bn_relu(x, weight, torch.zeros(32))
+    # Where the sums overflow depends on their order, so NaN and Inf count as one: not a number of this range.
+    assert torch.equal(y.isfinite(), want.isfinite())
+
+
+def test_a_bound_left_on_a_tensor_is_forgotten_when_it_changes():
+    """The oneDNN backend knows that its own result is finite; a NaN written into it must be seen all the same."""
+    weight, shift = torch.randn(8, 8, 3, 3), torch.randn(8)
+    x = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), rf.use_backend("onednn"):
+            y = rf.functional.conv2d_bn_relu(x, weight, shift, padding=1)
+            y[0, 0, 0, 0] = float("nan")
+            assert rf.functional.conv2d_bn_relu(y, weight, shift, padding=1).isnan().sum() == 4 * 8
+
+
+GRAD_CASES = [
+    Case("3x3", x=(2, 4, 5, 5), out_channels=6),
+    Case("stride-groups-dilation", x=(1, 4, 7, 7), out_channels=6, stride=(2, 2), dilation=(2, 2), padding=(2, 2), groups=2),
+    Case("1x1", x=(2, 4, 3, 3), out_channels=3, kernel=(1, 1), padding=(0, 0)),
+]
+
+
+@pytest.mark.parametrize("op", ["conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu"])
+@pytest.mark.parametrize("case", GRAD_CASES, ids=lambda case: case.id)
+def test_derivatives(case: Case, op: str):
+    tensors = [t.double().requires_grad_() for t in case.tensors()]
+    residual = F.conv2d(*tensors, *case.geometry).detach().mul(0.5).requires_grad_() if "add" in op else None
+    arguments = [*tensors, *([] if residual is None else [residual])]
+
+    def function(x, weight, shift, residual=None):
+        return run(op, x, weight, shift, residual, case.geometry)
+
+    assert torch.autograd.gradcheck(function, arguments)
+    assert torch.autograd.gradgradcheck(function, arguments)
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    x, weight, shift = Case("").tensors()
+    weight.requires_grad_()
+    rf.functional.conv2d_bn_relu(x, weight, shift, padding=1).sum().backward()
+    assert weight.grad is not None
+    assert x.grad is None
+
+
+def test_weight_changed_in_place_is_packed_anew():
+    x, weight, shift = Case("").tensors()
+    for _ in range(2):
+        with torch.no_grad():
+            y = rf.functional.conv2d_bn(x, weight, shift, padding=1)
+            assert_as_good_as_stock(
+                y, F.conv2d(x, weight, shift, padding=1), F.conv2d(x.double(), weight.double(), shift.double(), padding=1)
+            )
+            weight.mul_(-2)
+
+
+BAD_INPUTS = {
+    "x-without-batch": (lambda x, w, s: rf.functional.conv2d_bn(x[0], w, s), r"x has shape \(16, 9, 9\).*unsqueeze"),
+    "wrong-channels": (lambda x, w, s: rf.functional.conv2d_bn(x[:, :8], w, s), "x has 8 channels.*takes 16"),
+    "mixed-dtypes": (lambda x, w, s: rf.functional.conv2d_bn(x.bfloat16(), w, s), "x has dtype torch.bfloat16.*autocast"),
+    "shift-too-short": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s[:5]), r"shift is \(5,\).*fold_bn"),
+    "stride-0": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, stride=0), "stride is 0.*at least 1"),
+    "padding-string": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, padding="same"), "padding is 'same'.*integer"),
+    "groups-3": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, groups=5), "groups is 5.*divisor of the 24"),
+    "image-too-small": (lambda x, w, s: rf.functional.conv2d_bn(x[..., :1, :1], w, s), "1×1 pixels.*larger image"),
+    "residual-shape": (lambda x, w, s: rf.functional.conv2d_bn_add_relu(x, w, s, x, padding=1), "residual has shape.*result's shape"),
+    "add-shapes": (lambda x, w, s: rf.functional.add_relu(x, x[:1]), "residual is.*must be as x"),
+}
+
+
+@pytest.mark.parametrize("call, message", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_errors_name_argument_value_rule_and_remedy(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*Case("").tensors())
+
+
+def test_explicit_backend_that_cannot_serve_raises_with_the_reason():
+    x, weight, shift = Case("", dtype=torch.float64).tensors()
+    with rf.use_backend("onednn"), pytest.raises(BackendError, match="it serves float32, bfloat16 and float16, not torch.float64"):
+        rf.functional.conv2d_bn(x, weight, shift, padding=1)
