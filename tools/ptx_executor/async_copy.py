@@ -115,7 +115,8 @@ def _copy(machine: Machine, ins: Instruction) -> Action:
     to, to_offset = effective_address(machine, destination)
     at, at_offset = effective_address(machine, source)
     access, shared, memory = Access(ins, size), machine.spaces["shared"], machine.spaces["global"]
-    assert isinstance(shared, SharedSpace) and isinstance(memory, GlobalSpace)
+    assert isinstance(shared, SharedSpace)
+    assert isinstance(memory, GlobalSpace)
 
     def run(selection: Selection) -> None:
         lanes = slice(None) if selection is None else selection

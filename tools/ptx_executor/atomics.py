@@ -12,8 +12,8 @@ import numpy as np
 from .decode import Action, allow, instruction, types
 from .machine import DTYPES, Machine, Selection
 from .memory_ops import effective_address
-from .rounding import from_bf16, to_bf16
 from .parser import SPACES, TYPE_BYTES, Instruction
+from .rounding import from_bf16, to_bf16
 from .spaces import Access, GenericSpace
 
 _OPERATIONS = ("add", "exch", "cas", "min", "max", "and", "or", "xor", "inc", "dec")
@@ -98,13 +98,10 @@ def _atom(machine: Machine, ins: Instruction) -> Action:
         where = (base if selection is None else base[selection]).astype(np.int64) + offset
         lanes = np.arange(machine.lanes) if selection is None else selection
         if isinstance(space, GenericSpace):
-            parts = [
-                (s, a, lanes[p] if not isinstance(p, slice) else lanes) for s, a, p, _ in space.split(where, selection)
-            ]
+            parts = space.split(where, selection)
         else:
-            parts = [(space, where, lanes)]
-        for each, inside, who in parts:
-            chosen = None if len(who) == machine.lanes else who
-            apply(*each.atomic(access, inside, chosen), who)
+            parts = [(space, where, slice(None), selection)]
+        for each, inside, at, chosen in parts:
+            apply(*each.atomic(access, inside, chosen), lanes[at])
 
     return run

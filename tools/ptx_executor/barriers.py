@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import KernelFault
 from .machine import Machine, Selection, lanes_of
 from .parser import Immediate, Instruction
+from .races import Clocks
 from .shared import SharedSpace
 
 IDS = 16  # barriers of a block
@@ -76,13 +78,14 @@ class Barriers:
         self.joined.clear()
 
     @property
-    def clocks(self):  # type: ignore[no-untyped-def]
+    def clocks(self) -> Clocks:
         shared = self.machine.spaces["shared"]
         assert isinstance(shared, SharedSpace)
         return shared.clocks
 
     def arrive(self, pc: int, selection: Selection) -> bool:
-        """Lanes come to a barrier. True where all of them may go on at once; else ``resume`` will be called for those that wait."""
+        """Lanes come to a barrier. True where all of them may go on at once; else ``resume`` will be called for those
+        that wait."""
         step, machine = self.steps[pc], self.machine
         if selection is None and step.plain and (self.at < 0).all() and not self.arrived.any():
             self.clocks.barrier()
@@ -102,10 +105,10 @@ class Barriers:
             self.expected[blocks, ids] = step.counts[lanes]
         if step.mode == "arrive":
             np.add.at(self.arrived, (blocks, ids), self.weight[lanes])
-            for block, number in set(zip(blocks.tolist(), ids.tolist())):
+            for block, number in set(zip(blocks.tolist(), ids.tolist(), strict=True)):
                 warps = np.unique(lanes[(blocks == block) & (ids == number)] >> 5)
                 joined = self.clocks.release(warps)
-                self.joined[block, number] = np.maximum(joined, self.joined.get((block, number), 0))
+                self.joined[block, number] = np.maximum(joined, self.joined.get((block, number), np.int32(0)))
             self.release()
             return True
         self.at[lanes], self.id_of[lanes] = pc, ids
@@ -140,9 +143,8 @@ class Barriers:
         first = together[:, :1]
         split = ((together != first) & exists).any(axis=1)
         if split.any() and self.steps[int(self.at[lanes[0]])].aligned:
-            lane = int(lanes[lanes >> 5 == warps[split][0]][0])
-            raise machine.error("divergent-barrier", self.steps[int(self.at[lane])].ins, lane, self.divergence(lane))
-        joined = np.maximum(self.clocks.release(warps), self.joined.pop((block, number), 0))
+            raise self.divergent(int(lanes[lanes >> 5 == warps[split][0]][0]))
+        joined = np.maximum(self.clocks.release(warps), self.joined.pop((block, number), np.int32(0)))
         self.clocks.acquire(warps, joined)
         machine.counters.barriers += 1
         self.arrived[block, number] = self.expected[block, number] = 0
@@ -159,27 +161,28 @@ class Barriers:
             return
         source, negated = step.predicate
         votes = source[lanes] ^ negated
-        step.target[lanes] = {"popc": np.count_nonzero, "and": np.all, "or": np.any}[step.reduction](votes)
+        results = {"popc": votes.sum(), "and": votes.all(), "or": votes.any()}
+        step.target[lanes] = results[step.reduction]
 
-    def divergence(self, lane: int) -> str:
-        warp = lane >> 5 << 5
-        same = np.count_nonzero(self.at[warp : warp + 32] == self.at[lane])
-        return f"only {same} of the {np.count_nonzero(self.machine.exists[warp : warp + 32])} threads of the warp came to this barrier together"
+    def divergent(self, lane: int) -> KernelFault:
+        """The fault of a warp that did not come to a barrier together."""
+        warp = slice(lane >> 5 << 5, (lane >> 5 << 5) + 32)
+        same, threads = np.count_nonzero(self.at[warp] == self.at[lane]), np.count_nonzero(self.machine.exists[warp])
+        message = f"only {same} of the {threads} threads of the warp came to this barrier together"
+        return self.machine.error("divergent-barrier", self.steps[int(self.at[lane])].ins, lane, message)
 
-    def stuck(self) -> None:
-        """Raise the fault that explains why waiting lanes will wait for ever."""
-        machine = self.machine
+    def stuck(self) -> KernelFault:
+        """The fault that explains why the waiting lanes will wait for ever."""
         waiting = np.flatnonzero(self.at >= 0)
-        for lane in waiting[:: 32 if waiting.size > 4096 else 1]:
-            warp = lane >> 5 << 5
-            alive = machine.exists[warp : warp + 32]
-            if (self.at[warp : warp + 32][alive] != self.at[lane]).any() and self.steps[int(self.at[lane])].aligned:
-                raise machine.error(
-                    "divergent-barrier", self.steps[int(self.at[lane])].ins, int(lane), self.divergence(int(lane))
-                )
+        rows, exists = self.at.reshape(-1, 32), self.machine.exists.reshape(-1, 32)
         lane = int(waiting[0])
-        block, number = int(machine.block_of[lane]), int(self.id_of[lane])
-        here = int(self.weight[waiting[(machine.block_of[waiting] == block) & (self.id_of[waiting] == number)]].sum())
-        wanted = int(self.expected[block, number]) or machine.threads
-        raise machine.error("deadlock", self.steps[int(self.at[lane])].ins, lane, f"barrier {number} waits for {wanted} threads; "
-                            f"{here + int(self.arrived[block, number])} have come and no other thread can run")  # fmt: skip
+        for first in waiting[np.unique(waiting >> 5, return_index=True)[1]].tolist():
+            together = (rows[first >> 5] == self.at[first]) | ~exists[first >> 5]
+            if not together.all() and self.steps[int(self.at[first])].aligned:
+                return self.divergent(first)
+        block, number = int(self.machine.block_of[lane]), int(self.id_of[lane])
+        same = (self.machine.block_of[waiting] == block) & (self.id_of[waiting] == number)
+        here = int(self.weight[waiting[same]].sum() + self.arrived[block, number])
+        wanted = int(self.expected[block, number]) or self.machine.threads
+        message = f"barrier {number} waits for {wanted} threads; {here} have come and no other thread can run"
+        return self.machine.error("deadlock", self.steps[int(self.at[lane])].ins, lane, message)

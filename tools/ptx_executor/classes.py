@@ -64,7 +64,8 @@ def classify(ins: Instruction) -> str:
 
 
 def flops_of(ins: Instruction) -> tuple[str, int]:
-    """(kind, floating-point operations): of a warp for tensor instructions, else of a thread; ('', 0) where there are none."""
+    """(kind, floating-point operations): of a warp for tensor instructions, else of a thread; ('', 0) where there are
+    none."""
     if ins.opcode == "mma" or (ins.opcode == "wmma" and "mma" in ins.modifiers):
         for m in ins.modifiers:
             if shape := _SHAPE.fullmatch(m):

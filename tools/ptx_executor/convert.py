@@ -6,6 +6,7 @@ Source: PTX ISA, "Data Movement and Conversion Instructions: cvt" and "cvt.pack"
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -22,23 +23,27 @@ def _is_float(kind: str) -> bool:
     return kind in _FLOATS
 
 
+def _range(dtype: Any) -> tuple[int, int]:
+    return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+
+
 def _to_f64(value: np.ndarray, kind: str) -> np.ndarray:
     return (from_bf16(value) if kind == "bf16" else value).astype(np.float64)
 
 
 def _float_to_integer(kind: str, source: str, rounding: str) -> Callable:
     dtype = np.dtype(DTYPES[kind])
-    low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+    low, high = _range(dtype)
     nan = 0 if dtype.itemsize < 8 and source != "f64" else 1 << (8 * dtype.itemsize - 1)
 
     def function(value: np.ndarray) -> np.ndarray:
         whole = _INTEGER_ROUNDINGS[rounding](_to_f64(value, source))
         inside = (whole >= low) & (whole < float(high) + (1.0 if high < 1 << 53 else 0.0))
         safe = np.where(inside, whole, 0.0)
-        result = safe.astype(np.uint64) if dtype == np.uint64 else safe.astype(np.int64)
-        result = result.astype(dtype)
-        result = np.where(inside, result, np.where(whole > 0, np.array(high, dtype), np.array(low, dtype)))
-        return np.where(np.isnan(whole), np.array(nan, np.uint64).astype(dtype), result)
+        result = (safe.astype(np.uint64) if dtype == np.uint64 else safe.astype(np.int64)).astype(dtype)
+        limit = np.where(whole > 0, np.array(high, dtype), np.array(low, dtype))
+        limit = np.where(np.isnan(whole), np.array(nan, np.uint64).astype(dtype), limit)
+        return np.where(inside, result, limit)
 
     return function
 
@@ -47,8 +52,7 @@ def _integer_to_integer(kind: str, source: str, saturate: bool) -> Callable:
     dtype, from_dtype = np.dtype(DTYPES[kind]), np.dtype(DTYPES[source])
     if not saturate:
         return lambda value: value.astype(dtype)
-    low = max(int(np.iinfo(dtype).min), int(np.iinfo(from_dtype).min))
-    high = min(int(np.iinfo(dtype).max), int(np.iinfo(from_dtype).max))
+    low, high = max(_range(dtype)[0], _range(from_dtype)[0]), min(_range(dtype)[1], _range(from_dtype)[1])
     return lambda value: np.clip(value, from_dtype.type(low), from_dtype.type(high)).astype(dtype)
 
 
@@ -197,7 +201,8 @@ def _pack_halves(machine: Machine, ins: Instruction, kind: str, mode: str, relu:
 
 
 def _pack_integers(machine: Machine, ins: Instruction) -> Action:
-    """cvt.pack.sat: two int32 saturated to 16, 8, 4 or 2 bits; of three operands the last supplies the upper bits, shifted up."""
+    """cvt.pack.sat: two int32 saturated to 16, 8, 4 or 2 bits; of three operands the last supplies the upper bits,
+    shifted up."""
     name = ins.modifiers[ins.modifiers.index("sat") + 1]
     bits, low = int(name[1:]), 0 if name[0] == "u" else -(1 << int(name[1:]) - 1)
     high = low + (1 << bits) - 1

@@ -14,9 +14,9 @@ from .errors import KernelFault
 class Traffic:
     """Accesses of one kind.
 
-    ``requests``: warp-level accesses. ``bytes``: that lanes asked for. ``units``: 32-byte sectors (global) or wavefronts (shared).
-    ``ideal``: the fewest units: distinct bytes of each request / 32 for global memory, one wavefront for each group of lanes
-    that is served together for shared memory.
+    ``requests``: warp-level accesses. ``bytes``: that lanes asked for. ``units``: 32-byte sectors (global) or
+    wavefronts (shared). ``ideal``: the fewest units: distinct bytes of each request / 32 for global memory, one
+    wavefront for each group of lanes that is served together for shared memory.
     """
 
     requests: int = 0
@@ -106,21 +106,18 @@ class Counters:
 
     def summary(self) -> str:
         """The counts as text, one topic a line."""
-        rows = [
-            f"kernel {self.kernel}: {self.blocks} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared memory"
-        ]
+        shape = f"{self.blocks} blocks of {self.threads} threads, {self.shared_bytes} bytes of shared memory"
+        rows = [f"kernel {self.kernel}: {shape}"]
         rows.append("  warp instructions: " + ", ".join(f"{k} {v}" for k, v in self.warp_instructions.most_common()))
         rows += [f"  tensor {k}: {n} warp instructions, {f} FLOPs" for k, (n, f) in self.tensor.items()]
         rows.append("  FLOPs: " + ", ".join(f"{k} {v}" for k, v in self.flops.items()))
         for kind in (*GLOBAL_KINDS, *SHARED_KINDS):
             if t := self.traffic.get(kind):
                 unit = "sectors" if kind in GLOBAL_KINDS else "wavefronts"
-                rows.append(
-                    f"  {kind}: {t.requests} requests, {t.bytes} bytes, {t.units} {unit}, ideal {t.ideal:g}, factor {t.factor:.3f}"
-                )
-        rows.append(
-            f"  global bytes read at least once {self.bytes_read}, written {self.bytes_written}; barriers {self.barriers}"
-        )
+                work = f"{t.requests} requests, {t.bytes} bytes, {t.units} {unit}"
+                rows.append(f"  {kind}: {work}, ideal {t.ideal:g}, factor {t.factor:.3f}")
+        rows.append(f"  distinct global bytes: read {self.bytes_read}, written {self.bytes_written}")
+        rows.append(f"  barriers {self.barriers}")
         rows += [f"  FAULT {fault}" for fault in self.faults]
         return "\n".join(rows)
 
@@ -132,8 +129,8 @@ SHARED_KINDS = ("shared_load", "shared_store", "shared_atomic", "ldmatrix", "stm
 def sectors(addresses: np.ndarray, size: int, first: int) -> tuple[int, int, float]:
     """(requests, 32-byte sectors, ideal) of warps' accesses.
 
-    ``addresses``: (warps, 32) byte addresses aligned to ``size``, -1 for lanes that take no part; ``first`` is the lowest valid one.
-    Addresses of one warp that are equal count once.
+    ``addresses``: (warps, 32) byte addresses aligned to ``size``, -1 for lanes that take no part; ``first`` is the
+    lowest valid one. Addresses of one warp that are equal count once.
     """
     rows = addresses
     if not (rows[:, 1:] >= rows[:, :-1]).all():

@@ -1,4 +1,5 @@
-"""The errors of the executor: each names the kernel, the PTX line, the instruction and, where there is one, the thread."""
+"""The errors of the executor: each names the kernel, the PTX line, the instruction and, where there is one, the
+thread."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ class UnsupportedInstruction(PtxError):
 class KernelFault(PtxError):
     """A kernel did what it must not do.
 
-    Attributes: ``kind`` (one of ``KINDS``), ``kernel``, ``line`` (of the PTX text), ``source`` ("file:line" where the PTX
-    carries .loc, else ""), ``instruction``, ``block`` and ``thread`` (x, y, z, or None where no single thread is at fault).
+    Attributes: ``kind`` (one of ``KINDS``), ``kernel``, ``line`` (of the PTX text), ``source`` ("file:line" where the
+    PTX carries .loc, else ""), ``instruction``, ``block`` and ``thread`` (x, y, z, or None where no single thread is
+    at fault).
     """
 
     KINDS = (

@@ -1,7 +1,7 @@
 """Floating-point arithmetic of float16, bfloat16, float32 and float64, packed pairs included.
 
-Half formats are computed in float64 and rounded once; float32 fma is rounded once; .approx functions are computed in float64
-and rounded, which is more exact than hardware is.
+Half formats are computed in float64 and rounded once; float32 fma is rounded once; .approx functions are computed in
+float64 and rounded, which is more exact than hardware is.
 
 Source: PTX ISA, "Floating Point Instructions", "Half Precision Floating Point Instructions".
 """
@@ -19,7 +19,7 @@ from .parser import Instruction
 from .rounding import ROUNDINGS, flush, fma_f32, from_bf16, maximum, minimum, narrow, to_bf16, two_product, two_sum
 
 _F64 = np.float64
-_HALF = {"f16": "f16", "f16x2": "f16", "bf16": "bf16", "bf16x2": "bf16"}
+HALF = {"f16": "f16", "f16x2": "f16", "bf16": "bf16", "bf16x2": "bf16"}
 _FUNCTIONS: dict[str, Callable] = {
     "rcp": lambda x: 1.0 / x, "sqrt": np.sqrt, "rsqrt": lambda x: 1.0 / np.sqrt(x), "sin": np.sin, "cos": np.cos,
     "lg2": np.log2, "ex2": np.exp2, "tanh": np.tanh,
@@ -27,7 +27,7 @@ _FUNCTIONS: dict[str, Callable] = {
 _KNOWN = (*ROUNDINGS, "ftz", "sat", "relu", "NaN", "xorsign", "abs", "approx", "full", "noftz", "oob")
 
 
-def _wide(value: np.ndarray, kind: str) -> np.ndarray:
+def widen(value: np.ndarray, kind: str) -> np.ndarray:
     """A half operand in float64; packed operands as (lanes, 2)."""
     if kind.endswith("x2"):
         value = np.ascontiguousarray(value).view(np.uint16).reshape(len(value), 2)
@@ -83,7 +83,7 @@ def _half_op(machine: Machine, ins: Instruction, kind: str) -> Action:
     sources = [machine.source(o, kind) for o in ins.operands[1:]]
 
     def run(*operands: np.ndarray) -> np.ndarray:
-        value, residual = function(*(_wide(o, kind) for o in operands))
+        value, residual = function(*(widen(o, kind) for o in operands))
         if saturate:
             value = np.clip(np.where(np.isnan(value), 0.0, value), 0.0, 1.0)
         return _half(value, kind, residual)
@@ -150,7 +150,7 @@ def _f64_function(machine: Machine, op: str, mode: str) -> Callable:
              "rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh")  # fmt: skip
 def _arithmetic(machine: Machine, ins: Instruction) -> Action:
     kind = types(ins)[-1]
-    if kind in _HALF:
+    if kind in HALF:
         return _half_op(machine, ins, kind)
     if kind not in ("f32", "f64"):
         return integer(machine, ins)
@@ -182,93 +182,8 @@ def _testp(machine: Machine, ins: Instruction) -> Action:
     kind = types(ins)[-1]
     tiny = np.finfo(DTYPES[kind]).tiny
     test = next(m for m in ins.modifiers if m != kind)
-    function = {
+    tests: dict[str, Callable] = {
         "finite": np.isfinite, "infinite": np.isinf, "number": lambda a: ~np.isnan(a), "notanumber": np.isnan,
         "normal": lambda a: np.isfinite(a) & (np.abs(a) >= tiny), "subnormal": lambda a: (np.abs(a) < tiny) & (a != 0),
-    }[test]  # fmt: skip
-    return elementwise(function, machine.destination(ins.operands[0], "pred"), machine.source(ins.operands[1], kind))
-
-
-# ---- comparisons -----------------------------------------------------------------------------------------------------
-_ORDERED: dict[str, Callable] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
-_UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "geu": "ge"}
-
-
-def _comparison(name: str) -> Callable:
-    if name in _UNORDERED:
-        ordered = _ORDERED[_UNORDERED[name]]
-        return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
-    if name == "num":
-        return lambda a, b: ~(np.isnan(a) | np.isnan(b))
-    if name == "nan":
-        return lambda a, b: np.isnan(a) | np.isnan(b)
-    if name == "ne":  # false for NaN, unlike NumPy's
-        return lambda a, b: (a < b) | (a > b)
-    return _ORDERED[name]
-
-
-@instruction("setp", "set")
-def _setp(machine: Machine, ins: Instruction) -> Action:
-    result, kind = ("pred", types(ins)[-1]) if ins.opcode == "setp" else (types(ins)[0], types(ins)[-1])
-    names = [m for m in ins.modifiers if m in _ORDERED or m in _UNORDERED or m in ("num", "nan")]
-    combine = next((m for m in ins.modifiers if m in ("and", "or", "xor")), None)
-    allow(machine, ins, *names, "and", "or", "xor", "ftz")
-    compare = _comparison(names[0])
-    a, b = (machine.source(o, kind) for o in ins.operands[1:3])
-    third = machine.predicate(ins.operands[3]) if combine else None
-    join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(combine or "")
-    pair = hasattr(ins.operands[0], "second")
-    packed = kind in ("f16x2", "bf16x2")
-    if ins.opcode == "set":
-        return _set(machine, ins, result, kind, compare, a, b, third, join)
-
-    def function(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        if kind in _HALF:
-            x, y = _wide(x, kind), _wide(y, kind)
-        elif "ftz" in ins.modifiers and kind == "f32":
-            x, y = flush(x), flush(y)
-        return compare(x, y)
-
-    if not pair and join is None:
-        fast = kind not in _HALF and "ftz" not in ins.modifiers
-        return elementwise(compare if fast else function, machine.destination(ins.operands[0], "pred"), a, b)
-    first, second = (ins.operands[0].first, ins.operands[0].second) if pair else (ins.operands[0], None)
-    p, q = machine.destination(first, "pred"), machine.destination(second, "pred")
-
-    def run(selection: np.ndarray | None) -> None:
-        lanes = slice(None) if selection is None else selection
-        truth = function(a[lanes], b[lanes])
-        if packed:
-            results = (truth[:, 0], truth[:, 1])
-        else:
-            results = (truth, ~truth)
-        if join is not None and third is not None:
-            c = third[0][lanes] ^ third[1]
-            results = (join(results[0], c), join(results[1], c))
-        p[lanes], q[lanes] = results
-
-    return run
-
-
-def _set(machine, ins, result, kind, compare, a, b, third, join) -> Action:  # type: ignore[no-untyped-def]
-    def function(x: np.ndarray, y: np.ndarray, *c: np.ndarray) -> np.ndarray:
-        truth = compare(_wide(x, kind), _wide(y, kind)) if kind in _HALF else compare(x, y)
-        if c:
-            truth = join(truth, c[0] ^ third[1])
-        if result in ("f16x2", "bf16x2"):
-            one = np.uint16(0x3C00 if result == "f16x2" else 0x3F80)
-            return np.where(truth, one, np.uint16(0)).view(np.uint32).reshape(-1)
-        if kind.endswith("x2"):  # set.u32.f16x2: all ones for each half
-            return np.where(truth, np.uint16(0xFFFF), np.uint16(0)).view(np.uint32).reshape(-1)
-        if result == "bf16":
-            return np.where(truth, np.uint16(0x3F80), np.uint16(0))
-        if result in ("f16", "f32"):
-            return truth.astype(DTYPES[result])
-        ones = np.array(-1, np.int64).astype(DTYPES[result])
-        return np.where(truth, ones, np.zeros_like(ones))
-
-    target = machine.destination(ins.operands[0], result)
-    return elementwise(function, target, a, b, *([third[0]] if third else []))
+    }  # fmt: skip
+    return elementwise(tests[test], machine.destination(ins.operands[0], "pred"), machine.source(ins.operands[1], kind))

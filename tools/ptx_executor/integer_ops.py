@@ -196,7 +196,7 @@ def _dot(machine: Machine, ins: Instruction, split: Callable) -> Action:
     a_kind, b_kind = types(ins)[-2:]
     result = "s32" if "s32" in (a_kind, b_kind) else "u32"
     dtype = DTYPES[result]
-    sources = [machine.source(o, k) for o, k in zip(ins.operands[1:], ("b32", "b32", result))]
+    sources = [machine.source(o, k) for o, k in zip(ins.operands[1:], ("b32", "b32", result), strict=True)]
 
     def function(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         x, y = split(a, b, a_kind[0], b_kind[0])

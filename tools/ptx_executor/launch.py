@@ -15,6 +15,7 @@ import numpy as np
 from . import (  # noqa: F401  (each registers its decoders)
     atomics,
     bit_ops,
+    compare_ops,
     convert,
     float_ops,
     integer_ops,
@@ -160,9 +161,7 @@ def pack(parameters: list[Variable], args: Sequence[Any]) -> list[tuple[Variable
     """The bytes of each kernel parameter."""
     if len(parameters) != len(args):
         names = [p.name for p in parameters]
-        raise ValueError(
-            f"args has {len(args)} values, and the kernel takes {len(parameters)}: {names}; pass one for each"
-        )
+        raise ValueError(f"args has {len(args)} values, and the kernel takes {names}; pass one for each")
     return [(p, _pack_one(p, k, a)) for k, (p, a) in enumerate(zip(parameters, args, strict=True))]
 
 
@@ -176,11 +175,11 @@ def _pack_one(parameter: Variable, index: int, value: Any) -> bytes:
         raw = bytes(value) if isinstance(value, (bytes, bytearray)) else memoryview(value).cast("B").tobytes()
     except TypeError:
         raise ValueError(
-            f"args[{index}]={value!r}: parameter {parameter.name} takes {size} bytes; pass an int, a float, bytes, a NumPy "
-            f"value or a ctypes structure (a tensor goes to memory.upload first)"
+            f"args[{index}]={value!r}: parameter {parameter.name} takes {size} bytes; pass an int, a float, bytes, a "
+            f"NumPy value or a ctypes structure (a tensor goes to memory.upload first)"
         ) from None
     if len(raw) != size:
         raise ValueError(
-            f"args[{index}] has {len(raw)} bytes, and parameter {parameter.name} takes {size}; pass a value of that size"
+            f"args[{index}] has {len(raw)} bytes, and parameter {parameter.name} takes {size}; pass that many"
         )
     return raw

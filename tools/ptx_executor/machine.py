@@ -1,7 +1,7 @@
 """The state of a batch of blocks: one column (lane) for each thread, one array for each register.
 
-Lanes are ordered block, warp, lane in the warp; a block's last warp is padded to 32 lanes. A *selection* names the lanes that an
-instruction runs for: None for all of them, else a sorted index array.
+Lanes are ordered block, warp, lane in the warp; a block's last warp is padded to 32 lanes. A *selection* names the
+lanes that an instruction runs for: None for all of them, else a sorted index array.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from .parser import TYPE_BYTES, Address, Function, Immediate, Instruction, Not, 
 Selection = np.ndarray | None
 Action = Callable[[Selection], None]
 
-DTYPES = {
-    "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
-    "f16": np.float16, "bf16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
-    "f16x2": np.uint32, "bf16x2": np.uint32, "tf32": np.uint32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
+DTYPES: dict[str, Any] = {
+    "pred": np.bool_,
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8,
+    "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16, "bf16": np.uint16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
+    "f16x2": np.uint32, "bf16x2": np.uint32, "tf32": np.uint32,
+    "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
 }  # fmt: skip
-_STORAGE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
+_STORAGE: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
 
 # Where the windows of the generic address space lie, and the first valid offset in shared and local memory.
 SHARED_WINDOW, LOCAL_WINDOW, CONST_WINDOW = 0x7000 << 32, 0x7100 << 32, 0x7200 << 32
@@ -56,7 +59,7 @@ class Machine:
         self.alive = self.exists.copy()  # and have not exited
         self.special: dict[str, np.ndarray] = {}
         xyz = (tid % block[0], tid // block[0] % block[1], tid // (block[0] * block[1]))
-        for axis, t, nt, n in zip("xyz", xyz, block, grid):
+        for axis, t, nt, n in zip("xyz", xyz, block, grid, strict=True):
             self.special[f"tid.{axis}"] = t.astype(np.uint32)
             self.special[f"ntid.{axis}"] = self.constant(nt, "u32")
             self.special[f"nctaid.{axis}"] = self.constant(n, "u32")
@@ -102,6 +105,7 @@ class Machine:
     def constant(self, value: int | float, kind: str) -> np.ndarray:
         """A constant of a PTX type, as a read-only array over all lanes."""
         dtype = np.dtype(DTYPES[kind])
+        scalar: Any
         if kind == "f16" and not isinstance(value, float):
             scalar = np.uint16(value & 0xFFFF).view(np.float16)
         elif dtype.kind == "f":
@@ -202,11 +206,15 @@ class Machine:
         """A fault of one lane, ready to be raised."""
         block = thread = None
         if lane is not None:
-            block = tuple(int(self.special[f"ctaid.{a}"][lane]) for a in "xyz")
-            thread = tuple(int(self.special[f"tid.{a}"][lane]) for a in "xyz")
+            block, thread = self.position("ctaid", lane), self.position("tid", lane)
         return KernelFault(
             kind, self.kernel.name, ins.line, ins.text, message, source=ins.source, block=block, thread=thread
         )
+
+    def position(self, register: str, lane: int) -> tuple[int, int, int]:
+        """x, y, z of a special register."""
+        x, y, z = (int(self.special[f"{register}.{axis}"][lane]) for axis in "xyz")
+        return x, y, z
 
     def fault(self, kind: str, ins: Instruction, lane: int | None, message: str) -> None:
         """Raise a fault whose result can be poisoned, or note it where the caller asked for that."""
@@ -234,17 +242,8 @@ def _narrow(storage: np.ndarray, dtype: np.dtype, machine: Machine) -> np.ndarra
     return storage.view(dtype)[:: storage.dtype.itemsize // dtype.itemsize]
 
 
-def elementwise(function: Callable, destination: np.ndarray, *sources: np.ndarray) -> Action:
+def elementwise(function: Callable[..., Any], destination: np.ndarray, *sources: np.ndarray) -> Action:
     """An action that sets destination = function(*sources) lane by lane."""
-    if isinstance(function, np.ufunc) and function.nout == 1:
-
-        def run(selection: Selection) -> None:
-            if selection is None:
-                function(*sources, out=destination, casting="unsafe")
-            else:
-                destination[selection] = function(*[s[selection] for s in sources])
-
-        return run
 
     def run(selection: Selection) -> None:
         if selection is None:
@@ -252,4 +251,10 @@ def elementwise(function: Callable, destination: np.ndarray, *sources: np.ndarra
         else:
             destination[selection] = function(*[s[selection] for s in sources])
 
-    return run
+    def run_in_place(selection: Selection) -> None:
+        if selection is None:
+            function(*sources, out=destination, casting="unsafe")
+        else:
+            destination[selection] = function(*[s[selection] for s in sources])
+
+    return run_in_place if isinstance(function, np.ufunc) else run

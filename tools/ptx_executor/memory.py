@@ -18,7 +18,8 @@ _GUARD = 512  # unallocated bytes between allocations
 class Memory:
     """The global memory of an emulated device.
 
-    Allocations are 256-byte aligned and at least 512 bytes apart, so that an access past an edge hits no other allocation.
+    Allocations are 256-byte aligned and at least 512 bytes apart, so that an access past an edge hits no other
+    allocation.
     """
 
     def __init__(self) -> None:
@@ -54,8 +55,8 @@ class Memory:
     def upload(self, array: Any) -> int:
         """Allocate and fill memory with a NumPy array or a torch tensor (of any dtype), in its own memory layout.
 
-        A dense tensor in another order of dimensions (channels_last, transposed) keeps that order. Returns the address that
-        data_ptr() would have.
+        A dense tensor in another order of dimensions (channels_last, transposed) keeps that order. Returns the
+        address that data_ptr() would have.
         """
         raw = _storage_bytes(array)
         address = self.empty(raw.size)
@@ -70,8 +71,10 @@ class Memory:
     def _range(self, address: int, nbytes: int) -> slice:
         start = address - GLOBAL_BASE
         if start < 0 or start + nbytes > self.data.size or not (self.state[start : start + nbytes] & VALID).all():
-            raise ValueError(f"address={address:#x}: {nbytes} bytes from there are not inside one allocation; "
-                             f"use an address that empty, zeros or upload returned")  # fmt: skip
+            raise ValueError(
+                f"address={address:#x}: {nbytes} bytes from there are not inside one allocation; "
+                f"use an address that empty, zeros or upload returned"
+            )
         return slice(start, start + nbytes)
 
     def write(self, address: int, array: Any) -> None:
@@ -110,8 +113,10 @@ class Memory:
     def _require_written(self, where: slice) -> None:
         missing = np.flatnonzero(~self.state[where] & WRITTEN)
         if missing.size:
-            raise ValueError(f"address={where.start + GLOBAL_BASE:#x}: {missing.size} of {where.stop - where.start} bytes were "
-                             f"never written (first at +{missing[0]}); the kernel left part of its output out")  # fmt: skip
+            raise ValueError(
+                f"address={where.start + GLOBAL_BASE:#x}: {missing.size} of {where.stop - where.start} bytes were "
+                f"never written (first at +{missing[0]}); the kernel left part of its output out"
+            )
 
     # ---- for the executor ------------------------------------------------------------------------------------------
     def start_launch(self) -> None:
@@ -123,15 +128,16 @@ class Memory:
         return int(np.count_nonzero(self.state & READ_NOW)), int(np.count_nonzero(self.state & WRITTEN_NOW))
 
     def describe(self, address: int) -> str:
-        """Where an address lies, for messages."""
-        below = [a for a in self._sizes if a <= address]
-        if not below:
-            return f"address {address:#x} is below every allocation"
-        start = max(below)
-        size = self._sizes[start]
-        if address < start + size:
-            return f"address {address:#x} is at byte {address - start} of the {size}-byte allocation at {start:#x}"
-        return f"address {address:#x} is {address - start - size} bytes past the end of the {size}-byte allocation at {start:#x}"
+        """Where an address lies with respect to the nearest allocation, for messages."""
+        gaps = {a: a - address if address < a else max(address - (a + n) + 1, 0) for a, n in self._sizes.items()}
+        if not gaps:
+            return f"address {address:#x}, and nothing is allocated"
+        start = min(gaps, key=gaps.__getitem__)
+        where = f"the {self._sizes[start]}-byte allocation at {start:#x}"
+        if gaps[start] == 0:
+            return f"address {address:#x} is at byte {address - start} of {where}"
+        side = "before" if address < start else "past the end of"
+        return f"address {address:#x} is {gaps[start]} bytes {side} {where}"
 
 
 def _torch_of(dtype: Any) -> Any:
@@ -146,13 +152,14 @@ def _storage_bytes(array: Any, writable: bool = False) -> np.ndarray:
     if torch is not None and isinstance(array, torch.Tensor):
         tensor = array.detach()
         if tensor.device.type != "cpu":
-            raise ValueError(
-                f"array is on device {tensor.device}: the executor's memory is filled from the CPU; pass array.cpu()"
-            )
-        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+            raise ValueError(f"array is on {tensor.device}: memory is filled from the CPU; pass array.cpu()")
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        extent = 1 + sum((n - 1) * s for n, s in strides) if tensor.numel() else 0
         if extent != tensor.numel():
-            raise ValueError(f"array has shape {tuple(tensor.shape)} and strides {tensor.stride()}: only a tensor without gaps or "
-                             f"overlaps can be copied in its own layout; pass array.contiguous()")  # fmt: skip
+            raise ValueError(
+                f"array has shape {tuple(tensor.shape)} and strides {tensor.stride()}: only a tensor without gaps or "
+                f"overlaps can be copied in its own layout; pass array.contiguous()"
+            )
         flat = tensor.as_strided((extent,), (1,))
         return flat.view(torch.uint8).numpy() if extent else np.zeros(0, np.uint8)
     dense = np.asarray(array)

@@ -22,7 +22,8 @@ _WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "const": CONST_WINDO
 
 
 def space_of(machine: Machine, ins: Instruction, address: Address) -> Space:
-    """The state space that an instruction addresses; .param is constant for a kernel's parameters, else on the stack."""
+    """The state space that an instruction addresses; .param is constant for a kernel's parameters, else on the
+    stack."""
     name = next((m for m in ins.modifiers if m in SPACES), "generic")
     if name == "param":
         kernel_parameter = not isinstance(address.base, Symbol) or address.base.name in machine.parameters
@@ -72,7 +73,7 @@ def _ld(machine: Machine, ins: Instruction) -> Action:
         values = raw.view(element)
 
         def run_constant(selection: Selection) -> None:
-            for target, value in zip(targets, values):
+            for target, value in zip(targets, values, strict=True):
                 target[... if selection is None else selection] = value
 
         return run_constant

@@ -120,8 +120,8 @@ class Module:
         allowed = SHARED_LIMIT.get(self.parsed.target.rstrip("a"), 227 << 10)
         if program.shared_bytes > allowed:
             raise ValueError(
-                f"shared_bytes={shared_bytes}: with its static variables the block needs {program.shared_bytes} bytes of "
-                f"shared memory, and {self.parsed.target} has {allowed}; use a smaller tile or fewer stages"
+                f"shared_bytes={shared_bytes}: with its static variables the block needs {program.shared_bytes} bytes, "
+                f"and {self.parsed.target} has {allowed}; use a smaller tile or fewer stages"
             )
         counters = Counters(function.name, grid3[0] * grid3[1] * grid3[2], threads, program.shared_bytes)
         Launch(

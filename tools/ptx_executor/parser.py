@@ -6,17 +6,21 @@ Source: PTX ISA, chapters "Syntax" and "Directives".
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 import struct
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .errors import PtxSyntaxError
 
 TYPE_BYTES = {
-    "pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4,
-    "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16,
+    "pred": 1, "b8": 1, "u8": 1, "s8": 1,
+    "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2,
+    "b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4,
+    "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16,
 }  # fmt: skip
 SPACES = ("param", "global", "shared", "local", "const")
 
@@ -82,7 +86,7 @@ class Not:
 
 @dataclass
 class Instruction:
-    """One instruction: ``opcode`` ('add'), ``modifiers`` ('s32', ...), operands, guard predicate and where it stands."""
+    """One instruction: ``opcode`` ('add'), ``modifiers`` ('s32', ...), operands, guard and where it stands."""
 
     opcode: str
     modifiers: tuple[str, ...]
@@ -96,7 +100,8 @@ class Instruction:
 
 @dataclass
 class Variable:
-    """A variable of a state space: byte size, alignment, element type and initial bytes (or (offset, symbol) references)."""
+    """A variable of a state space: byte size, alignment, element type and initial bytes (or (offset, symbol)
+    references)."""
 
     name: str
     space: str
@@ -136,6 +141,11 @@ class ParsedModule:
 _IDENT = r"[A-Za-z_$%][\w$]*"
 _STATEMENT = re.compile(r"[^;{}]*(?:\{[^{}]*\}[^;{}]*)*;", re.S)
 _INSTRUCTION = re.compile(rf"(?:@(!?)\s*({_IDENT})\s+)?\s*([a-z]\w*)((?:\.[\w:]+)*)\s*(.*)$", re.S)
+_NAME = re.compile(rf"({_IDENT}(?:\.[xyzw])?)\s*(?:\+\s*(-?\w+))?")
+_ADDRESS = re.compile(rf"({_IDENT}|-?\w+)\s*(?:([+-])\s*(-?\w+))?")
+_FLOAT32, _FLOAT64 = re.compile(r"(-?)0[fF]([0-9a-fA-F]{8})"), re.compile(r"(-?)0[dD]([0-9a-fA-F]{16})")
+_INTEGER = re.compile(r"([-~]?)\s*(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?")
+_DECIMAL = re.compile(r"-?\d+\.\d*(?:[eE][+-]?\d+)?|-?\d+[eE][+-]?\d+")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _SCOPED_NAME = re.compile(rf"({_IDENT})(?:<(\d+)>)?")
 _VARIABLE = re.compile(
@@ -145,6 +155,14 @@ _VARIABLE = re.compile(
 )  # fmt: skip
 _SPECIAL = re.compile(r"%(?:(?:n?tid|n?ctaid)\.[xyzw]|laneid|n?warpid|n?smid|gridid|lanemask_\w+|clock\w*|"
                       r"globaltimer\w*|pm\d+|envreg\d+|dynamic_smem_size|total_smem_size|aggr_smem_size)$")  # fmt: skip
+
+
+_SPACE = re.compile(r"\s*")
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.S)
 
 
 class _Parser:
@@ -166,14 +184,10 @@ class _Parser:
         return PtxSyntaxError(self.line_of(self.pos), message)
 
     def skip_space(self) -> None:
-        m = re.compile(r"\s*").match(self.text, self.pos)
-        self.pos = m.end() if m else self.pos
+        self.pos = _SPACE.match(self.text, self.pos).end()  # type: ignore[union-attr]
 
-    def peek(self, pattern: str) -> re.Match | None:
-        return re.compile(pattern).match(self.text, self.pos)
-
-    def take(self, pattern: str) -> re.Match | None:
-        m = re.compile(pattern, re.S).match(self.text, self.pos)
+    def take(self, pattern: str) -> re.Match[str] | None:
+        m = _compiled(pattern).match(self.text, self.pos)
         if m:
             self.pos = m.end()
         return m
@@ -189,17 +203,16 @@ class _Parser:
                 self.module.target = m.group(1).split(",")[0].strip()
             elif m := self.take(r'\.file\s+(\d+)\s+"([^"]*)"[^\n]*'):
                 self.files[m.group(1)] = m.group(2)
-            elif self.take(r"\.(?:version|address_size|loc)[^\n]*"):
-                pass
-            elif self.take(r"\.section\s+\S+\s*\{[^}]*\}"):
-                pass
-            elif self.take(r"\.pragma[^;]*;|\.alias[^;]*;"):
+            elif (
+                self.take(r"\.(?:version|address_size|loc)[^\n]*")
+                or self.take(r"\.section\s+\S+\s*\{[^}]*\}")
+                or self.take(r"\.pragma[^;]*;|\.alias[^;]*;")
+            ):
                 pass
             elif m := self.take(linkage + r"\.(entry|func)\b"):
                 self.function(m.group(1) == "entry")
-            elif m := self.take(linkage + r"(?=\.(?:global|const|shared|tex)\b)"):
-                extern = ".extern" in m.group()
-                self.declare(self.take(r"[^;]*;").group()[:-1], self.module.variables, extern)
+            elif m := self.take(rf"({linkage})(?=\.(?:global|const|shared)\b)([^;]*);"):
+                self.declare(m.group(2), self.module.variables, ".extern" in m.group(1))
             else:
                 raise self.error(f"cannot parse {self.text[self.pos : self.pos + 60]!r}")
         if not self.module.target:
@@ -292,10 +305,9 @@ class _Parser:
                 if m.group(1):
                     raise self.error("vector registers are not supported; load into a list of scalar registers")
                 self.declare_registers(fn, scopes, m.group(2), m.group(3))
-            elif self.peek(r"\.(?:param|local|shared|const|global)\b"):
-                text = self.take(r"[^;]*;").group()[:-1]
+            elif m := self.take(r"(?=\.(?:param|local|shared|const|global)\b)([^;]*);"):
                 declared: dict[str, Variable] = {}
-                variable = self.declare(text, declared)
+                variable = self.declare(m.group(1), declared)
                 (name,) = declared
                 variable.name = f"{name}#{fn.name}#{self._scope_count}" if len(scopes) > 1 else f"{name}#{fn.name}"
                 scopes[-1][name] = variable.name
@@ -320,7 +332,7 @@ class _Parser:
         if not m:
             raise self.error(f"cannot parse {self.text[self.pos : self.pos + 60]!r}")
         line, raw = self.line_of(self.pos), m.group()[:-1]
-        names = ChainMap(*reversed(scopes))
+        names: Mapping[str, str] = scopes[0] if len(scopes) == 1 else ChainMap(*reversed(scopes))
         head = _INSTRUCTION.match(raw)
         if not head:
             raise self.error(f"cannot parse the instruction {raw!r}")
@@ -336,8 +348,10 @@ class _Parser:
         )
 
     # ---- operands --------------------------------------------------------------------------------------------------
-    def operand(self, text: str, names: Mapping[str, str]) -> object:
+    def operand(self, text: str, names: Mapping[str, str]) -> Any:
         t = text.strip()
+        if names.get(t) in self.registers:
+            return Register(names[t])
         if t.startswith("["):
             return self.address(t[1:-1].strip(), names)
         if t.startswith("{") or t.startswith("("):
@@ -351,7 +365,7 @@ class _Parser:
         number = parse_number(t)
         if number is not None:
             return Immediate(number)
-        m = re.fullmatch(rf"({_IDENT}(?:\.[xyzw])?)\s*(?:\+\s*(-?\w+))?", t)
+        m = _NAME.fullmatch(t)
         if not m:
             raise self.error(f"cannot parse the operand {t!r}")
         name, offset = m.group(1), parse_number(m.group(2)) if m.group(2) else 0
@@ -363,7 +377,7 @@ class _Parser:
         return Symbol(name, int(offset or 0))
 
     def address(self, text: str, names: Mapping[str, str]) -> Address:
-        m = re.fullmatch(rf"({_IDENT}|-?\w+)\s*(?:([+-])\s*(-?\w+))?", text)
+        m = _ADDRESS.fullmatch(text)
         if not m:
             raise self.error(f"cannot parse the address [{text}]")
         offset = int(parse_number(m.group(3)) or 0) if m.group(3) else 0
@@ -393,20 +407,16 @@ def split_operands(text: str) -> list[str]:
 
 def parse_number(text: str) -> int | float | None:
     """The value of a PTX integer or floating-point literal, or None."""
-    if m := re.fullmatch(r"(-?)0[fF]([0-9a-fA-F]{8})", text):
-        value = struct.unpack(">f", bytes.fromhex(m.group(2)))[0]
-        return -value if m.group(1) else value
-    if m := re.fullmatch(r"(-?)0[dD]([0-9a-fA-F]{16})", text):
-        value = struct.unpack(">d", bytes.fromhex(m.group(2)))[0]
-        return -value if m.group(1) else value
-    if m := re.fullmatch(r"([-~]?)\s*(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", text):
+    if m := _INTEGER.fullmatch(text):
         digits = m.group(2)
         octal = len(digits) > 1 and digits[0] == "0" and digits.isdigit()
         value = int(digits, 8 if octal else 0)
         return -value if m.group(1) == "-" else ~value if m.group(1) == "~" else value
-    if re.fullmatch(r"-?\d+\.\d*(?:[eE][+-]?\d+)?|-?\d+[eE][+-]?\d+", text):
-        return float(text)
-    return None
+    for pattern, code in ((_FLOAT32, ">f"), (_FLOAT64, ">d")):
+        if m := pattern.fullmatch(text):
+            (number,) = struct.unpack(code, bytes.fromhex(m.group(2)))
+            return -number if m.group(1) else number
+    return float(text) if _DECIMAL.fullmatch(text) else None
 
 
 def encode(value: int | float, kind: str) -> bytes:

@@ -1,6 +1,7 @@
 """printf() of device code.
 
-Source: CUDA C++ Programming Guide, "Formatted Output"; vprintf(format, arguments) with the arguments packed by their alignment.
+Source: CUDA C++ Programming Guide, "Formatted Output"; vprintf(format, arguments) with the arguments packed by their
+alignment.
 """
 
 from __future__ import annotations

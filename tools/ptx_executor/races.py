@@ -1,8 +1,8 @@
 """What is known of each piece of shared memory: written or not, by whom, read by whom, and since which barrier.
 
-Each warp of a block has a vector clock, joined at barriers; an access that another warp's clock does not cover is a race. Lanes of
-one warp race where they meet without bar.warp.sync between. Shared memory is watched in granules, as small as the smallest
-shared access of the kernel.
+Each warp of a block has a vector clock, joined at barriers; an access that another warp's clock does not cover is a
+race. Lanes of one warp race where they meet without bar.warp.sync between. Shared memory is watched in granules, as
+small as the smallest shared access of the kernel.
 
 Source: PTX ISA, "Memory Consistency Model"; vector clocks after Flanagan and Freund, FastTrack, PLDI 2009.
 """
@@ -17,7 +17,8 @@ _SEVERAL = 32  # in place of a lane, in the record of reads (time << 6 | lane) a
 
 
 class Clocks:
-    """One vector clock for each warp: ``time[w, v]`` is the latest time of warp v (of w's block) that w has synchronised with."""
+    """One vector clock for each warp: ``time[w, v]`` is the latest time of warp v (of w's block) that w has
+    synchronised with."""
 
     def __init__(self, blocks: int, warps: int) -> None:
         self.blocks, self.warps = blocks, warps
@@ -66,7 +67,8 @@ class Clocks:
         self._changed()
 
     def synchronise(self, addresses: np.ndarray, warps: np.ndarray, *, release: bool, acquire: bool) -> None:
-        """Accesses of synchronisation variables, which order what came before a release and after an acquire of the same one."""
+        """Accesses of synchronisation variables, which order what came before a release and after an acquire of the
+        same one."""
         for address, warp in sorted(set(zip(addresses.tolist(), warps.tolist(), strict=True))):
             one = np.array([warp])
             if acquire and address in self.flags:
@@ -78,8 +80,8 @@ class Clocks:
 class Shadow:
     """The state of all granules of the shared memory of a batch of blocks.
 
-    The methods take granule numbers (accesses, granules of one access) and the lane (of the batch) of each access, and return a
-    mask of the accesses that did wrong, or None where none did.
+    The methods take granule numbers (accesses, granules of one access) and the lane (of the batch) of each access,
+    and return a mask of the accesses that did wrong, or None where none did.
     """
 
     def __init__(self, granules: int, clocks: Clocks, atomics: bool) -> None:
@@ -137,7 +139,9 @@ class Shadow:
         entry = (self.clocks.own[warps] << 6 | lanes & 31)[:, None]
         before = record[at]
         record[at] = entry
-        several = (record[at] != entry) | (((before ^ entry) >> 6 == 0) & (before != entry))
+        several = record[at] != entry
+        if before.max(initial=0) >= entry.min():  # some granule was read since the last barrier
+            several |= ((before ^ entry) >> 6 == 0) & (before != entry)
         if several.any():
             at, entry = at[several], np.broadcast_to(entry, several.shape)[several]
             record[at] = entry & ~63 | _SEVERAL
@@ -174,9 +178,11 @@ def _either(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
 
 
 class BlockRaces:
-    """Which blocks wrote and read each granule of global memory in this launch: blocks are not ordered among each other.
+    """Which blocks wrote and read each granule of global memory in this launch: blocks are not ordered among each
+    other.
 
-    A block that has used an atomic, a fence or a volatile access on global memory may have ordered itself, and is not blamed.
+    A block that has used an atomic, a fence or a volatile access on global memory may have ordered itself, and is not
+    blamed.
     """
 
     def __init__(self, size: int, granule: int, blocks: int) -> None:

@@ -1,6 +1,7 @@
 """Number formats and rounding.
 
-Source: PTX ISA, "Floating Point Instructions" (rounding modifiers .rn .rz .rm .rp) and "Alternate Floating-Point Data Formats".
+Source: PTX ISA, "Floating Point Instructions" (rounding modifiers .rn .rz .rm .rp) and "Alternate Floating-Point Data
+Formats".
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def to_bf16(value: np.ndarray, mode: str = "rn", residual: np.ndarray | None = N
 
 
 def _to_odd_f32(value: np.ndarray, residual: np.ndarray | None = None) -> np.ndarray:
-    """Round to float32 so that a later rounding to fewer bits is exact: truncate, and set the last bit if anything was lost."""
+    """Round to float32 so that a later rounding to fewer bits is exact: truncate, and set the last bit if anything
+    was lost."""
     nearest = value.astype(np.float32)
     back = nearest.astype(_F64)
     lost = back != value
@@ -80,13 +82,13 @@ def narrow(value: np.ndarray, residual: np.ndarray | None, dtype: type, mode: st
 
 
 def _narrow(value: np.ndarray, residual: np.ndarray | None, dtype: type, mode: str) -> np.ndarray:
-    result = value.astype(dtype)
+    result: np.ndarray = value.astype(dtype)
     back = result.astype(_F64)
     if mode == "rn":
         if residual is None:
             return result
         # Only where value lies exactly between two results does the residual decide.
-        toward = np.where(value > back, np.inf, -np.inf).astype(dtype)
+        toward: np.ndarray = np.where(value > back, np.inf, -np.inf).astype(dtype)
         other = np.nextafter(result, toward)
         half = (
             (np.abs(value - back) == np.abs(other.astype(_F64) - value))
@@ -108,16 +110,17 @@ def _narrow(value: np.ndarray, residual: np.ndarray | None, dtype: type, mode: s
 
 def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: str = "rn") -> np.ndarray:
     """a * b + c of float32, rounded once."""
-    product = a.astype(_F64) * b  # exact: 48 bits
-    total = product + c
-    if mode == "rn":
-        # A float64 sum misleads the second rounding only next to the middle of two float32, or where float32 is subnormal.
-        low = total.view(np.uint64) & np.uint64(0x1FFFFFFF)
-        risky = (low == 0x10000000) | ((np.abs(total) < 2.0**-125) & (total != 0))
-        if not risky.any():
-            return total.astype(np.float32)
-    total, residual = two_sum(product, c.astype(_F64))
-    return narrow(total, residual, np.float32, mode)
+    product, addend = a.astype(_F64) * b, c.astype(_F64)  # the product is exact: 48 bits
+    if mode != "rn":
+        return narrow(*two_sum(product, addend), np.float32, mode)
+    total = product + addend
+    result = total.astype(np.float32)
+    # The float64 sum misleads the second rounding only in the middle of two float32, or where float32 is subnormal.
+    low = total.view(np.uint64) & np.uint64(0x1FFFFFFF)
+    risky = np.flatnonzero((low == 0x10000000) | ((np.abs(total) < 2.0**-125) & (total != 0)))
+    if risky.size:
+        result[risky] = narrow(*two_sum(product[risky], addend[risky]), np.float32)
+    return result
 
 
 def flush(value: np.ndarray) -> np.ndarray:

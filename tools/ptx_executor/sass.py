@@ -18,9 +18,11 @@ _ARITHMETIC = ("FFMA", "HFMA2", "DFMA", "IDP")
 
 @dataclass
 class SassMix:
-    """Machine instructions by full opcode: of the whole kernel, and of the innermost loop that holds most of the arithmetic.
+    """Machine instructions by full opcode: of the whole kernel, and of the innermost loop that holds most of the
+    arithmetic.
 
-    ``loop`` is empty where the kernel has no loop; ``loop_range`` has the byte addresses of its first and last instruction.
+    ``loop`` is empty where the kernel has no loop; ``loop_range`` has the byte addresses of its first and last
+    instruction.
     """
 
     kernel: Counter[str] = field(default_factory=Counter)
@@ -47,8 +49,8 @@ def disassemble(cubin: bytes) -> str:
 def sass_mix(ptx: str, arch: str = "sm_80") -> dict[str, SassMix]:
     """Assemble PTX and count the machine instructions of every kernel and of its hottest loop.
 
-    The hottest loop is taken to be the innermost one with the most tensor-core instructions, then the most multiply-adds, then
-    the most instructions: a guess made without running anything.
+    The hottest loop is taken to be the innermost one with the most tensor-core instructions, then the most
+    multiply-adds, then the most instructions: a guess made without running anything.
 
     Raises:
         ToolkitNotFound: ptxas or nvdisasm is missing.
@@ -59,7 +61,9 @@ def sass_mix(ptx: str, arch: str = "sm_80") -> dict[str, SassMix]:
 
 
 def _mix(text: str) -> SassMix:
-    code, labels, branches = [], {}, []
+    code: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    branches: list[tuple[str, int]] = []
     for line in text.splitlines():
         if label := _LABEL.match(line):
             labels[label.group(1)] = len(code)

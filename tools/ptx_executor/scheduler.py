@@ -18,7 +18,8 @@ from .warp_ops import member_mask
 
 _CONTROL = {"bra", "brx", "call", "ret", "exit", "trap", "bar", "barrier"}
 _TENSOR = {"ldmatrix", "stmatrix", "movmatrix", "mma", "wmma"}
-_PATIENCE = 1000  # turns after which a group that is not the lowest gets some (spin locks need that)
+# A spin lock needs that now and then another group than the lowest runs: after so many turns, for so many.
+_PATIENCE, _FAVOUR = 1000, 64
 
 
 class Scheduler:
@@ -39,7 +40,7 @@ class Scheduler:
             machine.function, machine.instruction, ins = step.function, step.ins, step.ins
             self.guards.append((machine.storage(ins.guard.name), ins.guard_negated) if ins.guard else None)
             action: Action = _nothing
-            if ins.opcode in ("bar", "barrier") and "warp" in ins.modifiers or ins.opcode in WARP_SYNCHRONOUS:
+            if (ins.opcode in ("bar", "barrier") and "warp" in ins.modifiers) or ins.opcode in WARP_SYNCHRONOUS:
                 action = _nothing if ins.opcode in ("bar", "barrier") else decode(machine, ins)
                 self.masks[pc] = member_mask(machine, ins)
             elif ins.opcode in ("bar", "barrier"):
@@ -100,22 +101,18 @@ class Scheduler:
             if not self.groups and not self.wake():
                 return
             waited = waited + 1 if len(self.groups) > 1 else 0
-            if waited > _PATIENCE:
-                waited = 0
-                pc = max(self.groups)
-                self.run_group(pc, self.groups.pop(pc), patience=64)
-            else:
-                pc = min(self.groups)
-                self.run_group(pc, self.groups.pop(pc), patience=0)
+            favoured = waited % (_PATIENCE + _FAVOUR) >= _PATIENCE
+            pc = max(self.groups) if favoured else min(self.groups)
+            self.run_group(pc, self.groups.pop(pc), patience=_FAVOUR if favoured else 0)
 
     def wake(self) -> bool:
-        """With no group left to run: False at the end of the batch; else retry what an exit may have unblocked, or explain."""
+        """With no group left to run: False at the end of the batch; else retry what an exit may have unblocked, or
+        explain."""
         self.barriers.release()
         if self.groups:
             return True
         if self.parked:
-            before = {pc: lanes for pc, lanes in self.parked.items()}
-            self.parked = {}
+            before, self.parked = self.parked, {}
             for pc, lanes in before.items():
                 ready, _ = self.complete(pc, lanes)
                 if ready.size:
@@ -125,7 +122,7 @@ class Scheduler:
             if self.groups:
                 return True
             if (self.barriers.at >= 0).any():
-                self.barriers.stuck()
+                raise self.barriers.stuck()
             pc = min(self.parked)
             step = self.program.steps[pc]
             raise self.machine.error(
@@ -135,7 +132,7 @@ class Scheduler:
                 "waits for lanes of its member mask that never come here",
             )
         if (self.barriers.at >= 0).any():
-            self.barriers.stuck()
+            raise self.barriers.stuck()
         return False
 
     def run_group(self, pc: int, selection: Selection, patience: int) -> None:
@@ -147,8 +144,10 @@ class Scheduler:
             if self.turns > self.max_turns:
                 step = self.program.steps[pc]
                 lane = int(lanes_of(self.machine, selection)[0])
-                raise self.machine.error("endless-loop", step.ins, lane, f"still running after {self.max_turns} turns; raise max_turns if "
-                                                                         f"the kernel is meant to run that long")  # fmt: skip
+                message = (
+                    f"still running after {self.max_turns} turns; raise max_turns if the kernel should run so long"
+                )
+                raise self.machine.error("endless-loop", step.ins, lane, message)
             end = self.segment_end[pc]
             if pc < stop < end:
                 end = stop
@@ -277,7 +276,7 @@ class Scheduler:
             )
         entry = self.program.entry[name]
         callee = self.program.steps[entry].function
-        for variable, argument in zip(callee.parameters, arguments):
+        for variable, argument in zip(callee.parameters, arguments, strict=True):
             self.copy_local(argument, variable.name, variable.size, lanes)
         if self.depth[lanes].max() >= len(self.returns):
             raise self.machine.error(
@@ -302,7 +301,7 @@ class Scheduler:
     def copy_results(self, call_pc: int, step: Step, lanes: np.ndarray) -> None:
         results = self.program.steps[call_pc].ins.operands[0]
         if isinstance(results, Vector):
-            for variable, target in zip(step.function.results, results.elements):
+            for variable, target in zip(step.function.results, results.elements, strict=True):
                 self.copy_local(variable.name, target.name, variable.size, lanes)
 
     def copy_local(self, source: str, target: str, size: int, lanes: np.ndarray) -> None:

@@ -50,11 +50,10 @@ class SharedSpace(Space):
         offset = address.astype(np.int64)
         self.aligned(ins, offset, size, selection)
         if offset.min() < SHARED_START or offset.max() + size > SHARED_START + self.size:
-            k = int(np.flatnonzero((offset < SHARED_START) | (offset + size > SHARED_START + self.size))[0])
-            lane = int(lanes_of(self.machine, selection)[k])
-            at = int(offset[k]) - SHARED_START
+            bad = (offset < SHARED_START) | (offset + size > SHARED_START + self.size)
+            at = int(offset[np.flatnonzero(bad)[0]]) - SHARED_START
             message = f"{size} bytes at byte {at} of the block's {self.size} bytes of shared memory"
-            raise self.machine.error("out-of-bounds", ins, lane, message)
+            raise self.error("out-of-bounds", ins, bad, selection, message)
         return offset + (self.base if selection is None else self.base[selection])
 
     def accesses(self, access: Access, where: np.ndarray, selection: Selection) -> Accesses:
@@ -128,7 +127,8 @@ class SharedSpace(Space):
         self.shadow.wrote(these.granules, these.lanes)
 
     def claim(self, these: Accesses, same: np.ndarray | None) -> np.ndarray | None:
-        """The writes that race, if any; to write the value that is there already (``same``) is no race with its writer."""
+        """The writes that race, if any; to write the value that is there already (``same``) is no race with its
+        writer."""
         pending = self.shadow.pending(these.granules)
         if pending is not None:
             self.fault("async-not-waited", these, pending, "written before the wait for the cp.async that fills it")
@@ -146,7 +146,6 @@ class SharedSpace(Space):
         return reads
 
     def atomic(self, access: Access, address: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-        """The memory (in units of the access size) and the index of each lane's word in it."""
         where = self.index(access.ins, access.size, address, selection)
         self.count("shared_atomic", access, where, selection)
         these = self.accesses(access, where, selection)

@@ -6,10 +6,12 @@ Source: PTX ISA, "State Spaces, Types, and Variables" and "Generic Addressing".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .counters import Line, sectors
+from .errors import KernelFault
 from .machine import (
     CONST_START,
     CONST_WINDOW,
@@ -24,13 +26,14 @@ from .memory import GLOBAL_BASE, READ_NOW, VALID, WRITTEN, WRITTEN_NOW, Memory
 from .parser import Instruction
 from .races import BlockRaces
 
-RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
+RAW: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
 ONES = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
 
 
 @dataclass
 class Access:
-    """One memory instruction: bytes for each lane, where its traffic is counted, and whether it is an atomic or volatile one."""
+    """One memory instruction: bytes for each lane, where its traffic is counted, and whether it is an atomic or
+    volatile one."""
 
     ins: Instruction
     size: int
@@ -50,16 +53,33 @@ class Space:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
+    def load(self, access: Access, address: np.ndarray, selection: Selection) -> np.ndarray:
+        """What the lanes of a selection read at their addresses, one item of the access size for each."""
+        raise NotImplementedError
+
+    def store(self, access: Access, address: np.ndarray, raw: np.ndarray, selection: Selection) -> None:
+        """Write one item for each lane of a selection."""
+        raise NotImplementedError
+
+    def atomic(self, access: Access, address: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+        """The memory in units of the access size, and the index of each lane's word in it."""
+        lane = int(lanes_of(self.machine, selection)[0])
+        raise self.machine.error("out-of-bounds", access.ins, lane, f"an atomic on {self.name} memory")
+
     def line(self, kind: str, ins: Instruction) -> Line:
         return self.machine.counters.lines.setdefault((ins.line, kind), Line(kind, ins.text, ins.source))
 
     def aligned(self, ins: Instruction, offset: np.ndarray, size: int, selection: Selection) -> None:
         odd = offset & (size - 1)
         if odd.any():
-            k = int(np.flatnonzero(odd)[0])
-            lane = int(lanes_of(self.machine, selection)[k])
-            raise self.machine.error("misaligned", ins, lane, f"{self.name} address {int(offset[k]):#x} is not a multiple of the {size} "
-                                                              f"bytes that are accessed")  # fmt: skip
+            at = int(offset[np.flatnonzero(odd)[0]])
+            message = f"{self.name} address {at:#x} is not a multiple of the {size} bytes that are accessed"
+            raise self.error("misaligned", ins, odd != 0, selection, message)
+
+    def error(self, kind: str, ins: Instruction, bad: np.ndarray, selection: Selection, message: str) -> KernelFault:
+        """The fault of the first lane of a selection that did wrong."""
+        lane = int(lanes_of(self.machine, selection)[np.flatnonzero(bad)[0]])
+        return self.machine.error(kind, ins, lane, message)
 
     def by_warp(self, values: np.ndarray, selection: Selection) -> np.ndarray:
         """Values as (warps, 32), -1 for the lanes outside of the selection."""
@@ -90,7 +110,7 @@ class GlobalSpace(Space):
         self.aligned(ins, offset, size, selection)
         unit = min(size, 8)
         if offset.min() < 0 or offset.max() >= self.limit:
-            self.out_of_bounds(ins, address, (offset < 0) | (offset >= self.limit), size, selection)
+            raise self.out_of_bounds(ins, address, (offset < 0) | (offset >= self.limit), size, selection)
         where = offset // unit if size <= 8 else (offset >> 3)[:, None] + np.arange(2)
         state, ones = self.state[unit], self.state[unit].dtype.type(ONES[unit])
         seen = state[where]
@@ -99,7 +119,7 @@ class GlobalSpace(Space):
             valid, wanted = ones * state.dtype.type(VALID), ones * state.dtype.type(need)
             outside = ((seen & valid) != valid).reshape(len(offset), -1).any(axis=1)
             if outside.any():
-                self.out_of_bounds(ins, address, outside, size, selection)
+                raise self.out_of_bounds(ins, address, outside, size, selection)
             unwritten = ((seen & wanted) != wanted).reshape(len(offset), -1).any(axis=1)
             if unwritten.any():
                 k = int(np.flatnonzero(unwritten)[0])
@@ -115,12 +135,9 @@ class GlobalSpace(Space):
 
     def out_of_bounds(
         self, ins: Instruction, address: np.ndarray, bad: np.ndarray, size: int, selection: Selection
-    ) -> None:
-        k = int(np.flatnonzero(bad)[0])
-        lane = int(lanes_of(self.machine, selection)[k])
-        raise self.machine.error(
-            "out-of-bounds", ins, lane, f"{size} bytes of global memory: {self.memory.describe(int(address[k]))}"
-        )
+    ) -> KernelFault:
+        where = self.memory.describe(int(address[np.flatnonzero(bad)[0]]))
+        return self.error("out-of-bounds", ins, bad, selection, f"{size} bytes of global memory: {where}")
 
     def count(self, kind: str, access: Access, address: np.ndarray, selection: Selection, missing: int = 0) -> None:
         """Count a request of which ``missing`` bytes are not asked for."""
@@ -176,7 +193,6 @@ class GlobalSpace(Space):
                 )
 
     def atomic(self, access: Access, address: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-        """The memory (in units of the access size) and the index of each lane's word in it."""
         where = self.index(access, address, selection, VALID | WRITTEN, READ_NOW | WRITTEN_NOW)
         self.count("global_atomic", access, address, selection)
         self.order(selection)
@@ -205,10 +221,9 @@ class LocalSpace(Space):
         self.aligned(access.ins, offset, access.size, selection)
         bad = (offset < LOCAL_START) | (offset + access.size > LOCAL_START + self.size)
         if bad.any():
-            k = int(np.flatnonzero(bad)[0])
-            lane = int(lanes_of(self.machine, selection)[k])
-            raise self.machine.error("out-of-bounds", access.ins, lane, f"{access.size} bytes at byte {int(offset[k]) - LOCAL_START} of the "
-                                                                        f"thread's {self.size} bytes of local memory")  # fmt: skip
+            at = int(offset[np.flatnonzero(bad)[0]]) - LOCAL_START
+            message = f"{access.size} bytes at byte {at} of the thread's {self.size} bytes of local memory"
+            raise self.error("out-of-bounds", access.ins, bad, selection, message)
         return (offset + (self.base if selection is None else self.base[selection])) // access.size
 
     def load(self, access: Access, address: np.ndarray, selection: Selection) -> np.ndarray:
@@ -242,10 +257,9 @@ class ConstSpace(Space):
         self.aligned(access.ins, offset, access.size, selection)
         bad = (offset < 0) | (offset + access.size > self.size)
         if bad.any():
-            k = int(np.flatnonzero(bad)[0])
-            lane = int(lanes_of(self.machine, selection)[k])
-            raise self.machine.error("out-of-bounds", access.ins, lane, f"{access.size} bytes at byte {int(offset[k])} of {self.size} bytes of "
-                                                                        f"constant memory and parameters")  # fmt: skip
+            at = int(offset[np.flatnonzero(bad)[0]])
+            message = f"{access.size} bytes at byte {at} of {self.size} bytes of constant memory and parameters"
+            raise self.error("out-of-bounds", access.ins, bad, selection, message)
         return self.data[access.size][offset // access.size]
 
     def store(self, access: Access, address: np.ndarray, raw: np.ndarray, selection: Selection) -> None:
@@ -272,7 +286,8 @@ class GenericSpace(Space):
         address = address.astype(np.int64)
         if address.max() < SHARED_WINDOW:
             return [(self.spaces["global"], address, slice(None), selection)]
-        parts, lanes = [], lanes_of(self.machine, selection)
+        lanes = lanes_of(self.machine, selection)
+        parts: list[tuple[Space, np.ndarray, np.ndarray | slice, Selection]] = []
         window = address >> 40 << 40
         for name, start in (("global", 0), *self.windows):
             at = np.flatnonzero(window == start if start else address < SHARED_WINDOW)

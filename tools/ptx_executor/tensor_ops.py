@@ -1,7 +1,8 @@
 """Tensor-core instructions.
 
-A fragment register holds, in lane 4 * g + t, four bytes' worth of elements of row g; a matrix is tiled by such 8-row pieces.
-Products are exact, sums are taken in float64, and the result is rounded once for each instruction; hardware may differ in the last bit.
+A fragment register holds, in lane 4 * g + t, four bytes' worth of elements of row g; a matrix is tiled by such 8-row
+pieces. Products are exact, sums are taken in float64, and the result is rounded once for each instruction; hardware
+may differ in the last bit.
 
 Source: PTX ISA, "Warp Level Matrix Instructions": mma (fragment figures for each shape), ldmatrix, stmatrix, movmatrix.
 """

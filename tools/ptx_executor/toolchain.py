@@ -1,7 +1,7 @@
 """Finds the CUDA compiler, compiles with it, and reads what ptxas and the disassembler say.
 
-The tools come from the PyPI packages ``cuda-toolkit[nvcc,cccl]`` and ``nvidia-cuda-nvdisasm`` or from an installed CUDA toolkit.
-Standard library only: importing this module needs neither NumPy nor CUDA.
+The tools come from the PyPI packages ``cuda-toolkit[nvcc,cccl]`` and ``nvidia-cuda-nvdisasm`` or from an installed
+CUDA toolkit. Standard library only: importing this module needs neither NumPy nor CUDA.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from .counters import Counters
 from .memory import Memory
 from .module import Module
+
+_module = functools.lru_cache(maxsize=64)(Module)  # a kernel is often launched on many problems
 
 
 class Output:
@@ -59,9 +62,10 @@ def launch_triton(
     Args:
         compiled: what triton.compile or ``compile_triton`` returned.
         grid: programs in x, y, z.
-        args: the run-time arguments (those that are not constexpr) in order, or by name. Tensors and arrays are uploaded in
-            their own layout, and copied back after the launch; one wrapped in Output is not uploaded, and the kernel must
-            write all of it. Integers are scalars, or addresses in ``memory``.
+        args: the run-time arguments (those that are not constexpr) in order, or by name. Tensors and arrays are
+        uploaded in
+            their own layout, and copied back after the launch; one wrapped in Output is not uploaded, and the kernel
+            must write all of it. Integers are scalars, or addresses in ``memory``.
         memory: where addresses among ``args`` lie.
         options: of Module.launch.
 
@@ -69,7 +73,7 @@ def launch_triton(
         KernelFault, UnsupportedInstruction: see Module.launch.
         ValueError: a wrong number of arguments, or an Output that was not written in full.
     """
-    module, memory = Module(compiled.asm["ptx"]), Memory() if memory is None else memory
+    module, memory = _module(compiled.asm["ptx"]), Memory() if memory is None else memory
     (function,) = module.kernels.values()
     if isinstance(args, Mapping):
         names = [n for n, kind in compiled.src.signature.items() if str(kind) != "constexpr"]
@@ -91,9 +95,8 @@ def launch_triton(
     scratch = [getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")]
     missing = len(function.parameters) - len(values)
     if not 0 <= missing <= len(scratch):
-        raise ValueError(
-            f"args has {len(values)} values, and the kernel takes {len(function.parameters) - len(scratch)} and two scratch pointers"
-        )
+        wanted = len(function.parameters) - len(scratch)
+        raise ValueError(f"args has {len(values)} values, and the kernel takes {wanted} and two scratch pointers")
     values += [memory.empty(size * programs) if size else 0 for size in scratch[:missing]]
     threads = function.directives.get("reqntid", [32 * metadata.num_warps])
     counters = module.launch(function.name, shape, int(np.prod(threads)), values, metadata.shared, memory, **options)

@@ -1,9 +1,12 @@
 """Exchange between the lanes of a warp.
 
-Source: PTX ISA, "shfl.sync", and "Parallel Synchronization and Communication Instructions": vote.sync, match.sync, redux.sync, activemask.
+Source: PTX ISA, "shfl.sync", and "Parallel Synchronization and Communication Instructions": vote.sync, match.sync,
+redux.sync, activemask.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -157,7 +160,7 @@ def _redux(machine: Machine, ins: Instruction) -> Action:
     allow(machine, ins, operation, "sync")
     dtype = np.dtype(DTYPES[kind])
     target, source = machine.destination(ins.operands[0], kind), machine.source(ins.operands[1], kind)
-    info = np.iinfo(dtype)
+    info: Any = np.iinfo(dtype)
     ufunc, neutral = {
         "add": (np.add, 0), "min": (np.minimum, info.max), "max": (np.maximum, info.min),
         "and": (np.bitwise_and, -1 if info.min < 0 else info.max), "or": (np.bitwise_or, 0), "xor": (np.bitwise_xor, 0),

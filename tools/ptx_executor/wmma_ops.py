@@ -1,7 +1,8 @@
 """wmma: matrix instructions whose fragments have no documented layout.
 
-Ours: lane l holds the l-th of 32 equal runs of the matrix, row by row, packed in the fragment's first registers; registers beyond
-those needed repeat the first ones, so that code which works on every element of a fragment still does.
+Ours: lane l holds the l-th of 32 equal runs of the matrix, row by row, packed in the fragment's first registers;
+registers beyond those needed repeat the first ones, so that code which works on every element of a fragment still
+does.
 
 Source: PTX ISA, "Warp Level Matrix Instructions using wmma.mma": wmma.load, wmma.store, wmma.mma.
 """
@@ -55,7 +56,7 @@ class _Fragment:
 
     def write(self, selection: Selection, matrices: np.ndarray) -> None:
         """Set the registers from matrices of the element's dtype."""
-        registers = np.ascontiguousarray(matrices.reshape(-1, self.each)).view(DTYPES[self.register])
+        registers: np.ndarray = np.ascontiguousarray(matrices.reshape(-1, self.each)).view(DTYPES[self.register])
         lanes = slice(None) if selection is None else selection
         for k, name in enumerate(self.names):
             self.machine.destination(name, self.register)[lanes] = registers[:, k % self.used]
