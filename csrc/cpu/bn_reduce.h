@@ -7,31 +7,25 @@
 
 namespace resnet_fused::cpu::RF_ISA {
 
-// Rows of one partial result: with CHANNELS_AT_ONCE channels they are a unit's worth of elements.
-constexpr int64_t CHANNELS_AT_ONCE = 256;
-constexpr int64_t PARTIAL_ROWS = 64;
-
-// Partial results of two sums per channel, over blocks of rows x blocks of channels.
+// Partial results of two sums per channel, over blocks of rows.
 struct RowBlocks {
   explicit RowBlocks(const BnShape& s)
       : shape(s),
-        down((s.per_channel() + PARTIAL_ROWS - 1) / PARTIAL_ROWS),
-        across((s.channels + CHANNELS_AT_ONCE - 1) / CHANNELS_AT_ONCE),
+        // Few rows still make enough blocks for several threads; many make blocks whose sums are small beside them.
+        height(std::min<int64_t>(64, std::max<int64_t>(16, s.per_channel() / 32))),
+        down((s.per_channel() + height - 1) / height),
         // Few channels make small blocks; several of them are a unit.
-        per_unit(std::max<int64_t>(1, UNIT_ELEMENTS / (PARTIAL_ROWS * std::min(s.channels, CHANNELS_AT_ONCE)))) {}
+        per_unit(std::max<int64_t>(1, UNIT_ELEMENTS / (height * s.channels))) {}
 
-  int64_t rows_of(int64_t block) const { return std::min(PARTIAL_ROWS, shape.per_channel() - block * PARTIAL_ROWS); }
+  int64_t rows_of(int64_t block) const { return std::min(height, shape.per_channel() - block * height); }
   int64_t partial_floats() const { return down * 2 * shape.channels; }
 
-  // Runs body(block, channel, channels) for every block.
+  // Runs body(block, offset of its first row, rows) for every block.
   template <class Body>
   void for_blocks(const Body& body) const {
-    const int64_t groups = (down + per_unit - 1) / per_unit;
-    parallel_units(groups * across, [&](int64_t unit, int64_t) {
-      const int64_t channel = unit % across * CHANNELS_AT_ONCE, group = unit / across;
-      const int64_t channels = std::min(CHANNELS_AT_ONCE, shape.channels - channel);
-      for (int64_t block = group * per_unit; block < std::min(down, (group + 1) * per_unit); ++block) {
-        body(block, channel, channels);
+    parallel_units((down + per_unit - 1) / per_unit, [&](int64_t unit, int64_t) {
+      for (int64_t block = unit * per_unit; block < std::min(down, (unit + 1) * per_unit); ++block) {
+        body(block, block * height * shape.channels, rows_of(block));
       }
     });
   }
@@ -46,25 +40,24 @@ struct RowBlocks {
   }
 
   BnShape shape;
-  int64_t down, across, per_unit;
+  int64_t height, down, per_unit;
 };
 
 // Runs body(kind, first row's offset, channel, lanes, rows as a constant) over a block in the order of memory: bands of four
-// rows, vector by vector. Sums stay in L1 between bands; walking down single columns instead was measured to halve the
-// bandwidth from memory.
+// rows, vector by vector. Walking down single columns instead was measured to halve the bandwidth from memory.
 constexpr int BAND = 4;
 
 template <class Body>
-RF_INLINE void for_bands(int64_t stride, int64_t rows, int64_t channels, const Body& body) {
+RF_INLINE void for_bands(int64_t rows, int64_t channels, const Body& body) {
   int64_t row = 0;
   for (; row + BAND <= rows; row += BAND) {
     for_vectors(channels, [&](auto kind, int64_t c, int lanes) {
-      body(kind, row * stride + c, c, lanes, std::integral_constant<int, BAND>{});
+      body(kind, row * channels + c, c, lanes, std::integral_constant<int, BAND>{});
     });
   }
   for (; row < rows; ++row) {
     for_vectors(channels, [&](auto kind, int64_t c, int lanes) {
-      body(kind, row * stride + c, c, lanes, std::integral_constant<int, 1>{});
+      body(kind, row * channels + c, c, lanes, std::integral_constant<int, 1>{});
     });
   }
 }
@@ -75,23 +68,23 @@ RF_INLINE void fill_zero(float* p, int64_t count) {
 
 // Mean and sum of squared deviations of `rows` rows, in two sweeps; the second reads from the cache.
 template <class T>
-RF_INLINE void statistics_of_block(const T* x, int64_t stride, int64_t rows, int64_t channels, float* mean, float* deviations) {
+RF_INLINE void statistics_of_block(const T* x, int64_t rows, int64_t channels, float* mean, float* deviations) {
   fill_zero(mean, channels);
   fill_zero(deviations, channels);
-  for_bands(stride, rows, channels, [&](auto kind, int64_t i, int64_t c, int lanes, auto band) {
+  for_bands(rows, channels, [&](auto kind, int64_t i, int64_t c, int lanes, auto band) {
     vec sum = get(kind, x + i, lanes);
-    for (int r = 1; r < band; ++r) sum = add(sum, get(kind, x + i + r * stride, lanes));
+    for (int r = 1; r < band; ++r) sum = add(sum, get(kind, x + i + r * channels, lanes));
     put(kind, mean + c, add(get(kind, mean + c, lanes), sum), lanes);
   });
   const vec scale = splat(1.0f / static_cast<float>(rows));
   for_vectors(channels, [&](auto kind, int64_t c, int lanes) {
     put(kind, mean + c, mul(get(kind, mean + c, lanes), scale), lanes);
   });
-  for_bands(stride, rows, channels, [&](auto kind, int64_t i, int64_t c, int lanes, auto band) {
+  for_bands(rows, channels, [&](auto kind, int64_t i, int64_t c, int lanes, auto band) {
     const vec center = get(kind, mean + c, lanes);
     vec sum = get(kind, deviations + c, lanes);
     for (int r = 0; r < band; ++r) {
-      const vec away = sub(get(kind, x + i + r * stride, lanes), center);
+      const vec away = sub(get(kind, x + i + r * channels, lanes), center);
       sum = fma(away, away, sum);
     }
     put(kind, deviations + c, sum, lanes);
@@ -103,10 +96,9 @@ void statistics_in_rows(const BnShape& s, const T* x, float* mean, float* var) {
   const RowBlocks blocks(s);
   Scratch scratch;
   float* partial = scratch.take<float>(blocks.partial_floats());
-  blocks.for_blocks([&](int64_t block, int64_t channel, int64_t channels) {
-    float* out = partial + block * 2 * s.channels + channel;
-    statistics_of_block(x + block * PARTIAL_ROWS * s.channels + channel, s.channels, blocks.rows_of(block), channels, out,
-                        out + s.channels);
+  blocks.for_blocks([&](int64_t block, int64_t begin, int64_t rows) {
+    float* out = partial + block * 2 * s.channels;
+    statistics_of_block(x + begin, rows, s.channels, out, out + s.channels);
   });
   // Chan's formula for many parts at once: the mean of the means, then the deviations of the means around it.
   const double total = static_cast<double>(s.per_channel());
@@ -205,24 +197,21 @@ void gradient_sums(const BnShape& s, const BnTensors& t, T* masked, float* dweig
   const RowBlocks blocks(s);
   Scratch scratch;
   float* partial = scratch.take<float>(blocks.partial_floats());
-  blocks.for_blocks([&](int64_t block, int64_t channel, int64_t channels) {
-    float* sums = partial + block * 2 * s.channels + channel;
-    const int64_t begin = block * PARTIAL_ROWS * s.channels + channel, rows = blocks.rows_of(block);
-    fill_zero(sums, channels);
-    fill_zero(sums + s.channels, channels);
-    for_bands(s.channels, rows, channels, [&](auto kind, int64_t at, int64_t c, int lanes, auto band) {
-      const vec center = get(kind, t.mean + channel + c, lanes);
-      vec sum = get(kind, sums + c, lanes), products = get(kind, sums + s.channels + c, lanes);
-      for (int r = 0; r < band; ++r) {
-        const int64_t i = begin + at + r * s.channels;
-        const vec g = gradient(kind, i, lanes);
+  blocks.for_blocks([&](int64_t block, int64_t begin, int64_t rows) {
+    float* sums = partial + block * 2 * s.channels;
+    fill_zero(sums, 2 * s.channels);
+    // Row by row, with the sums in L1: with three or four activations, more rows at once are more streams than the
+    // prefetcher of memory follows.
+    for (int64_t row = 0; row < rows; ++row) {
+      for_vectors(s.channels, [&](auto kind, int64_t c, int lanes) {
+        const int64_t i = begin + row * s.channels + c;
+        const vec g = gradient(kind, i, lanes), away = sub(get(kind, x + i, lanes), get(kind, t.mean + c, lanes));
         if (MASKED) put(kind, masked + i, g, lanes);
-        sum = add(sum, g);
-        products = fma(g, sub(get(kind, x + i, lanes), center), products);
-      }
-      put(kind, sums + c, sum, lanes);
-      put(kind, sums + s.channels + c, products, lanes);
-    });
+        put(kind, sums + c, add(get(kind, sums + c, lanes), g), lanes);
+        float* products = sums + s.channels + c;
+        put(kind, products, fma(g, away, get(kind, products, lanes)), lanes);
+      });
+    }
   });
   blocks.for_channels([&](int64_t channel, int64_t channels) {
     Scratch own;
