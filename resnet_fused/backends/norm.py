@@ -83,6 +83,8 @@ def _served(op: str, dtype: torch.dtype, device_type: str, device_index: int | N
 
 
 @functools.lru_cache(maxsize=512)
-def _kernels(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, chosen: str) -> NormKernels:
+def _kernels(
+    op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, chosen: str
+) -> NormKernels:
     problem = Problem(op, shape, dtype, device)
     return cast(NormBackend, resolve(problem, chosen)).norm()

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.backends import Precision
 from resnet_fused.modules.folding import NotFoldable, hooks_of
 from resnet_fused.modules.fused import FusedBlock, FusedConv2d
-from resnet_fused.modules.norm import bn, bn_add_relu, bn_relu
+from resnet_fused.modules.norm import bn, bn_add_relu, bn_relu, bn_relu_conv2d
 from resnet_fused.ops.common import plain_eager
 
 NormLayer = Callable[[int], nn.Module]
@@ -37,7 +38,7 @@ class _FoldedPath(NamedTuple):
     block: FusedBlock
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """What BasicBlock and Bottleneck share: the choice between the folded path and the block's own modules."""
 
     op: str
@@ -60,24 +61,28 @@ class _Block(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_path": None}
 
-    def train(self, mode: bool = True) -> _Block:
+    def train(self, mode: bool = True) -> Block:
         self._path = None
         return super().train(mode)
 
-    def _foldable(self) -> bool:
-        """Whether the block still is what its constructor made: plain layers without hooks, in inference mode."""
+    def _why_not_foldable(self) -> str | None:
+        """Why the block isn't any more what its constructor made: plain layers without hooks, in inference mode."""
         if type(self.relu) is not nn.ReLU:
-            return False
+            return f"its activation is {type(self.relu).__name__}, and only ReLU is fused"
         downsample = self.downsample
         if downsample is not None and (type(downsample) is not nn.Sequential or len(downsample) != 2):
-            return False
+            return "its shortcut is not a Sequential of convolution and batch norm"
         watched = [module for pair in self.pairs() for module in pair]
         watched += [module for module in (downsample, self.relu) if module is not None]
-        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in watched)
+        if any(m.training for m in watched):
+            return "it is in training mode; call model.eval() first"
+        if any(m._forward_hooks or m._forward_pre_hooks for m in watched):
+            return "one of its layers has hooks"
+        return None
 
     def _folded_path(self, x: Tensor) -> _FoldedPath | None:
         """The folded path for an input like x, or None where the block's own modules must run."""
-        if self.training or not self._foldable():
+        if self.training or self._why_not_foldable() is not None:
             return None
         tensors = [
             tensor
@@ -96,15 +101,23 @@ class _Block(nn.Module):
         path = self._path
         if path is None or path.stamp != stamp:
             try:
-                path = self._path = _FoldedPath(stamp, self._fold())
+                path = self._path = _FoldedPath(stamp, self.fused(channels_last=False))
             except NotFoldable:
                 return None
         return path
 
-    def _fold(self) -> FusedBlock:
+    def fused(self, precision: Precision = "fast", backend: str = "auto", channels_last: bool = True) -> FusedBlock:
+        """The block's fused form, on folded copies of its parameters.
+
+        Raises:
+            NotFoldable: with the reason.
+        """
+        reason = self._why_not_foldable()
+        if reason is not None:
+            raise NotFoldable(reason)
         # Outside of inference mode, so that the folded parameters count their changes like all parameters.
         with torch.inference_mode(False), torch.no_grad():
-            convs = [FusedConv2d.of(conv, norm, channels_last=False) for conv, norm in self.pairs()]
+            convs = [FusedConv2d.of(conv, norm, False, precision, backend, channels_last) for conv, norm in self.pairs()]
         if any(conv.pad for conv in convs):
             raise NotFoldable("a convolution has padding that the block's op doesn't")
         shortcut = convs.pop() if self.downsample is not None else None
@@ -117,15 +130,17 @@ class _Block(nn.Module):
     def _unfolded(self, x: Tensor) -> Tensor:
         """The block by its own modules: relu(bn_n(conv_n(… relu(bn_1(conv_1(x))) …)) + downsample(x))."""
         identity = self._shortcut(x)
-        *inner, (conv, norm) = self.main_path()
-        y = x
-        if type(self.relu) is nn.ReLU and hooks_of(self.relu) is None:
+        layers = self.main_path()
+        if type(self.relu) is not nn.ReLU or hooks_of(self.relu) is not None:
+            *inner, (conv, norm) = layers
+            y = x
             for inner_conv, inner_norm in inner:
-                y = bn_relu(inner_norm, inner_conv(y))
-            return bn_add_relu(norm, conv(y), identity)
-        for inner_conv, inner_norm in inner:
-            y = self.relu(bn(inner_norm, inner_conv(y)))
-        return self.relu(bn(norm, conv(y)) + identity)
+                y = self.relu(bn(inner_norm, inner_conv(y)))
+            return self.relu(bn(norm, conv(y)) + identity)
+        y = layers[0][0](x)
+        for (_, norm), (conv, _) in zip(layers, layers[1:], strict=False):
+            y = bn_relu_conv2d(norm, conv, y) if self.memory_efficient else conv(bn_relu(norm, y))
+        return bn_add_relu(layers[-1][1], y, identity)
 
     def _shortcut(self, x: Tensor) -> Tensor:
         downsample = self.downsample
@@ -137,7 +152,7 @@ class _Block(nn.Module):
         return bn(norm, conv(x))
 
 
-class BasicBlock(_Block):
+class BasicBlock(Block):
     """Residual block of two 3×3 convolutions, a drop-in for torchvision.models.resnet.BasicBlock.
 
         y = relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))
@@ -150,6 +165,8 @@ class BasicBlock(_Block):
             channels make it necessary.
         groups, base_width, dilation: 1, 64 and 1; the block has no other form.
         norm_layer: makes the batch norms; nn.BatchNorm2d by default.
+        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward instead of keeping
+            them; an attribute too, which may be set at any time.
 
     Shapes: x (N, inplanes, H, W) to y (N, planes, ceil(H / stride), ceil(W / stride)).
 
@@ -172,8 +189,10 @@ class BasicBlock(_Block):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: NormLayer | None = None,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         if groups != 1 or base_width != 64 or dilation != 1:
             raise ValueError(
                 f"groups={groups}, base_width={base_width}, dilation={dilation}: BasicBlock has only groups=1, base_width=64 "
@@ -193,7 +212,7 @@ class BasicBlock(_Block):
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
-class Bottleneck(_Block):
+class Bottleneck(Block):
     """Residual block of a 1×1, a 3×3 and a 1×1 convolution, a drop-in for torchvision.models.resnet.Bottleneck.
 
         y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))
@@ -208,6 +227,8 @@ class Bottleneck(_Block):
         base_width: channels of the 3×3 convolution for each 64 planes and group (ResNeXt, Wide-ResNet).
         dilation: of the 3×3 convolution.
         norm_layer: makes the batch norms; nn.BatchNorm2d by default.
+        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward instead of keeping
+            them; an attribute too, which may be set at any time.
 
     Shapes: x (N, inplanes, H, W) to y (N, 4·planes, ceil(H / stride), ceil(W / stride)).
 
@@ -227,8 +248,10 @@ class Bottleneck(_Block):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: NormLayer | None = None,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
         outplanes = planes * self.expansion

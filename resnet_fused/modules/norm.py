@@ -1,6 +1,9 @@
 """Batch norm with what follows it, in training and wherever a derivative is asked for, on the module that holds its parameters.
 
-    bn(norm, x) = norm(x)     bn_relu(norm, x) = relu(norm(x))     bn_add_relu(norm, x, residual) = relu(norm(x) + residual)
+    bn(norm, x) = norm(x)
+    bn_relu(norm, x) = relu(norm(x))
+    bn_relu_conv2d(norm, conv, x) = conv(relu(norm(x)))
+    bn_add_relu(norm, x, residual) = relu(norm(x) + residual)
 
 `norm` keeps all of its behaviour: momentum, running statistics and their count, the affine parameters or their absence, the
 exchange between processes of nn.SyncBatchNorm. What the ops don't serve runs by the module's own forward, as stock does.
@@ -76,26 +79,60 @@ def _group(norm: nn.Module) -> str | None:
     return processes.group_name if dist.get_world_size(processes) > 1 else None
 
 
+def bn_relu_conv2d(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(relu(norm(x))), where the input of conv isn't kept for backward but computed again."""
+    if not _fusible("bn_relu", norm, x, None) or not _plain_conv(conv, x):
+        return conv(bn_relu(norm, x))
+    weight, bias = conv.weight, conv.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+    mean, var, group = _statistics(norm, x)
+    z, *batch = ops.bn_relu_conv2d(
+        *(x, norm.weight, norm.bias, mean, var, weight, bias, norm.eps, group),
+        *(conv.stride, conv.padding, conv.dilation, conv.groups),
+    )
+    _update(norm, batch[0], batch[2])
+    return z
+
+
+def _plain_conv(conv: nn.Module, x: Tensor) -> bool:
+    """Whether conv is nn.Conv2d and no more, with zero padding in pixels, on an input of its dtype or under autocast."""
+    if type(conv) is not nn.Conv2d or hooks_of(conv) is not None or conv.padding_mode != "zeros":
+        return False
+    if isinstance(conv.padding, str) or conv.in_channels != x.shape[1] or conv.weight.device != x.device:
+        return False
+    if not torch.compiler.is_compiling() and not plain(conv.weight, conv.bias):
+        return False
+    return conv.weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64)
+
+
 def _run(op: str, norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
-    # Mean and variance of the buffers count where they are given; see nn.modules.batchnorm._BatchNorm.forward.
-    batch = norm.training or (norm.running_mean is None and norm.running_var is None)
+    mean, var, group = _statistics(norm, x)
+    inputs = (x,) if residual is None else (x, residual)
+    y, *batch = getattr(ops, op)(*inputs, norm.weight, norm.bias, mean, var, norm.eps, group)
+    _update(norm, batch[0], batch[2])
+    return y
+
+
+def _statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None, str]:
+    """Mean and variance to normalise with, None for the batch's own, and the group of processes that share the batch."""
+    # As nn.modules.batchnorm._BatchNorm.forward: in eval mode the running statistics, where there are any.
+    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
+        return norm.running_mean, norm.running_var, ""
     group = _group(norm)
-    if batch and group is None and x.numel() == x.shape[1]:
+    if group is None and x.numel() == x.shape[1]:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}: the variance of one value "
             "is not defined. Use a larger batch or image, or put the batch norm into eval mode."
         )
-    mean, var = (None, None) if batch else (norm.running_mean, norm.running_var)
-    inputs = (x,) if residual is None else (x, residual)
-    call = getattr(ops, op)
-    y, batch_mean, _, batch_var = call(*inputs, norm.weight, norm.bias, mean, var, norm.eps, group or "")
-    if norm.training and norm.track_running_stats:
-        _update(norm, batch_mean, batch_var)
-    return y
+    return None, None, group or ""
 
 
 def _update(norm: nn.Module, mean: Tensor, var: Tensor) -> None:
-    """Moves the running statistics towards the batch's; `var` is unbiased."""
+    """In training, moves the running statistics towards the batch's; `var` is unbiased."""
+    if not norm.training or not norm.track_running_stats:
+        return
     with torch.no_grad():
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)

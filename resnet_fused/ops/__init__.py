@@ -5,6 +5,7 @@ from resnet_fused.ops.basic_block import basic_block
 from resnet_fused.ops.bn import bn
 from resnet_fused.ops.bn_add_relu import bn_add_relu
 from resnet_fused.ops.bn_relu import bn_relu
+from resnet_fused.ops.bn_relu_conv2d import bn_relu_conv2d
 from resnet_fused.ops.bottleneck import bottleneck
 from resnet_fused.ops.conv2d_bn import conv2d_bn
 from resnet_fused.ops.conv2d_bn_add_relu import conv2d_bn_add_relu
@@ -17,6 +18,7 @@ __all__ = [
     "bn",
     "bn_add_relu",
     "bn_relu",
+    "bn_relu_conv2d",
     "bottleneck",
     "conv2d_bn",
     "conv2d_bn_add_relu",

@@ -96,7 +96,7 @@ def _combine_sums(dweight: Tensor, dbias: Tensor, count: int, group: str) -> tup
 # ---- forward and backward -----------------------------------------------------------------------------------------------
 
 
-def _forward(
+def forward(
     op: str,
     x: Tensor,
     residual: Tensor | None,
@@ -134,14 +134,14 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fake_forward(x: Tensor, batch: bool) -> Result:
+def fake_forward(x: Tensor, batch: bool) -> Result:
     y = torch.empty_like(x, memory_format=activation_format(x))
     size = x.shape[1] if batch else 0
     mean, var, unbiased = (x.new_empty(size, dtype=_statistics_dtype(x)) for _ in range(3))
     return y, mean, var, unbiased
 
 
-def _backward(
+def backward(
     op: str,
     dy: Tensor,
     x: Tensor | None,
@@ -238,7 +238,7 @@ _TAIL = "Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, str
 common.register(
     "bn_backward(str op, Tensor dy, Tensor? x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, float eps, bool batch, "
     "str group, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    backward,
     _fake_backward,
 )
 
@@ -252,13 +252,13 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
     schema = f"{name}(Tensor x, {'Tensor residual, ' if residual else ''}{_TAIL}) -> (Tensor, Tensor, Tensor, Tensor)"
 
     def eager(*args: Any) -> Result:
-        return _forward(name, args[0], args[1] if residual else None, *args[first:])
+        return forward(name, args[0], args[1] if residual else None, *args[first:])
 
     def fake(*args: Any) -> Result:
-        return _fake_forward(args[0], args[first + 2] is None)
+        return fake_forward(args[0], args[first + 2] is None)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
-        weight, bias, mean, var, eps, group = inputs[first:]
+        weight, _, mean, var, eps, group = inputs[first:]
         batch = mean is None
         needs = ctx.needs_input_grad
         ctx.needs = (needs[0], residual and needs[1], bool(needs[first] or needs[first + 1]))
@@ -270,7 +270,7 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
         x = inputs[0] if batch or ctx.needs[2] else None
         ctx.save_for_backward(x, output[0] if relu else None, weight, mean, var)
 
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def derivative(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         nothing = (None,) * (first + 6)
         if dy is None:
             return nothing
@@ -280,14 +280,18 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
         else:
             mean, var = _by_channel(saved.mean), _by_channel(saved.var)
             args = (name, dy, saved.x, saved.y, saved.weight, mean, var, ctx.eps, ctx.batch, ctx.group, ctx.needs)
-            run = _backward if common.plain(dy, saved.x, saved.y, saved.weight) else torch.ops.resnet_fused.bn_backward.default
+            run = (
+                backward
+                if common.plain(dy, saved.x, saved.y, saved.weight)
+                else torch.ops.resnet_fused.bn_backward.default
+            )
             dx, dresidual, dweight, dbias = run(*args)
         needed = ctx.needs_input_grad
         grads = (dx, dresidual, dweight, dbias) if residual else (dx, dweight, dbias)
         return (*(g if needed[i] else None for i, g in enumerate(grads)), None, None, None, None)
 
     common.register(schema, eager, fake)
-    common.register_autograd(name, setup_context, backward)
+    common.register_autograd(name, setup_context, derivative)
     operator = getattr(torch.ops.resnet_fused, name).default
     function = type(
         f"{name}_function",
@@ -295,7 +299,7 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
         {
             "forward": staticmethod(eager),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
+            "backward": staticmethod(derivative),
         },
     )
 
