@@ -69,6 +69,7 @@ struct Conv2dParams {
   int32_t relu;
   int32_t vectorised;  // whether out_channels make whole 16 bytes
   FastDivisor image, row;  // by P Q and by Q
+  FastDivisor quads;       // by partial_stride / 4
 };
 
 }  // namespace resnet_fused

@@ -136,7 +136,8 @@ std::vector<Choice> choices(const Conv2dProblem& p, const DeviceProperties& devi
   std::vector<Choice> found;
   for (const Kernel& k : kKernels) {
     if (!serves(k, p, device)) continue;
-    const int64_t most = std::clamp<int64_t>(total_steps(k, p) / kMinSteps, 1, kMaxSplits);
+    const bool splittable = p.out_pixels() * p.out_channels < kInt32Max;  // the reduction counts in 31 bits
+    const int64_t most = splittable ? std::clamp<int64_t>(total_steps(k, p) / kMinSteps, 1, kMaxSplits) : 1;
     Choice best{&k, 0, std::numeric_limits<double>::infinity()};
     for (int64_t s = splits > 0 ? splits : 1; s <= (splits > 0 ? splits : most); s *= 2) {
       const double cycles = modelled_cycles(k, p, device, s);
@@ -193,6 +194,7 @@ Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPoi
   q.vectorised = p.out_channels * bytes % 16 == 0;
   q.image = FastDivisor::of(uint32_t(p.out_height() * p.out_width()));
   q.row = FastDivisor::of(uint32_t(p.out_width()));
+  q.quads = FastDivisor::of(uint32_t(q.partial_stride / 4));
   return q;
 }
 

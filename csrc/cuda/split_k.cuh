@@ -26,18 +26,20 @@ __device__ __forceinline__ void store_quad(const Conv2dParams& p, const float (&
 // Four channels a thread, grid-stride. The parts are added in order, so that a result doesn't depend on timing.
 template <class T>
 __device__ __forceinline__ void conv2d_reduce_fwd(const Conv2dParams& p) {
-  const int64_t part = int64_t(p.out_pixels) * p.partial_stride, quads = part / 4;
-  const uint32_t quads_per_row = p.partial_stride / 4;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < quads; i += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t row = i / quads_per_row;
-    const int channel = int(i - row * quads_per_row) * 4;
-    float4 sum = *reinterpret_cast<const float4*>(p.partial + i * 4);
+  const int64_t part = int64_t(p.out_pixels) * p.partial_stride;
+  const uint32_t quads = uint32_t(p.out_pixels) * p.quads.divisor;  // the planner splits no product of more than 2^31
+  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < quads; i += gridDim.x * blockDim.x) {
+    const uint32_t row = p.quads.quotient(i);
+    const int channel = int(i - row * p.quads.divisor) * 4;
+    const float* partial = p.partial + int64_t(i) * 4;
+    float4 sum = *reinterpret_cast<const float4*>(partial);
     for (int s = 1; s < p.splits; ++s) {
-      const float4 next = *reinterpret_cast<const float4*>(p.partial + s * part + i * 4);
+      partial += part;
+      const float4 next = *reinterpret_cast<const float4*>(partial);
       sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
     }
     const float v[4] = {sum.x, sum.y, sum.z, sum.w};
-    const int64_t offset = row * p.out_channels + channel;
+    const int64_t offset = int64_t(row) * p.out_channels + channel;
     if (p.vectorised) {
       store_quad<T>(p, v, offset, channel);
     } else {

@@ -1,0 +1,27 @@
+"""Puts tools/ on the path, and skips where there is no CUDA toolkit or the library was not built."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+
+from ptx_executor import ToolkitNotFound, find_toolkit  # noqa: E402
+
+from resnet_fused.backends import library  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = library.load("resnet_fused_cuda")
+    try:
+        find_toolkit()
+    except ToolkitNotFound as error:
+        reason = str(error)
+    if reason is not None:
+        folder = Path(__file__).parent
+        for item in items:
+            if folder in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))

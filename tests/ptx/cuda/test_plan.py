@@ -1,0 +1,117 @@
+"""The planner: what it chooses, what it refuses, and that its launches fit the GPU and cover the result."""
+
+from __future__ import annotations
+
+import numpy as np
+import ptx_executor as px
+import pytest
+import torch
+from emulate import A100, T4, module, pack_weight
+
+RTX4090, H100 = [89, 128, 99 << 10, 100 << 10], [90, 132, 227 << 10, 228 << 10]
+GPUS = {"t4": T4, "a100": A100, "rtx4090": RTX4090, "h100": H100}
+F16, BF16, F32, TF32 = range(4)
+
+
+def problem(n: int, size: int, c: int, k: int, r: int, stride: int = 1, element: int = F16) -> list[int]:
+    pad = r // 2
+    return [n, size, size, c, k, r, r, stride, stride, pad, pad, 1, 1, element, 1]
+
+
+# ResNet-50's layers, and odd ones: batch, size, channels, filter, stride.
+LAYERS = {
+    "stem": (8, 224, 3, 64, 7, 2),
+    "res2_1x1": (8, 56, 64, 256, 1),
+    "res2_3x3": (8, 56, 64, 64, 3),
+    "res3_strided": (8, 56, 128, 128, 3, 2),
+    "res5_3x3": (8, 7, 512, 512, 3),
+    "res5_batch_1": (1, 7, 2048, 512, 1),
+    "classifier_like": (1, 1, 512, 1000, 1),
+    "large_batch": (256, 14, 256, 1024, 1),
+    "odd_channels": (2, 30, 20, 50, 3),
+    "three_tiles_of_channels": (8, 28, 128, 384, 1),
+}
+
+
+def plan(numbers: list[int], device: list[int], kernel: str = "", splits: int = 0) -> tuple:
+    return torch.ops.resnet_fused_cuda.conv2d_plan(numbers, device, [0] * 6, kernel, splits)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("element", [F16, BF16, F32, TF32], ids=["float16", "bfloat16", "float32", "tf32"])
+def test_launches_fit_the_gpu_and_cover_the_result(gpu: str, element: int) -> None:
+    device = GPUS[gpu]
+    if device[0] < 80 and element in (BF16, TF32):
+        with pytest.raises(ValueError, match="no kernel"):
+            plan(problem(*LAYERS["res2_3x3"], element=element), device)
+        return
+    for layer in LAYERS.values():
+        numbers = problem(*layer, element=element)
+        kernels, launches, _, workspace = plan(numbers, device)
+        n, size, _, k, r = layer[:5]
+        out = (size + 2 * (r // 2) - r) // numbers[7] + 1
+        assert (len(kernels) == 2) == (workspace > 0)
+        for i, kernel in enumerate(kernels):
+            x, y, z, threads, shared = launches[5 * i : 5 * i + 5]
+            assert threads <= 1024
+            assert shared <= device[2]
+            assert y <= 65535
+            assert z <= 65535
+            if "stem" in kernel or "reduce" in kernel:
+                continue
+            tile_m, tile_n = map(int, kernel.split("_")[-1].split("x")[:2])
+            needed = -(-n * out * out // tile_m) * -(-k // tile_n)
+            assert needed <= x * y <= needed * 9 / 8  # blocks without work are rare
+            assert workspace == (z * n * out * out * -(-k // 4) * 16 if z > 1 else 0)
+
+
+def test_choices_by_size_of_the_problem() -> None:
+    # A layer that fills the GPU gets a tile of many products a byte; one of few blocks a small tile or a split of k.
+    large = plan(problem(64, 56, 256, 256, 3), A100)
+    assert large[0][0].rsplit("_", 1)[1] in ("128x256x32", "256x128x32")
+    small = plan(problem(1, 7, 512, 512, 3), A100)
+    assert small[0][0].endswith("64x64x64")
+    assert small[1][2] > 1
+    assert plan(problem(8, 224, 3, 64, 7, 2), A100)[0] == ["conv2d_stem_fwd_f16"]
+
+
+def test_kernels_are_all_that_serve_and_the_chosen_one_first() -> None:
+    numbers = problem(*LAYERS["res2_3x3"])
+    kernels = torch.ops.resnet_fused_cuda.conv2d_kernels(numbers, A100)
+    assert kernels[0] == plan(numbers, A100)[0][0]
+    assert len(kernels) == len(set(kernels)) == 7
+    for kernel in kernels:
+        assert plan(numbers, A100, kernel)[0][0] == kernel
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        pytest.param(problem(1, 4, 8, 8, 17), "filter 17x17; the kernels serve up to 16 rows and 15 columns", id="filter"),
+        pytest.param([1, 2, 2, 8, 8, 5, 5, 1, 1, 0, 0, 1, 1, F16, 1], "does not fit the padded input of 2x2", id="no_output"),
+        pytest.param(problem(1 << 20, 64, 8, 8, 1), "output pixels; the kernels count them in 31 bits", id="pixels"),
+    ],
+)
+def test_refusals_give_the_reason(numbers: list[int], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        plan(numbers, A100)
+
+
+def test_tensors_beyond_31_bits() -> None:
+    # 2 images more than 2^32 bytes apart: the second is laid there, and the parameter that says where is set accordingly.
+    memory, x, weight = px.Memory(), torch.randn(2, 1, 5, 16).half(), torch.randn(24, 16, 1, 1).half()
+    numbers = [2, 1, 5, 16, 24, 1, 1, 1, 2, 0, 0, 1, 1, F16, 0]
+    packed = pack_weight(weight, torch.ops.resnet_fused_cuda.conv2d_weight_layout(numbers), False)
+    first = memory.upload(x[0])
+    memory.empty(5 << 30)
+    second, y = memory.upload(x[1]), memory.empty(2 * 3 * 24 * 2)
+    assert second - first > 1 << 32
+    pointers = [first, memory.upload(packed), memory.upload(torch.zeros(24)), 0, y, 0]
+    (kernel,), launches, params, _ = torch.ops.resnet_fused_cuda.conv2d_plan(numbers, A100, pointers, "", 1)
+    assert params[6] == 5 * 16 * 2  # image_stride, behind six pointers
+    params[6] = second - first
+    *grid, block, shared = launches
+    module("conv2d_f16", "sm_80").launch(kernel, grid, block, [np.array(params, np.int64).tobytes()], shared, memory)
+    result = memory.download(y, torch.float16, (2, 3, 24))
+    truth = x[:, 0, ::2].double() @ weight[:, :, 0, 0].double().T
+    torch.testing.assert_close(result.double(), truth, rtol=1e-3, atol=1e-3)
