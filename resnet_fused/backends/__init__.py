@@ -1,9 +1,9 @@
 """The registry of backends, and the choice of one for a problem.
 
-A backend is an object with the methods of `Backend`. Its choice follows, in this order: the argument, `use_backend`, the
-environment's RESNET_FUSED_BACKEND, automatic. An explicit choice that can't serve raises `BackendError` with the reason; the
-automatic one takes the first backend of `_AUTOMATIC_ORDER` that serves the problem and is known to win it, and ends with the
-reference, which is stock PyTorch and serves everything.
+A backend is an object with the methods of `Backend`. Its choice follows, in this order: the argument, `use_backend`,
+the environment's RESNET_FUSED_BACKEND, automatic. An explicit choice that can't serve raises `BackendError` with the
+reason; the automatic one takes what `rf.tune` recorded, else the first backend of `_AUTOMATIC_ORDER` that serves the
+problem and is known to win it, and ends with the reference, which is stock PyTorch and serves everything.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Protocol
 from torch import Tensor
 
 from resnet_fused import config
+from resnet_fused.backends import records
 from resnet_fused.backends.problem import Conv, Folded, Pool, Precision, Problem
 
 __all__ = [
@@ -69,7 +70,9 @@ _BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("resnet_fused.backends.reference", "Reference"),
     "onednn": ("resnet_fused.backends.onednn", "OneDNN"),
     "cpu": ("resnet_fused.backends.cpu", "CPU"),
+    "cuda": ("resnet_fused.backends.cuda", "CUDA"),
     "triton": ("resnet_fused.backends.triton.backend", "Triton"),
+    "cudnn": ("resnet_fused.backends.cudnn", "CuDNN"),
 }
 
 _AUTOMATIC_ORDER = ("cpu", "onednn", "reference")
@@ -156,6 +159,11 @@ def resolve(problem: Problem, chosen: str) -> Backend:
         if reason is not None:
             raise BackendError(f"backend {chosen!r} can't serve {problem}: {reason}. Choose another backend, or 'auto'.")
         return backend
+    recorded = records.choice(problem)
+    if recorded is not None and recorded.backend in _BACKENDS:
+        backend = get(recorded.backend)
+        if backend.unavailable() is None and backend.unsupported(problem) is None:
+            return backend
     for name in _AUTOMATIC_ORDER:
         backend = get(name)
         if backend.unavailable() is None and backend.unsupported(problem) is None and backend.wins(problem):

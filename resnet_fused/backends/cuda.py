@@ -1,0 +1,177 @@
+"""Our own CUDA C++ kernels: implicit-GEMM convolution with shift, residual and ReLU fused, add_relu, and batch norm's passes.
+
+Which kernel a problem gets, and how it is launched, is planned in csrc/cuda/conv2d_plan.cpp, a pure function that the operators
+call at every launch and that the tests call as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.backends import library
+from resnet_fused.backends.cuda_norm import CUDANorm
+from resnet_fused.backends.norm import NORM_OPS
+from resnet_fused.backends.problem import Folded, Problem
+
+_LIBRARY = "resnet_fused_cuda"
+_CONV_OPS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
+_FLOAT16, _BFLOAT16, _FLOAT32, _TF32 = range(4)  # ElementType in csrc/cuda/element_type.h
+_TYPES = {torch.float16: _FLOAT16, torch.bfloat16: _BFLOAT16, torch.float32: _FLOAT32}
+
+Kernel = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def tf32_allowed(problem: Problem) -> bool:
+    """Whether the problem may use TF32 now: by torch.backends.cudnn.conv.fp32_precision, and not precision="exact"."""
+    return (
+        problem.dtype == torch.float32
+        and problem.precision != "exact"
+        and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    )
+
+
+def plan_problem(problem: Problem, tf32: bool) -> list[int]:
+    """A convolution in the order of csrc/cuda/conv2d_plan.h's Conv2dProblem."""
+    (conv,) = problem.convs
+    n, c, h, w = problem.shape
+    element = _TF32 if tf32 else _TYPES[problem.dtype]
+    geometry = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
+    return [n, h, w, c, conv.out_channels, *geometry, element, int(problem.op != "conv2d_bn")]
+
+
+@functools.cache
+def device_properties(device: torch.device) -> list[int]:
+    """What plans depend on, in the order of csrc/cuda/plan.h's DeviceProperties."""
+    p = torch.cuda.get_device_properties(device)
+    shared = p.shared_memory_per_block_optin, p.shared_memory_per_multiprocessor
+    return [10 * p.major + p.minor, p.multi_processor_count, *shared]
+
+
+def pack_weight(weight: Tensor, layout: list[int], tf32: bool) -> Tensor:
+    """The weight as the kernels read it: (out_channels, filter_rows, runs, run_length), zeros where a run is padded.
+
+    Args:
+        weight: (out_channels, in_channels, kh, kw).
+        layout: as resnet_fused_cuda::conv2d_weight_layout gives it.
+        tf32: round float32 to TF32, to nearest, ties away from zero; the kernels then need not.
+    """
+    filter_rows, runs, lead, length, padded = layout
+    packed = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], filter_rows, runs, length)
+    packed = F.pad(packed, (lead, padded - lead - length)).contiguous()
+    if tf32:
+        rounded = ((packed.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        packed = torch.where(packed.isfinite(), rounded, packed)
+    return packed
+
+
+class CUDA:
+    """Compiled kernels of csrc/cuda for NVIDIA GPUs of compute capability 7.5 and newer."""
+
+    name = "cuda"
+
+    @functools.cache  # noqa: B019 — one instance lives as long as the process
+    def unavailable(self) -> str | None:
+        reason = library.load(_LIBRARY)
+        if reason is None and not torch.cuda.is_available():
+            return "there is no GPU (torch.cuda.is_available() is False)"
+        return reason
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.device.type != "cuda":
+            return f"it serves cuda tensors, not {problem.device.type}"
+        if problem.op not in (*_CONV_OPS, *NORM_OPS, "add_relu"):
+            return f"it has no kernel for {problem.op} as a whole"
+        if problem.dtype not in _TYPES:
+            return f"it serves float32, float16 and bfloat16, not {problem.dtype}"
+        capability = device_properties(problem.device)[0]
+        if capability < 75:
+            return f"it needs compute capability 7.5 or newer, and {problem.device} has {capability / 10}"
+        if problem.op not in _CONV_OPS:
+            return None
+        return self._unsupported_conv(problem, capability)
+
+    def _unsupported_conv(self, problem: Problem, capability: int) -> str | None:
+        (conv,) = problem.convs
+        if conv.groups != 1:
+            return f"it serves convolutions of one group, not {conv.groups}"
+        if problem.dtype == torch.bfloat16 and capability < 80:
+            return f"bfloat16 needs compute capability 8.0 or newer, and {problem.device} has {capability / 10}"
+        if 0 in problem.output_shape() or conv.in_channels == 0:
+            return "the result or the filter is empty"
+        try:
+            self._plan(problem)
+        except RuntimeError as error:  # the planner's reason
+            return str(error).splitlines()[0]
+        return None
+
+    def wins(self, problem: Problem) -> bool:
+        # No kernel here was ever timed on a GPU. A choice that rf.tune recorded is taken before this is asked.
+        return False
+
+    def variants(self, problem: Problem) -> list[str]:
+        """Names of the kernels that `prepare` takes for the problem, the most promising first; empty without a choice."""
+        if problem.op not in _CONV_OPS:
+            return []
+        tf32 = self._tf32(problem)
+        return torch.ops.resnet_fused_cuda.conv2d_kernels(plan_problem(problem, tf32), device_properties(problem.device))
+
+    def norm(self) -> CUDANorm:
+        return CUDANorm()
+
+    def prepare(self, problem: Problem, folded: Folded, variant: str | None = None) -> Kernel:
+        """The kernel for the problem, by the instantiation of that name, or by the one that the planner chooses."""
+        run = self._add_relu(problem) if problem.op == "add_relu" else self._conv(problem, folded, variant or "")
+        if problem.memory_format == torch.channels_last:
+            return run
+        return lambda x, residual: run(x, residual).contiguous()
+
+    def _tf32(self, problem: Problem) -> bool:
+        return tf32_allowed(problem) and device_properties(problem.device)[0] >= 80
+
+    def _plan(self, problem: Problem) -> None:
+        """Raises RuntimeError with the reason if the planner refuses the problem."""
+        arguments = plan_problem(problem, self._tf32(problem)), device_properties(problem.device), [0] * 6, "", 0
+        torch.ops.resnet_fused_cuda.conv2d_plan(*arguments)
+
+    def _conv(self, problem: Problem, folded: Folded, variant: str) -> Kernel:
+        (conv,) = problem.convs
+        geometry = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
+        relu, float32 = problem.op != "conv2d_bn", problem.dtype == torch.float32
+        shift = folded.pack((self.name, "shift"), lambda: folded.shifts[0].detach().float().contiguous().clone())
+        run = torch.ops.resnet_fused_cuda.conv2d_fwd.default
+
+        def weight(tf32: bool) -> Tensor:
+            layout = torch.ops.resnet_fused_cuda.conv2d_weight_layout(plan_problem(problem, tf32))
+            key = (self.name, problem.dtype, tf32, *layout)
+            return folded.pack(key, lambda: pack_weight(folded.weights[0], layout, tf32))
+
+        if not float32:
+            packed = weight(False)
+            return lambda x, residual: run(x, packed, shift, residual, geometry, relu, False, variant, 0)
+
+        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+            tf32 = self._tf32(problem)  # may change from call to call
+            # A variant is of one kind of arithmetic; when the other is asked for, the planner chooses.
+            named = variant if ("tf32" in variant) == tf32 else ""
+            return run(x, weight(tf32), shift, residual, geometry, relu, tf32, named, 0)
+
+        return kernel
+
+    def _add_relu(self, problem: Problem) -> Kernel:
+        run, format = torch.ops.resnet_fused_cuda.add_relu_fwd.default, problem.memory_format
+
+        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+            assert residual is not None
+            return run(_aligned(x.contiguous(memory_format=format)), _aligned(residual.contiguous(memory_format=format)))
+
+        return kernel
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy if its first element is not at a multiple of 16 bytes (a view into another tensor)."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
