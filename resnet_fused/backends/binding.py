@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,10 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, candidates, get, resolve
+from resnet_fused.backends import Kernel, candidates, get, records, resolve
 from resnet_fused.backends.problem import Conv, Folded, Problem
 
 _WHOLE_OPS = ("basic_block", "bottleneck", "stem")
+
+
+_watchers: ContextVar[tuple[Callable[[Problem, Folded], object], ...]] = ContextVar("resnet_fused_watchers", default=())
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[Problem, Folded], object]) -> Iterator[None]:
+    """Within the `with` block, every problem that is bound is told to `watcher`, with its parameters."""
+    token = _watchers.set((*_watchers.get(), watcher))
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
 
 
 class Bound(NamedTuple):
@@ -31,9 +47,16 @@ def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
     Raises:
         BackendError: `chosen` names a backend that can serve neither the op nor its parts.
     """
+    for watch in _watchers.get():
+        watch(problem, folded)
     if problem.op not in _WHOLE_OPS or problem.convs == ():
         backend = resolve(problem, chosen)
         return Bound(backend.prepare(problem, folded), backend.name)
+    recorded = records.choice(problem) if chosen == "auto" else None
+    if recorded is not None and recorded.backend == records.PARTS:
+        return compose(problem, folded, chosen)
+    if recorded is not None and recorded.backend in candidates(problem):
+        return Bound(get(recorded.backend).prepare(problem, folded), recorded.backend)
     for name in candidates(problem) if chosen == "auto" else [chosen]:
         whole = get(name)
         if name == "reference" and chosen == "auto":
@@ -41,11 +64,21 @@ def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
             continue
         if whole.unavailable() is None and whole.unsupported(problem) is None and (chosen == name or whole.wins(problem)):
             return Bound(whole.prepare(problem, folded), name)
+    return compose(problem, folded, chosen)
 
-    # The parts work in channels_last, so that nothing is converted between them.
-    inside = replace(problem, memory_format=torch.channels_last)
-    compose = _compose_stem if problem.op == "stem" else _compose_block
-    composed = compose(inside, folded, chosen)
+
+def compose(problem: Problem, folded: Folded, chosen: str) -> Bound:
+    """The kernel of a whole op, made of its parts' kernels.
+
+    Raises:
+        BackendError: `chosen` names a backend that can't serve a part.
+    """
+    bound = [bind(part, own, chosen) for part, own in parts(problem, folded)]
+    kernels = [part.kernel for part in bound]
+    composed = Bound(
+        _stem(problem, kernels) if problem.op == "stem" else _block(problem, kernels),
+        "+".join(sorted({part.backend for part in bound})),
+    )
     if composed.backend == "reference":
         return Bound(get("reference").prepare(problem, folded), "reference")
     if problem.memory_format == torch.channels_last:
@@ -57,28 +90,38 @@ def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
     return Bound(kernel, composed.backend)
 
 
-def _part(problem: Problem, folded: Folded, index: int, op: str, height: int, width: int, chosen: str) -> Bound:
+def parts(problem: Problem, folded: Folded) -> list[tuple[Problem, Folded]]:
+    """The ops that a whole op is made of, one for each of its convolutions and in their order."""
+    # They work in channels_last, so that nothing is converted between them.
+    inside = replace(problem, memory_format=torch.channels_last)
+    if problem.op == "stem":
+        return [_part(inside, folded, 0, "conv2d_bn_relu", *problem.shape[2:])]
+    h, w = problem.shape[2:]
+    main = len(problem.main_path)
+    found = []
+    for index, conv in enumerate(problem.main_path):
+        op = "conv2d_bn_relu" if index < main - 1 else "conv2d_bn_add_relu"
+        found.append(_part(inside, folded, index, op, h, w))
+        h, w = conv.output_size(h, w)
+    if problem.shortcut:
+        found.append(_part(inside, folded, main, "conv2d_bn", *problem.shape[2:]))
+    return found
+
+
+def _part(
+    problem: Problem, folded: Folded, index: int, op: str, height: int, width: int
+) -> tuple[Problem, Folded]:
     """Convolution `index` of a whole op as an op of its own, on an input of height × width pixels."""
     conv: Conv = problem.convs[index]
     shape = (problem.shape[0], conv.in_channels, height, width)
     part = replace(problem, op=op, shape=shape, convs=(conv,), shortcut=False, pool=None)
-    own = folded.pack(("part", index), lambda: Folded((folded.weights[index],), (folded.shifts[index],)))
-    return bind(part, own, chosen)
+    return part, folded.pack(("part", index), lambda: Folded((folded.weights[index],), (folded.shifts[index],)))
 
 
-def _compose_block(problem: Problem, folded: Folded, chosen: str) -> Bound:
-    h, w = problem.shape[2:]
+def _block(problem: Problem, kernels: list[Kernel]) -> Kernel:
     main = len(problem.main_path)
-    parts = []
-    for index, conv in enumerate(problem.main_path):
-        op = "conv2d_bn_relu" if index < main - 1 else "conv2d_bn_add_relu"
-        parts.append(_part(problem, folded, index, op, h, w, chosen))
-        h, w = conv.output_size(h, w)
-    *inner, last = [part.kernel for part in parts]
-    shortcut: Kernel | None = None
-    if problem.shortcut:
-        parts.append(_part(problem, folded, main, "conv2d_bn", *problem.shape[2:], chosen))
-        shortcut = parts[-1].kernel
+    *inner, last = kernels[:main]
+    shortcut = kernels[main] if problem.shortcut else None
 
     def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
         residual = x if shortcut is None else shortcut(x, None)
@@ -87,15 +130,15 @@ def _compose_block(problem: Problem, folded: Folded, chosen: str) -> Bound:
             y = layer(y, None)
         return last(y, residual)
 
-    return Bound(kernel, "+".join(sorted({part.backend for part in parts})))
+    return kernel
 
 
-def _compose_stem(problem: Problem, folded: Folded, chosen: str) -> Bound:
-    conv, name = _part(problem, folded, 0, "conv2d_bn_relu", *problem.shape[2:], chosen)
+def _stem(problem: Problem, kernels: list[Kernel]) -> Kernel:
+    (conv,) = kernels
     assert problem.pool is not None
     pool = problem.pool
 
     def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
         return F.max_pool2d(conv(x, None), pool.kernel, pool.stride, pool.padding)
 
-    return Bound(kernel, name)
+    return kernel

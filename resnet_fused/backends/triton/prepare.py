@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import config
+from resnet_fused.backends import records
 from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.backends.triton import configs, conv2d, elementwise
 from resnet_fused.backends.triton.launch import aligned
@@ -73,7 +74,7 @@ class Conv2d(_Prepared):
 
     def __init__(self, problem: Problem, folded: Folded, variant: str | None) -> None:
         super().__init__(problem)
-        self.folded, self.variant = folded, variant
+        self.folded, self.variant = folded, variant or records.variant(problem, "triton")
         self.float32 = problem.dtype == torch.float32
         self.shift = folded.pack(("triton", "shift"), lambda: aligned(folded.shifts[0].detach().contiguous()))
         # By whether TF32 is allowed, which may change from call to call.

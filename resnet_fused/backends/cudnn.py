@@ -1,0 +1,123 @@
+"""cuDNN's fused convolutions: convolution, bias, residual and ReLU as one operation, chosen by cuDNN's own heuristics.
+
+They are reached through PyTorch's aten::cudnn_convolution_relu and aten::cudnn_convolution_add_relu. Known limits, each
+checked:
+
+* There is no convolution with bias alone, so conv2d_bn is left to stock PyTorch, which calls the same cuDNN kernels.
+* cuDNN's ReLU may turn NaN into 0, where stock PyTorch keeps it. That depends on the version, so it is tried once a
+  process, and where it does, the backend serves nothing.
+* Some shapes have no fused engine, which is known only when it is run: a problem is run once when it is prepared.
+* A residual that is the input itself failed before cuDNN 8.3 (pytorch/pytorch issue 62926).
+* TF32 follows torch.backends.cudnn, and nothing else, so precision="exact" is served only where that forbids it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends.problem import Folded, Problem
+
+_OLDEST_CUDNN = 8300
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class CuDNN:
+    """cuDNN's fused convolution operations, for CUDA tensors."""
+
+    name = "cudnn"
+
+    @functools.cache  # noqa: B019 — one instance lives as long as the process
+    def unavailable(self) -> str | None:
+        if not torch.cuda.is_available():
+            return "there is no GPU (torch.cuda.is_available() is False)"
+        if torch.version.hip is not None:
+            return "this PyTorch was built for AMD GPUs, which have no cuDNN"
+        if not torch.backends.cudnn.is_available():
+            return "this PyTorch was built without cuDNN; install a build with it"
+        version = torch.backends.cudnn.version() or 0
+        if version < _OLDEST_CUDNN:
+            return f"cuDNN {version} fails for a residual that is the input; install 8.3 or newer"
+        return None
+
+    def unsupported(self, problem: Problem) -> str | None:
+        if problem.op not in ("conv2d_bn_relu", "conv2d_bn_add_relu"):
+            return f"cuDNN has no fused operation for {problem.op}"
+        if problem.device.type != "cuda":
+            return f"it serves cuda tensors, not {problem.device.type}"
+        if problem.dtype not in _DTYPES:
+            return f"it serves float32, float16 and bfloat16, not {problem.dtype}"
+        if not torch.backends.cudnn.enabled:
+            return "torch.backends.cudnn.enabled is False"
+        if problem.precision == "exact" and problem.dtype == torch.float32 and _tf32_allowed():
+            return "precision is 'exact', and torch.backends.cudnn.conv.fp32_precision is 'tf32'; set it to 'ieee'"
+        n, c, h, w = problem.shape
+        result = torch.Size(problem.output_shape()).numel()
+        if result == 0:
+            return "the result is empty"
+        if max(n * c * h * w, result) >= 2**31:
+            return "a tensor has 2^31 elements or more, and cuDNN's fused convolution indexes by 32 bits"
+        if torch.cuda.is_current_stream_capturing():
+            return "the stream is being captured, and a problem must be tried before; run it once without capture"
+        if not _keeps_nan(problem.device, problem.dtype):
+            return f"cuDNN {torch.backends.cudnn.version()}'s fused ReLU turns NaN into 0"
+        return None
+
+    def wins(self, problem: Problem) -> bool:
+        # Never measured here. A choice that rf.tune recorded is taken before this is asked.
+        return False
+
+    def prepare(self, problem: Problem, folded: Folded) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The kernel for the problem; runs it once on zeros.
+
+        Raises:
+            BackendError: cuDNN has no engine for it.
+        """
+        from resnet_fused.backends import BackendError
+
+        (conv,) = problem.convs
+        format = problem.memory_format
+        key = ("cudnn", format)
+        weight = folded.pack(key, lambda: folded.weights[0].detach().contiguous(memory_format=format))
+        shift = folded.shifts[0].detach()
+        geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+
+        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+            x = x.contiguous(memory_format=format)
+            if residual is None:
+                return torch.ops.aten.cudnn_convolution_relu(x, weight, shift, *geometry)
+            residual = residual.contiguous(memory_format=format)
+            return torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, shift, *geometry)
+
+        with torch.no_grad():
+            x = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
+            add = problem.op == "conv2d_bn_add_relu"
+            try:
+                kernel(x, x.new_zeros(problem.output_shape()) if add else None)
+            except RuntimeError as error:
+                reason = f"cuDNN has no fused engine for {problem}: {error}. Choose another backend, or 'auto'."
+                raise BackendError(reason) from error
+        return kernel
+
+
+def _tf32_allowed() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _keeps_nan(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether relu(NaN) is NaN in cuDNN's fused convolution."""
+    with torch.no_grad():
+        x = torch.full((1, 8, 4, 4), float("nan"), dtype=dtype, device=device)
+        weight = torch.ones((8, 8, 1, 1), dtype=dtype, device=device)
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        shift = torch.zeros(8, dtype=dtype, device=device)
+        try:
+            y = torch.ops.aten.cudnn_convolution_relu(x, weight, shift, [1, 1], [0, 0], [1, 1], 1)
+        except RuntimeError:
+            # No engine for this type: `prepare` says so for the problem at hand.
+            return True
+        return bool(y.isnan().all())

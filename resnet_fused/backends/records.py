@@ -1,0 +1,188 @@
+"""Choices that `rf.tune` measured on this machine, kept on disk, and consulted by the automatic choice.
+
+One JSON file a device, in `config.cache_dir()`, named by a digest of what the times depend on (`machine`). A file that
+can't be read, has another format or was made on another machine is ignored with a warning. What is read is only ever
+compared with names that this version knows; nothing in it is executed, and a recorded backend that can't serve is
+passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from resnet_fused import config
+from resnet_fused.backends.problem import Problem
+
+_FORMAT = 1
+_LARGEST_FILE = 64 << 20
+
+# What is recorded for a whole op that is fastest as a composition of its parts.
+PARTS = "parts"
+
+
+class Choice(NamedTuple):
+    """The backend that was measured as the fastest for a problem, and which of its variants, if it has any."""
+
+    backend: str
+    variant: str | None = None
+
+
+_tables: dict[tuple[torch.device, Path], dict[str, Any]] = {}
+_generation = 0
+
+
+def generation() -> int:
+    """Counts changes of the records, so that kernels bound before a change can be told from later ones."""
+    return _generation
+
+
+def choice(problem: Problem) -> Choice | None:
+    """What was recorded for the problem on this machine; None if nothing was."""
+    table = _table(problem.device)
+    if not table:
+        return None
+    entry = table.get(key(problem))
+    if not isinstance(entry, dict) or not isinstance(entry.get("backend"), str):
+        return None
+    variant = entry.get("variant")
+    return Choice(entry["backend"], variant if isinstance(variant, str) else None)
+
+
+def variant(problem: Problem, backend: str) -> str | None:
+    """The variant that was recorded for the problem, if it is one of that backend's."""
+    found = choice(problem)
+    return found.variant if found is not None and found.backend == backend else None
+
+
+def record(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path:
+    """Adds entries (by `key`) to the device's file, with what other processes wrote meanwhile, and gives its path.
+
+    Each entry has "backend", and may have "variant", "ms" (times by candidate) and "dropped" (reasons by candidate).
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    path = _path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    choices = {**_read(path, device), **entries}
+    content = {"format": _FORMAT, "machine": machine(device), "choices": choices}
+    # Another process sees the old file or the new one, never a half.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=1)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Drops what was read; files are read again, and kernels bound again, when they are next needed."""
+    global _generation
+    _tables.clear()
+    _generation += 1
+
+
+def key(problem: Problem) -> str:
+    """The problem as a line of text, with the settings of PyTorch that its kernels follow."""
+    convs = "; ".join(
+        f"{c.in_channels}>{c.out_channels} k{c.kernel} s{c.stride} p{c.padding} d{c.dilation} g{c.groups}"
+        for c in problem.convs
+    )
+    settings = []
+    if problem.device.type == "cuda":
+        settings.append(f"benchmark={torch.backends.cudnn.benchmark}")
+        if problem.dtype == torch.float32:
+            settings.append(f"conv={torch.backends.cudnn.conv.fp32_precision}")  # type: ignore[attr-defined]
+    elif problem.device.type == "cpu":
+        settings.append(f"threads={torch.get_num_threads()}")
+    shape = "x".join(map(str, problem.shape))
+    pool = "" if problem.pool is None else f"pool{tuple(problem.pool)}"
+    parts = [problem.op, shape, problem.dtype, problem.memory_format, problem.precision, f"[{convs}]", pool]
+    return " ".join(str(part) for part in (*parts, "shortcut" if problem.shortcut else "", *settings) if part != "")
+
+
+@functools.cache
+def machine(device: torch.device) -> dict[str, str]:
+    """What the times depend on, beside the problem: the chip, its driver, and versions."""
+    found = {"torch": torch.__version__, "resnet_fused": _version("resnet_fused"), "triton": _version("triton")}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["architecture"] = getattr(properties, "gcnArchName", "") or f"{properties.major}.{properties.minor}"
+        found["multiprocessors"] = str(properties.multi_processor_count)
+        found["driver"] = torch.version.hip or _first_line("/proc/driver/nvidia/version")
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    else:
+        found["device"] = f"{device.type}: {_cpu_name()}"
+    return found
+
+
+def _cpu_name() -> str:
+    return _first_line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
+def _first_line(path: str, start: str = "") -> str:
+    """The first line of a file that begins with `start`, or nothing where there is no such file."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(start)), "")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _path(device: torch.device) -> Path:
+    digest = hashlib.sha256(json.dumps(machine(device), sort_keys=True).encode()).hexdigest()[:16]
+    return config.cache_dir() / f"tuning-{digest}.json"
+
+
+def _table(device: torch.device) -> dict[str, Any]:
+    # Most people never tune: a look at the folder is all that it costs them, and the device isn't asked for its name.
+    folder = config.cache_dir()
+    table = _tables.get((device, folder))
+    if table is None:
+        table = _read(_path(device), device) if folder.is_dir() else {}
+        _tables[device, folder] = table
+    return table
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    """The choices in a file; none, with a warning, if there is anything wrong with it."""
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ValueError(f"it has more than {_LARGEST_FILE >> 20} MiB")
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not isinstance(content.get("choices"), dict):
+            raise ValueError("it is no table of choices")
+        if content.get("format") != _FORMAT:
+            raise ValueError(f"it has format {content.get('format')!r}, and this version reads {_FORMAT}")
+        if content.get("machine") != machine(device):
+            raise ValueError("it was made on another machine, or with other versions")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        config.logger().warning("the tuning cache %s is ignored: %s. Delete it, and run rf.tune again.", path, error)
+        return {}
+    return content["choices"]
