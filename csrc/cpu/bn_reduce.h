@@ -66,14 +66,16 @@ RF_INLINE void fill_zero(float* p, int64_t count) {
   for_vectors(count, [&](auto kind, int64_t i, int lanes) { put(kind, p + i, zero(), lanes); });
 }
 
-// Mean and sum of squared deviations of `rows` rows, in two sweeps; the second reads from the cache.
+// Mean of x - shift and sum of its squared deviations over `rows` rows, in two sweeps; the second reads from the cache.
+// `shift` is any row of x: sums of values around it don't lose the digits that sums of large values would.
 template <class T>
-RF_INLINE void statistics_of_block(const T* x, int64_t rows, int64_t channels, float* mean, float* deviations) {
+RF_INLINE void statistics_of_block(const T* x, const T* shift, int64_t rows, int64_t channels, float* mean, float* deviations) {
   fill_zero(mean, channels);
   fill_zero(deviations, channels);
   for_bands(rows, channels, [&](auto kind, int64_t i, int64_t c, int lanes, auto band) {
-    vec sum = get(kind, x + i, lanes);
-    for (int r = 1; r < band; ++r) sum = add(sum, get(kind, x + i + r * channels, lanes));
+    const vec origin = get(kind, shift + c, lanes);
+    vec sum = sub(get(kind, x + i, lanes), origin);
+    for (int r = 1; r < band; ++r) sum = add(sum, sub(get(kind, x + i + r * channels, lanes), origin));
     put(kind, mean + c, add(get(kind, mean + c, lanes), sum), lanes);
   });
   const vec scale = splat(1.0f / static_cast<float>(rows));
@@ -81,10 +83,10 @@ RF_INLINE void statistics_of_block(const T* x, int64_t rows, int64_t channels, f
     put(kind, mean + c, mul(get(kind, mean + c, lanes), scale), lanes);
   });
   for_bands(rows, channels, [&](auto kind, int64_t i, int64_t c, int lanes, auto band) {
-    const vec center = get(kind, mean + c, lanes);
+    const vec origin = get(kind, shift + c, lanes), center = get(kind, mean + c, lanes);
     vec sum = get(kind, deviations + c, lanes);
     for (int r = 0; r < band; ++r) {
-      const vec away = sub(get(kind, x + i + r * channels, lanes), center);
+      const vec away = sub(sub(get(kind, x + i + r * channels, lanes), origin), center);
       sum = fma(away, away, sum);
     }
     put(kind, deviations + c, sum, lanes);
@@ -96,9 +98,11 @@ void statistics_in_rows(const BnShape& s, const T* x, float* mean, float* var) {
   const RowBlocks blocks(s);
   Scratch scratch;
   float* partial = scratch.take<float>(blocks.partial_floats());
+  float* shift = scratch.take<float>(s.channels);
+  for_vectors(s.channels, [&](auto kind, int64_t c, int lanes) { put(kind, shift + c, get(kind, x + c, lanes), lanes); });
   blocks.for_blocks([&](int64_t block, int64_t begin, int64_t rows) {
     float* out = partial + block * 2 * s.channels;
-    statistics_of_block(x + begin, rows, s.channels, out, out + s.channels);
+    statistics_of_block(x + begin, x, rows, s.channels, out, out + s.channels);
   });
   // Chan's formula for many parts at once: the mean of the means, then the deviations of the means around it.
   const double total = static_cast<double>(s.per_channel());
@@ -121,7 +125,7 @@ void statistics_in_rows(const BnShape& s, const T* x, float* mean, float* var) {
       }
     }
     for (int64_t c = 0; c < channels; ++c) {
-      mean[channel + c] = static_cast<float>(center[c]);
+      mean[channel + c] = static_cast<float>(shift[channel + c] + center[c]);
       var[channel + c] = static_cast<float>(deviations[c] / total);
     }
   });
@@ -130,6 +134,9 @@ void statistics_in_rows(const BnShape& s, const T* x, float* mean, float* var) {
 template <class T>
 void statistics_in_planes(const BnShape& s, const T* x, float* mean, float* var) {
   parallel_units(s.channels, [&](int64_t channel, int64_t) {
+    float first[LANES];
+    store(first, load(x + channel * s.pixels, 1));
+    const vec origin = splat(first[0]);
     double count = 0, center = 0, deviations = 0;
     for (int64_t image = 0; image < s.images; ++image) {
       const T* plane = x + (image * s.channels + channel) * s.pixels;
@@ -137,11 +144,13 @@ void statistics_in_planes(const BnShape& s, const T* x, float* mean, float* var)
         const int64_t length = std::min(UNIT_ELEMENTS / 4, s.pixels - begin);
         const T* run = plane + begin;
         vec sum = zero(), squares = zero();
-        for_vectors(length, [&](auto kind, int64_t i, int lanes) { sum = add(sum, get(kind, run + i, lanes)); });
+        for_vectors(length, [&](auto kind, int64_t i, int lanes) {
+          sum = add(sum, first_lanes(kind, sub(get(kind, run + i, lanes), origin), lanes));
+        });
         const float own = horizontal_sum(sum) / static_cast<float>(length);
         const vec own_center = splat(own);
         for_vectors(length, [&](auto kind, int64_t i, int lanes) {
-          const vec away = first_lanes(kind, sub(get(kind, run + i, lanes), own_center), lanes);
+          const vec away = first_lanes(kind, sub(sub(get(kind, run + i, lanes), origin), own_center), lanes);
           squares = fma(away, away, squares);
         });
         const double more = static_cast<double>(length), away = own - center, together = count + more;
@@ -150,7 +159,7 @@ void statistics_in_planes(const BnShape& s, const T* x, float* mean, float* var)
         count = together;
       }
     }
-    mean[channel] = static_cast<float>(center);
+    mean[channel] = static_cast<float>(first[0] + center);
     var[channel] = static_cast<float>(deviations / count);
   });
 }

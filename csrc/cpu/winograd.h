@@ -1,4 +1,4 @@
-// 3 x 3 convolution of stride 1 and padding 1 by Winograd's minimal filtering, in two orders of work. See docs/cpu-kernels.md.
+// 3 x 3 convolution of padding 1 by Winograd's minimal filtering, in two orders of work. See docs/cpu-kernels.md.
 #pragma once
 
 namespace resnet_fused::cpu::RF_ISA {
@@ -7,21 +7,27 @@ namespace resnet_fused::cpu::RF_ISA {
 template <class F>
 struct TileGrid {
   explicit TileGrid(const ConvParams& p)
-      : height(p.height),
-        down((p.height + F::M - 1) / F::M),
-        across((p.width + F::M - 1) / F::M),
+      : in_height(p.height),
+        height(p.out_height),
+        down((p.out_height + F::M - 1) / F::M),
+        across((p.out_width + F::M - 1) / F::M),
         count(p.batch * down * across) {}
 
   RF_INLINE int64_t image(int64_t tile) const { return tile / (down * across); }
   RF_INLINE int64_t top(int64_t tile) const { return tile / across % down * F::M; }
   RF_INLINE int64_t left(int64_t tile) const { return tile % across * F::M; }
-  // Pixel row `offset` below the top of a tile, counted through the whole batch and held within the tile's image.
+  // Row of results `offset` below the top of a tile, counted through the whole batch and held within the tile's image.
   RF_INLINE int64_t batch_row(int64_t tile, int64_t offset) const {
     const int64_t row = top(tile) + offset;
     return image(tile) * height + (row < height ? row : height);
   }
+  // The same for the row of x that this row of results begins with.
+  RF_INLINE int64_t x_row(int64_t tile, int64_t offset) const {
+    const int64_t row = (top(tile) + offset) * F::STRIDE;
+    return image(tile) * in_height + (row < in_height ? row : in_height);
+  }
 
-  int64_t height, down, across, count;
+  int64_t in_height, height, down, across, count;
 };
 
 template <class F, class T>
@@ -47,14 +53,19 @@ struct WinogradConv {
     return static_cast<const T*>(p.weights) + panel * 9 * tap_stride();
   }
   template <class Element>
-  RF_INLINE Strip<Element> image(Element* batch, int64_t n, int64_t channels) const {
-    return {batch == nullptr ? nullptr : batch + n * p.height * p.width * channels, 0, p.height, p.width, channels};
+  RF_INLINE Strip<Element> result(Element* batch, int64_t n) const {
+    const int64_t size = p.out_height * p.out_width * p.out_channels;
+    return {batch == nullptr ? nullptr : batch + n * size, 0, p.out_height, p.out_width, p.out_channels};
   }
 
   TilePlace<T> place(int64_t tile) const {
     const int64_t n = grid.image(tile);
-    return {image(static_cast<const T*>(p.x), n, p.in_channels), image(static_cast<const T*>(p.residual), n, p.out_channels),
-            image(static_cast<T*>(p.y), n, p.out_channels), grid.top(tile), grid.left(tile)};
+    const T* x = static_cast<const T*>(p.x) + n * p.height * p.width * p.in_channels;
+    return {{x, 0, p.height, p.width, p.in_channels},
+            result(static_cast<const T*>(p.residual), n),
+            result(static_cast<T*>(p.y), n),
+            grid.top(tile),
+            grid.left(tile)};
   }
 
   // A thread takes a block of tiles through all stages, everything in its L2. The weights are transformed first, once for
@@ -65,8 +76,8 @@ struct WinogradConv {
                                                              p.in_channels, p.out_channels, p.relu);
     parallel_units(blocks, [&](int64_t block, int64_t following) {
       const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-      const int64_t out_begin = grid.batch_row(begin, 0) * p.width * p.out_channels;
-      const int64_t out_count = grid.batch_row(begin + tiles - 1, F::M) * p.width * p.out_channels - out_begin;
+      const int64_t out_begin = grid.batch_row(begin, 0) * p.out_width * p.out_channels;
+      const int64_t out_count = grid.batch_row(begin + tiles - 1, F::M) * p.out_width * p.out_channels - out_begin;
       const int64_t first_steps = POINTS * std::min(plan.panels, panels);
       const auto at_output = [&](auto* data) { return data == nullptr ? data : data + out_begin; };
       Prefetcher y(at_output(static_cast<const T*>(p.y)), out_count, first_steps);
@@ -74,7 +85,7 @@ struct WinogradConv {
       Prefetcher next_x;
       if (following < blocks) {
         const int64_t first = block_begin(following), last = block_begin(following + 1) - 1;
-        const int64_t row = grid.batch_row(first, 1), rows = grid.batch_row(last, F::M + 1) - row;
+        const int64_t row = grid.x_row(first, 1), rows = grid.x_row(last, F::M + 1) - row;
         const int64_t width = p.width * p.in_channels;
         next_x = Prefetcher(static_cast<const T*>(p.x) + row * width, rows * width, POINTS * panels);
       }
@@ -92,7 +103,7 @@ struct WinogradConv {
   // and transforms its weights chunk by chunk, just before their use. For deep layers, whose weights outweigh their pixels.
   void by_panels() const {
     Scratch shared;
-    const int64_t v_stride = point_stride(in_vectors * plan.tiles), v_block = v_stride * POINTS;
+    const int64_t v_stride = point_stride(F::PHASES * in_vectors * plan.tiles), v_block = v_stride * POINTS;
     float* v = shared.take<float>(blocks * v_block);
     T* zeros = shared.take<T>(p.in_channels);
     __builtin_memset(zeros, 0, static_cast<size_t>(p.in_channels) * sizeof(T));
@@ -100,9 +111,8 @@ struct WinogradConv {
       int64_t block = tile * blocks / grid.count;
       while (block_begin(block + 1) <= tile) ++block;
       const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-      const TilePlace<T> at = place(tile);
-      transform_input_tile<F, T>(at.x, at.top - F::PAD, at.left - F::PAD, zeros, v + block * v_block + (tile - begin) * LANES, v_stride,
-                                 tiles * LANES);
+      transform_input_phases<F, T>(place(tile), zeros, v + block * v_block + (tile - begin) * LANES, v_stride, in_vectors,
+                                   tiles * LANES);
     });
     parallel_units(panels * blocks, [&](int64_t unit, int64_t following) {
       one_panel(unit / blocks, unit % blocks, following / blocks, v + unit % blocks * v_block, v_stride);
@@ -111,15 +121,15 @@ struct WinogradConv {
 
   void one_panel(int64_t panel, int64_t block, int64_t next_panel, const float* v, int64_t v_stride) const {
     const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-    const int64_t chunk = std::min(plan.channel_chunk, p.in_channels);
-    const int64_t u_stride = point_stride(chunk * 2), m_stride = point_stride(2 * tiles);
+    const int64_t chunk = std::min(plan.channel_chunk, p.in_channels), u_phase_stride = chunk * PANEL;
+    const int64_t u_stride = point_stride(F::PHASES * chunk * 2), m_stride = point_stride(2 * tiles);
     Scratch scratch;
     float* u = scratch.take<float>(u_stride * POINTS);
     float* m = scratch.take<float>(m_stride * POINTS);
 
     for (int64_t c = 0; c < p.in_channels; c += chunk) {
       const int64_t channels = std::min(chunk, p.in_channels - c);
-      transform_weights<F, T>(panel_taps(panel) + c * PANEL, tap_stride(), channels, u, u_stride);
+      transform_weights<F, T>(panel_taps(panel) + c * PANEL, tap_stride(), channels, u, u_stride, u_phase_stride);
       // The taps of the next chunk, tap by tap, while this chunk is multiplied.
       const bool last = c + chunk >= p.in_channels;
       const T* next = last ? (next_panel < panels ? panel_taps(next_panel) : nullptr) : panel_taps(panel) + (c + chunk) * PANEL;
@@ -128,35 +138,41 @@ struct WinogradConv {
         if (next != nullptr && point < 9) {
           Prefetcher(next + point * tap_stride(), next_size, 1).template advance<false>();
         }
-        multiply_rows({v + point * v_stride + c * tiles, tiles * LANES, u + point * u_stride, channels,
-                       m + point * m_stride, tiles * LANES, c > 0},
-                      tiles);
+        const PhaseRun phases = F::run(point);
+        for (int64_t i = 0; i < phases.count; ++i) {
+          const int64_t phase = phases.first + i;
+          multiply_rows({v + point * v_stride + (phase * in_vectors * LANES + c) * tiles, tiles * LANES,
+                         u + point * u_stride + phase * u_phase_stride, channels, m + point * m_stride, tiles * LANES,
+                         c > 0 || i > 0},
+                        tiles);
+        }
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
-      const TilePlace<T> at = place(begin + t);
-      for (int64_t i = 0; i < 2; ++i) {
-        const int64_t channel = (2 * panel + i) * LANES;
-        if (channel >= p.out_channels) break;
-        transform_output_tile<F, T>(m + (i * tiles + t) * LANES, m_stride, p.shift, at.residual, at.y, at.top, at.left,
-                                    channel, p.relu);
-      }
+      transform_output_vectors<F, T>(place(begin + t), m + t * LANES, m_stride, tiles * LANES, p.shift, 2 * panel, 2, p.relu);
     }
   }
 };
 
 template <class F, class T>
-void run_winograd(const ConvParams& p, const WinogradPlan& plan) {
+void run_winograd_as(const ConvParams& p, const WinogradPlan& plan) {
   const WinogradConv<F, T> conv(p, plan);
   plan.by_panels ? conv.by_panels() : conv.by_tiles();
 }
 
-inline void winograd(const ConvParams& p, const WinogradPlan& plan) {
-  if (plan.output_tile == 2) {
-    p.bfloat16 ? run_winograd<F2, Bf16>(p, plan) : run_winograd<F2, float>(p, plan);
+template <class T>
+void run_winograd(const ConvParams& p, const WinogradPlan& plan) {
+  if (p.stride_h == 2) {
+    run_winograd_as<Stride2, T>(p, plan);
+  } else if (plan.output_tile == 2) {
+    run_winograd_as<F2, T>(p, plan);
   } else {
-    p.bfloat16 ? run_winograd<F4, Bf16>(p, plan) : run_winograd<F4, float>(p, plan);
+    run_winograd_as<F4, T>(p, plan);
   }
+}
+
+inline void winograd(const ConvParams& p, const WinogradPlan& plan) {
+  p.bfloat16 ? run_winograd<Bf16>(p, plan) : run_winograd<float>(p, plan);
 }
 
 }  // namespace resnet_fused::cpu::RF_ISA

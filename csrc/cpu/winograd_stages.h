@@ -25,18 +25,26 @@ RF_INLINE int64_t point_stride(int64_t vectors) {
 RF_INLINE int64_t vector_count(int64_t channels) { return (channels + LANES - 1) / LANES; }
 RF_INLINE int64_t panel_count(int64_t channels) { return (channels + PANEL - 1) / PANEL; }
 
-// V = B^T d B of the tile whose first input pixel is (top, left), for all channels. Pixels outside the image read `zeros`
-// (one per channel).
+// Where a tile reads and writes: strips of one image, and the tile's first output pixel.
+template <class T>
+struct TilePlace {
+  Strip<const T> x, residual;  // residual.data may be null
+  Strip<T> y;
+  int64_t top, left;
+};
+
+// V = B^T d B of the tile whose first input pixel is (top, left) and whose pixels are F::STRIDE apart, for all channels.
+// Pixels outside the image read `zeros` (one per channel).
 template <class F, class T>
 void transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left, const T* zeros, float* v,
                           int64_t v_point_stride, int64_t v_vector_stride) {
   constexpr int A = F::A;
   const T* pixels[A][A];
   for (int i = 0; i < A; ++i) {
-    const bool row_inside = top + i >= 0 && top + i < image.height;
+    const int64_t h = top + i * F::STRIDE;
     for (int j = 0; j < A; ++j) {
-      const bool inside = row_inside && left + j >= 0 && left + j < image.width;
-      pixels[i][j] = inside ? image.pixel(top + i, left + j) : zeros;
+      const int64_t w = left + j * F::STRIDE;
+      pixels[i][j] = h >= 0 && h < image.height && w >= 0 && w < image.width ? image.pixel(h, w) : zeros;
     }
   }
   for (int64_t c = 0; c < image.channels; c += LANES, v += v_vector_stride) {
@@ -63,17 +71,28 @@ void transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left
   }
 }
 
-// U = G g G^T of `channels` input channels of one panel. The taps lie [9][tap_stride / PANEL][PANEL], U [point][channel][PANEL].
-template <class F, class W>
-void transform_weights(const W* taps, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride) {
+// The same for all phases of a tile, [point][phase][vector][tile][LANES]; a phase has `vectors` vectors of channels.
+template <class F, class T>
+void transform_input_phases(const TilePlace<T>& tile, const T* zeros, float* v, int64_t v_point_stride, int64_t vectors,
+                            int64_t v_vector_stride) {
+  for (int phase = 0; phase < F::PHASES; ++phase) {
+    transform_input_tile<F, T>(tile.x, F::first_row(tile.top, F::PAD, phase), F::first_column(tile.left, F::PAD, phase), zeros,
+                               v + phase * vectors * v_vector_stride, v_point_stride, v_vector_stride);
+  }
+}
+
+// U = G g G^T of `channels` input channels of one panel and one phase. Tap (i, j) lies at taps[i * R + j] (null: zero), U
+// [point][channel][PANEL].
+template <class F, int R, class W>
+void transform_taps(const W* const (&taps)[R * R], int64_t channels, float* u, int64_t u_point_stride) {
   constexpr int A = F::A;
   for (int64_t at = 0; at < channels * PANEL; at += LANES) {
-    vec half[A][3];
+    vec half[A][R];
     RF_UNROLL(3)
-    for (int j = 0; j < 3; ++j) {
-      const vec column[3] = {load(taps + at + j * tap_stride), load(taps + at + (3 + j) * tap_stride),
-                             load(taps + at + (6 + j) * tap_stride)};
-      vec transformed[A];
+    for (int j = 0; j < R; ++j) {
+      vec column[R], transformed[A];
+      RF_UNROLL(3)
+      for (int i = 0; i < R; ++i) column[i] = taps[i * R + j] == nullptr ? zero() : load(taps[i * R + j] + at);
       F::weight(column, transformed);
       RF_UNROLL(8)
       for (int i = 0; i < A; ++i) half[i][j] = transformed[i];
@@ -84,6 +103,29 @@ void transform_weights(const W* taps, int64_t tap_stride, int64_t channels, floa
       F::weight(half[i], transformed);
       RF_UNROLL(8)
       for (int j = 0; j < A; ++j) store(u + (i * A + j) * u_point_stride + at, transformed[j]);
+    }
+  }
+}
+
+// The same for all phases, from packed taps [9][tap_stride / PANEL][PANEL] to U [point][phase][u_phase_stride].
+template <class F, class W>
+void transform_weights(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride,
+                       int64_t u_phase_stride) {
+  if constexpr (F::PHASES == 1) {
+    const W* taps[9];
+    for (int t = 0; t < 9; ++t) taps[t] = packed + t * tap_stride;
+    transform_taps<F, 3>(taps, channels, u, u_point_stride);
+  } else {
+    for (int phase = 0; phase < F::PHASES; ++phase) {
+      // Kernel rows (columns) of the two taps: 0 and 2 in the odd phase, none and 1 in the even one.
+      const int rows[2] = {F::odd_row(phase) ? 0 : -1, F::odd_row(phase) ? 2 : 1};
+      const int columns[2] = {F::odd_column(phase) ? 0 : -1, F::odd_column(phase) ? 2 : 1};
+      const W* taps[4];
+      for (int t = 0; t < 4; ++t) {
+        const int row = rows[t / 2], column = columns[t % 2];
+        taps[t] = row < 0 || column < 0 ? nullptr : packed + (row * 3 + column) * tap_stride;
+      }
+      transform_taps<F, 2>(taps, channels, u + phase * u_phase_stride, u_point_stride);
     }
   }
 }
@@ -128,15 +170,19 @@ void transform_output_tile(const float* m, int64_t m_point_stride, const float* 
   }
 }
 
-// Where a tile reads and writes: strips of one image, and the tile's first output pixel.
-template <class T>
-struct TilePlace {
-  Strip<const T> x, residual;  // residual.data may be null
-  Strip<T> y;
-  int64_t top, left;
-};
+// The same for `count` vectors of channels of a tile, from vector `first` on; those that don't exist are left out.
+template <class F, class T>
+void transform_output_vectors(const TilePlace<T>& tile, const float* m, int64_t m_point_stride, int64_t m_vector_stride,
+                              const float* shift, int64_t first, int64_t count, bool relu) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t channel = (first + i) * LANES;
+    if (channel >= tile.y.channels) return;
+    transform_output_tile<F, T>(m + i * m_vector_stride, m_point_stride, shift, tile.residual, tile.y, tile.top, tile.left,
+                                channel, relu);
+  }
+}
 
-// The weights of a layer after their transform: [panel][point][channel][PANEL].
+// The weights of a layer after their transform: [panel][point][phase][channel][PANEL].
 struct TransformedWeights {
   const float* u;
   int64_t point_stride, panel_stride;
@@ -151,12 +197,13 @@ TransformedWeights transform_layer(Scratch& scratch, const T* packed, const floa
                                    int64_t out_channels, bool relu) {
   constexpr int64_t CHUNK = 64;  // input channels a unit of work
   const int64_t panels = panel_count(out_channels), chunks = (in_channels + CHUNK - 1) / CHUNK;
-  const int64_t stride = point_stride(in_channels * 2), panel_stride = stride * F::A * F::A;
+  const int64_t stride = point_stride(F::PHASES * in_channels * 2), panel_stride = stride * F::A * F::A;
   float* u = scratch.take<float>(panels * panel_stride);
   parallel_units(panels * chunks, [&](int64_t unit, int64_t) {
     const int64_t panel = unit / chunks, c = unit % chunks * CHUNK;
     transform_weights<F, T>(packed + (panel * 9 * in_channels + c) * PANEL, in_channels * PANEL,
-                            std::min(CHUNK, in_channels - c), u + panel * panel_stride + c * PANEL, stride);
+                            std::min(CHUNK, in_channels - c), u + panel * panel_stride + c * PANEL, stride,
+                            in_channels * PANEL);
   });
   return {u, stride, panel_stride, in_channels, out_channels, shift, relu};
 }
@@ -168,7 +215,8 @@ void winograd_tiles(const TransformedWeights& w, int64_t tiles, int64_t group, P
   constexpr int POINTS = F::A * F::A;
   const int64_t panels = panel_count(w.out_channels);
   group = std::min(group, panels);
-  const int64_t v_stride = point_stride(vector_count(w.in_channels) * tiles), m_stride = point_stride(group * 2 * tiles);
+  const int64_t vectors = vector_count(w.in_channels);  // of one phase
+  const int64_t v_stride = point_stride(F::PHASES * vectors * tiles), m_stride = point_stride(group * 2 * tiles);
   Scratch scratch;
   float* v = scratch.take<float>(v_stride * POINTS);
   float* m = scratch.take<float>(m_stride * POINTS);
@@ -176,27 +224,23 @@ void winograd_tiles(const TransformedWeights& w, int64_t tiles, int64_t group, P
   __builtin_memset(zeros, 0, static_cast<size_t>(w.in_channels) * sizeof(T));
 
   for (int64_t t = 0; t < tiles; ++t) {
-    const TilePlace<T> at = place(t);
-    transform_input_tile<F, T>(at.x, at.top - F::PAD, at.left - F::PAD, zeros, v + t * LANES, v_stride, tiles * LANES);
+    transform_input_phases<F, T>(place(t), zeros, v + t * LANES, v_stride, vectors, tiles * LANES);
   }
   for (int64_t first = 0; first < panels; first += group) {
     const int64_t count = std::min(group, panels - first);
     for (int point = 0; point < POINTS; ++point) {
+      const PhaseRun phases = F::run(point);
+      const float* a = v + point * v_stride + phases.first * vectors * tiles * LANES;
+      const float* b = w.u + first * w.panel_stride + point * w.point_stride + phases.first * w.in_channels * PANEL;
       for (int64_t j = 0; j < count; ++j) {
         between();
-        multiply_rows({v + point * v_stride, tiles * LANES, w.u + (first + j) * w.panel_stride + point * w.point_stride,
-                       w.in_channels, m + point * m_stride + j * 2 * tiles * LANES, tiles * LANES, false},
+        multiply_rows({a, tiles * LANES, b + j * w.panel_stride, phases.count * w.in_channels,
+                       m + point * m_stride + j * 2 * tiles * LANES, tiles * LANES, false},
                       tiles);
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
-      const TilePlace<T> at = place(t);
-      for (int64_t i = 0; i < 2 * count; ++i) {
-        const int64_t channel = (2 * first + i) * LANES;
-        if (channel >= w.out_channels) break;
-        transform_output_tile<F, T>(m + (i * tiles + t) * LANES, m_stride, w.shift, at.residual, at.y, at.top, at.left,
-                                    channel, w.relu);
-      }
+      transform_output_vectors<F, T>(place(t), m + t * LANES, m_stride, tiles * LANES, w.shift, 2 * first, 2 * count, w.relu);
     }
   }
 }

@@ -6,14 +6,31 @@
 // For F(4) the points are 0, +-sqrt(1/2), +-sqrt(2), infinity: symmetric in magnitude about 1, they keep the entries of the
 // matrices close together and halve the rounding error of the usual 0, +-1, +-2 (see docs/cpu-kernels.md).
 // Each function transforms one line of vectors; a tile is transformed by its columns, then its rows.
+//
+// Members common to all: M, the output tile; A, the input tile; PAD, how far above and left of its first output it begins;
+// STRIDE of the convolution; PHASES, the images that an image of stride 2 splits into (even and odd rows and columns).
 #pragma once
 
 namespace resnet_fused::cpu::RF_ISA {
 
-struct F2 {
-  static constexpr int M = 2;    // output tile
-  static constexpr int A = 4;    // input tile
-  static constexpr int PAD = 1;  // the tile begins this far above and left of its first output
+// Phases that contribute to a point: `count` of them, from `first` on.
+struct PhaseRun {
+  int64_t first, count;
+};
+
+// Of an algorithm for stride 1: the image itself.
+struct OnePhase {
+  static constexpr int STRIDE = 1;
+  static constexpr int PHASES = 1;
+  static RF_INLINE PhaseRun run(int) { return {0, 1}; }
+  static RF_INLINE int64_t first_row(int64_t top, int64_t pad, int) { return top - pad; }
+  static RF_INLINE int64_t first_column(int64_t left, int64_t pad, int) { return left - pad; }
+};
+
+struct F2 : OnePhase {
+  static constexpr int M = 2;
+  static constexpr int A = 4;
+  static constexpr int PAD = 1;
 
   // y = B^T x
   static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) {
@@ -38,7 +55,7 @@ struct F2 {
   }
 };
 
-struct F4 {
+struct F4 : OnePhase {
   static constexpr int M = 4;
   static constexpr int A = 6;
   static constexpr int PAD = 1;
@@ -82,7 +99,7 @@ struct F4 {
 
 // F(3 x 3, 4 x 4) at the same points, so with the same input transform: for the stem, see stem.h. Its weights are transformed
 // where they are packed, in resnet_fused/backends/cpu.py.
-struct Stem34 {
+struct Stem34 : OnePhase {
   static constexpr int M = 3;
   static constexpr int A = 6;
   static constexpr int PAD = 2;
@@ -95,6 +112,51 @@ struct Stem34 {
     y[0] = fma(F4::constant(NP), sum_p, fma(F4::constant(NQ), sum_q, x[0]));
     y[1] = fma(F4::constant(P * NP), difference_p, mul(F4::constant(Q * NQ), difference_q));
     y[2] = fma(F4::constant(P2 * NP), sum_p, fma(F4::constant(Q2 * NQ), sum_q, x[5]));
+  }
+};
+
+// 3 x 3 of stride 2: F(5 x 5, 2 x 2) at the same points, on the four phases of the image stacked as channels. With
+// r = 2 o + k - 1, kernel rows 0 and 2 read the odd rows 2 (o - 1) + 1 and 2 o + 1: two taps, at offsets -1 and 0; kernel row 1
+// reads the even row 2 o: one tap, at offset 0. Likewise for columns. Where a phase has no tap at offset -1, its polynomial is
+// 0 at the point 0, and its products there are left out: 121 products a channel for 25 results, where the direct sum has 225.
+// The phases are ordered so that those which contribute to a point lie side by side.
+struct Stride2 {
+  static constexpr int M = 5;
+  static constexpr int A = 6;
+  static constexpr int PAD = 1;
+  static constexpr int STRIDE = 2;
+  static constexpr int PHASES = 4;
+
+  static RF_INLINE bool odd_row(int phase) { return phase < 2; }                     // odd odd even even
+  static RF_INLINE bool odd_column(int phase) { return phase == 1 || phase == 2; }   // even odd odd even
+  static RF_INLINE PhaseRun run(int point) {
+    if (point == 0) return {1, 1};
+    if (point < A) return {0, 2};
+    return point % A == 0 ? PhaseRun{1, 2} : PhaseRun{0, 4};
+  }
+  static RF_INLINE int64_t first_row(int64_t top, int64_t pad, int phase) { return 2 * (top - pad) + odd_row(phase); }
+  static RF_INLINE int64_t first_column(int64_t left, int64_t pad, int phase) {
+    return 2 * (left - pad) + odd_column(phase);
+  }
+
+  static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) { F4::input(x, y); }
+  static RF_INLINE void weight(const vec (&x)[2], vec (&y)[A]) {
+    y[0] = x[0];
+    y[1] = fma(F4::constant(F4::P), x[1], x[0]);
+    y[2] = fnma(F4::constant(F4::P), x[1], x[0]);
+    y[3] = fma(F4::constant(F4::Q), x[1], x[0]);
+    y[4] = fnma(F4::constant(F4::Q), x[1], x[0]);
+    y[5] = x[1];
+  }
+  static RF_INLINE void output(const vec (&x)[A], vec (&y)[M]) {
+    constexpr double P = F4::P, P2 = F4::P2, Q = F4::Q, Q2 = F4::Q2, NP = F4::NP, NQ = F4::NQ;
+    const vec sum_p = add(x[1], x[2]), difference_p = sub(x[1], x[2]);
+    const vec sum_q = add(x[3], x[4]), difference_q = sub(x[3], x[4]);
+    y[0] = fma(F4::constant(NP), sum_p, fma(F4::constant(NQ), sum_q, x[0]));
+    y[1] = fma(F4::constant(P * NP), difference_p, mul(F4::constant(Q * NQ), difference_q));
+    y[2] = fma(F4::constant(P2 * NP), sum_p, mul(F4::constant(Q2 * NQ), sum_q));
+    y[3] = fma(F4::constant(P * P2 * NP), difference_p, mul(F4::constant(Q * Q2 * NQ), difference_q));
+    y[4] = fma(F4::constant(P2 * P2 * NP), sum_p, fma(F4::constant(Q2 * Q2 * NQ), sum_q, x[5]));
   }
 };
 

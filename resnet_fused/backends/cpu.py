@@ -17,10 +17,6 @@ _BLOCKS = ("basic_block", "bottleneck")
 _STEM_POOL = Pool((3, 3), (2, 2), (1, 1))
 
 
-def _winograd(problem: Problem, conv: Conv) -> bool:
-    return problem.precision == "fast" and cpu_plan.winograd_serves(conv)
-
-
 def _stem_kernel(problem: Problem) -> bool:
     """Whether the stem's kernel serves the problem, a stem or its convolution alone."""
     if problem.precision != "fast" or not _is_stem(problem.convs[0]):
@@ -95,8 +91,8 @@ class CPU:
         for conv in problem.convs:
             if conv.groups != 1:
                 return f"it serves convolutions of one group, not {conv.groups}"
-            if problem.dtype == torch.bfloat16 and not (_winograd(problem, conv) or _stem_kernel(problem)):
-                return "in bfloat16 it serves 3×3 convolutions of stride, padding and dilation 1 (by float32 Winograd)"
+        if problem.dtype == torch.bfloat16 and not _stem_kernel(problem) and (len(problem.convs) > 1 or not cpu_plan.winograd(problem)):
+            return "in bfloat16 it serves what Winograd serves: 3×3 convolutions of padding and dilation 1"
         if problem.op == "stem" and not _stem_kernel(problem):
             return "as a whole it serves stems of a 7×7 convolution of stride 2 on up to 4 channels and a 3×3 pool of stride 2, by Winograd"
         if problem.op in _BLOCKS:
@@ -128,7 +124,7 @@ class CPU:
         (conv,) = problem.convs
         weight, shift = _packed(folded, 0)
         geometry = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
-        plan = [*map(int, cpu_plan.winograd(problem))] if _winograd(problem, conv) else []
+        plan = [*map(int, cpu_plan.winograd(problem) or ())]
         relu, out_channels = problem.op != "conv2d_bn", conv.out_channels
         run = torch.ops.resnet_fused_cpu.conv.default
 

@@ -13,7 +13,7 @@ class WinogradPlan(NamedTuple):
     """The numbers that resnet_fused_cpu::conv takes as `plan`.
 
     Attributes:
-        output_tile: m of F(m×m, 3×3).
+        output_tile: m of the m×m results of a tile: 2 or 4 for stride 1, 5 for stride 2.
         tiles: tiles that go through the stages together.
         panels: panels of output channels multiplied before their output transform (only where work is split over tiles).
         channel_chunk: input channels whose weights are transformed at once (only where work is split over panels).
@@ -41,22 +41,41 @@ class BlockPlan(NamedTuple):
     panels: int
 
 
-def _tiles(size: int) -> int:
-    return -(-size // 4)
+def _tiles(height: int, width: int, m: int) -> int:
+    """Tiles of m×m pixels that cover an image."""
+    return -(-height // m) * -(-width // m)
 
 
-def winograd_serves(conv: Conv) -> bool:
-    """Whether the Winograd kernels can compute it: 3×3, stride, padding and dilation 1, one group."""
+def _unit_stride(conv: Conv) -> bool:
     return conv[2:] == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
-def winograd(problem: Problem) -> WinogradPlan:
-    """The plan for a problem of one convolution that Winograd serves."""
-    n, channels, h, w = problem.shape
-    tiles = n * _tiles(h) * _tiles(w)
-    if channels <= 256 and tiles >= 96:
-        return WinogradPlan(4, 8, 8, 64, False)
-    return WinogradPlan(4, min(tiles, 64 if channels <= 256 else 32), 1, 64, True)
+def _stride_2(conv: Conv) -> bool:
+    return conv[2:] == ((3, 3), (2, 2), (1, 1), (1, 1), 1) and conv.in_channels % 16 == 0
+
+
+def winograd(problem: Problem) -> WinogradPlan | None:
+    """The plan for a problem of one convolution; None where Winograd can't serve it, or where the direct sum is cheaper."""
+    if problem.precision != "fast":
+        return None
+    (conv,) = problem.convs
+    n, _, h, w = problem.shape
+    if _unit_stride(conv):
+        tiles = n * _tiles(h, w, 4)
+        if conv.in_channels <= 256 and tiles >= 96:
+            return WinogradPlan(4, 8, 8, 64, False)
+        return WinogradPlan(4, min(tiles, 64 if conv.in_channels <= 256 else 32), 1, 64, True)
+    if _stride_2(conv):
+        h, w = conv.output_size(h, w)
+        tiles = n * _tiles(h, w, 5)
+        # In multiply-adds for each pair of channels: 121 products a tile and a quarter more for its transforms, 700 for the
+        # transform of the weights, against 9 a pixel.
+        if 1.25 * 121 * tiles + 700 > 0.95 * 9 * n * h * w:
+            return None
+        if conv.in_channels * conv.out_channels <= 128 * 128:
+            return WinogradPlan(5, min(tiles, 9), 4, 64, False)
+        return WinogradPlan(5, min(tiles, 72), 1, 64, True)
+    return None
 
 
 def block_serves(problem: Problem) -> bool:
@@ -66,16 +85,16 @@ def block_serves(problem: Problem) -> bool:
     if problem.shortcut and not pointwise[-1]:
         return False
     if problem.op == "basic_block":
-        return len(convs) == 2 and all(map(winograd_serves, convs))
-    return len(convs) == 3 and pointwise[0] and winograd_serves(convs[1]) and pointwise[2]
+        return len(convs) == 2 and all(map(_unit_stride, convs))
+    return len(convs) == 3 and pointwise[0] and _unit_stride(convs[1]) and pointwise[2]
 
 
 def block(problem: Problem) -> BlockPlan:
     """The plan for a block that `block_serves`."""
     n, _, h, w = problem.shape
-    strip = 1 if _tiles(w) >= 14 else 2
+    strip = 1 if w > 52 else 2
     # Four units a thread let it finish evenly, but every seam of two parts costs rows that are computed twice.
-    parts = min(-(-4 * torch.get_num_threads() // max(n, 1)), 1 + _tiles(h) // (2 * strip))
+    parts = min(-(-4 * torch.get_num_threads() // max(n, 1)), 1 + h // (8 * strip))
     return BlockPlan(strip, max(parts, 1), 2)
 
 
@@ -83,4 +102,4 @@ def block_wins(problem: Problem) -> bool:
     """Whether the block as a whole was measured to beat its layers one by one: where its rows outweigh its weights."""
     n, _, h, w = problem.shape
     width = problem.main_path[0].out_channels
-    return width <= 128 or (width <= 256 and n * _tiles(h) * _tiles(w) >= 48)
+    return width <= 128 or (width <= 256 and n * _tiles(h, w, 4) >= 48)
