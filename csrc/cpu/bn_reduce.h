@@ -134,9 +134,8 @@ void statistics_in_rows(const BnShape& s, const T* x, float* mean, float* var) {
 template <class T>
 void statistics_in_planes(const BnShape& s, const T* x, float* mean, float* var) {
   parallel_units(s.channels, [&](int64_t channel, int64_t) {
-    float first[LANES];
-    store(first, load(x + channel * s.pixels, 1));
-    const vec origin = splat(first[0]);
+    const float first = to_float(x[channel * s.pixels]);
+    const vec origin = splat(first);
     double count = 0, center = 0, deviations = 0;
     for (int64_t image = 0; image < s.images; ++image) {
       const T* plane = x + (image * s.channels + channel) * s.pixels;
@@ -159,7 +158,7 @@ void statistics_in_planes(const BnShape& s, const T* x, float* mean, float* var)
         count = together;
       }
     }
-    mean[channel] = static_cast<float>(first[0] + center);
+    mean[channel] = static_cast<float>(first + center);
     var[channel] = static_cast<float>(deviations / count);
   });
 }
