@@ -67,13 +67,13 @@ def fuse(
         config.logger().warning("rf.fuse: the model is in training mode, and batch norms in training mode are not fused. "
                                 "Call model.eval() first.")
     original = model
-    if not inplace:
-        model = copy.deepcopy(model)
-    elif example_inputs is not None:
-        original = copy.deepcopy(model)
-    before = _tensor_bytes(model)
-    # Outside of inference mode, so that the folded parameters count their changes like all parameters.
+    # Outside of inference mode, so that parameters, copied and folded, count their changes.
     with torch.inference_mode(False), torch.no_grad():
+        if not inplace:
+            model = _copy(model)
+        elif example_inputs is not None:
+            original = _copy(model)
+        before = _tensor_bytes(model)
         fuser = Fuser(model, precision, backend)
         fused = fuser.fuse(model)
     setattr(fused, _ROWS, (fuser.rows.all(), before))
@@ -82,6 +82,12 @@ def fuse(
         if not _agree(original, fused, arguments):
             return original
     return fused
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, of models too that hold computed tensors, as weight_norm and pruning leave them, which deepcopy refuses."""
+    computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 def _agree(original: nn.Module, fused: nn.Module, arguments: tuple[Any, ...]) -> bool:

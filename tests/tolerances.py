@@ -19,8 +19,8 @@ FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2.0**-11, tor
 def relative_error(y: Tensor, truth: Tensor) -> float:
     """‖y − truth‖ / ‖truth‖ over the elements where the truth is finite."""
     finite = truth.isfinite()
-    scale = truth[finite].norm().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((y.double()[finite] - truth[finite]).norm() / scale)
+    scale = truth.detach()[finite].norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((y.detach().double()[finite] - truth[finite]).norm() / scale).item()
 
 
 def assert_as_good_as_stock(ours: Tensor, stock: Tensor, truth: Tensor, winograd: bool = False) -> None:

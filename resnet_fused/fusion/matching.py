@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from resnet_fused.backends import Pool, Precision
 from resnet_fused.fusion.tracing import Reader
-from resnet_fused.modules.folding import NotFoldable, is_norm
+from resnet_fused.modules.folding import NotFoldable, check_conv, is_norm
 from resnet_fused.modules.fused import FusedBlock, FusedConv2d, FusedConv2dAdd, FusedModule, FusedStem
 
 
@@ -138,6 +138,7 @@ class Matcher:
         return None, ""
 
     def _norm_behind(self, node: fx.Node, conv: nn.Conv2d, name: str) -> tuple[fx.Node, nn.Module]:
+        check_conv(conv)
         if name and self.reader.calls[name] > 1:
             raise NotFoldable("the convolution is called more than once in one forward")
         if id(conv.weight) in self.shared:

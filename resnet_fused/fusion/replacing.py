@@ -10,6 +10,7 @@ from resnet_fused.fusion.matching import Matcher, Unit
 from resnet_fused.fusion.rows import Rows, join
 from resnet_fused.fusion.tracing import CannotTrace, Reader, is_inlined, trace
 from resnet_fused.fusion.wrapped_conv import fuse_wrapped, is_wrapped
+from resnet_fused.modules.blocks import Block
 from resnet_fused.modules.folding import NotFoldable, hooks_of
 from resnet_fused.modules.fused import FusedModule
 from resnet_fused.ops.common import memory_format
@@ -43,6 +44,10 @@ class Fuser:
             return module
         if is_wrapped(module):
             return self._fuse_wrapped(module, path)
+        if isinstance(module, nn.Conv2d):
+            return module  # a part of what the module that calls it computes
+        if isinstance(module, Block):
+            return self._fuse_own_block(module, path)
         try:
             graph: fx.Graph | None = trace(module)
             children = self._called_whole(module, path, graph)
@@ -69,6 +74,21 @@ class Fuser:
             self.rows.explain(module, path, str(reason))
             return module
         self.rows.mark(path, "conv2d_bn_relu" if fused.relu else "conv2d_bn", path, "")
+        return fused
+
+    def _fuse_own_block(self, block: Block, path: str) -> nn.Module:
+        """The library's own block, whose forward chooses between its modes and can't be traced."""
+        try:
+            hooks = hooks_of(block)
+            if hooks is not None:
+                raise NotFoldable(f"the block has {hooks}")
+            fused = block.fused(self.precision, self.backend)
+        except NotFoldable as reason:
+            self.rows.explain(block, path, str(reason))
+            return block
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Conv2d):
+                self.rows.mark(join(path, name), fused.op, path, "")
         return fused
 
     def _called_whole(self, module: nn.Module, path: str, graph: fx.Graph) -> list[str]:

@@ -1,0 +1,396 @@
+"""What rf.fuse can't prove safe: left exactly as it was, with the reason in the report, and the same results."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import resnet_fused as rf
+from resnet_fused.modules import FusedModule
+
+
+class ConvBN(nn.Module):
+    """conv, batch norm, activation; the activation is a module or a function."""
+
+    def __init__(self, act=None, conv=None, bn=None):
+        super().__init__()
+        self.conv = conv or nn.Conv2d(8, 8, 3, padding=1)
+        self.bn = bn or nn.BatchNorm2d(8)
+        self.act = act or nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+class SecondReader(ConvBN):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + y.mean()
+
+
+class Branches(ConvBN):
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x))) if x.sum() > 0 else x
+
+
+class OptionalArgument(ConvBN):
+    def forward(self, x, mask=None):
+        y = self.act(self.bn(self.conv(x)))
+        return y if mask is None else y * mask
+
+
+class CalledTwice(ConvBN):
+    def forward(self, x):
+        return self.act(self.bn(self.conv(self.conv(x))))
+
+
+class Counts(ConvBN):
+    calls = 0
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.act(self.bn(self.conv(x)))
+
+
+class MakesATensor(ConvBN):
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x))) + torch.rand(1) * 0
+
+
+class CallsParts(nn.Module):
+    """Calls a child as a whole and one of its parts by itself: swapping the part would change one of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = ConvBN()
+
+    def forward(self, x):
+        return self.inner(x) + self.inner.bn(x)
+
+
+class SharedModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = ConvBN()
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class TiedWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = ConvBN(), ConvBN()
+        self.b.conv.weight = self.a.conv.weight
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class OddFrozenBatchNorm2d(nn.Module):
+    """Has the name and the buffers of a frozen batch norm, and computes something else."""
+
+    def __init__(self, n):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(n) + 0.5)
+        self.eps = 1e-5
+
+    def forward(self, x):
+        shape = (1, -1, 1, 1)
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return x * scale.view(shape) + (self.bias - self.running_mean).view(shape)
+
+
+OddFrozenBatchNorm2d.__name__ = "FrozenBatchNorm2d"
+
+
+def _in_training_mode():
+    model = ConvBN()
+    model.eval().bn.train()
+    return model
+
+
+def _with_hook(where: str):
+    model = ConvBN().eval()
+    model.get_submodule(where).register_forward_hook(lambda m, args, y: y * 2)
+    return model
+
+
+def _pruned():
+    model = ConvBN().eval()
+    prune.random_unstructured(model.conv, "weight", 0.5)
+    return model
+
+
+def _quantized():
+    model = ConvBN().eval()
+    model.conv = torch.ao.nn.qat.Conv2d(8, 8, 3, padding=1, qconfig=torch.ao.quantization.default_qat_qconfig)
+    return model.eval()
+
+
+def _overflowing():
+    model = ConvBN().eval().half()
+    with torch.no_grad():
+        model.bn.running_var.fill_(0)
+        model.bn.weight.fill_(60000)
+    return model
+
+
+LEFT = {
+    "bn-in-training-mode": (_in_training_mode, "training mode"),
+    "no-running-statistics": (lambda: ConvBN(bn=nn.BatchNorm2d(8, track_running_stats=False)).eval(), "no running statistics"),
+    "second-reader": (lambda: SecondReader().eval(), "has 2 readers"),
+    "hook-on-conv": (lambda: _with_hook("conv"), "convolution has forward hooks"),
+    "hook-on-bn": (lambda: _with_hook("bn"), "batch norm has forward hooks"),
+    "weight-norm": (lambda: ConvBN(conv=parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))).eval(), "parametrized"),
+    "old-weight-norm": (lambda: ConvBN(conv=nn.utils.weight_norm(nn.Conv2d(8, 8, 3, padding=1))).eval(), "weight_norm"),
+    "pruning-mask": (_pruned, "pruning"),
+    "quantization-aware": (_quantized, "computes something else than nn.Conv2d"),
+    "data-dependent-branch": (lambda: Branches().eval(), "can't be traced"),
+    "optional-argument": (lambda: OptionalArgument().eval(), "optional argument 'mask'"),
+    "conv-called-twice": (lambda: CalledTwice().eval(), "called more than once"),
+    "forward-changes-the-module": (lambda: Counts().eval(), "changes the module"),
+    "forward-makes-a-tensor": (lambda: MakesATensor().eval(), "makes a tensor of its own"),
+    "parts-called-alone": (lambda: CallsParts().eval(), "also calls a part"),
+    "module-in-two-places": (lambda: SharedModule().eval(), "used in several places"),
+    "tied-weights": (lambda: TiedWeights().eval(), "shared with another module"),
+    "only-the-name-of-a-frozen-bn": (lambda: ConvBN(bn=OddFrozenBatchNorm2d(8)).eval(), "computes something else"),
+    "folding-overflows": (_overflowing, "overflow torch.float16"),
+    "no-bn": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()).eval(), "no batch norm follows, but ReLU"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*deprecated.*:DeprecationWarning")
+@pytest.mark.parametrize("make, reason", LEFT.values(), ids=LEFT)
+def test_left_exactly_as_it_was_with_the_reason(make, reason):
+    model = make()
+    x = torch.randn(2, 8, 6, 6).to(next(model.parameters()).dtype)
+    fused = rf.fuse(model)
+    assert not any(isinstance(m, FusedModule) for m in fused.modules())
+    with torch.no_grad():
+        torch.manual_seed(1)
+        want = model(x)
+        torch.manual_seed(1)
+        assert torch.equal(fused(x), want)
+    rows = rf.report(fused, file=io.StringIO()).rows
+    assert rows
+    for row in rows:
+        assert not row.op
+        assert reason in row.note, row.note
+
+
+PARTLY = {
+    "relu6": (lambda: ConvBN(act=nn.ReLU6()), "conv2d_bn", "ReLU6 follows; only ReLU is fused"),
+    "silu": (lambda: ConvBN(act=nn.SiLU()), "conv2d_bn", "SiLU follows; only ReLU is fused"),
+    "hook-on-relu": (lambda: _with_hook("act"), "conv2d_bn", "ReLU follows"),
+}
+
+
+@pytest.mark.parametrize("make, op, note", PARTLY.values(), ids=PARTLY)
+def test_what_follows_stays_and_the_report_says_why(make, op, note):
+    model = make().eval()
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+    (row,) = rf.report(fused, file=io.StringIO()).rows
+    assert row.op == op
+    assert note in row.note
+
+
+class Residual(nn.Module):
+    """relu(bn(conv(x)) + x), the sum written in one of the ways that people write it."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.add = add
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return self.add(y, x)
+
+
+def _iadd(y, x):
+    y += x
+    return F.relu(y)
+
+
+SUMS = {
+    "operator": lambda y, x: F.relu(y + x),
+    "reversed": lambda y, x: (x + y).relu(),
+    "in-place": _iadd,
+    "torch.add": lambda y, x: torch.relu(torch.add(y, x)),
+    "method": lambda y, x: y.add_(x).relu_(),
+}
+
+
+@pytest.mark.parametrize("add", SUMS.values(), ids=SUMS)
+def test_sums_in_every_spelling_make_a_block(add, trained):
+    model = trained(Residual(add))
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert {row.op for row in rf.report(fused, file=io.StringIO()).rows} == {"basic_block"}
+
+
+def _overwrites_input(y, x):
+    x += y
+    return F.relu(x)
+
+
+NOT_SUMS = {
+    "scaled": lambda y, x: F.relu(torch.add(y, x, alpha=2)),
+    "with-itself": lambda y, x: F.relu(y + y),
+    "read-again-before-relu": lambda y, x: (lambda s: F.relu(s) + s)(y + x),
+    "bn-read-again": lambda y, x: F.relu(y + x) + y,
+    "writes-into-the-input": _overwrites_input,
+    "input-overwritten-between": lambda y, x: F.relu(y + x.mul_(2)),
+}
+
+
+@pytest.mark.parametrize("add", NOT_SUMS.values(), ids=NOT_SUMS)
+def test_sums_that_are_not_residuals_keep_their_meaning(add, trained):
+    model = trained(Residual(add))
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 6, 6)
+    a, b = x.clone(), x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(a), model(b), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg="what happens to the input differs from stock")
+
+
+class Wrapped(nn.Conv2d):
+    """detectron2's convolution: norm and activation inside, and a look at the batch size that can't be traced."""
+
+    def __init__(self, *args, norm=None, activation=None, twice=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm, self.activation, self.twice = norm, activation, twice
+
+    def forward(self, x):
+        if x.numel() == 0 and self.training:
+            raise AssertionError("empty batch in training")
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.activation is None else self.activation(x)
+        return x * 2 if self.twice else x
+
+
+class DetectronBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = Wrapped(16, 8, 1, bias=False, norm=nn.BatchNorm2d(8))
+        self.conv2 = Wrapped(8, 8, 3, padding=1, bias=False, norm=nn.BatchNorm2d(8))
+        self.conv3 = Wrapped(8, 32, 1, bias=False, norm=nn.BatchNorm2d(32))
+        self.shortcut = Wrapped(16, 32, 1, bias=False, norm=nn.BatchNorm2d(32))
+
+    def forward(self, x):
+        out = F.relu_(self.conv1(x))
+        out = F.relu_(self.conv2(out))
+        out = self.conv3(out)
+        out += self.shortcut(x) if self.shortcut is not None else x
+        return F.relu_(out)
+
+
+def test_detectron_blocks_are_fused_whole(trained):
+    model = trained(nn.Sequential(DetectronBlock()))
+    fused = rf.fuse(model)
+    x = torch.randn(2, 16, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    rows = rf.report(fused, file=io.StringIO()).rows
+    assert [(row.conv, row.op) for row in rows] == [(f"0.{name}", "bottleneck") for name in ("conv1", "conv2", "conv3", "shortcut")]
+
+
+def test_wrapped_convolution_that_computes_more_is_left_alone(trained):
+    model = trained(nn.Sequential(Wrapped(8, 8, 3, norm=nn.BatchNorm2d(8), activation=F.relu, twice=True)))
+    fused = rf.fuse(model)
+    (row,) = rf.report(fused, file=io.StringIO()).rows
+    assert "computes something else" in row.note
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(fused(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(8, 8, 3, padding="same"),
+        nn.Conv2d(8, 8, 4, padding="same"),
+        nn.Conv2d(8, 8, 3, padding="valid"),
+        nn.Conv2d(8, 8, 3, padding=2, padding_mode="reflect"),
+        nn.Conv2d(8, 8, (3, 5), padding=(1, 2), padding_mode="circular"),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="replicate", stride=2),
+    ],
+    ids=["same", "same-even-kernel", "valid", "reflect", "circular", "replicate"],
+)
+def test_padding_strings_and_modes(conv, trained):
+    model = trained(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU()))
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert rf.report(fused, file=io.StringIO()).rows[0].op == "conv2d_bn_relu"
+
+
+class Views(nn.Module):
+    """Flattens with view, which fails on channels_last results: people write this after pools of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8 * 16, 4)
+
+    def forward(self, x):
+        y = F.avg_pool2d(self.body(x), 2)
+        return self.fc(y.view(y.size(0), -1))
+
+
+def test_view_behind_a_fused_module_works_as_in_stock(trained):
+    model = trained(Views())
+    fused = rf.fuse(model)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_example_inputs_are_compared(trained, monkeypatch, caplog):
+    model = trained(ConvBN())
+    x = torch.randn(1, 8, 6, 6)
+    assert rf.fuse(model, example_inputs=x) is not model
+
+    from resnet_fused.modules import fused as module
+
+    fold = module.fold
+    monkeypatch.setattr(module, "fold", lambda conv, norm: tuple(t * 1.5 for t in fold(conv, norm)))
+    assert rf.fuse(model, example_inputs=x) is model
+    assert "disagrees with the original" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"model": torch.ones(1)}, TypeError, "model is Tensor"),
+        ({"backend": "cudnnn"}, ValueError, "backend is 'cudnnn'; it must be 'auto' or one of"),
+        ({"precision": "double"}, ValueError, "precision is 'double'; it must be one of 'fast', 'exact'"),
+        ({"tune": True}, ValueError, "tune=True needs example_inputs"),
+    ],
+    ids=["no-module", "backend", "precision", "tune"],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        rf.fuse(**{"model": ConvBN().eval(), **arguments})
+
+
+def test_report_of_something_else():
+    with pytest.raises(ValueError, match="that rf.fuse didn't make"):
+        rf.report(nn.Linear(1, 1))
