@@ -97,21 +97,27 @@ def test_refusals_give_the_reason(numbers: list[int], reason: str) -> None:
         plan(numbers, A100)
 
 
-def test_tensors_beyond_31_bits() -> None:
-    # 2 images more than 2^32 bytes apart: the second is laid there, and the parameter that says where is set accordingly.
-    memory, x, weight = px.Memory(), torch.randn(2, 1, 5, 16).half(), torch.randn(24, 16, 1, 1).half()
-    numbers = [2, 1, 5, 16, 24, 1, 1, 1, 2, 0, 0, 1, 1, F16, 0]
+def test_offsets_beyond_32_bits() -> None:
+    # Filter rows 2^40 bytes apart: each output pixel has one of its two filter rows in the image, which is a single row at x,
+    # so that all that is read lies there, if no offset on the way loses its upper bits.
+    memory, x, weight = px.Memory(), torch.randn(1, 16, 1, 5).half(), torch.randn(24, 16, 2, 1).half()
+    numbers = [1, 1, 5, 16, 24, 2, 1, 1, 1, 1, 0, 1, 1, F16, 0]
     packed = pack_weight(weight, torch.ops.resnet_fused_cuda.conv2d_weight_layout(numbers), False)
-    first = memory.upload(x[0])
-    memory.empty(5 << 30)
-    second, y = memory.upload(x[1]), memory.empty(2 * 3 * 24 * 2)
-    assert second - first > 1 << 32
-    pointers = [first, memory.upload(packed), memory.upload(torch.zeros(24)), 0, y, 0]
+    y = memory.empty(2 * 5 * 24 * 2)
+    pointers = [memory.upload(x.permute(0, 2, 3, 1).contiguous()), memory.upload(packed), memory.upload(torch.zeros(24)), 0, y, 0]
     (kernel,), launches, params, _ = torch.ops.resnet_fused_cuda.conv2d_plan(numbers, A100, pointers, "", 1)
-    assert params[6] == 5 * 16 * 2  # image_stride, behind six pointers
-    params[6] = second - first
+    row_stride, row_delta = 7, 9  # behind six pointers and image_stride; behind run_delta
+    assert params[row_stride] == 5 * 16 * 2
+    params[row_delta] += (1 << 40) - params[row_stride]
+    params[row_stride] = 1 << 40
     *grid, block, shared = launches
     module("conv2d_f16", "sm_80").launch(kernel, grid, block, [np.array(params, np.int64).tobytes()], shared, memory)
-    result = memory.download(y, torch.float16, (2, 3, 24))
-    truth = x[:, 0, ::2].double() @ weight[:, :, 0, 0].double().T
+    result = memory.download(y, torch.float16, (1, 2, 5, 24)).permute(0, 3, 1, 2)
+    truth = torch.nn.functional.conv2d(x.double(), weight.double(), padding=(1, 0))
     torch.testing.assert_close(result.double(), truth, rtol=1e-3, atol=1e-3)
+
+
+def test_tensors_of_more_than_2_to_the_31_elements_are_served() -> None:
+    numbers = problem(256, 224, 256, 64, 1)
+    params = plan(numbers, A100)[2]
+    assert 256 * params[6] == 2 * 256 * 224 * 224 * 256 > 1 << 32  # bytes of x by its image_stride, and more elements than 2^31
