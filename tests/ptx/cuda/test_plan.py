@@ -118,6 +118,6 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_tensors_of_more_than_2_to_the_31_elements_are_served() -> None:
-    numbers = problem(256, 224, 256, 64, 1)
+    numbers = problem(256, 224, 256, 64, 3)
     params = plan(numbers, A100)[2]
     assert 256 * params[6] == 2 * 256 * 224 * 224 * 256 > 1 << 32  # bytes of x by its image_stride, and more elements than 2^31
