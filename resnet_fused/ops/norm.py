@@ -180,10 +180,13 @@ def backward(
         masked = more if masked is None else masked
     elif need_residual:
         masked = dy.clone() if y is None else common.relu_backward(dy, y)
-    none = dy.new_empty(0)
     dtype = weight.dtype if weight is not None else mean.dtype
-    dweight, dbias = (none if t is None or not need_parameters else t.to(dtype) for t in (dweight, dbias))
-    return none if dx is None else dx, none.clone() if masked is None else masked, dweight, dbias
+    if not need_parameters:
+        dweight = dbias = None
+    # Results of an operator are tensors, and distinct ones.
+    dx, masked = (dy.new_empty(0) if t is None else t for t in (dx, masked))
+    dweight, dbias = (mean.new_empty(0, dtype=dtype) if t is None else t.to(dtype) for t in (dweight, dbias))
+    return dx, masked, dweight, dbias
 
 
 def _fake_backward(
@@ -206,7 +209,7 @@ def _fake_backward(
         return torch.empty_like(like, memory_format=activation_format(like)) if needed else dy.new_empty(0)
 
     def by_channel() -> Tensor:
-        return parameter.new_empty(like.shape[1]) if needs[2] else dy.new_empty(0)
+        return parameter.new_empty(like.shape[1] if needs[2] else 0)
 
     return activation(needs[0]), activation(needs[1]), by_channel(), by_channel()
 
