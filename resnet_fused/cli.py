@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
 
-    verify = commands.add_parser("verify", help="compare a fused model with its original against float64, block by block")
+    verify = commands.add_parser(
+        "verify",
+        help="compare a fused model with its original against float64, or check every kernel of a device",
+        description="Compares fused models with their originals, block by block; with --device, every kernel on listed problems.",
+        epilog="After installing on a machine with a GPU: resnet-fused verify --device cuda. Kernels that fail are not used again.",
+    )
+    verify.add_argument("--device", help="check every kernel of every backend on this device: cuda, cuda:1 or cpu")
+    verify.add_argument("--out", type=Path, default=Path("verify-results.json"), help="JSON of --device (%(default)s)")
     verify.add_argument("--models", default="resnet18,resnet50", help="torchvision models, separated by commas (%(default)s)")
     verify.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(%(default)s)")
     verify.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
@@ -120,6 +128,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.device is not None:
+        from resnet_fused import acceptance
+
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device):
+            raise _UserError(f"--device is {arguments.device!r}; it takes cpu, cuda, or one GPU as cuda:1")
+        return acceptance.main(arguments.device, arguments.out)
     import resnet_fused as rf
     from resnet_fused.bench.workloads import Workload
 

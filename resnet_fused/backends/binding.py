@@ -62,7 +62,9 @@ def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
         if name == "reference" and chosen == "auto":
             # The composition below computes the same, with the best backend for each part.
             continue
-        if whole.unavailable() is None and whole.unsupported(problem) is None and (chosen == name or whole.wins(problem)):
+        if whole.unavailable() is not None or whole.unsupported(problem) is not None:
+            continue
+        if chosen == name or (whole.wins(problem) and records.rejected(problem, name) is None):
             return Bound(whole.prepare(problem, folded), name)
     return compose(problem, folded, chosen)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import library
+from resnet_fused.backends import library, records
 from resnet_fused.backends.cuda_norm import CUDANorm
 from resnet_fused.backends.norm import NORM_OPS
 from resnet_fused.backends.problem import Folded, Problem
@@ -105,7 +105,7 @@ class CUDA:
             return "the result or the filter is empty"
         try:
             self._plan(problem)
-        except RuntimeError as error:  # the planner's reason
+        except (ValueError, RuntimeError) as error:  # the planner's reason
             return str(error).splitlines()[0]
         return None
 
@@ -124,8 +124,11 @@ class CUDA:
         return CUDANorm()
 
     def prepare(self, problem: Problem, folded: Folded, variant: str | None = None) -> Kernel:
-        """The kernel for the problem, by the instantiation of that name, or by the one that the planner chooses."""
-        run = self._add_relu(problem) if problem.op == "add_relu" else self._conv(problem, folded, variant or "")
+        """The kernel for the problem: the instantiation of that name, else the recorded one, else the planner's choice."""
+        if problem.op == "add_relu":
+            run = self._add_relu(problem)
+        else:
+            run = self._conv(problem, folded, variant or records.variant(problem, self.name) or "")
         if problem.memory_format == torch.channels_last:
             return run
         return lambda x, residual: run(x, residual).contiguous()
@@ -145,6 +148,7 @@ class CUDA:
         shift = folded.pack((self.name, "shift"), lambda: folded.shifts[0].detach().float().contiguous().clone())
         run = torch.ops.resnet_fused_cuda.conv2d_fwd.default
 
+        @functools.cache
         def weight(tf32: bool) -> Tensor:
             layout = torch.ops.resnet_fused_cuda.conv2d_weight_layout(plan_problem(problem, tf32))
             key = (self.name, problem.dtype, tf32, *layout)

@@ -56,13 +56,36 @@ def choice(problem: Problem) -> Choice | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("backend"), str):
         return None
     variant = entry.get("variant")
-    return Choice(entry["backend"], variant if isinstance(variant, str) else None)
+    found = Choice(entry["backend"], variant if isinstance(variant, str) else None)
+    return found if rejected(problem, *found) is None else None
+
+
+def rejection_key(backend: str, op: str, dtype: str, variant: str = "") -> str:
+    """Where `record` keeps whether a kernel of a backend was found wrong; its entry has the reason as "rejected"."""
+    return f"kernel {backend} {op} {dtype} {variant}".rstrip()
+
+
+def rejected(problem: Problem, backend: str, variant: str | None = None) -> str | None:
+    """Why `resnet-fused verify` found the backend's kernel wrong on this machine; None if it didn't."""
+    table = _table(problem.device)
+    if not table:
+        return None
+    dtype = str(problem.dtype).removeprefix("torch.")
+    entry = table.get(rejection_key(backend, problem.op, dtype, variant or ""))
+    return (entry.get("rejected") or None) if isinstance(entry, dict) else None
 
 
 def variant(problem: Problem, backend: str) -> str | None:
     """The variant that was recorded for the problem, if it is one of that backend's."""
     found = choice(problem)
     return found.variant if found is not None and found.backend == backend else None
+
+
+def dropped(problem: Problem) -> dict[str, str]:
+    """Candidates that were found wrong for the problem on this machine, and why."""
+    entry = _table(problem.device).get(key(problem))
+    found = entry.get("dropped") if isinstance(entry, dict) else None
+    return {str(name): str(why) for name, why in found.items()} if isinstance(found, dict) else {}
 
 
 def record(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path:
