@@ -75,11 +75,14 @@ def served(op: str, x: Tensor) -> bool:
     return _served(op, x.dtype, x.device.type, x.device.index)
 
 
-@torch.compiler.assume_constant_result
 def _served(op: str, dtype: torch.dtype, device_type: str, device_index: int | None) -> bool:
     # The smallest shape stands for all: backends tell norms apart by dtype and device only.
     problem = Problem(op, (1, 1, 1, 1), dtype, torch.device(device_type, device_index))
     return resolve(problem, choice()).name != "reference"
+
+
+# What torch.compiler.assume_constant_result does; calling it would import all of TorchDynamo, and Triton with it.
+_served._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=512)

@@ -1,0 +1,199 @@
+"""rf.BasicBlock and rf.Bottleneck as drop-ins for torchvision's: constructor, keys, results, and a folded path never stale."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import torchvision
+from tolerances import FLOOR, assert_as_good_as_stock, relative_error
+from torch import nn
+
+import resnet_fused as rf
+
+TV = torchvision.models.resnet
+PAIRS = [(rf.BasicBlock, TV.BasicBlock), (rf.Bottleneck, TV.Bottleneck)]
+
+
+def _pair(ours, theirs, trained, **kwargs):
+    """Our block and torchvision's with the same weights; torchvision's gets the projection that ours makes by itself."""
+    inplanes, planes, stride = kwargs.pop("inplanes", 64), kwargs.pop("planes", 16), kwargs.pop("stride", 1)
+    mine = trained(ours(inplanes, planes, stride, **kwargs))
+    downsample = copy.deepcopy(mine.downsample)
+    other = theirs(inplanes, planes, stride, downsample, **kwargs).eval()
+    other.load_state_dict(mine.state_dict())
+    return mine, other
+
+
+VARIANTS = {
+    "basic-identity": (*PAIRS[0], {"planes": 64}),
+    "basic-channels": (*PAIRS[0], {"planes": 32}),
+    "basic-stride": (*PAIRS[0], {"planes": 64, "stride": 2}),
+    "bottleneck-identity": (*PAIRS[1], {"planes": 16}),
+    "bottleneck-stride": (*PAIRS[1], {"planes": 32, "stride": 2}),
+    "bottleneck-groups": (*PAIRS[1], {"planes": 64, "groups": 32, "base_width": 4}),
+    "bottleneck-dilation": (*PAIRS[1], {"planes": 16, "dilation": 2}),
+    "bottleneck-frozen": (*PAIRS[1], {"planes": 16, "norm_layer": torchvision.ops.FrozenBatchNorm2d}),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("ours, theirs, kwargs", VARIANTS.values(), ids=VARIANTS)
+def test_inference_is_as_good_as_torchvision(ours, theirs, kwargs, layout, trained):
+    mine, other = _pair(ours, theirs, trained, **kwargs)
+    x = torch.randn(2, 64, 9, 7).contiguous(memory_format=layout)
+    truth = copy.deepcopy(other).double()(x.double()).detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y, want = mine(x), other(x)
+        assert mine._path is not None, "the folded path was not taken"
+        assert_as_good_as_stock(y, want, truth)
+        assert y.is_contiguous() == want.is_contiguous()
+
+
+@pytest.mark.parametrize("ours, theirs, kwargs", VARIANTS.values(), ids=VARIANTS)
+def test_eval_with_grad_is_differentiable(ours, theirs, kwargs, trained):
+    mine, other = _pair(ours, theirs, trained, **kwargs)
+    truth = copy.deepcopy(other).double()
+    x = torch.randn(2, 64, 9, 7)
+    grads = []
+    for block in (mine, other, truth):
+        given = x.detach().clone().to(next(block.parameters()).dtype).requires_grad_()
+        block(given).square().mean().backward()
+        grads.append([given.grad, *(p.grad for _, p in sorted(block.named_parameters()))])
+    for ours_grad, stock_grad, exact in zip(*grads, strict=True):
+        assert_as_good_as_stock(ours_grad, stock_grad, exact)
+
+
+@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["basic", "bottleneck"])
+def test_constructor_and_state_dict_are_torchvisions(ours, theirs):
+    names = list(inspect.signature(theirs).parameters)
+    assert list(inspect.signature(ours).parameters)[: len(names)] == names
+    mine = torchvision.models.ResNet(ours, [1, 1, 1, 1], num_classes=10)
+    other = torchvision.models.ResNet(theirs, [1, 1, 1, 1], num_classes=10)
+    assert list(mine.state_dict()) == list(other.state_dict())
+    mine.load_state_dict(other.state_dict())
+    other.load_state_dict(mine.state_dict())
+    with torch.no_grad():
+        x = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(mine.eval()(x), other.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_stride_always_gets_a_projection():
+    assert rf.BasicBlock(64, 64, stride=2).downsample is not None
+    assert rf.Bottleneck(64, 16, stride=2).downsample is not None
+    assert rf.BasicBlock(64, 64).downsample is None
+
+
+def _scale(block):
+    with torch.no_grad():
+        block.conv1.weight.mul_(1.5)
+
+
+def _statistics(block):
+    block.bn1.running_mean.add_(0.5)
+
+
+def _train_step(block):
+    block.train()
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    block(torch.randn(4, 16, 6, 6)).sum().backward()
+    optimizer.step()
+    block.eval()
+
+
+def _replace(block):
+    block.bn2 = nn.BatchNorm2d(16).eval()
+
+
+CHANGES = {
+    "parameter-in-place": _scale,
+    "buffer-in-place": _statistics,
+    "load_state_dict": lambda block: block.load_state_dict({k: v + 0.1 for k, v in block.state_dict().items()}),
+    "cast-and-back": lambda block: block.bfloat16().float(),
+    "training-step": _train_step,
+    "layer-replaced": _replace,
+    "data-replaced": lambda block: setattr(block.conv1.weight, "data", block.conv1.weight.data * 2),
+    "hook-added": lambda block: block.conv1.register_forward_hook(lambda m, args, y: y * 2),
+    "bn-back-to-training": lambda block: block.bn1.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_folded_path_is_never_stale(change, trained):
+    block = trained(rf.BasicBlock(16, 16))
+    x = torch.randn(2, 16, 6, 6)
+    with torch.no_grad():
+        before = block(x)
+    change(block)
+    with torch.no_grad():
+        # Twins, since a batch norm in training mode changes its statistics at every call.
+        want = copy.deepcopy(block)._unfolded(x)
+        assert relative_error(block(x), want.double()) < FLOOR[torch.float32]
+    assert not torch.allclose(before, want), "the change had no effect, so the test proves nothing"
+
+
+def test_parameters_made_under_inference_mode_are_not_kept():
+    with torch.inference_mode():
+        block = rf.BasicBlock(16, 16).eval()
+        x = torch.randn(1, 16, 5, 5)
+        first = block(x)
+        block.conv1.weight.mul_(3)
+        second = block(x)
+        torch.testing.assert_close(second, block._unfolded(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(first, second)
+
+
+def test_autocast(trained):
+    mine, other = _pair(*PAIRS[1], trained)
+    x = torch.randn(2, 64, 8, 8)
+    truth = copy.deepcopy(other).double()(x.double()).detach()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert_as_good_as_stock(mine(x), other(x), truth)
+
+
+def test_copies_and_pickles_leave_the_folded_parameters_behind(trained):
+    block = trained(rf.Bottleneck(16, 4))
+    x = torch.randn(1, 16, 5, 5)
+    with torch.no_grad():
+        want = block(x)
+        for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+            assert other._path is None
+            assert torch.equal(other(x), want)
+    assert set(block.state_dict()) == set(rf.Bottleneck(16, 4).state_dict())
+
+
+def test_compiles_without_a_graph_break(trained):
+    block = trained(rf.Bottleneck(16, 4))
+    x = torch.randn(2, 16, 5, 5)
+    with torch.no_grad():
+        want = block._unfolded(x)
+        got = torch.compile(block, fullgraph=True)(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{"groups": 2}, {"base_width": 128}, {"dilation": 2}], ids=str)
+def test_basic_block_says_what_it_cannot_do(kwargs):
+    with pytest.raises(ValueError, match="Use Bottleneck"):
+        rf.BasicBlock(16, 16, **kwargs)
+
+
+def test_shortcuts_and_activations_that_users_put_in(trained):
+    """Another shortcut, padding mode or activation is not what the block's op computes: its own modules run."""
+    x = torch.randn(2, 16, 6, 6)
+    pooled = rf.BasicBlock(16, 16, 2, downsample=nn.Sequential(nn.AvgPool2d(2), nn.BatchNorm2d(16)))
+    circular = rf.BasicBlock(16, 16)
+    circular.conv2.padding_mode = "circular"
+    circular.conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    silu = rf.BasicBlock(16, 16)
+    silu.relu = nn.SiLU()
+    for block in (pooled, circular, silu):
+        trained(block)
+        with torch.no_grad():
+            want = block.relu(
+                block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x))))) + (x if block.downsample is None else block.downsample(x))
+            )
+            torch.testing.assert_close(block(x), want, rtol=1e-5, atol=1e-5)
