@@ -1,4 +1,4 @@
-"""`resnet-fused verify --device`: kernels that are wrong are found, recorded, avoided, and used again once they are right."""
+"""`resnet-fused verify --device`: wrong kernels are found, recorded, avoided, and used again once they are right."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from resnet_fused import acceptance, backends, cli
 from resnet_fused.backends import Folded, Problem, records
 from resnet_fused.backends.reference import Reference
+from resnet_fused.trials import ENTRIES
 
 CPU = torch.device("cpu")
 
@@ -24,10 +25,10 @@ class Faulty(Reference):
     def unsupported(self, problem: Problem) -> str | None:
         return None if problem.op == "conv2d_bn_relu" and problem.dtype == torch.float32 else "it serves one op"
 
-    def prepare(self, problem: Problem, folded: Folded):  # noqa: ANN201
+    def prepare(self, problem: Problem, folded: Folded):
         kernel = super().prepare(problem, folded)
 
-        def faulty(x, residual):  # noqa: ANN001, ANN202
+        def faulty(x, residual):
             y = kernel(x, residual)
             if self.fault == "error":
                 raise RuntimeError("no such engine\nmore")
@@ -56,7 +57,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Faulty:
 
 
 def automatic_choice() -> str:
-    entry = next(e for e in acceptance._ENTRIES if e.op == "conv2d_bn_relu")
+    entry = next(e for e in ENTRIES if e.op == "conv2d_bn_relu")
     return backends.resolve(Problem(entry.op, entry.shape, torch.float32, CPU, entry.convs), "auto").name
 
 
@@ -91,7 +92,9 @@ def test_command(faulty: Faulty, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which is verified then")
-def test_without_a_gpu_it_says_so_and_verifies_the_rest(faulty: Faulty, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so_and_verifies_the_rest(
+    faulty: Faulty, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["verify", "--device", "cuda", "--out", str(tmp_path / "verify.json")]) == 0
     printed = capsys.readouterr().out
     assert "GPU kernels are NOT verified" in printed

@@ -35,6 +35,12 @@ std::vector<std::string> conv2d_kernels_op(Ints problem, Ints device) {
   return conv2d_kernels(problem_of(problem), device_of(device));
 }
 
+// Properties of a CUDA device in order of DeviceProperties, as launches read them.
+Ints device_properties_op(int64_t device) {
+  const DeviceProperties& p = device_properties(int32_t(device));
+  return {p.compute_capability, p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor};
+}
+
 PlanWords conv2d_plan_op(Ints problem, Ints device, Ints pointers, std::string kernel, int64_t splits) {
   RESNET_FUSED_CHECK(pointers.size() == 6, "pointers has ", pointers.size(),
                      " integers; it takes 6: x, weight, shift, residual, y, partial");
@@ -94,6 +100,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cuda, m) {
   m.def(
       "conv2d_fwd(Tensor x, Tensor weight, Tensor shift, Tensor? residual, int[] geometry, bool relu, bool tf32, str kernel, "
       "int splits) -> Tensor");
+  m.def("device_properties(int device) -> int[]");
   m.def("conv2d_weight_layout(int[] problem) -> int[]");
   m.def("conv2d_kernels(int[] problem, int[] device) -> str[]");
   m.def("conv2d_plan(int[] problem, int[] device, int[] pointers, str kernel, int splits) -> (str[], int[], int[], int)");
@@ -102,6 +109,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) { m.impl("conv2d_fwd", TORCH_BOX(&resnet_fused::conv2d_fwd_op)); }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CompositeExplicitAutograd, m) {
+  m.impl("device_properties", TORCH_BOX(&resnet_fused::device_properties_op));
   m.impl("conv2d_weight_layout", TORCH_BOX(&resnet_fused::conv2d_weight_layout_op));
   m.impl("conv2d_kernels", TORCH_BOX(&resnet_fused::conv2d_kernels_op));
   m.impl("conv2d_plan", TORCH_BOX(&resnet_fused::conv2d_plan_op));

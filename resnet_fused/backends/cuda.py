@@ -1,7 +1,7 @@
-"""Our own CUDA C++ kernels: implicit-GEMM convolution with shift, residual and ReLU fused, add_relu, and batch norm's passes.
+"""Our own CUDA C++ kernels: convolution with shift, residual and ReLU fused, add_relu, and batch norm's passes.
 
-Which kernel a problem gets, and how it is launched, is planned in csrc/cuda/conv2d_plan.cpp, a pure function that the operators
-call at every launch and that the tests call as well.
+Which kernel a problem gets, and how it is launched, is planned in csrc/cuda/conv2d_plan.cpp, a pure function that the
+operators call at every launch and that the tests call as well.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def plan_problem(problem: Problem, tf32: bool) -> list[int]:
 
 @functools.cache
 def device_properties(device: torch.device) -> list[int]:
-    """What plans depend on, in the order of csrc/cuda/plan.h's DeviceProperties."""
-    p = torch.cuda.get_device_properties(device)
-    shared = p.shared_memory_per_block_optin, p.shared_memory_per_multiprocessor
-    return [10 * p.major + p.minor, p.multi_processor_count, *shared]
+    """What plans depend on, in the order of csrc/cuda/plan.h's DeviceProperties: compute capability ×10 first."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.ops.resnet_fused_cuda.device_properties(index)
 
 
 def pack_weight(weight: Tensor, layout: list[int], tf32: bool) -> Tensor:
@@ -114,17 +113,17 @@ class CUDA:
         return False
 
     def variants(self, problem: Problem) -> list[str]:
-        """Names of the kernels that `prepare` takes for the problem, the most promising first; empty without a choice."""
+        """Names of the kernels that `prepare` takes, the most promising first; empty where there is no choice."""
         if problem.op not in _CONV_OPS:
             return []
-        tf32 = self._tf32(problem)
-        return torch.ops.resnet_fused_cuda.conv2d_kernels(plan_problem(problem, tf32), device_properties(problem.device))
+        numbers = plan_problem(problem, self._tf32(problem))
+        return torch.ops.resnet_fused_cuda.conv2d_kernels(numbers, device_properties(problem.device))
 
     def norm(self) -> CUDANorm:
         return CUDANorm()
 
     def prepare(self, problem: Problem, folded: Folded, variant: str | None = None) -> Kernel:
-        """The kernel for the problem: the instantiation of that name, else the recorded one, else the planner's choice."""
+        """The kernel for the problem: the one of that name, else the recorded one, else the planner's choice."""
         if problem.op == "add_relu":
             run = self._add_relu(problem)
         else:

@@ -9,9 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
-from ptx_executor import ToolkitNotFound, find_toolkit  # noqa: E402
+from ptx_executor import ToolkitNotFound, find_toolkit
 
-from resnet_fused.backends import library  # noqa: E402
+from resnet_fused.backends import library
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

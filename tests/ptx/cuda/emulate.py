@@ -121,22 +121,22 @@ class Norm:
         _, _, first, second = self._run(0, x, x=x)
         return first, second
 
-    def apply(self, x, residual, mean, var, weight, bias, eps, relu):  # noqa: ANN001, ANN201 — as in NormKernels
+    def apply(self, x, residual, mean, var, weight, bias, eps, relu):
         given = {"residual": residual, "mean": mean, "var": var, "weight": weight, "bias": bias}
         return self._run(1, x, x=x, eps=eps, relu=relu, out=True, **given)[0]
 
-    def backward_reduce(self, dy, x, y, mean, var, eps, keep_masked):  # noqa: ANN001, ANN201
+    def backward_reduce(self, dy, x, y, mean, var, eps, keep_masked):
         _, masked, first, second = self._run(2, dy, dy=dy, x=x, y=y, mean=mean, var=var, eps=eps, masked=keep_masked)
         return first, second, masked
 
-    def backward_apply(self, dy, x, y, mean, var, weight, sums, eps, keep_masked):  # noqa: ANN001, ANN201
+    def backward_apply(self, dy, x, y, mean, var, weight, sums, eps, keep_masked):
         dweight, dbias, count = (None, None, 0.0) if sums is None else sums
         given = {"y": y, "mean": mean, "var": var, "weight": weight, "dweight": dweight, "dbias": dbias}
         x = x if sums is not None else None
         inverse = 1 / count if count else 0.0
         return self._run(3, dy, dy=dy, x=x, eps=eps, inverse=inverse, out=True, masked=keep_masked, **given)[:2]
 
-    def _run(self, number, like, *, eps=0.0, inverse=0.0, relu=False, out=False, masked=False, **given):  # noqa: ANN001, ANN202
+    def _run(self, number, like, *, eps=0.0, inverse=0.0, relu=False, out=False, masked=False, **given):
         memory, channels = px.Memory(), like.shape[1]
         rows, size = like.numel() // channels, like.numel() * like.element_size()
 

@@ -16,7 +16,11 @@ from emulate import A100, Result, conv2d, ptx
 
 TILE = "conv2d_fwd_f16_128x128x32"
 # channels in, size, channels out, filter: executed warp instructions per mma of CUTLASS at 128×128×32
-LAYERS = {"128_to_128_3x3": (128, 28, 128, 3, 4.5), "64_to_64_3x3": (64, 56, 64, 3, 5.5), "256_to_64_1x1": (256, 28, 64, 1, 7.9)}
+LAYERS = {
+    "128_to_128_3x3": (128, 28, 128, 3, 4.5),
+    "64_to_64_3x3": (64, 56, 64, 3, 5.5),
+    "256_to_64_1x1": (256, 28, 64, 1, 7.9),
+}
 
 
 @functools.cache
@@ -49,7 +53,9 @@ def test_memory_traffic(layer: str) -> None:
     assert counters.bytes_written == 2 * pixels * k
     # A block reads the part of x and of the weight that it multiplies, once.
     blocks_m, blocks_n = -(-pixels // 128), -(-k // 128)
-    taps = (size * r - 2 * (r // 2)) ** 2 if r > 1 else pixels  # positions of the filter that lie in the image, over all pixels
+    taps = (
+        (size * r - 2 * (r // 2)) ** 2 if r > 1 else pixels
+    )  # positions of the filter that lie in the image, over all pixels
     assert counters.of("cp_async_global").bytes == 2 * c * (taps * blocks_n + r * r * k * blocks_m)
 
 

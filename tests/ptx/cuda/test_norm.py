@@ -41,7 +41,9 @@ def test_forward(name: str) -> None:
     for extra, relu in ((None, False), (residual, True)):
         ours = norm.apply(x, extra, mean, var, weight, bias, EPS, relu)
         truth_args = [None if t is None else t.double() for t in (x, extra, true_mean, true_var, weight, bias)]
-        assert_as_good_as_stock(ours, stock.apply(x, extra, mean, var, weight, bias, EPS, relu), stock.apply(*truth_args, EPS, relu))
+        assert_as_good_as_stock(
+            ours, stock.apply(x, extra, mean, var, weight, bias, EPS, relu), stock.apply(*truth_args, EPS, relu)
+        )
         assert norm.counters[0].kernel.endswith("_scalar") == (name in ("odd_channels", "one_channel"))
 
 
