@@ -1,0 +1,250 @@
+"""rf.fuse(…, cuda_graph=True): when calls are captured, replayed, or left alone.
+
+CUDA's graphs are emulated on the CPU: within a capture every operation is noted with its tensors, and a replay runs the
+notes again into the same results, as a GPU would. Results of the capture itself are spoilt, because a GPU only records.
+"""
+
+import contextlib
+import copy
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import resnet_fused as rf
+from resnet_fused import cuda_graph
+from resnet_fused.cuda_graph import CudaGraphed
+
+NAN = float("nan")
+
+
+class Notes(TorchDispatchMode):
+    """Notes operations of a capture, and repeats them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        results = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, results))
+        return results
+
+    def replay(self):
+        for operation, args, kwargs, results in self.operations:
+            again = operation(*args, **kwargs)
+            for old, new in zip(_pytree.tree_leaves(results), _pytree.tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.detach().copy_(new)
+
+
+class Stream:
+    def wait_event(self, event):
+        pass
+
+
+class Event:
+    def record(self, stream):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """Puts the emulation in CUDA's place, and gives the captures that were made."""
+    captures, stream = [], Stream()
+
+    @contextlib.contextmanager
+    def graph(notes):
+        captures.append(notes)
+        with notes:
+            yield
+        for *_, results in notes.operations:
+            for leaf in _pytree.tree_leaves(results):
+                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                    leaf.detach().fill_(NAN)
+
+    fake = SimpleNamespace(
+        CUDAGraph=Notes,
+        graph=graph,
+        Event=Event,
+        current_stream=lambda: stream,
+        device=lambda device: contextlib.nullcontext(),
+        is_available=lambda: False,
+    )
+    monkeypatch.setattr(cuda_graph.torch, "cuda", fake)
+    monkeypatch.setattr(cuda_graph, "_DEVICE", "cpu")
+    return captures
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+
+
+@pytest.fixture
+def graphed(model):
+    with torch.no_grad():
+        yield CudaGraphed(model)
+
+
+def image(size=6):
+    return torch.randn(1, 3, size, size)
+
+
+def test_captures_at_the_second_call_and_replays_with_each_input(graphed, model, emulated):
+    for count in (0, 1, 1, 1):
+        x = image()
+        torch.testing.assert_close(graphed(x), model(x))
+        assert len(emulated) == count
+
+
+def test_a_result_stays_as_it_was_when_the_next_call_comes(graphed, model):
+    inputs = [image() for _ in range(4)]
+    results = [graphed(x) for x in inputs]
+    for x, y in zip(inputs, results, strict=True):
+        torch.testing.assert_close(y, model(x))
+
+
+def test_the_input_is_neither_kept_nor_changed(graphed):
+    x = image()
+    before = x.clone()
+    first, *_ = [graphed(x) for _ in range(3)]
+    x.zero_()
+    assert torch.equal(graphed(before), first)
+    assert not torch.equal(graphed(x), first)
+
+
+def test_each_kind_of_input_has_its_graph(graphed, model, emulated):
+    kinds = [image(6), image(7), image(6).to(memory_format=torch.channels_last)]
+    for _ in range(3):
+        for x in kinds:
+            torch.testing.assert_close(graphed(x), model(x))
+    assert len(emulated) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda model: model[0].weight.mul_(2), id="parameter-in-place"),
+        pytest.param(lambda model: setattr(model[0], "bias", nn.Parameter(torch.ones(4))), id="new-parameter"),
+        pytest.param(lambda model: model[1].running_mean.add_(1), id="buffer-in-place"),
+        pytest.param(lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}), id="loaded"),
+    ],
+)
+def test_a_change_of_the_model_is_seen(change, graphed, model):
+    x = image()
+    for _ in range(3):
+        graphed(x)
+    change(model)
+    for _ in range(3):
+        torch.testing.assert_close(graphed(x), model(x))
+
+
+def test_changed_settings_are_seen(graphed, model, emulated):
+    x = image()
+    for _ in range(2):
+        graphed(x)
+    with rf.use_backend("reference"):
+        graphed(x)
+        graphed(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            assert graphed(x).dtype == model(x).dtype
+    assert len(emulated) == 3
+
+
+LEFT_ALONE = {
+    "a derivative": lambda graphed: graphed(image().requires_grad_()).sum().backward(),
+    "training": lambda graphed: graphed.train()(image()),
+    "expanded": lambda graphed: graphed(image()[:, :1].expand(1, 3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in LEFT_ALONE.items()])
+def test_runs_as_it_is(call, graphed, emulated):
+    with torch.enable_grad():
+        for _ in range(3):
+            call(graphed)
+    assert not emulated
+
+
+def test_hooks_go_on_running(graphed, model, emulated):
+    seen = []
+    handle = model[0].register_forward_hook(lambda *args: seen.append(1))
+    for _ in range(3):
+        graphed(image())
+    assert len(seen) == 3
+    assert not emulated
+    handle.remove()
+    for _ in range(3):
+        graphed(image())
+    assert len(emulated) == 1
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum().item() > 0 else x * 3
+
+
+def test_what_can_not_be_captured_runs_on_and_says_so_once(caplog):
+    graphed = CudaGraphed(Branching().eval())
+    with caplog.at_level(logging.WARNING, "resnet_fused"), torch.no_grad():
+        for value in (1.0, 1.0, -1.0, 1.0):
+            assert graphed(torch.full((2,), value)).tolist() == [2.0 * value if value > 0 else 3.0 * value] * 2
+    assert caplog.text.count("can't be captured") == 1
+    assert "Branching" in caplog.text
+
+
+def test_keeps_no_more_graphs_than_it_may(graphed, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "_MOST_GRAPHS", 2)
+    for size in (4, 5, 6):
+        for _ in range(2):
+            graphed(image(size))
+    assert len(graphed._graphs) == 2
+
+
+def test_nested_results_and_keyword_arguments_keep_their_form():
+    class Nested(nn.Module):
+        def forward(self, x, *, factor, labels=None):
+            return {"a": x * factor, "rest": [x + 1, "text"]}
+
+    graphed = CudaGraphed(Nested().eval())
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(3)
+            y = graphed(x, factor=2)
+            assert torch.equal(y["a"], x * 2)
+            assert torch.equal(y["rest"][0], x + 1)
+            assert y["rest"][1] == "text"
+        assert torch.equal(graphed(x, factor=3)["a"], x * 3)
+
+
+def test_attributes_of_the_model_are_within_reach(graphed, model):
+    assert graphed.append == model.append
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = graphed.nothing_like_it
+
+
+def test_copies_start_without_graphs(graphed, model):
+    x = image()
+    for _ in range(3):
+        graphed(x)
+    twin = copy.deepcopy(graphed)
+    assert not twin._graphs
+    torch.testing.assert_close(twin(x), model(x))
+
+
+def test_a_fused_network_is_captured_whole(emulated):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), rf.BasicBlock(8, 8)).eval()
+    graphed = CudaGraphed(rf.fuse(model))
+    with torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(1, 8, 5, 5)
+            torch.testing.assert_close(graphed(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(emulated) == 1

@@ -1,0 +1,96 @@
+"""The cudnn backend: its limits, and what it passes to PyTorch's operators (which need a GPU to run)."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resnet_fused import backends
+from resnet_fused.backends import BackendError, Problem, cudnn
+from resnet_fused.backends.problem import Conv, Folded
+
+CUDA = torch.device("cuda", 0)
+CONV = Conv(8, 16, (3, 3), (2, 1), (1, 0), (1, 2), 2)
+
+
+def problem(op="conv2d_bn_add_relu", shape=(2, 8, 9, 9), dtype=torch.float16, device=CUDA, precision="fast"):
+    return Problem(op, shape, dtype, device, (CONV,), precision=precision)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.setattr(cudnn, "_keeps_nan", lambda device, dtype: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return cudnn.CuDNN()
+
+
+def test_is_unavailable_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "no GPU" in backends.get("cudnn").unavailable()
+    with pytest.raises(BackendError, match="no GPU"), backends.use_backend("cudnn"):
+        pass
+
+
+LIMITS = {
+    "no-relu": (problem("conv2d_bn"), "no fused operation for conv2d_bn"),
+    "cpu-tensors": (problem(device=torch.device("cpu")), "not cpu"),
+    "float64": (problem(dtype=torch.float64), "float64"),
+    "empty": (problem(shape=(0, 8, 9, 9)), "empty"),
+    "32-bit-indices": (problem(shape=(2**14, 8, 129, 129)), "32 bits"),
+    "exact-with-tf32-allowed": (problem(dtype=torch.float32, precision="exact"), "fp32_precision"),
+}
+
+
+@pytest.mark.parametrize(("unserved", "reason"), [pytest.param(*limit, id=name) for name, limit in LIMITS.items()])
+def test_says_what_it_can_not_serve(unserved, reason, backend):
+    assert reason in backend.unsupported(unserved)
+
+
+def test_serves_what_is_within_its_limits(backend):
+    assert backend.unsupported(problem()) is None
+    assert not backend.wins(problem())
+
+
+def test_serves_nothing_where_its_relu_drops_nan(backend, monkeypatch):
+    monkeypatch.setattr(cudnn, "_keeps_nan", lambda device, dtype: False)
+    assert "NaN into 0" in backend.unsupported(problem())
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """Stands in for PyTorch's CUDA operators, on CPU tensors."""
+
+    def relu(x, weight, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+        return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z)
+
+    aten = SimpleNamespace(cudnn_convolution_relu=relu, cudnn_convolution_add_relu=add_relu)
+    monkeypatch.setattr(cudnn.torch, "ops", SimpleNamespace(aten=aten))
+    return aten
+
+
+@pytest.mark.parametrize("op", ["conv2d_bn_relu", "conv2d_bn_add_relu"])
+def test_passes_the_geometry_on(op, backend, operators):
+    posed = problem(op, dtype=torch.float32, device=torch.device("cpu"))
+    folded = Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),))
+    x = torch.randn(posed.shape)
+    residual = torch.randn(posed.output_shape()) if op == "conv2d_bn_add_relu" else None
+    y = backend.prepare(posed, folded)(x, residual)
+    expected = F.conv2d(x, folded.weights[0], folded.shifts[0], CONV.stride, CONV.padding, CONV.dilation, CONV.groups)
+    torch.testing.assert_close(y, F.relu(expected if residual is None else expected + residual))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_problem_without_an_engine_is_an_error_when_it_is_prepared(backend, operators):
+    def no_engine(*args):
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    operators.cudnn_convolution_add_relu = no_engine
+    with pytest.raises(BackendError, match="unable to find an engine"):
+        backend.prepare(
+            problem(device=torch.device("cpu"), dtype=torch.float32), Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),))
+        )

@@ -1,0 +1,220 @@
+"""rf.tune and its records: what is tried, what is dropped, what is kept, and what a spoilt file does (nothing)."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused as rf
+from resnet_fused import backends, tuning
+from resnet_fused.backends import Problem, records
+from resnet_fused.backends.problem import Conv, Folded
+from resnet_fused.modules.blocks import BasicBlock
+
+CPU = torch.device("cpu")
+CONV = Conv(16, 16, (3, 3), (1, 1), (1, 1))
+PROBLEM = Problem("conv2d_bn_add_relu", (2, 16, 6, 6), torch.float32, CPU, (CONV,))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty folder for the records."""
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_SECONDS_OF_A_TURN", 1e-4)
+    records.forget()
+    yield tmp_path
+    records.forget()
+
+
+def folded() -> Folded:
+    return Folded((torch.randn(16, 16, 3, 3) / 12,), (torch.randn(16),))
+
+
+@pytest.fixture
+def block() -> nn.Module:
+    return BasicBlock(8, 8).eval()
+
+
+def times(monkeypatch, seconds):
+    """Makes candidates take the given times, by name, instead of measuring them."""
+
+    def measure(calls, device):
+        return {name: [seconds.get(name, 1.0)] * 3 for name in calls}
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+
+
+def tune_problem(problem=PROBLEM):
+    result = tuning._tune(tuning._Task(problem, folded(), whole=False))
+    tuning._record(result)
+    return result
+
+
+def test_every_problem_of_a_model_is_measured_with_stock_among_the_candidates(block, cache):
+    x = torch.randn(2, 8, 6, 6)
+    expected = block(x).detach()
+    result = tuning.tune(block, x, progress=False)
+    assert [r.problem.op for r in result.results] == ["conv2d_bn_relu", "conv2d_bn_add_relu", "basic_block"]
+    assert all("reference" in r.ms and r.chosen in r.ms and not r.dropped for r in result.results)
+    assert result.path.parent == cache
+    assert str(result).count("\n") == 4
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_fastest_is_chosen_from_then_on(monkeypatch):
+    assert backends.resolve(PROBLEM, "auto").name != "reference"
+    times(monkeypatch, {"reference": 0.5})
+    assert tune_problem().chosen == "reference"
+    assert backends.resolve(PROBLEM, "auto").name == "reference"
+    times(monkeypatch, {"onednn": 0.25})
+    tune_problem()
+    assert backends.resolve(PROBLEM, "auto").name == "onednn"
+
+
+def test_stock_stays_where_nothing_is_clearly_faster(monkeypatch):
+    times(monkeypatch, {"reference": 1.0, "onednn": 0.99})
+    assert tune_problem().chosen == "reference"
+
+
+def test_a_whole_op_may_be_fastest_in_its_parts(block, monkeypatch):
+    times(monkeypatch, {"parts": 0.1})
+    result = tuning.tune(block, torch.randn(1, 8, 5, 5), progress=False).results[-1]
+    assert (result.problem.op, result.chosen) == ("basic_block", "parts")
+    assert records.choice(result.problem) == records.Choice("parts")
+    with torch.no_grad():
+        block(torch.randn(1, 8, 5, 5))
+
+
+def test_a_model_that_ran_before_uses_the_new_choice(monkeypatch):
+    model = rf.fuse(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()).eval())
+    x = torch.randn(2, 16, 6, 6)
+    with torch.no_grad():
+        model(x)
+        times(monkeypatch, {"reference": 0.1})
+        tuning.tune(model, x, progress=False)
+        used = next(m for m in model.modules() if hasattr(m, "backends_used"))
+        before = set(used.backends_used())
+        model(x)
+    assert set(used.backends_used()) - before <= {"reference"}
+    assert "reference" in used.backends_used()
+
+
+WRONG = {
+    "wrong-result": (lambda y, x: y * 1.01, "relative error"),
+    "drops-nan": (lambda y, x: y.nan_to_num(0.0), "NaN or Inf of stock's disappears"),
+    "wrong-shape": (lambda y, x: y[:1], "of shape"),
+    "wrong-type": (lambda y, x: y.double(), "float64"),
+    "changes-its-input": (lambda y, x: x.add_(1) * 0 + y, "changes its input"),
+    "raises": (lambda y, x: 1 / 0, "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [pytest.param(*case, id=name) for name, case in WRONG.items()])
+def test_a_wrong_candidate_is_dropped_loudly_recorded_and_not_tried_again(spoil, reason, monkeypatch, caplog):
+    onednn, tried = backends.get("onednn"), []
+    prepare = onednn.prepare
+
+    def spoilt(problem, folded):
+        tried.append(problem)
+        kernel = prepare(problem, folded)
+        return lambda x, residual: spoil(kernel(x, residual), x)
+
+    monkeypatch.setattr(onednn, "prepare", spoilt)
+    times(monkeypatch, {"onednn": 0.01})
+    with caplog.at_level(logging.WARNING, "resnet_fused"):
+        result = tune_problem()
+    assert result.chosen != "onednn"
+    assert reason in result.dropped["onednn"]
+    assert "rf.tune drops onednn" in caplog.text
+    assert reason in records.dropped(PROBLEM)["onednn"]
+    assert "onednn" in tune_problem().dropped
+    assert len(tried) == 1
+
+
+def valid() -> dict:
+    entry = {"backend": "reference", "variant": None, "ms": {}, "dropped": {}}
+    return {"format": 1, "machine": records.machine(CPU), "choices": {records.key(PROBLEM): entry}}
+
+
+SPOILT = {
+    "empty": "",
+    "cut-off": json.dumps(valid())[:-9],
+    "no-table": "[1, 2]",
+    "no-choices": json.dumps({**valid(), "choices": 3}),
+    "older-format": json.dumps({**valid(), "format": 0}),
+    "another-machine": json.dumps({**valid(), "machine": {**records.machine(CPU), "torch": "1.0"}}),
+    "bottomless": "[" * 100_000,
+    "no-text": b"\xff\xfe\x00\x80",
+}
+
+
+@pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in SPOILT.items()])
+def test_a_spoilt_file_is_ignored_with_a_warning(content, caplog):
+    path = records._path(CPU)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with caplog.at_level(logging.WARNING, "resnet_fused"):
+        assert records.choice(PROBLEM) is None
+    assert str(path) in caplog.text
+    assert backends.resolve(PROBLEM, "auto").name in backends.candidates(PROBLEM)
+
+
+ENTRIES = {
+    "no-entry": 7,
+    "no-backend": {"variant": "a"},
+    "unknown-backend": {"backend": "os.system"},
+    "not-here": {"backend": "cudnn"},
+    "wrong-types": {"backend": ["reference"], "variant": {}, "dropped": 3},
+}
+
+
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=name) for name, entry in ENTRIES.items()])
+def test_a_spoilt_entry_changes_nothing(entry):
+    before = backends.resolve(PROBLEM, "auto").name
+    records._path(CPU).write_text(json.dumps({**valid(), "choices": {records.key(PROBLEM): entry}}))
+    records.forget()
+    assert backends.resolve(PROBLEM, "auto").name == before
+    assert records.dropped(PROBLEM) == {}
+
+
+def test_records_of_two_writers_are_merged(cache):
+    other = Problem("add_relu", (1, 2, 3, 4), torch.float32, CPU)
+    for problem in (PROBLEM, other):
+        records.record(CPU, {records.key(problem): {"backend": "reference"}})
+    assert records.choice(PROBLEM) == records.choice(other) == records.Choice("reference")
+    assert [path.suffix for path in cache.iterdir()] == [".json"]
+
+
+def test_results_are_given_where_they_can_not_be_kept(block, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING, "resnet_fused"):
+        result = tuning.tune(block, torch.randn(1, 8, 5, 5), progress=False)
+    assert result.path is None
+    assert "RESNET_FUSED_CACHE_DIR" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        pytest.param(BasicBlock(8, 8).train(), "model.eval()", id="training"),
+        pytest.param(nn.Conv2d(8, 8, 3).eval(), "no fused op", id="nothing-fused"),
+    ],
+)
+def test_says_why_it_can_not_tune(model, message):
+    with pytest.raises(ValueError, match=message):
+        tuning.tune(model, torch.randn(1, 8, 5, 5))
+
+
+def test_import_starts_no_driver_and_loads_no_kernel():
+    code = (
+        "import sys, torch, resnet_fused; "
+        "assert not torch.cuda.is_initialized(); "
+        "assert not any(name.startswith('resnet_fused.backends.triton') for name in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
