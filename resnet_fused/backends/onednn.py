@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import Kernel
 from resnet_fused.backends.problem import Folded, Problem
 
 # Half the range is left for the rounding of the bound itself.
@@ -96,7 +97,7 @@ class OneDNN:
         # float16 was never measured: no CPU at hand has the instructions.
         return problem.dtype != torch.float16
 
-    def prepare(self, problem: Problem, folded: Folded):  # noqa: ANN201 — the closure below
+    def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         (conv,) = problem.convs
         geometry = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
         shift = folded.shifts[0]

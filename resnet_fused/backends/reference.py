@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends.norm import NormKernels
+from resnet_fused.backends import Kernel
 from resnet_fused.backends.problem import Conv, Folded, Problem
 from resnet_fused.backends.reference_bn import ReferenceNorm
 
@@ -43,20 +44,27 @@ class Reference:
     def wins(self, problem: Problem) -> bool:
         return True
 
-    def prepare(self, problem: Problem, folded: Folded):  # noqa: ANN201 — the closures below
+    def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         op, convs = problem.op, problem.convs
+        def add_relu(x: Tensor, residual: Tensor | None) -> Tensor:
+            assert residual is not None
+            return x.add(residual).relu_()
+
+        def conv2d_bn_add_relu(x: Tensor, residual: Tensor | None) -> Tensor:
+            assert residual is not None
+            return conv2d(x, folded.weights[0], folded.shifts[0], convs[0]).add_(residual).relu_()
+
         if op == "add_relu":
-            return lambda x, residual: x.add(residual).relu_()
+            return add_relu
         if op in ("basic_block", "bottleneck"):
             return lambda x, residual: basic_block(x, folded, convs, problem.shortcut)
-
         weight, shift, conv = folded.weights[0], folded.shifts[0], convs[0]
         if op == "conv2d_bn":
             return lambda x, residual: conv2d(x, weight, shift, conv)
         if op == "conv2d_bn_relu":
             return lambda x, residual: conv2d(x, weight, shift, conv).relu_()
         if op == "conv2d_bn_add_relu":
-            return lambda x, residual: conv2d(x, weight, shift, conv).add_(residual).relu_()
+            return conv2d_bn_add_relu
         if op == "stem":
             pool = problem.pool
             assert pool is not None

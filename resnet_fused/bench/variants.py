@@ -41,13 +41,13 @@ def _eager(model: nn.Module, x: Tensor) -> Run:
 
 
 def _channels_last(model: nn.Module, x: Tensor) -> Run:
-    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     return lambda: model(x)
 
 
 def _compile(model: nn.Module, x: Tensor) -> Run:
     torch._dynamo.reset()
-    compiled = torch.compile(model.to(memory_format=torch.channels_last), options={"freezing": True})  # type: ignore[call-overload]
+    compiled = torch.compile(model.to(memory_format=torch.channels_last), options={"freezing": True})
     x = x.contiguous(memory_format=torch.channels_last)
     return lambda: compiled(x)
 

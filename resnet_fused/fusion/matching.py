@@ -71,21 +71,6 @@ class Unit:
             return "conv2d_bn_add_relu"
         return "conv2d_bn_relu" if self.relu else "conv2d_bn"
 
-    @property
-    def last(self) -> fx.Node:
-        return self.covered[-1]
-
-    @property
-    def input(self) -> fx.Node:
-        source = self.conv.args[0]
-        assert isinstance(source, fx.Node)
-        return source
-
-    def drop_tail(self, note: str) -> None:
-        """Leaves ReLU and pool as they are, where only the modules of convolution and batch norm can be swapped."""
-        del self.covered[1 if self.was_fused else 2 :]
-        self.relu, self.pool, self.note = self.fused.relu, None, note
-
     def finish(self) -> FusedModule:
         """The fused module with what the match found behind the convolution."""
         fused = self.fused
@@ -176,8 +161,8 @@ class Matcher:
             if best is None or depth > best[0]:
                 best = (depth, unit, other)
         if best is not None and relu is not None:
-            _, unit, unit.residual = best
-            unit.add, unit.relu = node, True
+            _, unit, residual = best
+            unit.residual, unit.add, unit.relu = residual, node, True
             unit.covered += [node, relu]
 
     def _may_skip_write(self, node: fx.Node, own: fx.Node, other: fx.Node) -> bool:

@@ -49,18 +49,18 @@ class Fuser:
         if isinstance(module, Block):
             return self._fuse_own_block(module, path)
         try:
-            graph: fx.Graph | None = trace(module)
-            children = self._called_whole(module, path, graph)
+            children = self._called_whole(module, path, trace(module))
+            traced = True
         except CannotTrace as reason:
             self.rows.explain(module, path, str(reason), direct=True)
-            graph = None
             children = [name for name, _ in module.named_children()]
+            traced = False
         for name in children:
             child = module.get_submodule(name)
-            replaced = self.fuse(child, join(path, name), False, inside or graph is not None)
+            replaced = self.fuse(child, join(path, name), False, inside or traced)
             if replaced is not child:
                 _set_submodule(module, name, replaced)
-        if graph is None:
+        if not traced:
             return module
         result = self._fuse_forward(module, path, root)
         if not inside and not self.channels_last and any(isinstance(m, FusedModule) for m in result.modules()):

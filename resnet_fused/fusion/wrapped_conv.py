@@ -33,7 +33,8 @@ def fuse_wrapped(module: nn.Module, precision: Precision, backend: str) -> Fused
     hooks = hooks_of(module)
     if hooks is not None:
         raise NotFoldable(f"the convolution has {hooks}")
-    if module.norm is None:
+    norm = module.norm
+    if not isinstance(norm, nn.Module):
         raise NotFoldable("no batch norm follows")
     activation = module.activation
     relu = activation in _RELU or type(activation) is nn.ReLU
@@ -48,21 +49,21 @@ def fuse_wrapped(module: nn.Module, precision: Precision, backend: str) -> Fused
         module.dilation,  # type: ignore[arg-type]
         module.groups,
         module.bias is not None,
-        module.padding_mode,  # type: ignore[arg-type]
+        module.padding_mode,
         device="meta",
     )
     plain.weight, plain.bias = module.weight, module.bias
-    fused = FusedConv2d.of(plain, module.norm, relu, precision, backend)
-    _check_probe(module, plain, relu)
+    fused = FusedConv2d.of(plain, norm, relu, precision, backend)
+    _check_probe(module, plain, norm, relu)
     return fused
 
 
-def _check_probe(module: nn.Conv2d, plain: nn.Conv2d, relu: bool) -> None:
+def _check_probe(module: nn.Conv2d, plain: nn.Conv2d, norm: nn.Module, relu: bool) -> None:
     size = [max(4, d * (k - 1) + 1) + 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     count = module.in_channels * size[0] * size[1]
     x = torch.linspace(-2, 2, count, device=module.weight.device, dtype=torch.float64)
     x = x.view(1, module.in_channels, *size).to(module.weight.dtype)
-    want: Tensor = module.norm(plain(x))
+    want: Tensor = norm(plain(x))
     want = want.relu() if relu else want
     got = module(x.clone())
     if got.shape != want.shape or not torch.equal(got, want):

@@ -32,10 +32,10 @@ def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class _FoldedPath(NamedTuple):
-    """The fused form of a block, and the state of the block that it was made from."""
+    """The fused form of a block, None if it has none, and the state of the block that it was made from."""
 
     stamp: tuple[int, ...]
-    block: FusedBlock
+    block: FusedBlock | None
 
 
 class Block(nn.Module):
@@ -45,6 +45,7 @@ class Block(nn.Module):
     expansion: int
     downsample: nn.Module | None
     relu: nn.Module
+    _path: _FoldedPath | None
 
     def main_path(self) -> list[tuple[nn.Module, nn.Module]]:
         """Convolution and batch norm of each layer of the main path."""
@@ -54,8 +55,8 @@ class Block(nn.Module):
         """Convolution and batch norm of each layer, the projection shortcut last."""
         pairs = self.main_path()
         if self.downsample is not None:
-            conv, norm = self.downsample  # type: ignore[misc]
-            pairs.append((conv, norm))
+            assert isinstance(self.downsample, nn.Sequential)
+            pairs.append((self.downsample[0], self.downsample[1]))
         return pairs
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,8 +81,8 @@ class Block(nn.Module):
             return "one of its layers has hooks"
         return None
 
-    def _folded_path(self, x: Tensor) -> _FoldedPath | None:
-        """The folded path for an input like x, or None where the block's own modules must run."""
+    def _folded(self, x: Tensor) -> FusedBlock | None:
+        """The block's fused form for an input like x, or None where its own modules must run."""
         if self.training or self._why_not_foldable() is not None:
             return None
         tensors = [
@@ -101,10 +102,11 @@ class Block(nn.Module):
         path = self._path
         if path is None or path.stamp != stamp:
             try:
-                path = self._path = _FoldedPath(stamp, self.fused(channels_last=False))
+                block = self.fused(channels_last=False)
             except NotFoldable:
-                return None
-        return path
+                block = None
+            path = self._path = _FoldedPath(stamp, block)
+        return path.block
 
     def fused(self, precision: Precision = "fast", backend: str = "auto", channels_last: bool = True) -> FusedBlock:
         """The block's fused form, on folded copies of its parameters.
@@ -124,8 +126,8 @@ class Block(nn.Module):
         return FusedBlock(convs, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        path = self._folded_path(x)
-        return self._unfolded(x) if path is None else path.block(x)
+        folded = self._folded(x)
+        return self._unfolded(x) if folded is None else folded(x)
 
     def _unfolded(self, x: Tensor) -> Tensor:
         """The block by its own modules: relu(bn_n(conv_n(… relu(bn_1(conv_1(x))) …)) + downsample(x))."""
@@ -199,7 +201,7 @@ class BasicBlock(Block):
                 "and dilation=1. Use Bottleneck for grouped, wide or dilated blocks."
             )
         norm_layer = norm_layer or nn.BatchNorm2d
-        self._path: _FoldedPath | None = None
+        self._path = None
         self.conv1 = _conv3x3(inplanes, planes, stride)
         self.bn1 = norm_layer(planes)
         self.relu = nn.ReLU(inplace=True)
@@ -255,7 +257,7 @@ class Bottleneck(Block):
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
         outplanes = planes * self.expansion
-        self._path: _FoldedPath | None = None
+        self._path = None
         self.conv1 = _conv1x1(inplanes, width)
         self.bn1 = norm_layer(width)
         self.conv2 = _conv3x3(width, width, stride, groups, dilation)

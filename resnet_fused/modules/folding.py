@@ -72,11 +72,14 @@ def check_norm(norm: nn.Module) -> nn.Module:
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift by channel of a batch norm in inference, float64, shape (C,). Raises NotFoldable."""
     check_norm(norm)
-    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr, operator]
+    mean, var = _vector(norm, "running_mean"), _vector(norm, "running_var")
+    assert mean is not None
+    assert var is not None
     # detectron's first FrozenBatchNorm2d had no eps; the probe below tells whether 0 is what it computes with.
     eps = float(getattr(norm, "eps", 0.0))
-    gamma = norm.weight.double() if norm.weight is not None else torch.ones_like(mean)  # type: ignore[operator]
-    beta = norm.bias.double() if norm.bias is not None else torch.zeros_like(mean)  # type: ignore[operator]
+    gamma, beta = _vector(norm, "weight"), _vector(norm, "bias")
+    gamma = torch.ones_like(mean) if gamma is None else gamma
+    beta = torch.zeros_like(mean) if beta is None else beta
     scale = gamma / (var + eps).sqrt()
     shift = beta - mean * scale
     if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
@@ -84,11 +87,17 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
+def _vector(norm: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of a batch norm in float64."""
+    value = getattr(norm, name, None)
+    return value.double() if isinstance(value, Tensor) else None
+
+
 def _check_probe(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
     """Runs a batch norm known only by its name on a few values, and compares it with the scale and shift read from it."""
     channels = scale.numel()
     x = torch.linspace(-2, 2, 3 * channels, device=scale.device, dtype=torch.float64).view(1, channels, 1, 3)
-    x = x.to(norm.running_mean.dtype)  # type: ignore[union-attr, arg-type]
+    x = x.to(next(norm.buffers()).dtype)
     with torch.no_grad():
         got = norm(x).double()
     want = x.double() * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)

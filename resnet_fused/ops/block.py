@@ -52,12 +52,19 @@ def define(name: str, *, main: int) -> Callable[..., Tensor]:
         grad = common.relu_backward(grad, y)
         dweights: list[Tensor | None] = [None] * ctx.count
         dshifts: list[Tensor | None] = [None] * ctx.count
-        dx = grad
-        if ctx.count > main:
-            dx, dweights[main], dshifts[main] = common.convolution_backward(grad, x, weights[main], flat[main], (True,) * 3)
+
+        def through(i: int, source: Tensor, grad: Tensor) -> Tensor:
+            """Gradient by the input of convolution i; keeps those of its parameters."""
+            grads = common.convolution_backward(grad, source, weights[i], flat[i], (True, True, True))
+            dweights[i], dshifts[i] = grads[1:]
+            assert grads[0] is not None
+            return grads[0]
+
+        dx = through(main, x, grad) if ctx.count > main else grad
         for i in reversed(range(main)):
-            grad_x, dweights[i], dshifts[i] = common.convolution_backward(grad, inputs[i], weights[i], flat[i], (True,) * 3)
-            grad = grad_x if i == 0 else common.relu_backward(grad_x, inputs[i])
+            grad = through(i, inputs[i], grad)
+            if i > 0:
+                grad = common.relu_backward(grad, inputs[i])
         return dx + grad, dweights, dshifts, None
 
     common.register(f"{name}(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry) -> Tensor", eager, fake)

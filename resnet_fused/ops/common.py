@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from resnet_fused.backends import Conv, Folded, Kernel, Pool, Precision, Problem, choice
+from resnet_fused.backends import Conv, Folded, Kernel, Pool, Precision, Problem, choice, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import checks
 
@@ -19,7 +19,7 @@ LIBRARY = torch.library.Library("resnet_fused", "DEF")
 _MAX_KERNELS = 64
 
 
-def register(schema: str, eager: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+def register(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Defines resnet_fused::`schema` with its eager implementation on all devices and its fake one."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -90,7 +90,7 @@ class Runner:
             folded = Folded(tuple(w.detach() for w in weights), tuple(s.detach() for s in shifts))
             bound = self._bound = _Bound(stamp, folded, {})
         other = None if residual is None else (residual.shape, residual.dtype)
-        key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch.backends.mkldnn.enabled)
+        key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch.backends.mkldnn.enabled, records.generation())
         kernel = bound.kernels.get(key)
         if kernel is None:
             problem = self.problem(x, weights)
@@ -123,17 +123,12 @@ class Runner:
         return self._bound.folded.packed_bytes() if self._bound is not None else 0
 
 
-_runners: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Runner]] | None = None
+_runners = WeakIdKeyDictionary()
 
 
 def runner_for(weight: Tensor, *static: Any) -> Runner:
     """The runner of calls that come as an operator, without a module: kept as long as the first weight lives."""
-    global _runners
-    if _runners is None:
-        from torch.utils.weak import WeakIdKeyDictionary
-
-        _runners = WeakIdKeyDictionary()
-    own = _runners.setdefault(weight, {})
+    own: dict[tuple[Any, ...], Runner] = _runners.setdefault(weight, {})
     runner = own.get(static)
     if runner is None:
         runner = own.setdefault(static, Runner(*static))

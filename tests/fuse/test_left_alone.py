@@ -243,6 +243,21 @@ def test_sums_in_every_spelling_make_a_block(add, trained):
     assert {row.op for row in rf.report(fused, file=io.StringIO()).rows} == {"basic_block"}
 
 
+def test_block_with_a_hook_keeps_its_forward_and_its_hook(trained):
+    model = trained(nn.Sequential(Residual(SUMS["operator"])))
+    calls = []
+    model[0].register_forward_hook(lambda m, args, y: calls.append(len(args)))
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert calls == [1, 1]
+    assert type(fused[0]) is Residual
+    rows = rf.report(fused, file=io.StringIO()).rows
+    assert [row.op for row in rows] == ["conv2d_bn", "conv2d_bn"]
+    assert "the module has forward hooks" in rows[1].note
+
+
 def _overwrites_input(y, x):
     x += y
     return F.relu(x)
