@@ -68,7 +68,8 @@ void check_parameters(const ConvParams& p, const Tensor& weights, const Tensor& 
                   " elements (whole panels); it has ", shift.numel(), ".");
 }
 
-Tensor pack(Tensor weight) {
+// Packed weights of a convolution; `pairs`: as the bfloat16 direct kernels take them.
+Tensor pack(Tensor weight, bool pairs) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.is_cpu(),
                   "weight must be a contiguous CPU tensor of shape (out_channels, in_channels, kh, kw).");
   const bool bfloat16 = weight.scalar_type() == ScalarType::BFloat16;
@@ -78,7 +79,13 @@ Tensor pack(Tensor weight) {
   const std::array<int64_t, 1> size{(out_channels + panel - 1) / panel * panel * taps * in_channels};
   Tensor packed = torch::stable::empty({size.data(), size.size()}, weight.scalar_type(), std::nullopt, weight.device());
   advise_huge_pages(packed.mutable_data_ptr(), size[0] * static_cast<int64_t>(packed.element_size()));
-  kernels().pack(weight.const_data_ptr(), packed.mutable_data_ptr(), out_channels, in_channels, taps, bfloat16);
+  if (pairs) {
+    STD_TORCH_CHECK(bfloat16 && in_channels % 2 == 0 && has_avx512_bf16(),
+                    "pairs need a bfloat16 weight, an even number of input channels, and a CPU with AVX512_BF16.");
+    avx512_bf16_kernels().pack_pairs(weight.const_data_ptr(), packed.mutable_data_ptr(), out_channels, in_channels, taps);
+  } else {
+    kernels().pack(weight.const_data_ptr(), packed.mutable_data_ptr(), out_channels, in_channels, taps, bfloat16);
+  }
   return packed;
 }
 
@@ -99,7 +106,8 @@ ConvParams conv_params(const Tensor& x, const Tensor& weights, const Tensor& shi
   return p;
 }
 
-// y = act(conv(x, w) + shift + residual). `plan` empty: direct arithmetic; otherwise the five numbers of a WinogradPlan.
+// y = act(conv(x, w) + shift + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs); otherwise
+// the five numbers of a WinogradPlan.
 Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residual, int64_t out_channels,
             std::vector<int64_t> geometry, bool relu, std::vector<int64_t> plan) {
   ConvParams p = conv_params(x, weights, shift, out_channels, geometry, relu);
@@ -117,10 +125,14 @@ Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residu
   if (p.batch == 0) return y;
   if (!plan.empty()) {
     kernels().winograd(p, winograd_plan(p, plan));
-  } else if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
-    kernels().pointwise(p);
+    return y;
+  }
+  STD_TORCH_CHECK(!p.bfloat16 || (has_avx512_bf16() && p.in_channels % 2 == 0),
+                  "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
+  if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
+    p.bfloat16 ? avx512_bf16_kernels().pointwise(p) : kernels().pointwise(p);
   } else {
-    kernels().direct(p);
+    p.bfloat16 ? avx512_bf16_kernels().direct(p) : kernels().direct(p);
   }
   return y;
 }
@@ -189,7 +201,9 @@ Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool p
 }
 
 int64_t isa() { return static_cast<int64_t>(detected_isa()); }
+int64_t set_isa_limit(int64_t highest) { return static_cast<int64_t>(limit_isa(static_cast<Isa>(highest))); }
 bool avx512_bf16() { return has_avx512_bf16(); }
+bool amx_bf16() { return has_amx_bf16(); }
 int64_t panel() { return 2 * kernels().lanes; }
 
 }  // namespace
@@ -197,9 +211,11 @@ int64_t panel() { return 2 * kernels().lanes; }
 
 STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("isa() -> int");
+  m.def("limit_isa(int highest) -> int");
   m.def("avx512_bf16() -> bool");
+  m.def("amx_bf16() -> bool");
   m.def("panel() -> int");
-  m.def("pack(Tensor weight) -> Tensor");
+  m.def("pack(Tensor weight, bool pairs=False) -> Tensor");
   m.def(
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> Tensor");
@@ -211,7 +227,9 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   using namespace resnet_fused::cpu;
   m.impl("isa", TORCH_BOX(&isa));
+  m.impl("limit_isa", TORCH_BOX(&set_isa_limit));
   m.impl("avx512_bf16", TORCH_BOX(&avx512_bf16));
+  m.impl("amx_bf16", TORCH_BOX(&amx_bf16));
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("conv", TORCH_BOX(&conv));

@@ -8,6 +8,7 @@ namespace resnet_fused::cpu::RF_ISA {
 // A padded row, its columns sorted by phase (column mod stride): [phase][channel block][column][LANES].
 struct PaddedRows {
   int64_t columns;       // of one phase
+  int64_t channels;      // of a pixel, in units
   int64_t vectors;       // channel blocks
   int64_t block_stride;  // between channel blocks
   int64_t phase_stride;
@@ -15,7 +16,8 @@ struct PaddedRows {
 
   explicit PaddedRows(const ConvParams& p)
       : columns(p.out_width + (p.kernel_w - 1) * p.dilation_w / p.stride_w),
-        vectors(vector_count(p.in_channels)),
+        channels(in_units(p)),
+        vectors(vector_count(channels)),
         block_stride(columns * LANES),
         phase_stride(block_stride * vectors),
         row_stride((phase_stride * p.stride_w) | LANES) {}
@@ -25,10 +27,10 @@ struct PaddedRows {
       for (int64_t column = 0; column < columns; ++column) {
         const int64_t w = column * p.stride_w + phase - p.pad_w;
         const bool inside = row != nullptr && w >= 0 && w < p.width;
-        const float* from = row + (inside ? w : 0) * p.in_channels;
+        const float* from = row + (inside ? w : 0) * channels;
         float* to = out + phase * phase_stride + column * LANES;
-        for (int64_t c = 0; c < p.in_channels; c += LANES, to += block_stride) {
-          const int64_t lanes = p.in_channels - c;
+        for (int64_t c = 0; c < channels; c += LANES, to += block_stride) {
+          const int64_t lanes = channels - c;
           store(to, !inside ? zero() : lanes >= LANES ? load(from + c) : load(from + c, static_cast<int>(lanes)));
         }
       }
@@ -56,14 +58,15 @@ inline void direct(const ConvParams& p) {
     const int64_t o_begin = p.out_height * block / row_blocks, o_end = p.out_height * (block + 1) / row_blocks;
     const int64_t h_begin = o_begin * p.stride_h - p.pad_h;
     const int64_t h_count = (o_end - o_begin - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
-    const float* image = static_cast<const float*>(p.x) + n * p.height * p.width * p.in_channels;
-    const float* residual = static_cast<const float*>(p.residual);
+    const int64_t channels = layout.channels;
+    const float* image = static_cast<const float*>(p.x) + n * p.height * p.width * channels;
+    const Activation* residual = static_cast<const Activation*>(p.residual);
     Scratch scratch;
     float* rows = scratch.take<float>(h_count * layout.row_stride);
     const float** taps = scratch.take<const float*>(taps_count);
     for (int64_t i = 0; i < h_count; ++i) {
       const int64_t h = h_begin + i;
-      layout.copy(p, h >= 0 && h < p.height ? image + h * p.width * p.in_channels : nullptr, rows + i * layout.row_stride);
+      layout.copy(p, h >= 0 && h < p.height ? image + h * p.width * channels : nullptr, rows + i * layout.row_stride);
     }
 
     for (int64_t panel = panels * group / groups; panel < panels * (group + 1) / groups; ++panel) {
@@ -79,9 +82,9 @@ inline void direct(const ConvParams& p) {
         }
         const int64_t at = ((n * p.out_height + o) * p.out_width) * p.out_channels + channel;
         convolve_rows<LANES>(
-            ConvTile<float>{taps, taps_count, 0, LANES, layout.block_stride, p.in_channels, 0,
-                            static_cast<const float*>(p.weights) + channel * taps_count * p.in_channels, p.shift + channel,
-                            residual == nullptr ? nullptr : residual + at, static_cast<float*>(p.y) + at, p.out_channels,
+            ConvTile<Activation>{taps, taps_count, 0, LANES, layout.block_stride, channels, 0,
+                            static_cast<const float*>(p.weights) + channel * taps_count * channels, p.shift + channel,
+                            residual == nullptr ? nullptr : residual + at, static_cast<Activation*>(p.y) + at, p.out_channels,
                             p.out_channels - channel, p.relu},
             p.out_width);
       }

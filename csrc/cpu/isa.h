@@ -35,10 +35,16 @@ namespace resnet_fused::cpu {
 
 enum class Isa : int { none = 0, avx2 = 1, avx512 = 2 };
 
-// The best instruction set that this CPU and operating system offer and we have kernels for.
+// The best instruction set that this CPU and operating system offer and we have kernels for, within the limit.
 Isa detected_isa();
+
+// From now on nothing above `highest` is used; returns what is. For tests: weights packed before don't fit afterwards.
+Isa limit_isa(Isa highest);
 
 // Whether vdpbf16ps (AVX512_BF16) may be used.
 bool has_avx512_bf16();
+
+// Whether the CPU has AMX tiles for bfloat16, which oneDNN uses and we don't.
+bool has_amx_bf16();
 
 }  // namespace resnet_fused::cpu

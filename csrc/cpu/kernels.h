@@ -20,4 +20,13 @@ struct Kernels {
 const Kernels& avx512_kernels();
 const Kernels& avx2_kernels();
 
+// Direct convolutions of bfloat16 activations with an even number of channels, by vdpbf16ps.
+struct Bf16Kernels {
+  void (*pack_pairs)(const void* weights, void* packed, int64_t out_channels, int64_t in_channels, int64_t taps);
+  void (*pointwise)(const ConvParams&);
+  void (*direct)(const ConvParams&);
+};
+
+const Bf16Kernels& avx512_bf16_kernels();
+
 }  // namespace resnet_fused::cpu

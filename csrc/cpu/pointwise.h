@@ -3,14 +3,17 @@
 
 namespace resnet_fused::cpu::RF_ISA {
 
+// Channels of p in the units that the register tile sums over.
+RF_INLINE int64_t in_units(const ConvParams& p) { return p.in_channels / CHANNELS_PER_UNIT; }
+
 // Rows of activations whose stride is a multiple of 4 KiB all map to one set of L1: they are copied into blocks first.
 RF_INLINE bool rows_collide(int64_t channels) { return channels * static_cast<int64_t>(sizeof(float)) % 4096 == 0; }
 
 // out[channel block][row][LANES] = the activations of `rows` pixels, `pixel(row)` giving where each begins.
-template <class T, class Pixel>
+template <class Pixel>
 void copy_to_blocks(int64_t rows, int64_t channels, float* out, Pixel&& pixel) {
   for (int64_t row = 0; row < rows; ++row) {
-    const T* from = pixel(row);
+    const float* from = pixel(row);
     float* to = out + row * LANES;
     for (int64_t c = 0; c < channels; c += LANES, to += rows * LANES) {
       const int64_t lanes = channels - c;
@@ -32,9 +35,10 @@ struct Rows {
 
 // y[row][0..out_channels) of panels [first_panel, last_panel) for all rows. `residual` and `y` point at row 0.
 inline void multiply_pointwise(const Rows& x, const float* weights, const float* shift, int64_t first_panel,
-                               int64_t last_panel, const float* residual, float* y, int64_t out_channels, bool relu) {
+                               int64_t last_panel, const Activation* residual, Activation* y, int64_t out_channels,
+                               bool relu) {
   const float* taps[1];
-  ConvTile<float> tile{};
+  ConvTile<Activation> tile{};
   tile.taps = taps;
   tile.tap_count = 1;
   tile.row_stride = x.blocked ? LANES : x.channels;
@@ -68,7 +72,7 @@ constexpr int64_t POINTWISE_ROWS = 4 * MAX_ROWS;
 
 // y = act(x w + shift + residual) for `count` neighbouring pixels (stride 1) and all output channels.
 inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, const float* weights, const float* shift,
-                           const float* residual, float* y, int64_t out_channels, bool relu) {
+                           const Activation* residual, Activation* y, int64_t out_channels, bool relu) {
   const int64_t panels = panel_count(out_channels);
   if (!rows_collide(in_channels)) {
     multiply_pointwise({x, count, in_channels, false}, weights, shift, 0, panels, residual, y, out_channels, relu);
@@ -78,35 +82,35 @@ inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, c
   float* copy = scratch.take<float>(std::min(count, POINTWISE_ROWS) * vector_count(in_channels) * LANES);
   for (int64_t first = 0; first < count; first += POINTWISE_ROWS) {
     const int64_t rows = std::min(POINTWISE_ROWS, count - first), at = first * out_channels;
-    copy_to_blocks<float>(rows, in_channels, copy, [&](int64_t row) { return x + (first + row) * in_channels; });
+    copy_to_blocks(rows, in_channels, copy, [&](int64_t row) { return x + (first + row) * in_channels; });
     multiply_pointwise({copy, rows, in_channels, true}, weights, shift, 0, panels,
                        residual == nullptr ? nullptr : residual + at, y + at, out_channels, relu);
   }
 }
 
 inline void pointwise(const ConvParams& p) {
-  const int64_t pixels = p.batch * p.out_height * p.out_width, panels = panel_count(p.out_channels);
+  const int64_t pixels = p.batch * p.out_height * p.out_width, panels = panel_count(p.out_channels), channels = in_units(p);
   const bool strided = p.stride_h != 1 || p.stride_w != 1;
-  const bool blocked = strided || rows_collide(p.in_channels);
+  const bool blocked = strided || rows_collide(channels);
   const int64_t row_blocks = (pixels + POINTWISE_ROWS - 1) / POINTWISE_ROWS;
   // Few pixels (deep layers at batch 1): the panels are shared out as well, to four units a thread.
   const int64_t wanted = (4 * thread_count() + row_blocks - 1) / row_blocks;
   const int64_t groups = std::min(panels, wanted);
   const float* x = static_cast<const float*>(p.x);
-  const float* residual = static_cast<const float*>(p.residual);
-  float* y = static_cast<float*>(p.y);
+  const Activation* residual = static_cast<const Activation*>(p.residual);
+  Activation* y = static_cast<Activation*>(p.y);
 
   parallel_units(row_blocks * groups, [&](int64_t unit, int64_t) {
     const int64_t block = unit / groups, group = unit % groups;
     const int64_t begin = pixels * block / row_blocks, count = pixels * (block + 1) / row_blocks - begin;
     Scratch scratch;
-    Rows rows{x + begin * p.in_channels, count, p.in_channels, blocked};
+    Rows rows{x + begin * channels, count, channels, blocked};
     if (blocked) {
-      float* copy = scratch.take<float>(count * vector_count(p.in_channels) * LANES);
-      copy_to_blocks<float>(count, p.in_channels, copy, [&](int64_t row) {
+      float* copy = scratch.take<float>(count * vector_count(channels) * LANES);
+      copy_to_blocks(count, channels, copy, [&](int64_t row) {
         const int64_t pixel = begin + row, n = pixel / (p.out_height * p.out_width);
         const int64_t h = pixel / p.out_width % p.out_height * p.stride_h, w = pixel % p.out_width * p.stride_w;
-        return x + ((n * p.height + h) * p.width + w) * p.in_channels;
+        return x + ((n * p.height + h) * p.width + w) * channels;
       });
       rows.data = copy;
     }

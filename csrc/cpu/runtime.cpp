@@ -10,6 +10,9 @@
 
 #include "isa.h"
 
+#if RF_X86_64
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -118,7 +121,9 @@ void advise_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
-Isa detected_isa() {
+namespace {
+
+Isa best_isa() {
 #if RF_X86_64
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
@@ -129,9 +134,30 @@ Isa detected_isa() {
   return Isa::none;
 }
 
+std::atomic<Isa> chosen_isa{best_isa()};
+
+}  // namespace
+
+Isa detected_isa() { return chosen_isa.load(std::memory_order_relaxed); }
+
+Isa limit_isa(Isa highest) {
+  chosen_isa.store(std::min(best_isa(), highest), std::memory_order_relaxed);
+  return detected_isa();
+}
+
 bool has_avx512_bf16() {
 #if RF_X86_64
   return detected_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool has_amx_bf16() {
+#if RF_X86_64
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned AMX_BF16 = 1u << 22;  // CPUID leaf 7, EDX
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & AMX_BF16) != 0;
 #else
   return false;
 #endif

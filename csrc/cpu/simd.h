@@ -1,5 +1,6 @@
 // One vector type for the instruction set under compilation, so that each kernel is written once.
-// Included only between RF_ISA_*_BEGIN and RF_ISA_END, with RF_ISA naming the namespace (avx512 or avx2).
+// Included only between RF_ISA_*_BEGIN and RF_ISA_END, with RF_ISA naming the namespace: avx512, avx2 or avx512_bf16. The last
+// serves direct convolutions of bfloat16 activations with vdpbf16ps.
 #pragma once
 
 namespace resnet_fused::cpu::RF_ISA {
@@ -103,6 +104,22 @@ RF_INLINE void store(Bf16* p, vec a, int lanes) {
 
 #endif
 
+// ---- What the direct kernels sum over ---------------------------------------------------------------------------------
+// They see activations and weights as 32-bit units: one float32 channel, or a pair of bfloat16 channels, which vdpbf16ps
+// multiplies and adds at once. Addresses and copies are then the same for both.
+#if defined(RF_ISA_IS_BF16)
+using Activation = Bf16;
+constexpr int64_t CHANNELS_PER_UNIT = 2;
+// acc += a.even * b.even + a.odd * b.odd
+RF_INLINE vec multiply_add(vec a, vec b, vec acc) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+}
+#else
+using Activation = float;
+constexpr int64_t CHANNELS_PER_UNIT = 1;
+RF_INLINE vec multiply_add(vec a, vec b, vec acc) { return fma(a, b, acc); }
+#endif
+
 RF_INLINE float widen(float a) { return a; }
 RF_INLINE float widen(Bf16 a) {
   const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
@@ -113,6 +130,9 @@ RF_INLINE float widen(Bf16 a) {
 
 // Output channels of one panel of packed weights: the two vectors of a register tile.
 constexpr int PANEL = 2 * LANES;
+
+RF_INLINE int64_t vector_count(int64_t channels) { return (channels + LANES - 1) / LANES; }
+RF_INLINE int64_t panel_count(int64_t channels) { return (channels + PANEL - 1) / PANEL; }
 
 RF_INLINE void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }
 RF_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -1,7 +1,8 @@
 // The register tile: up to MAX_ROWS output pixels x PANEL output channels, held in registers over the whole sum.
 //
-// For each input channel k it loads two weight vectors and, for each of its pixels, broadcasts one activation into two
-// fused multiply-adds. Included only between RF_ISA_*_BEGIN and RF_ISA_END.
+// Activations and weights are 32-bit units: a float32 channel, or a pair of bfloat16 channels (simd.h); "channel" below means
+// such a unit. For each input channel the tile loads two weight vectors and, for each of its pixels, broadcasts one activation
+// into two multiply-adds. Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
 namespace resnet_fused::cpu::RF_ISA {
@@ -28,8 +29,8 @@ RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&ba
   for (int r = 0; r < ROWS; ++r) {
     const float* a = STRIDE != RUNTIME_STRIDE ? base[0] + r * STRIDE : base[r / 3] + (r % 3) * stride;
     const vec x = splat(a[k]);
-    acc.low[r] = fma(x, b_low, acc.low[r]);
-    acc.high[r] = fma(x, b_high, acc.high[r]);
+    acc.low[r] = multiply_add(x, b_low, acc.low[r]);
+    acc.high[r] = multiply_add(x, b_high, acc.high[r]);
   }
 }
 

@@ -22,9 +22,6 @@ RF_INLINE int64_t point_stride(int64_t vectors) {
   return (((vectors * LANES + LINE - 1) / LINE) | 1) * LINE;
 }
 
-RF_INLINE int64_t vector_count(int64_t channels) { return (channels + LANES - 1) / LANES; }
-RF_INLINE int64_t panel_count(int64_t channels) { return (channels + PANEL - 1) / PANEL; }
-
 // Where a tile reads and writes: strips of one image, and the tile's first output pixel.
 template <class T>
 struct TilePlace {

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import cpu_bn, cpu_plan, library
+from resnet_fused.backends import Kernel, cpu_plan, library
 from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Conv, Folded, Pool, Problem
 
@@ -55,14 +55,28 @@ def _padded_shift(shift: Tensor) -> Tensor:
     return padded
 
 
-def _packed(folded: Folded, index: int) -> tuple[Tensor, Tensor]:
-    """Packed weights and padded shift of one convolution, made once for all problems that use it."""
+def _packed(folded: Folded, pairs: bool = False) -> tuple[Tensor, Tensor]:
+    """Packed weights and padded shift of one convolution, made once for all problems that use it.
+
+    `pairs`: as the bfloat16 direct kernels take them.
+    """
 
     def pack() -> tuple[Tensor, Tensor]:
-        weight = torch.ops.resnet_fused_cpu.pack(folded.weights[index].detach().contiguous())
-        return weight, _padded_shift(folded.shifts[index])
+        weight = torch.ops.resnet_fused_cpu.pack(folded.weights[0].detach().contiguous(), pairs)
+        return weight, _padded_shift(folded.shifts[0])
 
-    return folded.pack(("cpu", index), pack)
+    return folded.pack(("cpu", pairs), pack)
+
+
+def _bfloat16_unsupported(problem: Problem) -> str | None:
+    """Why a problem of one convolution can't be served in bfloat16; None if it can."""
+    if _stem_kernel(problem) or cpu_plan.winograd(problem) is not None:
+        return None
+    if not torch.ops.resnet_fused_cpu.avx512_bf16():
+        return "without AVX512_BF16 it serves bfloat16 only by Winograd: 3×3 convolutions of stride, padding and dilation 1"
+    if problem.convs[0].in_channels % 2 != 0:
+        return f"in bfloat16 it needs an even number of input channels, not {problem.convs[0].in_channels}"
+    return None
 
 
 class CPU:
@@ -91,10 +105,8 @@ class CPU:
         for conv in problem.convs:
             if conv.groups != 1:
                 return f"it serves convolutions of one group, not {conv.groups}"
-        if problem.dtype == torch.bfloat16 and not _stem_kernel(problem) and (len(problem.convs) > 1 or not cpu_plan.winograd(problem)):
-            return "in bfloat16 it serves what Winograd serves: 3×3 convolutions of padding and dilation 1"
         if problem.op == "stem" and not _stem_kernel(problem):
-            return "as a whole it serves stems of a 7×7 convolution of stride 2 on up to 4 channels and a 3×3 pool of stride 2, by Winograd"
+            return "as a whole it serves, by Winograd, a 7×7 convolution of stride 2 on up to 4 channels with a 3×3 pool"
         if problem.op in _BLOCKS:
             if not cpu_plan.block_serves(problem):
                 return "as a whole it serves blocks of stride 1 whose 3×3 layers have padding and dilation 1"
@@ -102,14 +114,19 @@ class CPU:
                 return "as a whole it serves blocks by Winograd only, which precision='exact' forbids"
             if problem.dtype != torch.float32:
                 return "as a whole it serves blocks in float32"
-        return None
+            return None
+        return _bfloat16_unsupported(problem) if problem.dtype == torch.bfloat16 else None
 
     def wins(self, problem: Problem) -> bool:
+        # Without Winograd we are level with oneDNN at best.
+        if problem.precision == "exact":
+            return False
         if problem.op in _BLOCKS:
             return cpu_plan.block_wins(problem)
-        return True
+        # oneDNN uses AMX, at many times the rate of our instructions.
+        return problem.dtype == torch.float32 or not torch.ops.resnet_fused_cpu.amx_bf16()
 
-    def prepare(self, problem: Problem, folded: Folded):  # noqa: ANN201 — the closures below
+    def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         if problem.op in _BLOCKS:
             run = self._block(problem, folded)
         elif _stem_kernel(problem):
@@ -120,11 +137,11 @@ class CPU:
             return run
         return lambda x, residual: run(x, residual).contiguous()
 
-    def _conv(self, problem: Problem, folded: Folded):  # noqa: ANN202
+    def _conv(self, problem: Problem, folded: Folded) -> Kernel:
         (conv,) = problem.convs
-        weight, shift = _packed(folded, 0)
-        geometry = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
         plan = [*map(int, cpu_plan.winograd(problem) or ())]
+        weight, shift = _packed(folded, pairs=problem.dtype == torch.bfloat16 and not plan)
+        geometry = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
         relu, out_channels = problem.op != "conv2d_bn", conv.out_channels
         run = torch.ops.resnet_fused_cpu.conv.default
 
@@ -136,19 +153,26 @@ class CPU:
 
         return kernel
 
-    def _stem(self, problem: Problem, folded: Folded):  # noqa: ANN202
-        weights, shift = folded.pack(("cpu", "stem"), lambda: (_stem_weights(folded.weights[0]), _padded_shift(folded.shifts[0])))
+    def _stem(self, problem: Problem, folded: Folded) -> Kernel:
+        def pack() -> tuple[Tensor, Tensor]:
+            return _stem_weights(folded.weights[0]), _padded_shift(folded.shifts[0])
+
+        weights, shift = folded.pack(("cpu", "stem"), pack)
         out_channels, pool, relu = problem.convs[0].out_channels, problem.pool is not None, problem.op != "conv2d_bn"
         run = torch.ops.resnet_fused_cpu.stem.default
-        return lambda x, residual: run(x, weights, shift, out_channels, pool, relu)
 
-    def _block(self, problem: Problem, folded: Folded):  # noqa: ANN202
+        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+            return run(x, weights, shift, out_channels, pool, relu)
+
+        return kernel
+
+    def _block(self, problem: Problem, folded: Folded) -> Kernel:
         # The parts' own Folded, under the key by which a block composed of its layers finds them.
         parts = [
-            folded.pack(("part", i), lambda i=i: Folded((folded.weights[i],), (folded.shifts[i],)))
-            for i in range(len(problem.convs))
+            folded.pack(("part", i), functools.partial(Folded, (weight,), (shift,)))
+            for i, (weight, shift) in enumerate(zip(folded.weights, folded.shifts, strict=True))
         ]
-        packed = [_packed(part, 0) for part in parts]
+        packed = [_packed(part) for part in parts]
         weights, shifts = [weight for weight, _ in packed], [shift for _, shift in packed]
         channels = [problem.shape[1], *(conv.out_channels for conv in problem.main_path)]
         plan = [*cpu_plan.block(problem)]

@@ -1,0 +1,42 @@
+// Direct bfloat16 convolutions, compiled for AVX512_BF16.
+#include "isa.h"
+
+#if RF_X86_64
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+#include "params.h"
+#include "runtime.h"
+
+#define RF_ISA avx512_bf16
+#define RF_ISA_IS_AVX512 1
+#define RF_ISA_IS_BF16 1
+RF_ISA_AVX512_BF16_BEGIN
+
+#include "simd.h"
+// simd.h comes first: it defines the vector type that the others use.
+#include "tile.h"
+#include "pack.h"
+#include "pointwise.h"
+#include "direct.h"
+
+namespace resnet_fused::cpu {
+
+const Bf16Kernels& avx512_bf16_kernels() {
+  using namespace RF_ISA;
+  static const Bf16Kernels kernels{pack_pairs, pointwise, direct};
+  return kernels;
+}
+
+}  // namespace resnet_fused::cpu
+
+RF_ISA_END
+
+#endif
