@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, cpu_plan, library
+from resnet_fused.backends import Kernel, cpu_bn, cpu_plan, library
 from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Conv, Folded, Pool, Problem
 
