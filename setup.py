@@ -48,8 +48,16 @@ def cpu_extension() -> Extension:
         sources("cpu", "*.cpp"),
         depends=sources("cpu", "*.h"),
         # PyTorch's headers have unused parameters; GCC 12's own _mm512_undefined_ps counts as maybe uninitialised.
-        extra_compile_args=["-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter",
-                            "-Wno-maybe-uninitialized", STABLE_ABI],
+        extra_compile_args=[
+            "-O3",
+            "-fvisibility=hidden",
+            "-g0",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",
+            "-Wno-maybe-uninitialized",
+            STABLE_ABI,
+        ],
         py_limited_api=True,
     )
 
@@ -67,7 +75,8 @@ def cuda_toolkit() -> Path | None:
     roots += [Path(on_path).resolve().parent.parent] if on_path else []
     # An nvcc on PATH may be a script that calls one elsewhere.
     whole = ("bin/nvcc", "include/cuda_runtime.h")
-    return next((root for root in [*roots, Path("/usr/local/cuda")] if all((root / part).is_file() for part in whole)), None)
+    roots.append(Path("/usr/local/cuda"))
+    return next((root for root in roots if all((root / part).is_file() for part in whole)), None)
 
 
 def cuda_missing() -> str | None:
@@ -90,11 +99,12 @@ def cuda_missing() -> str | None:
 
 
 def cuda_extension() -> Extension:
-    """resnet_fused/lib/resnet_fused_cuda.so: for the GPUs of TORCH_CUDA_ARCH_LIST, else those visible, else sm_80 and later."""
+    """resnet_fused/lib/resnet_fused_cuda.so: for TORCH_CUDA_ARCH_LIST, else the GPUs visible, else sm_80 and later."""
+    import torch
     from torch.utils.cpp_extension import CppExtension
 
     assert toolkit is not None
-    # CUDA's runtime is linked in, so that the library loads where there is no driver and beside any PyTorch.
+    major = torch.version.cuda.split(".")[0]
     return CppExtension(
         CUDA_LIBRARY,
         sources("cuda", "*.cpp") + sources("cuda", "*.cu"),
@@ -106,7 +116,8 @@ def cuda_extension() -> Extension:
             "cxx": ["-O2", "-fvisibility=hidden", "-g0", "-DUSE_CUDA", STABLE_ABI],
             "nvcc": ["-Xcompiler", "-fvisibility=hidden", STABLE_ABI],
         },
-        extra_link_args=["-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+        # PyTorch's own runtime, by its full name: the PyPI toolkit has no libcudart.so.
+        extra_link_args=[f"-l:libcudart.so.{major}"],
         optional=True,
         py_limited_api=True,
     )
@@ -154,5 +165,7 @@ reason = compiler_missing()
 if reason is None:
     setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})
 else:
-    print(f"resnet_fused: the compiled kernels are not built, since {reason}; the Python package works without.", file=sys.stderr)
+    print(
+        f"resnet_fused: the compiled kernels are not built, since {reason}; the Python package works without.", file=sys.stderr
+    )
     setup()

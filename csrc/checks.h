@@ -16,6 +16,7 @@ std::string message(const Parts&... parts) {
 
 }  // namespace resnet_fused
 
-// Throws std::invalid_argument with the further arguments as text unless the condition holds; they are evaluated only then.
+// Throws std::invalid_argument with the further arguments as text unless the condition holds; they are evaluated only
+// then.
 #define RESNET_FUSED_CHECK(CONDITION, ...) \
   if (!(CONDITION)) throw std::invalid_argument(resnet_fused::message(__VA_ARGS__))

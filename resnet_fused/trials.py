@@ -20,7 +20,7 @@ _EPS = 1e-5
 
 
 class Trial(NamedTuple):
-    """One kernel on one problem: `compute` gives its result, `stock` and `truth` are PyTorch's at the dtype and in float64."""
+    """One kernel on one problem: `compute` gives its result; `stock` is PyTorch's at the dtype, `truth` in float64."""
 
     backend: str
     kernel: str

@@ -18,8 +18,8 @@ using Math = std::conditional_t<Tile::kElement == ElementType::kFloat32, FmaMath
 
 // acc += the product over `steps` steps, kStages - 1 of them ahead in flight. Fragments are read one mma step ahead.
 template <class Tile>
-__device__ __forceinline__ void accumulate_async(Accumulators<Tile>& acc, TileLoader<Tile>& loader, const Math<Tile>& math,
-                                                 uint32_t pipeline, int steps) {
+__device__ __forceinline__ void accumulate_async(Accumulators<Tile>& acc, TileLoader<Tile>& loader,
+                                                 const Math<Tile>& math, uint32_t pipeline, int steps) {
   constexpr uint32_t kLast = (Tile::kStages - 1) * Tile::kStageBytes;
   typename Math<Tile>::Fragments fragments[2];
   ptx::cp_async_wait<Tile::kStages - 2>();
@@ -71,7 +71,8 @@ __device__ __forceinline__ void accumulate_through_registers(Accumulators<Tile>&
 template <class Tile>
 __device__ __forceinline__ void conv2d_fwd(const Conv2dParams& p, unsigned char* shared) {
   using TileEpilogue = Epilogue<typename Tile::T, Tile::WARP_N>;
-  static_assert(Tile::kThreads / 32 * TileEpilogue::kStripBytes <= Tile::kSharedBytes, "the strips reuse the pipeline's memory");
+  static_assert(Tile::kThreads / 32 * TileEpilogue::kStripBytes <= Tile::kSharedBytes,
+                "the strips reuse the pipeline's memory");
   const int tile_m = blockIdx.x >> p.group_shift;
   const int tile_n = (blockIdx.y << p.group_shift) + (blockIdx.x & ((1 << p.group_shift) - 1));
   if (tile_n >= p.tiles_n) return;
@@ -87,7 +88,8 @@ __device__ __forceinline__ void conv2d_fwd(const Conv2dParams& p, unsigned char*
 #pragma unroll
     for (int stage = 0; stage < Tile::kStages - 1; ++stage) loader.load(pipeline + stage * Tile::kStageBytes);
   }
-  TileEpilogue epilogue(p, tile_n * Tile::BLOCK_N + warp_n * Tile::WARP_N, lane, pipeline + warp * TileEpilogue::kStripBytes);
+  TileEpilogue epilogue(p, tile_n * Tile::BLOCK_N + warp_n * Tile::WARP_N, lane,
+                        pipeline + warp * TileEpilogue::kStripBytes);
   epilogue.template prefetch_residual<Tile::WARP_M>(first_row);
 
   Accumulators<Tile> acc = {};
@@ -100,7 +102,8 @@ __device__ __forceinline__ void conv2d_fwd(const Conv2dParams& p, unsigned char*
   __syncthreads();
   epilogue.begin();
 #pragma unroll
-  for (int i = 0; i < Tile::WARP_M / 16; ++i) epilogue.store(acc[i], first_row + i * 16, p.out_pixels - first_row - i * 16);
+  for (int i = 0; i < Tile::WARP_M / 16; ++i)
+    epilogue.store(acc[i], first_row + i * 16, p.out_pixels - first_row - i * 16);
 }
 
 }  // namespace resnet_fused

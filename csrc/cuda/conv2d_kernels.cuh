@@ -19,10 +19,11 @@ __host__ __device__ constexpr bool is_for_this_gpu(Copy copy) {
 
 }  // namespace resnet_fused
 
-#define RESNET_FUSED_CONV2D_KERNEL(NAME, ELEMENT, GATHER, COPY, BM, BN, BK, WM, WN, STAGES, BLOCKS)                        \
-  extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32, BLOCKS)                                          \
-      NAME(const __grid_constant__ resnet_fused::Conv2dParams p) {                                                        \
-    using namespace resnet_fused;                                                                                         \
-    if constexpr (is_for_this_gpu(Copy::COPY))                                                                            \
-      conv2d_fwd<Conv2dTile<ElementType::ELEMENT, GATHER, Copy::COPY, BM, BN, BK, WM, WN, STAGES>>(p, resnet_fused_shared); \
+#define RESNET_FUSED_CONV2D_KERNEL(NAME, ELEMENT, GATHER, COPY, BM, BN, BK, WM, WN, STAGES, BLOCKS) \
+  extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32, BLOCKS)                    \
+      NAME(const __grid_constant__ resnet_fused::Conv2dParams p) {                                  \
+    using namespace resnet_fused;                                                                   \
+    if constexpr (is_for_this_gpu(Copy::COPY))                                                      \
+      conv2d_fwd<Conv2dTile<ElementType::ELEMENT, GATHER, Copy::COPY, BM, BN, BK, WM, WN, STAGES>>( \
+          p, resnet_fused_shared);                                                                  \
   }

@@ -8,12 +8,14 @@
 
 namespace resnet_fused {
 
-// How a tile's operands come to shared memory: cp.async in a pipeline of stages (sm_80 on), or through registers (sm_75).
+// How a tile's operands come to shared memory: cp.async in a pipeline of stages (sm_80 on), or through registers
+// (sm_75).
 enum class Copy { kAsync, kThroughRegisters };
 
-// A block computes BLOCK_M x BLOCK_N outputs with warps of WARP_M x WARP_N, BLOCK_K elements of k a step, kStages in flight.
-// kGather: x is loaded by element, for runs that make no whole 16 bytes.
-template <ElementType ELEMENT, bool GATHER, Copy COPY, int BLOCK_M_, int BLOCK_N_, int BLOCK_K_, int WARP_M_, int WARP_N_, int STAGES_>
+// A block computes BLOCK_M x BLOCK_N outputs with warps of WARP_M x WARP_N, BLOCK_K elements of k a step, kStages in
+// flight. kGather: x is loaded by element, for runs that make no whole 16 bytes.
+template <ElementType ELEMENT, bool GATHER, Copy COPY, int BLOCK_M_, int BLOCK_N_, int BLOCK_K_, int WARP_M_,
+          int WARP_N_, int STAGES_>
 struct Conv2dTile {
   using T = typename ElementOf<ELEMENT>::T;
   static constexpr ElementType kElement = ELEMENT;
@@ -23,16 +25,17 @@ struct Conv2dTile {
   static constexpr int kStages = STAGES_;
   static constexpr int kWarpsM = BLOCK_M / WARP_M, kWarpsN = BLOCK_N / WARP_N;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  static constexpr int kRowBytes = BLOCK_K * sizeof(T);        // of a tile row in shared memory: 64 or 128
-  static constexpr int kChunks = kRowBytes / 16;               // 16-byte chunks a row
-  static constexpr int kMmaSteps = kRowBytes / 32;             // one mma takes 32 bytes of k
-  static constexpr int kRowsPerPass = kThreads / kChunks;      // rows the block copies at once
+  static constexpr int kRowBytes = BLOCK_K * sizeof(T);    // of a tile row in shared memory: 64 or 128
+  static constexpr int kChunks = kRowBytes / 16;           // 16-byte chunks a row
+  static constexpr int kMmaSteps = kRowBytes / 32;         // one mma takes 32 bytes of k
+  static constexpr int kRowsPerPass = kThreads / kChunks;  // rows the block copies at once
   static constexpr int kPassesA = BLOCK_M / kRowsPerPass, kPassesB = BLOCK_N / kRowsPerPass;
   static constexpr int kBytesA = BLOCK_M * kRowBytes, kStageBytes = (BLOCK_M + BLOCK_N) * kRowBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static_assert(kRowBytes == 64 || kRowBytes == 128, "the swizzle covers rows of 64 and 128 bytes");
   static_assert(kPassesA * kRowsPerPass == BLOCK_M && kPassesB * kRowsPerPass == BLOCK_N, "whole passes");
-  static_assert(kWarpsM * kWarpsN * 16 * WARP_N * 4 <= kSharedBytes, "the epilogue's strips reuse the pipeline's memory");
+  static_assert(kWarpsM * kWarpsN * 16 * WARP_N * 4 <= kSharedBytes,
+                "the epilogue's strips reuse the pipeline's memory");
 
   // Byte offset of a chunk of a tile row: XOR-swizzled, so that the eight rows an ldmatrix reads and the eight chunks a
   // quarter-warp writes fall into different banks.
@@ -48,11 +51,16 @@ template <class Tile>
 class TileLoader {
   using T = typename Tile::T;
   static constexpr int kPassBytes = Tile::kRowsPerPass * Tile::kRowBytes;
-  static constexpr uint32_t kFirstRun = 1u << 16, kNever = 1u << 31;  // kNever is set in every mask of invalid positions
+  static constexpr uint32_t kFirstRun = 1u << 16,
+                            kNever = 1u << 31;  // kNever is set in every mask of invalid positions
 
  public:
   __device__ TileLoader(const Conv2dParams& p, int tile_m, int tile_n, int first_step, int step_count)
-      : p_(p), row_delta_(p.row_delta), run_delta_(p.run_delta), weight_delta_(p.weight_delta), steps_per_run_(p.steps_per_run),
+      : p_(p),
+        row_delta_(p.row_delta),
+        run_delta_(p.run_delta),
+        weight_delta_(p.weight_delta),
+        steps_per_run_(p.steps_per_run),
         runs_(p.runs) {
     const int chunk = threadIdx.x % Tile::kChunks, row = threadIdx.x / Tile::kChunks;
     shared_ = Tile::offset(row, chunk);
@@ -66,15 +74,16 @@ class TileLoader {
     update_position();
 
     const int64_t in_run = step_in_run_ * Tile::kRowBytes + chunk * 16;
-    const int64_t filter_offset = filter_row * p.dilation_h * p.row_stride + int64_t(run_) * p.dilation_w * p.pixel_stride;
+    const int64_t filter_offset =
+        filter_row * p.dilation_h * p.row_stride + int64_t(run_) * p.dilation_w * p.pixel_stride;
 #pragma unroll
     for (int i = 0; i < Tile::kPassesA; ++i) {
       const uint32_t m = tile_m * Tile::BLOCK_M + row + i * Tile::kRowsPerPass;
       const uint32_t n = p.image.quotient(m), pixel = m - n * p.image.divisor;
       const uint32_t out_h = p.row.quotient(pixel), out_w = pixel - out_h * p.row.divisor;
       const int h = int(out_h) * p.stride_h - p.pad_h, w = int(out_w) * p.stride_w - p.pad_w;
-      x_[i] = static_cast<const char*>(p.x) - (Tile::kGather ? kRunLead * int(sizeof(T)) : 0) + n * p.image_stride + h * p.row_stride + int64_t(w) * p.pixel_stride +
-              filter_offset + in_run;
+      x_[i] = static_cast<const char*>(p.x) - (Tile::kGather ? kRunLead * int(sizeof(T)) : 0) + n * p.image_stride +
+              h * p.row_stride + int64_t(w) * p.pixel_stride + filter_offset + in_run;
       invalid_[i] = m < p.out_pixels ? kNever : ~0u;
       if constexpr (Tile::kGather) first_w_[i] = w;
       for (int r = 0; r < p.filter_rows; ++r)
@@ -119,7 +128,9 @@ class TileLoader {
             fetched_[i] = ptx::load_global_16(x_[i], valid);
           }
         },
-        [&](auto i, const char* weight, bool valid) { fetched_[Tile::kPassesA + i] = ptx::load_global_16(weight, valid); });
+        [&](auto i, const char* weight, bool valid) {
+          fetched_[Tile::kPassesA + i] = ptx::load_global_16(weight, valid);
+        });
   }
   __device__ __forceinline__ void put(uint32_t stage) const {
     unroll<Tile::kPassesA>([&](auto i) { ptx::store_shared_16<i * kPassBytes>(stage + shared_, fetched_[i]); });
@@ -129,7 +140,8 @@ class TileLoader {
   }
 
  private:
-  // Calls copy_x(pass, valid) and copy_weight(pass, address, valid) for the chunks of this step, and moves on to the next.
+  // Calls copy_x(pass, valid) and copy_weight(pass, address, valid) for the chunks of this step, and moves on to the
+  // next.
   template <class CopyX, class CopyWeight>
   __device__ __forceinline__ void next(CopyX&& copy_x, CopyWeight&& copy_weight) {
     const bool run_ends = step_in_run_ + 1 == steps_per_run_, row_ends = run_ + 1 == runs_;
@@ -174,14 +186,15 @@ class TileLoader {
 
   // The bits that must be clear in a row's mask for its chunk of this step to exist.
   __device__ __forceinline__ void update_position() {
-    position_ = row_bit_ | (Tile::kGather ? 0 : run_bit_) | (step_in_run_ + 1 == steps_per_run_ ? tail_bit_ : 0) | (steps_left_ > 0 ? 0 : kNever);
+    position_ = row_bit_ | (Tile::kGather ? 0 : run_bit_) | (step_in_run_ + 1 == steps_per_run_ ? tail_bit_ : 0) |
+                (steps_left_ > 0 ? 0 : kNever);
   }
 
   const Conv2dParams& p_;
   const int64_t row_delta_, run_delta_;  // these five are read in every step
   const int32_t weight_delta_, steps_per_run_, runs_;
   const char* x_[Tile::kPassesA];
-  uint32_t invalid_[Tile::kPassesA];  // bit r: filter row r misses the image; bit 16 + s: run s does
+  uint32_t invalid_[Tile::kPassesA];                 // bit r: filter row r misses the image; bit 16 + s: run s does
   int first_w_[Tile::kGather ? Tile::kPassesA : 1];  // column of x where the window of the row's pixel begins
   const char* weight_;
   int64_t weight_pass_;

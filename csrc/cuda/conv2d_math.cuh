@@ -1,5 +1,6 @@
-// What a warp does with a tile in shared memory: acc += a b, by tensor cores or by float32 multiply-adds. Either way a lane holds
-// the accumulators of mma's layout (PTX ISA 9.7.15.5, m16n8k16): rows lane / 4 and lane / 4 + 8, columns 2 (lane % 4) + {0, 1}.
+// What a warp does with a tile in shared memory: acc += a b, by tensor cores or by float32 multiply-adds. Either way a
+// lane holds the accumulators of mma's layout (PTX ISA 9.7.15.5, m16n8k16): rows lane / 4 and lane / 4 + 8, columns 2
+// (lane % 4) + {0, 1}.
 #pragma once
 
 #include "element.cuh"

@@ -33,27 +33,27 @@ struct FastDivisor {
   }
 };
 
-// Runs that make no whole 16 bytes have this many zeros in front in the packed weight: it lets the stem's kernel read x in
-// aligned pairs.
+// Runs that make no whole 16 bytes have this many zeros in front in the packed weight: it lets the stem's kernel read x
+// in aligned pairs.
 constexpr int32_t kRunLead = 1;
 
-// The filter is walked as filter_rows x runs, each run contiguous in x and in the packed weight: a run is the channels of one
-// filter position, or, where they make no whole 16 bytes, a whole filter row. The product's k is all runs in order, each
-// padded to whole steps of the main loop.
+// The filter is walked as filter_rows x runs, each run contiguous in x and in the packed weight: a run is the channels
+// of one filter position, or, where they make no whole 16 bytes, a whole filter row. The product's k is all runs in
+// order, each padded to whole steps of the main loop.
 struct Conv2dParams {
-  const void* x;          // [N, height, width, channels]
-  const void* weight;     // [out_channels, filter_rows, runs, run_length], zeros where a run was padded
-  const float* shift;     // [out_channels]
-  const void* residual;   // [N, P, Q, out_channels] or null
-  void* y;                // [N, P, Q, out_channels]
-  float* partial;         // [splits, N P Q, partial_stride], or null: no split of k
-  int64_t image_stride;   // bytes between images of x
-  int64_t row_stride;     // bytes between rows of x
-  int64_t run_delta;      // bytes in x from the last step of a run to the first of the next
-  int64_t row_delta;      // the same, from the last run of a filter row to the first of the next row
-  int64_t weight_stride;  // bytes between output channels of the packed weight
-  int32_t weight_delta;   // bytes in the weight from the last step of a run to the first of the next
-  int32_t pixel_stride;   // bytes between pixels of x
+  const void* x;                    // [N, height, width, channels]
+  const void* weight;               // [out_channels, filter_rows, runs, run_length], zeros where a run was padded
+  const float* shift;               // [out_channels]
+  const void* residual;             // [N, P, Q, out_channels] or null
+  void* y;                          // [N, P, Q, out_channels]
+  float* partial;                   // [splits, N P Q, partial_stride], or null: no split of k
+  int64_t image_stride;             // bytes between images of x
+  int64_t row_stride;               // bytes between rows of x
+  int64_t run_delta;                // bytes in x from the last step of a run to the first of the next
+  int64_t row_delta;                // the same, from the last run of a filter row to the first of the next row
+  int64_t weight_stride;            // bytes between output channels of the packed weight
+  int32_t weight_delta;             // bytes in the weight from the last step of a run to the first of the next
+  int32_t pixel_stride;             // bytes between pixels of x
   int32_t height, width, channels;  // of x
   int32_t out_pixels;               // N P Q, the rows of the product
   int32_t out_channels;             // its columns
@@ -65,9 +65,10 @@ struct Conv2dParams {
   int32_t steps_per_run;  // of the main loop
   int32_t steps;          // of all runs
   int32_t steps_per_split, splits;
-  int32_t tiles_n, group_shift;  // grid.x walks 2^group_shift tiles of channels, then down the pixels; grid.y the groups
+  int32_t tiles_n,
+      group_shift;  // grid.x walks 2^group_shift tiles of channels, then down the pixels; grid.y the groups
   int32_t relu;
-  int32_t vectorised;  // whether out_channels make whole 16 bytes
+  int32_t vectorised;      // whether out_channels make whole 16 bytes
   FastDivisor image, row;  // by P Q and by Q
   FastDivisor quads;       // by partial_stride / 4
 };

@@ -40,8 +40,8 @@ constexpr std::array kKernels = {
 void check(const Conv2dProblem& p, const WeightLayout& layout) {
   std::ostringstream reason;
   if (p.out_height() <= 0 || p.out_width() <= 0) {
-    reason << "the filter of " << p.kernel_h << "x" << p.kernel_w << " does not fit the padded input of " << p.height << "x"
-           << p.width;
+    reason << "the filter of " << p.kernel_h << "x" << p.kernel_w << " does not fit the padded input of " << p.height
+           << "x" << p.width;
   } else if (p.out_pixels() > kInt32Max - 256) {
     reason << p.out_pixels() << " output pixels; the kernels count them in 31 bits";
   } else if (layout.filter_rows > 16 || layout.runs > 15) {
@@ -57,7 +57,8 @@ void check(const Conv2dProblem& p, const WeightLayout& layout) {
 
 // 1x1 without stride and padding is a plain product: one image of one row.
 Conv2dProblem canonical(Conv2dProblem p) {
-  const bool pointwise = p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
+  const bool pointwise =
+      p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
   if (pointwise && p.out_pixels() <= kInt32Max / 2) {
     p.width = p.out_pixels();
     p.batch = p.height = 1;
@@ -77,17 +78,20 @@ bool serves(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& dev
          k.shared_bytes() <= device.shared_per_block && blocks_per_multiprocessor(k, device) > 0;
 }
 
-// Cycles by a model of one multiprocessor: a step takes as long as the busiest of its tensor cores, its shared memory and
-// its share of L2; a wave of blocks ends with its slowest. Only ratios matter. The figures are those of an A100
+// Cycles by a model of one multiprocessor: a step takes as long as the busiest of its tensor cores, its shared memory
+// and its share of L2; a wave of blocks ends with its slowest. Only ratios matter. The figures are those of an A100
 // (NVIDIA A100 architecture whitepaper); `resnet-fused tune` replaces the model by measurement.
 double modelled_cycles(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& device, int64_t splits) {
-  constexpr double kSharedBytes = 128, kL2Bytes = 40, kMemoryBytes = 10, kBlockStart = 1500, kLaunch = 4000;  // a cycle; cycles
+  constexpr double kSharedBytes = 128, kL2Bytes = 40, kMemoryBytes = 10, kBlockStart = 1500,
+                   kLaunch = 4000;  // a cycle; cycles
   const double products = p.type == ElementType::kFloat32 ? 64 : p.type == ElementType::kTf32 ? 512 : 1024;
   const double fragments = double(k.warps() * (k.warp_m + k.warp_n) * k.row_bytes());
-  const double step = std::max({double(k.block_m * k.block_n * k.block_k) / products,
-                                (fragments + double(k.step_bytes())) / kSharedBytes, double(k.step_bytes()) / kL2Bytes});
+  const double step =
+      std::max({double(k.block_m * k.block_n * k.block_k) / products,
+                (fragments + double(k.step_bytes())) / kSharedBytes, double(k.step_bytes()) / kL2Bytes});
   const WeightLayout layout = conv2d_weight_layout(p);
-  const int64_t steps = ceil_div(layout.filter_rows * layout.runs * ceil_div(layout.padded_run_length, k.block_k), splits);
+  const int64_t steps =
+      ceil_div(layout.filter_rows * layout.runs * ceil_div(layout.padded_run_length, k.block_k), splits);
   const int64_t blocks = ceil_div(p.out_pixels(), k.block_m) * ceil_div(p.out_channels, k.block_n) * splits;
   const double output = double(k.block_m * k.block_n) * (splits > 1 ? 8 : element_bytes(p.type)) / kMemoryBytes;
   const double block = double(steps) * step + output;
@@ -95,7 +99,8 @@ double modelled_cycles(const Kernel& k, const Conv2dProblem& p, const DeviceProp
   const int64_t rest = ceil_div(blocks % wave, device.multiprocessors);
   const double waves = double(blocks / wave) * (double(resident) * block + kBlockStart) +
                        (rest > 0 ? double(rest) * block + kBlockStart : 0.0);
-  const double reduction = double(p.out_pixels() * p.out_channels * 4 * splits) / double(device.multiprocessors) / kL2Bytes;
+  const double reduction =
+      double(p.out_pixels() * p.out_channels * 4 * splits) / double(device.multiprocessors) / kL2Bytes;
   return waves + (splits > 1 ? kLaunch + reduction : 0.0);
 }
 
@@ -103,8 +108,8 @@ double modelled_cycles(const Kernel& k, const Conv2dProblem& p, const DeviceProp
 std::string stem_kernel(const Conv2dProblem& p, const DeviceProperties& device) {
   using Tile = StemTile;
   const bool shape = p.kernel_h == Tile::kFilter && p.kernel_w == Tile::kFilter && p.stride_h == Tile::kStride &&
-                     p.stride_w == Tile::kStride && p.pad_h == Tile::kPad && p.pad_w == Tile::kPad && p.dilation_h == 1 &&
-                     p.dilation_w == 1 && p.channels == Tile::kInputChannels && p.width % 8 == 0;
+                     p.stride_w == Tile::kStride && p.pad_h == Tile::kPad && p.pad_w == Tile::kPad &&
+                     p.dilation_h == 1 && p.dilation_w == 1 && p.channels == Tile::kInputChannels && p.width % 8 == 0;
   constexpr int64_t kMaxGridY = 65535;
   const bool serves = shape && element_bytes(p.type) == 2 && device.compute_capability >= 80 && p.batch <= kMaxGridY;
   return serves ? std::string("conv2d_stem_fwd_") + suffix(p.type) : "";
@@ -149,8 +154,9 @@ std::vector<Choice> choices(const Conv2dProblem& p, const DeviceProperties& devi
   return found;
 }
 
-// How many tiles of channels neighbouring blocks take before they go down the pixels: the blocks that run at once should
-// cover a near-square part of the product, so that L2 serves both operands. At most 1/8 of the grid may be empty blocks.
+// How many tiles of channels neighbouring blocks take before they go down the pixels: the blocks that run at once
+// should cover a near-square part of the product, so that L2 serves both operands. At most 1/8 of the grid may be empty
+// blocks.
 int32_t group_shift(const Kernel& k, const DeviceProperties& device, int64_t tiles_n) {
   const double at_once = double(blocks_per_multiprocessor(k, device) * device.multiprocessors);
   const double square = std::sqrt(at_once * double(k.block_m) / double(k.block_n));
@@ -161,8 +167,8 @@ int32_t group_shift(const Kernel& k, const DeviceProperties& device, int64_t til
   return 0;
 }
 
-Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPointers& pointers, const DeviceProperties& device,
-                        int64_t splits) {
+Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPointers& pointers,
+                        const DeviceProperties& device, int64_t splits) {
   const WeightLayout layout = conv2d_weight_layout(p);
   const int64_t bytes = element_bytes(p.type), pixel = p.channels * bytes, row = p.width * pixel;
   const int64_t steps_per_run = ceil_div(layout.padded_run_length, k.block_k);
@@ -181,7 +187,8 @@ Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPoi
   q.filter_rows = int32_t(layout.filter_rows), q.runs = int32_t(layout.runs);
   q.run_length = int32_t(layout.padded_run_length);
   q.run_pixels = int32_t(layout.run_length / p.channels);
-  q.stride_h = int32_t(p.stride_h), q.stride_w = int32_t(p.stride_w), q.pad_h = int32_t(p.pad_h), q.pad_w = int32_t(p.pad_w);
+  q.stride_h = int32_t(p.stride_h), q.stride_w = int32_t(p.stride_w), q.pad_h = int32_t(p.pad_h),
+  q.pad_w = int32_t(p.pad_w);
   q.dilation_h = int32_t(p.dilation_h), q.dilation_w = int32_t(p.dilation_w);
   q.steps_per_run = int32_t(steps_per_run);
   q.steps = int32_t(layout.filter_rows * layout.runs * steps_per_run);
@@ -222,12 +229,14 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& dev
   const std::vector<Choice> found = choices(p, device, splits);
   const std::string stem = stem_kernel(p, device);
   const bool is_stem = !stem.empty() && (kernel.empty() || kernel == stem);
-  const auto chosen = kernel.empty() || is_stem ? found.begin() : std::find_if(found.begin(), found.end(), [&](const Choice& c) {
-    return kernel == c.kernel->name;
-  });
+  const auto chosen =
+      kernel.empty() || is_stem
+          ? found.begin()
+          : std::find_if(found.begin(), found.end(), [&](const Choice& c) { return kernel == c.kernel->name; });
   if (chosen == found.end()) {
     std::ostringstream reason;
-    reason << "no kernel " << kernel << " for this problem on compute capability " << double(device.compute_capability) / 10;
+    reason << "no kernel " << kernel << " for this problem on compute capability "
+           << double(device.compute_capability) / 10;
     refuse(reason.str());
   }
   const Kernel& k = *chosen->kernel;
@@ -239,16 +248,18 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& dev
   }
   const auto& q = plan.params;
   const int64_t group = int64_t{1} << q.group_shift;
-  plan.launches.push_back({k.name,
-                           {uint32_t(ceil_div(q.out_pixels, k.block_m) * group), uint32_t(ceil_div(q.tiles_n, group)), uint32_t(q.splits)},
-                           uint32_t(32 * k.warps()),
-                           uint32_t(k.shared_bytes())});
+  plan.launches.push_back(
+      {k.name,
+       {uint32_t(ceil_div(q.out_pixels, k.block_m) * group), uint32_t(ceil_div(q.tiles_n, group)), uint32_t(q.splits)},
+       uint32_t(32 * k.warps()),
+       uint32_t(k.shared_bytes())});
   if (q.splits > 1) {
     constexpr int64_t kThreads = 256, kChannels = 4, kBlocksPerMultiprocessor = 8;
     const int64_t work = int64_t{q.out_pixels} * q.partial_stride / kChannels;
     const int64_t blocks = std::min(ceil_div(work, kThreads), kBlocksPerMultiprocessor * device.multiprocessors);
     plan.workspace_bytes = int64_t{q.splits} * q.out_pixels * q.partial_stride * 4;
-    plan.launches.push_back({std::string("conv2d_reduce_fwd_") + suffix(p.type), {uint32_t(blocks), 1, 1}, uint32_t(kThreads), 0});
+    plan.launches.push_back(
+        {std::string("conv2d_reduce_fwd_") + suffix(p.type), {uint32_t(blocks), 1, 1}, uint32_t(kThreads), 0});
   }
   return plan;
 }

@@ -28,8 +28,8 @@ struct Conv2dPointers {
   void *y, *partial;
 };
 
-// Shape of the packed weight: [out_channels, filter_rows, runs, padded_run_length], a run's run_length elements behind `lead`
-// zeros and before others. See Conv2dParams.
+// Shape of the packed weight: [out_channels, filter_rows, runs, padded_run_length], a run's run_length elements behind
+// `lead` zeros and before others. See Conv2dParams.
 struct WeightLayout {
   int64_t filter_rows, runs, lead, run_length, padded_run_length;
 };
@@ -42,8 +42,8 @@ struct Conv2dPlan {
 
 WeightLayout conv2d_weight_layout(const Conv2dProblem& problem);
 
-// `kernel` asks for one instantiation by name and `splits` for a number of parts of k; empty and 0 leave the choice to a
-// model of the GPU's time. Throws std::invalid_argument with the reason where no kernel serves the problem.
+// `kernel` asks for one instantiation by name and `splits` for a number of parts of k; empty and 0 leave the choice to
+// a model of the GPU's time. Throws std::invalid_argument with the reason where no kernel serves the problem.
 Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& device, const Conv2dPointers& pointers,
                        const std::string& kernel, int64_t splits);
 

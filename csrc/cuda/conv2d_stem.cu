@@ -9,9 +9,11 @@ extern __shared__ __align__(128) unsigned char resnet_fused_shared[];
 #define RESNET_FUSED_STEM_BODY(T) resnet_fused::conv2d_stem_fwd<T>(p, resnet_fused_shared)
 #endif
 
-extern "C" __global__ void __launch_bounds__(256, 2) conv2d_stem_fwd_f16(const __grid_constant__ resnet_fused::Conv2dParams p) {
+extern "C" __global__ void __launch_bounds__(256, 2)
+    conv2d_stem_fwd_f16(const __grid_constant__ resnet_fused::Conv2dParams p) {
   RESNET_FUSED_STEM_BODY(__half);
 }
-extern "C" __global__ void __launch_bounds__(256, 2) conv2d_stem_fwd_bf16(const __grid_constant__ resnet_fused::Conv2dParams p) {
+extern "C" __global__ void __launch_bounds__(256, 2)
+    conv2d_stem_fwd_bf16(const __grid_constant__ resnet_fused::Conv2dParams p) {
   RESNET_FUSED_STEM_BODY(__nv_bfloat16);
 }

@@ -1,6 +1,7 @@
-// The first convolution of a ResNet: 7x7, stride 2, padding 3, 3 channels, with the fused epilogue. Direct convolution from a
-// patch of x in shared memory: x is read once, with no im2col. Each filter row of 21 elements is three mma blocks of 8 along
-// k: one zero in front, which makes pairs of elements aligned words of the patch, 21 weights, two zeros.
+// The first convolution of a ResNet: 7x7, stride 2, padding 3, 3 channels, with the fused epilogue. Direct convolution
+// from a patch of x in shared memory: x is read once, with no im2col. Each filter row of 21 elements is three mma
+// blocks of 8 along k: one zero in front, which makes pairs of elements aligned words of the patch, 21 weights, two
+// zeros.
 #pragma once
 
 #include "conv2d_params.h"
@@ -12,7 +13,8 @@
 namespace resnet_fused {
 
 template <class T>
-__device__ __forceinline__ void load_stem_patch(const Conv2dParams& p, uint32_t patch, int image, int out_h, int out_w) {
+__device__ __forceinline__ void load_stem_patch(const Conv2dParams& p, uint32_t patch, int image, int out_h,
+                                                int out_w) {
   using Tile = StemTile;
   const int first_h = out_h * Tile::kStride - Tile::kPad;
   const int first_element = out_w * Tile::kStride * Tile::kInputChannels - Tile::kLeft;  // in its row; whole 16 bytes
@@ -42,7 +44,8 @@ __device__ __forceinline__ void conv2d_stem_fwd(const Conv2dParams& p, unsigned 
   using Tile = StemTile;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles_w = (p.row.divisor + Tile::kTile - 1) / Tile::kTile;
-  const int tile_h = blockIdx.x / tiles_w, out_h = tile_h * Tile::kTile, out_w = (blockIdx.x - tile_h * tiles_w) * Tile::kTile;
+  const int tile_h = blockIdx.x / tiles_w, out_h = tile_h * Tile::kTile,
+            out_w = (blockIdx.x - tile_h * tiles_w) * Tile::kTile;
   const int image = blockIdx.y, first_channel = blockIdx.z * Tile::kChannels;
   const uint32_t patch = ptx::shared_address(shared), weight = patch + Tile::kPatchBytes;
 
@@ -54,7 +57,8 @@ __device__ __forceinline__ void conv2d_stem_fwd(const Conv2dParams& p, unsigned 
   epilogue.begin();
 
   float acc[2][8][4] = {};
-  // Of a pair of elements before or behind the window, the part that x must not contribute: 0 times infinity is no zero.
+  // Of a pair of elements before or behind the window, the part that x must not contribute: 0 times infinity is no
+  // zero.
   const uint32_t first_mask = lane % 4 == 0 ? 0xffff0000u : ~0u, last_mask = lane % 4 == 3 ? 0 : ~0u;
   const uint32_t a = patch + warp * 2 * Tile::kStride * Tile::kPatchRowBytes + Tile::kFirst * 2 +
                      lane / 4 * (Tile::kStride * Tile::kInputChannels * 2) + lane % 4 * 4;
@@ -66,7 +70,8 @@ __device__ __forceinline__ void conv2d_stem_fwd(const Conv2dParams& p, unsigned 
     uint32_t fragments_a[2][4] = {}, fragments_b[4][4];
     unroll<4>([&](auto j) { ptx::ldmatrix_x4<step * 32 + j * 16 * Tile::kWeightRowBytes>(fragments_b[j], b); });
     unroll<2>([&](auto half) {
-      constexpr int kBlock = step * 2 + half, kRow = kBlock / Tile::kBlocksPerRow, kInRow = kBlock % Tile::kBlocksPerRow;
+      constexpr int kBlock = step * 2 + half, kRow = kBlock / Tile::kBlocksPerRow,
+                    kInRow = kBlock % Tile::kBlocksPerRow;
       if constexpr (kRow < Tile::kFilter) {
         constexpr int kOffset = kRow * Tile::kPatchRowBytes + kInRow * 16;
         unroll<2>([&](auto i) {

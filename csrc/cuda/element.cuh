@@ -96,7 +96,9 @@ struct Vector16 {
   __device__ static float2 to_floats(uint32_t word, __nv_bfloat16) {  // the upper half of a float32
     return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
   }
-  __device__ static uint32_t to_word(float low, float high, __half) { return bit_cast<uint32_t>(__floats2half2_rn(low, high)); }
+  __device__ static uint32_t to_word(float low, float high, __half) {
+    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+  }
   __device__ static uint32_t to_word(float low, float high, __nv_bfloat16) {
     return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
   }

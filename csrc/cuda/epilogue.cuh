@@ -1,5 +1,5 @@
-// What follows the products: y = relu(acc + shift + residual), staged through shared memory so that every access to global
-// memory is 16 bytes a lane and whole sectors a warp. Sums in float32, one rounding.
+// What follows the products: y = relu(acc + shift + residual), staged through shared memory so that every access to
+// global memory is 16 bytes a lane and whole sectors a warp. Sums in float32, one rounding.
 #pragma once
 
 #include "conv2d_params.h"
@@ -9,8 +9,8 @@
 
 namespace resnet_fused {
 
-// A warp's accumulators leave in strips of 16 rows by WARP_N channels; a strip's rows are neighbouring pixels of y. A lane
-// always has the same kVector channels, of rows lane / kLanesPerRow + k kRowsPerAccess.
+// A warp's accumulators leave in strips of 16 rows by WARP_N channels; a strip's rows are neighbouring pixels of y. A
+// lane always has the same kVector channels, of rows lane / kLanesPerRow + k kRowsPerAccess.
 template <class T, int WARP_N>
 class Epilogue {
   using Vector = Vector16<T>;
@@ -23,12 +23,16 @@ class Epilogue {
 
   // strip: address of kStripBytes of shared memory of this warp's own.
   __device__ Epilogue(const Conv2dParams& p, int first_channel, int lane, uint32_t strip)
-      : p_(p), first_channel_(first_channel), channel_(first_channel + lane % kLanesPerRow * kVector), lane_(lane), strip_(strip) {}
+      : p_(p),
+        first_channel_(first_channel),
+        channel_(first_channel + lane % kLanesPerRow * kVector),
+        lane_(lane),
+        strip_(strip) {}
 
   // Brings the residual's lines of kRows rows to L2 while the products are computed.
   template <int kRows>
   __device__ __forceinline__ void prefetch_residual(int first_row) const {
-    if (p_.residual == nullptr || !p_.vectorised) return;
+    if (p_.residual == nullptr || p_.partial != nullptr || !p_.vectorised) return;
     constexpr int kLineBytes = 128, kLinesPerRow = (WARP_N * int(sizeof(T)) + kLineBytes - 1) / kLineBytes;
 #pragma unroll
     for (int i = 0; i < kRows * kLinesPerRow / 32; ++i) {
@@ -71,8 +75,8 @@ class Epilogue {
   }
 
  private:
-  // Byte offset of a float of the strip, swizzled: the 32-byte units that hold 8 channels by row, and the halves of a unit
-  // by every fourth unit. Fragments are written, and both 4 and 8 channels a lane read, without a bank conflict.
+  // Byte offset of a float of the strip, swizzled: the 32-byte units that hold 8 channels by row, and the halves of a
+  // unit by every fourth unit. Fragments are written, and both 4 and 8 channels a lane read, without a bank conflict.
   __device__ static int strip_offset(int row, int column) {
     const int unit = row * kColumns + column / 8;
     return (unit ^ (row & 3)) * 32 + ((column / 4 ^ unit >> 2) & 1) * 16 + column % 4 * 4;

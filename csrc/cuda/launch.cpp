@@ -50,9 +50,8 @@ struct Entry {
 
 Entry kEntries[] = {
 #define RESNET_FUSED_ENTRY(NAME, ...) {#NAME, reinterpret_cast<const void*>(&NAME)},
-    RESNET_FUSED_CONV2D_KERNELS(RESNET_FUSED_ENTRY)
-    RESNET_FUSED_ALL_NORM_KERNELS(RESNET_FUSED_ENTRY)
-    RESNET_FUSED_ADD_RELU_KERNELS(RESNET_FUSED_ENTRY)
+    RESNET_FUSED_CONV2D_KERNELS(RESNET_FUSED_ENTRY) RESNET_FUSED_ALL_NORM_KERNELS(RESNET_FUSED_ENTRY)
+        RESNET_FUSED_ADD_RELU_KERNELS(RESNET_FUSED_ENTRY)
 #undef RESNET_FUSED_ENTRY
 };
 
@@ -66,14 +65,16 @@ std::string text(cudaError_t error) { return message(cudaGetErrorString(error), 
 
 void check_launch(cudaError_t error, const KernelLaunch& l) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(message("launching ", l.kernel, " on a grid of ", l.grid[0], "x", l.grid[1], "x", l.grid[2], " blocks of ",
-                                   l.block, " threads with ", l.shared_bytes, " bytes of shared memory: ", text(error)));
+  throw std::runtime_error(message("launching ", l.kernel, " on a grid of ", l.grid[0], "x", l.grid[1], "x", l.grid[2],
+                                   " blocks of ", l.block, " threads with ", l.shared_bytes,
+                                   " bytes of shared memory: ", text(error)));
 }
 
 int64_t attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  if (error != cudaSuccess) throw std::runtime_error(message("reading the properties of CUDA device ", device, ": ", text(error)));
+  if (error != cudaSuccess)
+    throw std::runtime_error(message("reading the properties of CUDA device ", device, ": ", text(error)));
   return value;
 }
 
@@ -82,10 +83,12 @@ int64_t attribute(cudaDeviceAttr which, int device) {
 const DeviceProperties& device_properties(int32_t device) {
   static std::once_flag read[kMaxDevices];
   static DeviceProperties properties[kMaxDevices];
-  RESNET_FUSED_CHECK(device >= 0 && device < kMaxDevices, "CUDA device ", device, "; the extension serves devices 0 to ", kMaxDevices - 1);
+  RESNET_FUSED_CHECK(device >= 0 && device < kMaxDevices, "CUDA device ", device,
+                     "; the extension serves devices 0 to ", kMaxDevices - 1);
   std::call_once(read[device], [device] {
     properties[device] = {
-        10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device),
+        10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+            attribute(cudaDevAttrComputeCapabilityMinor, device),
         attribute(cudaDevAttrMultiProcessorCount, device),
         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
@@ -109,8 +112,8 @@ void launch(const KernelLaunch& launch, void* params, int32_t device) {
   void* arguments[] = {params};
   const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
   check_launch(cudaLaunchKernel(entry.function, grid, dim3(launch.block), arguments, launch.shared_bytes,
-                              static_cast<cudaStream_t>(stream)),
-             launch);
+                                static_cast<cudaStream_t>(stream)),
+               launch);
 }
 
 }  // namespace resnet_fused

@@ -1,6 +1,6 @@
 // Batch norm's passes over channels_last activations: statistics, apply, and the two passes of the gradient.
-// A thread keeps its kVector channels and goes down the rows, so parameters by channel are read once and sums stay in registers.
-// Sums are added in a fixed order, so that results don't depend on timing.
+// A thread keeps its kVector channels and goes down the rows, so parameters by channel are read once and sums stay in
+// registers. Sums are added in a fixed order, so that results don't depend on timing.
 #pragma once
 
 #include "element.cuh"
@@ -118,7 +118,8 @@ __device__ __forceinline__ void bn_statistics(const NormParams& p) {
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
     const float n = float(count);
-    shared[threadIdx.x] = count == 0 ? Moments{0, 0, 0} : Moments{n, shift[k] + sum[k] / n, squares[k] - sum[k] * (sum[k] / n)};
+    shared[threadIdx.x] =
+        count == 0 ? Moments{0, 0, 0} : Moments{n, shift[k] + sum[k] / n, squares[k] - sum[k] * (sum[k] / n)};
     __syncthreads();
     for (int half = walk.lines / 2; half > 0; half /= 2) {
       if (threadIdx.x < half * p.columns) shared[threadIdx.x].merge(shared[threadIdx.x + half * p.columns]);
@@ -158,7 +159,8 @@ __device__ __forceinline__ void bn_statistics_finish(const NormParams& p) {
   }
   if (line == 0 && channel < p.channels) {
     p.first[channel] = shared[threadIdx.x].mean;
-    p.second[channel] = relu(shared[threadIdx.x].squares) / shared[threadIdx.x].count;  // rounding may leave less than zero
+    p.second[channel] =
+        relu(shared[threadIdx.x].squares) / shared[threadIdx.x].count;  // rounding may leave less than zero
   }
 }
 
@@ -214,7 +216,8 @@ __device__ __forceinline__ void bn_reduce_bwd(const NormParams& p) {
     const int64_t at = row * p.channels + walk.channel;
     const auto g = gradient<T, kVector>(p, at), x = Elements<T, kVector>::load(p.x, at);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) dbias[k] += g.v[k], dweight[k] = __fmaf_rn(g.v[k], x.v[k] - mean.v[k], dweight[k]);
+    for (int k = 0; k < kVector; ++k)
+      dbias[k] += g.v[k], dweight[k] = __fmaf_rn(g.v[k], x.v[k] - mean.v[k], dweight[k]);
   }
   sum_over_lines(dbias, p.columns, walk.lines, shared);
   sum_over_lines(dweight, p.columns, walk.lines, shared);
@@ -239,7 +242,8 @@ __device__ __forceinline__ void bn_reduce_bwd_finish(const NormParams& p) {
   p.second[channel] = sums[0];
 }
 
-// out = dx = weight / sqrt(var + eps) (g - dbias / count - xhat dweight / count); without batch statistics only g counts.
+// out = dx = weight / sqrt(var + eps) (g - dbias / count - xhat dweight / count); without batch statistics only g
+// counts.
 template <class T, int kVector>
 __device__ __forceinline__ void bn_apply_bwd(const NormParams& p) {
   const RowWalk<kVector> walk(p);

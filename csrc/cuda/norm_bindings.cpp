@@ -1,4 +1,5 @@
-// The operators of batch norm and add_relu, on PyTorch's stable ABI. Tensors are checked here; formulas are in norm.cuh.
+// The operators of batch norm and add_relu, on PyTorch's stable ABI. Tensors are checked here; formulas are in
+// norm.cuh.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -28,9 +29,10 @@ const float* by_channel(const char* name, const Optional& t, const Tensor& x) {
 
 // Another activation, which must be laid out as x is.
 const void* beside(const char* name, const Tensor& t, const Tensor& x) {
-  RESNET_FUSED_CHECK(t.dim() == 4 && t.scalar_type() == x.scalar_type() && t.numel() == x.numel() && is_channels_last(t) &&
-                         is_aligned(t) && t.get_device_index() == x.get_device_index(),
-                     name, " must have the shape, dtype and device of the first tensor, channels_last and aligned to 16 bytes");
+  RESNET_FUSED_CHECK(
+      t.dim() == 4 && t.scalar_type() == x.scalar_type() && t.numel() == x.numel() && is_channels_last(t) &&
+          is_aligned(t) && t.get_device_index() == x.get_device_index(),
+      name, " must have the shape, dtype and device of the first tensor, channels_last and aligned to 16 bytes");
   return t.const_data_ptr();
 }
 
@@ -66,8 +68,8 @@ std::tuple<Tensor, Tensor> bn_statistics_op(const Tensor& x) {
   return {mean, var};
 }
 
-Tensor bn_apply_fwd_op(const Tensor& x, Optional residual, const Tensor& mean, const Tensor& var, Optional weight, Optional bias,
-                       double eps, bool relu) {
+Tensor bn_apply_fwd_op(const Tensor& x, Optional residual, const Tensor& mean, const Tensor& var, Optional weight,
+                       Optional bias, double eps, bool relu) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   NormPlan plan = plan_of(NormPass::kApplyFwd, x);
   Tensor y = torch::stable::empty_like(x);
@@ -97,9 +99,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_reduce_bwd_op(const Tensor& dy, const Tens
 }
 
 // dweight, dbias and count: of the batch; none where statistics are constants. masked is empty unless keep_masked.
-std::tuple<Tensor, Tensor> bn_apply_bwd_op(const Tensor& dy, Optional x, Optional y, const Tensor& mean, const Tensor& var,
-                                           Optional weight, Optional dweight, Optional dbias, double count, double eps,
-                                           bool keep_masked) {
+std::tuple<Tensor, Tensor> bn_apply_bwd_op(const Tensor& dy, Optional x, Optional y, const Tensor& mean,
+                                           const Tensor& var, Optional weight, Optional dweight, Optional dbias,
+                                           double count, double eps, bool keep_masked) {
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   RESNET_FUSED_CHECK(dweight.has_value() == dbias.has_value() && (!dweight.has_value() || (x.has_value() && count > 0)),
                      "dweight and dbias come together, with x and the number of values of a channel");
@@ -110,7 +112,8 @@ std::tuple<Tensor, Tensor> bn_apply_bwd_op(const Tensor& dy, Optional x, Optiona
   p.dy = dy.const_data_ptr(), p.y = beside("y", y, dy), p.out = dx.mutable_data_ptr();
   p.x = dweight.has_value() ? beside("x", x, dy) : nullptr;
   p.masked = keep_masked ? masked.mutable_data_ptr() : nullptr;
-  p.mean = by_channel("mean", mean, dy), p.var = by_channel("var", var, dy), p.weight = by_channel("weight", weight, dy);
+  p.mean = by_channel("mean", mean, dy), p.var = by_channel("var", var, dy),
+  p.weight = by_channel("weight", weight, dy);
   p.dweight = by_channel("dweight", dweight, dy), p.dbias = by_channel("dbias", dbias, dy);
   p.eps = float(eps), p.inverse_count = dweight.has_value() ? float(1.0 / count) : 0.0f;
   run(plan, dy);
@@ -131,9 +134,10 @@ Tensor add_relu_fwd_op(const Tensor& x, const Tensor& residual) {
   return y;
 }
 
-PlanWords norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t type, Ints device, Ints pointers, double eps,
-                       double inverse_count, bool relu) {
-  RESNET_FUSED_CHECK(pass >= 0 && pass <= 3 && pointers.size() == 15, "pass is 0 to 3, and pointers are 15 in order of NormParams");
+PlanWords norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t type, Ints device, Ints pointers,
+                       double eps, double inverse_count, bool relu) {
+  RESNET_FUSED_CHECK(pass >= 0 && pass <= 3 && pointers.size() == 15,
+                     "pass is 0 to 3, and pointers are 15 in order of NormParams");
   NormPlan plan = plan_norm(NormPass(pass), rows, channels, ElementType(type), device_of(device));
   auto& p = plan.params;
   size_t next = 0;
@@ -159,17 +163,20 @@ PlanWords add_relu_plan_op(int64_t count, int64_t type, Ints device, Ints pointe
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
   m.def("bn_statistics(Tensor x) -> (Tensor, Tensor)");
   m.def(
-      "bn_apply_fwd(Tensor x, Tensor? residual, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, bool relu) -> "
+      "bn_apply_fwd(Tensor x, Tensor? residual, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, bool "
+      "relu) -> "
       "Tensor");
   m.def(
       "bn_reduce_bwd(Tensor dy, Tensor x, Tensor? y, Tensor mean, Tensor var, float eps, bool keep_masked) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
-      "bn_apply_bwd(Tensor dy, Tensor? x, Tensor? y, Tensor mean, Tensor var, Tensor? weight, Tensor? dweight, Tensor? dbias, "
+      "bn_apply_bwd(Tensor dy, Tensor? x, Tensor? y, Tensor mean, Tensor var, Tensor? weight, Tensor? dweight, Tensor? "
+      "dbias, "
       "float count, float eps, bool keep_masked) -> (Tensor, Tensor)");
   m.def("add_relu_fwd(Tensor x, Tensor residual) -> Tensor");
   m.def(
-      "norm_plan(int norm_pass, int rows, int channels, int type, int[] device, int[] pointers, float eps, float inverse_count, "
+      "norm_plan(int norm_pass, int rows, int channels, int type, int[] device, int[] pointers, float eps, float "
+      "inverse_count, "
       "bool relu) -> (str[], int[], int[], int)");
   m.def("add_relu_plan(int count, int type, int[] device, int[] pointers) -> (str[], int[], int[], int)");
 }

@@ -2,28 +2,28 @@
 #pragma once
 
 // X(name, function, element, vector) for kernels of both widths: 16 bytes, and one element for odd channel counts.
-#define RESNET_FUSED_NORM_KERNELS_OF(X, SUFFIX, ELEMENT)                    \
-  X(bn_statistics_##SUFFIX, bn_statistics, ELEMENT, true)                   \
-  X(bn_statistics_##SUFFIX##_scalar, bn_statistics, ELEMENT, false)         \
-  X(bn_apply_fwd_##SUFFIX, bn_apply_fwd, ELEMENT, true)                     \
-  X(bn_apply_fwd_##SUFFIX##_scalar, bn_apply_fwd, ELEMENT, false)           \
-  X(bn_reduce_bwd_##SUFFIX, bn_reduce_bwd, ELEMENT, true)                   \
-  X(bn_reduce_bwd_##SUFFIX##_scalar, bn_reduce_bwd, ELEMENT, false)         \
-  X(bn_apply_bwd_##SUFFIX, bn_apply_bwd, ELEMENT, true)                     \
+#define RESNET_FUSED_NORM_KERNELS_OF(X, SUFFIX, ELEMENT)            \
+  X(bn_statistics_##SUFFIX, bn_statistics, ELEMENT, true)           \
+  X(bn_statistics_##SUFFIX##_scalar, bn_statistics, ELEMENT, false) \
+  X(bn_apply_fwd_##SUFFIX, bn_apply_fwd, ELEMENT, true)             \
+  X(bn_apply_fwd_##SUFFIX##_scalar, bn_apply_fwd, ELEMENT, false)   \
+  X(bn_reduce_bwd_##SUFFIX, bn_reduce_bwd, ELEMENT, true)           \
+  X(bn_reduce_bwd_##SUFFIX##_scalar, bn_reduce_bwd, ELEMENT, false) \
+  X(bn_apply_bwd_##SUFFIX, bn_apply_bwd, ELEMENT, true)             \
   X(bn_apply_bwd_##SUFFIX##_scalar, bn_apply_bwd, ELEMENT, false)
 
-#define RESNET_FUSED_NORM_KERNELS(X)                       \
-  RESNET_FUSED_NORM_KERNELS_OF(X, f16, kFloat16)           \
-  RESNET_FUSED_NORM_KERNELS_OF(X, bf16, kBFloat16)         \
+#define RESNET_FUSED_NORM_KERNELS(X)               \
+  RESNET_FUSED_NORM_KERNELS_OF(X, f16, kFloat16)   \
+  RESNET_FUSED_NORM_KERNELS_OF(X, bf16, kBFloat16) \
   RESNET_FUSED_NORM_KERNELS_OF(X, f32, kFloat32)
 
 // X(name, function): take NormParams, whatever the element.
-#define RESNET_FUSED_NORM_FINISH_KERNELS(X)           \
-  X(bn_statistics_finish, bn_statistics_finish)       \
+#define RESNET_FUSED_NORM_FINISH_KERNELS(X)     \
+  X(bn_statistics_finish, bn_statistics_finish) \
   X(bn_reduce_bwd_finish, bn_reduce_bwd_finish)
 
 // X(name, element): take AddReluParams.
-#define RESNET_FUSED_ADD_RELU_KERNELS(X)    \
-  X(add_relu_fwd_f16, kFloat16)             \
-  X(add_relu_fwd_bf16, kBFloat16)           \
+#define RESNET_FUSED_ADD_RELU_KERNELS(X) \
+  X(add_relu_fwd_f16, kFloat16)          \
+  X(add_relu_fwd_bf16, kBFloat16)        \
   X(add_relu_fwd_f32, kFloat32)

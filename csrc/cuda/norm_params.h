@@ -14,10 +14,10 @@ struct NormParams {
   float *first, *second;                                      // results, [channels]
   int64_t rows;
   int32_t channels;
-  int32_t columns;        // threads of a block along the channels, a power of two
-  int32_t groups;         // blocks along the rows
+  int32_t columns;  // threads of a block along the channels, a power of two
+  int32_t groups;   // blocks along the rows
   float eps;
-  float inverse_count;    // 1 / values of a channel; 0 where statistics are constants
+  float inverse_count;  // 1 / values of a channel; 0 where statistics are constants
   int32_t relu;
 };
 

@@ -6,10 +6,10 @@
 namespace resnet_fused {
 namespace {
 
-constexpr int64_t kThreads = 256;              // as compiled: kNormThreads
+constexpr int64_t kThreads = 256;                // as compiled: kNormThreads
 constexpr int64_t kBlocksPerMultiprocessor = 8;  // of 256 threads: all that an SM holds
-constexpr int64_t kRowsPerThread = 4;          // at least, where there are that many
-constexpr int64_t kMaxGroups = 512;            // partial sums of a channel
+constexpr int64_t kRowsPerThread = 4;            // at least, where there are that many
+constexpr int64_t kMaxGroups = 512;              // partial sums of a channel
 
 constexpr std::array kNames = {"bn_statistics", "bn_apply_fwd", "bn_reduce_bwd", "bn_apply_bwd"};
 

@@ -31,10 +31,13 @@ constexpr int64_t element_bytes(ElementType type) {
 // As kernels of activations are named after it.
 inline const char* suffix(ElementType type) {
   switch (type) {
-    case ElementType::kFloat16: return "f16";
-    case ElementType::kBFloat16: return "bf16";
+    case ElementType::kFloat16:
+      return "f16";
+    case ElementType::kBFloat16:
+      return "bf16";
     case ElementType::kFloat32:
-    case ElementType::kTf32: return "f32";
+    case ElementType::kTf32:
+      return "f32";
   }
   throw std::invalid_argument("unknown element type");
 }

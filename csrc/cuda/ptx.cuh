@@ -13,8 +13,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// cp.async (9.7.9.25.3): copies 16 bytes from global memory to `shared` + kOffset, past L1; writes zeros and reads nothing where
-// !valid.
+// cp.async (9.7.9.25.3): copies 16 bytes from global memory to `shared` + kOffset, past L1; writes zeros and reads
+// nothing where !valid.
 template <int kOffset>
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;" ::"r"(shared), "n"(kOffset), "l"(global),
@@ -51,7 +51,8 @@ __device__ __forceinline__ void store_shared_8(uint32_t shared, float x, float y
 }
 template <int kOffset>
 __device__ __forceinline__ void store_shared_16(uint32_t shared, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(shared), "n"(kOffset), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(shared), "n"(kOffset), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
                : "memory");
 }
 
@@ -66,8 +67,8 @@ __device__ __forceinline__ uint4 load_global_16(const void* global, bool valid) 
   return v;
 }
 __device__ __forceinline__ void store_global_16(void* global, uint4 v, bool valid) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(global), "r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(valid))
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(global),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(valid))
                : "memory");
 }
 
@@ -99,10 +100,12 @@ __device__ __forceinline__ uint32_t relu_word<float>(uint32_t word) {
 }
 
 // prefetch (9.7.9.15): asks for the line of `global` to be brought into L2; holds no register.
-__device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
 
-// ldmatrix (9.7.15.5.15): four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit); lane i gives the address of row i % 8 of
-// matrix i / 8 less kOffset, and receives elements 2 (i % 4) and 2 (i % 4) + 1 of row i / 4 of each.
+// ldmatrix (9.7.15.5.15): four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit); lane i gives the address of row i %
+// 8 of matrix i / 8 less kOffset, and receives elements 2 (i % 4) and 2 (i % 4) + 1 of row i / 4 of each.
 template <int kOffset>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
@@ -119,7 +122,8 @@ template <>
 __device__ __forceinline__ void mma_16x8<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
@@ -133,9 +137,11 @@ __device__ __forceinline__ void mma_16x8<__half>(float (&d)[4], const uint32_t (
 }
 
 template <>
-__device__ __forceinline__ void mma_16x8<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_16x8<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                        uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -143,7 +149,8 @@ __device__ __forceinline__ void mma_16x8<__nv_bfloat16>(float (&d)[4], const uin
 template <>
 __device__ __forceinline__ void mma_16x8<float>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -20,10 +20,14 @@ using Ints = std::vector<int64_t>;
 
 inline ElementType element_type(const Tensor& x, bool tf32) {
   switch (x.scalar_type()) {
-    case ScalarType::Half: return ElementType::kFloat16;
-    case ScalarType::BFloat16: return ElementType::kBFloat16;
-    case ScalarType::Float: return tf32 ? ElementType::kTf32 : ElementType::kFloat32;
-    default: throw std::invalid_argument("x has a dtype that the CUDA kernels don't serve; use float16, bfloat16 or float32");
+    case ScalarType::Half:
+      return ElementType::kFloat16;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    case ScalarType::Float:
+      return tf32 ? ElementType::kTf32 : ElementType::kFloat32;
+    default:
+      throw std::invalid_argument("x has a dtype that the CUDA kernels don't serve; use float16, bfloat16 or float32");
   }
 }
 
@@ -44,8 +48,8 @@ inline Tensor empty_channels_last(const Tensor& like, const Ints& sizes) {
 // An activation in the layout and alignment that the kernels read; a copy only where it isn't already.
 inline Tensor as_activation(const char* name, const Tensor& t, const Tensor& like) {
   RESNET_FUSED_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must be (N, C, H, W)");
-  RESNET_FUSED_CHECK(t.get_device_index() == like.get_device_index(), name, " is on CUDA device ", t.get_device_index(), ", x on ",
-        like.get_device_index(), "; move them to one device");
+  RESNET_FUSED_CHECK(t.get_device_index() == like.get_device_index(), name, " is on CUDA device ", t.get_device_index(),
+                     ", x on ", like.get_device_index(), "; move them to one device");
   RESNET_FUSED_CHECK(t.scalar_type() == like.scalar_type(), name, " and x differ in dtype; cast one of them");
   if (is_channels_last(t) && is_aligned(t)) return t;
   Tensor copy = empty_channels_last(t, Ints(t.sizes().begin(), t.sizes().end()));
@@ -58,12 +62,14 @@ inline Tensor empty_floats(int64_t count, const Tensor& like) {
 }
 
 inline DeviceProperties device_of(const Ints& v) {
-  RESNET_FUSED_CHECK(v.size() == 4, "device has ", v.size(), " integers; it takes 4: compute capability, multiprocessors, ",
+  RESNET_FUSED_CHECK(v.size() == 4, "device has ", v.size(),
+                     " integers; it takes 4: compute capability, multiprocessors, ",
                      "shared bytes per block and per multiprocessor");
   return {v[0], v[1], v[2], v[3]};
 }
 
-// A plan: kernel names; five integers a launch (grid, block, shared bytes); the parameter struct in 8-byte words; workspace bytes.
+// A plan: kernel names; five integers a launch (grid, block, shared bytes); the parameter struct in 8-byte words;
+// workspace bytes.
 using PlanWords = std::tuple<std::vector<std::string>, Ints, Ints, int64_t>;
 
 template <class Params>

@@ -76,9 +76,9 @@ class CUDA:
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
         reason = library.load(_LIBRARY)
-        if reason is None and not torch.cuda.is_available():
-            return "there is no GPU (torch.cuda.is_available() is False)"
-        return reason
+        if reason is not None:
+            return f"{reason}; it needs nvcc of PyTorch's CUDA: pip install 'resnet_fused[cuda]'"
+        return None if torch.cuda.is_available() else "there is no GPU (torch.cuda.is_available() is False)"
 
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device.type != "cuda":
@@ -170,7 +170,8 @@ class CUDA:
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
             assert residual is not None
-            return run(_aligned(x.contiguous(memory_format=format)), _aligned(residual.contiguous(memory_format=format)))
+            x, residual = (_aligned(t.contiguous(memory_format=format)) for t in (x, residual))
+            return run(x, residual)
 
         return kernel
 

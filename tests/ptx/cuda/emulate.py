@@ -82,17 +82,30 @@ def conv2d(
     splits: int = 0,
 ) -> Result:
     """act(conv2d(x, weight) + shift + residual) by the CUDA backend's kernels; `kernel` and `splits` as in plan_conv2d."""
-    ops = torch.ops.resnet_fused_cuda
     conv = Conv.of(weight, stride, padding, dilation, 1)
-    op = "conv2d_bn_relu" if relu else "conv2d_bn"
-    problem = Problem(op, tuple(x.shape), x.dtype, x.device, (conv,))
+    problem = Problem("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
     numbers = plan_problem(problem, tf32)
-    packed = pack_weight(weight, ops.conv2d_weight_layout(numbers), tf32)
-    memory, shape = px.Memory(), problem.output_shape()
+    packed = pack_weight(weight, torch.ops.resnet_fused_cuda.conv2d_weight_layout(numbers), tf32)
+    return conv2d_packed(x, packed, shift.float(), residual, numbers, problem.output_shape(), device, kernel, splits)
+
+
+def conv2d_packed(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    numbers: list[int],
+    shape: tuple[int, int, int, int],
+    device: Sequence[int] = A100,
+    kernel: str = "",
+    splits: int = 0,
+) -> Result:
+    """The same with a packed weight; `numbers`: the problem as the planner takes it, `shape`: of the result."""
+    ops, memory = torch.ops.resnet_fused_cuda, px.Memory()
     n, k, p, q = shape
-    size = n * p * q * k * x.element_size()
-    pointers = [memory.upload(nhwc(x)), memory.upload(packed), memory.upload(shift.float())]
-    pointers += [0 if residual is None else memory.upload(nhwc(residual)), memory.empty(size), 0]
+    pointers = [memory.upload(nhwc(x)), memory.upload(weight), memory.upload(shift)]
+    pointers += [0 if residual is None else memory.upload(nhwc(residual))]
+    pointers += [memory.empty(n * p * q * k * x.element_size()), 0]
     workspace = ops.conv2d_plan(numbers, device, pointers, kernel, splits)[3]
     if workspace:
         pointers[5] = memory.empty(workspace)

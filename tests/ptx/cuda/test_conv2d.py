@@ -96,9 +96,7 @@ def test_kernel(kernel: str) -> None:
 CASES = {
     "strided": Case((2, 64, 13, 7), 64, stride=(2, 2), dtype=BF16),
     "pointwise_as_a_product": Case((2, 64, 9, 7), 72, kernel=(1, 1), padding=(0, 0), residual=False),
-    "pointwise_strided": Case(
-        (2, 32, 9, 7), 64, kernel=(1, 1), padding=(0, 0), stride=(2, 2), relu=False, residual=False
-    ),
+    "pointwise_strided": Case((2, 32, 9, 7), 64, kernel=(1, 1), padding=(0, 0), stride=(2, 2), relu=False, residual=False),
     "dilated_uneven_geometry": Case((1, 16, 12, 11), 32, kernel=(3, 2), stride=(1, 2), padding=(2, 3), dilation=(3, 2)),
     "one_pixel": Case((1, 16, 1, 1), 32, kernel=(1, 1), padding=(0, 0)),
     "split_k": Case((1, 128, 5, 5), 64, options={"splits": 4}),
@@ -115,18 +113,14 @@ CASES = {
     "stem_partial_tiles": Case(
         (1, 3, 30, 24), 72, kernel=(7, 7), stride=(2, 2), padding=(3, 3), dtype=BF16, residual=False, path="stem"
     ),
-    "stem_of_odd_width": Case(
-        (1, 3, 20, 21), 64, kernel=(7, 7), stride=(2, 2), padding=(3, 3), residual=False, path="gather"
-    ),
+    "stem_of_odd_width": Case((1, 3, 20, 21), 64, kernel=(7, 7), stride=(2, 2), padding=(3, 3), residual=False, path="gather"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str) -> None:
     kernels = CASES[name].check(CASES[name].tensors())
-    assert [path for path in ("stem", "gather") if path in kernels[0]] == (
-        [CASES[name].path] if CASES[name].path else []
-    )
+    assert [path for path in ("stem", "gather") if path in kernels[0]] == ([CASES[name].path] if CASES[name].path else [])
     assert (len(kernels) == 2) == ("split_k" in name)
 
 

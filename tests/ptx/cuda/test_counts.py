@@ -1,4 +1,4 @@
-"""Exact counts of the convolution kernels on ResNet-50's layers, at most those of NVIDIA CUTLASS's implicit GEMM at the same tile.
+"""Exact counts of the convolution kernels on ResNet-50's layers, at most those of NVIDIA CUTLASS at the same tile.
 
 The bounds of CUTLASS were counted in the same way: its optimized fprop with residual and ReLU, float16, compiled for sm_80 and
 executed as PTX.
@@ -53,9 +53,7 @@ def test_memory_traffic(layer: str) -> None:
     assert counters.bytes_written == 2 * pixels * k
     # A block reads the part of x and of the weight that it multiplies, once.
     blocks_m, blocks_n = -(-pixels // 128), -(-k // 128)
-    taps = (
-        (size * r - 2 * (r // 2)) ** 2 if r > 1 else pixels
-    )  # positions of the filter that lie in the image, over all pixels
+    taps = (size * r - 2 * (r // 2)) ** 2 if r > 1 else pixels  # positions of the filter that lie in the image, over all pixels
     assert counters.of("cp_async_global").bytes == 2 * c * (taps * blocks_n + r * r * k * blocks_m)
 
 

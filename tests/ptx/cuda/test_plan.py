@@ -87,12 +87,8 @@ def test_kernels_are_all_that_serve_and_the_chosen_one_first() -> None:
 @pytest.mark.parametrize(
     ("numbers", "reason"),
     [
-        pytest.param(
-            problem(1, 4, 8, 8, 17), "filter 17x17; the kernels serve up to 16 rows and 15 columns", id="filter"
-        ),
-        pytest.param(
-            [1, 2, 2, 8, 8, 5, 5, 1, 1, 0, 0, 1, 1, F16, 1], "does not fit the padded input of 2x2", id="no_output"
-        ),
+        pytest.param(problem(1, 4, 8, 8, 17), "filter 17x17; the kernels serve up to 16 rows and 15 columns", id="filter"),
+        pytest.param([1, 2, 2, 8, 8, 5, 5, 1, 1, 0, 0, 1, 1, F16, 1], "does not fit the padded input of 2x2", id="no_output"),
         pytest.param(problem(1 << 20, 64, 8, 8, 1), "output pixels; the kernels count them in 31 bits", id="pixels"),
     ],
 )
@@ -131,6 +127,4 @@ def test_offsets_beyond_32_bits() -> None:
 def test_tensors_of_more_than_2_to_the_31_elements_are_served() -> None:
     numbers = problem(256, 224, 256, 64, 3)
     params = plan(numbers, A100)[2]
-    assert (
-        256 * params[6] == 2 * 256 * 224 * 224 * 256 > 1 << 32
-    )  # bytes of x by its image_stride, and more elements than 2^31
+    assert 256 * params[6] == 2 * 256 * 224 * 224 * 256 > 1 << 32  # bytes of x by its image_stride, and more elements than 2^31

@@ -49,9 +49,7 @@ def test_no_spills(source: str, arch: str) -> None:
         assert used.spill_stores == used.spill_loads == used.stack == 0, kernel
 
 
-@pytest.mark.parametrize(
-    ("source", "arch"), [entry for entry in SOURCES_AND_GPUS if entry[0][7:] in ("f16", "bf16", "f32")]
-)
+@pytest.mark.parametrize(("source", "arch"), [entry for entry in SOURCES_AND_GPUS if entry[0][7:] in ("f16", "bf16", "f32")])
 def test_registers_allow_the_planned_blocks(source: str, arch: str) -> None:
     planned, found = tiles(), resources(source, arch)
     assert set(found) <= set(planned)

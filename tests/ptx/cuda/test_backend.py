@@ -1,0 +1,124 @@
+"""The Python side of the backend: what it serves, how it packs, and prepared kernels with the compiled operators emulated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import emulate
+import pytest
+import torch
+from emulate import A100, T4
+from tolerances import assert_as_good_as_stock
+from torch import Tensor
+
+from resnet_fused.backends import Conv, Folded, Problem, cuda, get
+from resnet_fused.backends.cuda import pack_weight
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+CONV = Conv(16, 24, (3, 3), (1, 1), (1, 1))
+
+
+def problem(conv: Conv = CONV, dtype: torch.dtype = torch.float16, device: torch.device = GPU, **other) -> Problem:
+    return Problem("conv2d_bn_add_relu", (1, conv.in_channels, 6, 7), dtype, device, (conv,), **other)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Properties that every CUDA device has; an A100's until a test changes them."""
+    properties = list(A100)
+    monkeypatch.setattr(cuda, "device_properties", lambda device: properties)
+    return properties
+
+
+@pytest.fixture
+def float32_precision(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for torch.backends.cudnn.conv, whose switch can't be set back to what it was."""
+    switch = SimpleNamespace(fp32_precision="tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "conv", switch)
+    return switch
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "reason"),
+    [
+        pytest.param(problem(device=CPU), A100, "it serves cuda tensors, not cpu", id="device"),
+        pytest.param(problem(dtype=torch.float64), A100, "not torch.float64", id="dtype"),
+        pytest.param(problem(), [70, 80, 96 << 10, 96 << 10], "compute capability 7.5 or newer", id="old_gpu"),
+        pytest.param(problem(dtype=torch.bfloat16), T4, "bfloat16 needs compute capability 8.0", id="bfloat16_on_sm75"),
+        pytest.param(problem(CONV._replace(groups=2)), A100, "one group, not 2", id="groups"),
+        pytest.param(problem(CONV._replace(kernel=(17, 1), padding=(8, 0))), A100, "up to 16 rows", id="filter"),
+        pytest.param(Problem("bottleneck", (1, 8, 4, 4), torch.float16, GPU), A100, "no kernel for bottleneck", id="op"),
+    ],
+)
+def test_unsupported_says_why(asked: Problem, device: list[int], reason: str, gpu: list[int]) -> None:
+    gpu[:] = device
+    assert reason in get("cuda").unsupported(asked)
+
+
+@pytest.mark.parametrize("op", ["bn", "bn_relu", "bn_add_relu", "add_relu"])
+def test_serves_elementwise_ops(op: str, gpu: list[int]) -> None:
+    assert get("cuda").unsupported(Problem(op, (1, 8, 4, 4), torch.bfloat16, GPU)) is None
+
+
+def test_variants_follow_the_arithmetic_that_is_allowed(gpu: list[int], float32_precision: SimpleNamespace) -> None:
+    backend, float32 = get("cuda"), problem(dtype=torch.float32)
+    assert all(name.startswith("conv2d_fwd_tf32") for name in backend.variants(float32))
+    exact = problem(dtype=torch.float32, precision="exact")
+    assert all(name.startswith("conv2d_fwd_f32") for name in backend.variants(exact))
+    float32_precision.fp32_precision = "ieee"
+    assert backend.variants(float32) == backend.variants(exact)
+
+
+def test_packing_for_tf32_rounds_to_nearest_and_keeps_nan() -> None:
+    weight = torch.tensor([1.0, 1 + 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-12, torch.inf, torch.nan, 3.4e38, 0.0]).view(2, 4, 1, 1)
+    packed = pack_weight(weight, [1, 1, 0, 4, 4], True).flatten()
+    assert packed[:4].tolist() == [1.0, 1 + 2.0**-10, -1 - 2.0**-10, 1.0]
+    assert packed[4].isinf()
+    assert packed[5].isnan()
+    assert packed[7] == 0
+
+
+@pytest.fixture
+def emulated(gpu: list[int]) -> Iterator[list[str]]:
+    """The compiled convolution serves CPU tensors, by executing its PTX; gives the names of the kernels that ran."""
+    ran: list[str] = []
+
+    def conv2d_fwd(x, weight, shift, residual, geometry, relu, tf32, kernel, splits) -> Tensor:
+        conv = Conv(x.shape[1], weight.shape[0], *(tuple(geometry[i : i + 2]) for i in (0, 2, 4, 6)))
+        asked = Problem("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
+        numbers = cuda.plan_problem(asked, tf32)
+        result = emulate.conv2d_packed(x, weight, shift, residual, numbers, asked.output_shape(), gpu, kernel, splits)
+        ran.extend(result.kernels)
+        return result.y
+
+    library = torch.library.Library("resnet_fused_cuda", "IMPL")
+    library.impl("conv2d_fwd", conv2d_fwd, "CPU")
+    yield ran
+    library._destroy()
+
+
+def test_prepared_kernel_follows_the_tf32_switch_at_every_call(emulated: list[str], float32_precision: SimpleNamespace) -> None:
+    asked = problem(dtype=torch.float32, device=CPU)
+    folded = Folded((torch.randn(24, 16, 3, 3) / 12,), (torch.randn(24),))
+    x, residual = torch.randn(1, 16, 6, 7), torch.randn(1, 24, 6, 7)
+    truth = torch.nn.functional.conv2d(x.double(), folded.weights[0].double(), folded.shifts[0].double(), 1, 1)
+    truth = (truth + residual).relu()
+    kernel = get("cuda").prepare(asked, folded)
+    for precision, name, allowed in (("tf32", "conv2d_fwd_tf32", 1e-3), ("ieee", "conv2d_fwd_f32", 2e-6)):
+        float32_precision.fp32_precision = precision
+        assert (kernel(x, residual) - truth).norm() / truth.norm() < allowed
+        assert emulated[-1].startswith(name)
+
+
+def test_prepared_variant_and_memory_format(emulated: list[str]) -> None:
+    asked = problem(device=CPU, memory_format=torch.contiguous_format)
+    folded = Folded(((torch.randn(24, 16, 3, 3) / 12).half(),), (torch.randn(24).half(),))
+    x, residual = torch.randn(1, 16, 6, 7).half(), torch.randn(1, 24, 6, 7).half()
+    variant = get("cuda").variants(asked)[-1]
+    y = get("cuda").prepare(asked, folded, variant)(x, residual)
+    assert emulated[0] == variant
+    assert y.is_contiguous()
+    reference = get("reference").prepare(asked, folded)(x, residual)
+    truth = torch.nn.functional.conv2d(x.double(), folded.weights[0].double(), folded.shifts[0].double(), 1, 1)
+    assert_as_good_as_stock(y, reference, (truth + residual.double()).relu())
