@@ -12,7 +12,7 @@ from .machine import CONST_WINDOW, DTYPES, LOCAL_WINDOW, SHARED_WINDOW, Machine,
 from .parser import SPACES, TYPE_BYTES, Address, Instruction, Symbol, Vector
 from .spaces import RAW, Access, ConstSpace, Space
 
-_STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
+STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
 _HINTS = {
     "weak", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "cta", "cluster", "gpu", "sys", "v2", "v4", "unified",
     "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
@@ -48,7 +48,7 @@ def _integer(kind: str) -> str:
 
 def _check(machine: Machine, ins: Instruction) -> str:
     for m in ins.modifiers:
-        if m not in TYPE_BYTES and m not in SPACES and m not in _HINTS and m not in _STRONG:
+        if m not in TYPE_BYTES and m not in SPACES and m not in _HINTS and m not in STRONG:
             raise machine.unsupported(f"unknown modifier .{m}")
     kind = types(ins)[-1]
     if TYPE_BYTES[kind] * width_of(ins) > 16:
@@ -64,7 +64,7 @@ def _ld(machine: Machine, ins: Instruction) -> Action:
     targets = [machine.destination(d, kind) for d in names]
     element, space = np.dtype(DTYPES[kind]), space_of(machine, ins, address)
     base, offset = effective_address(machine, address)
-    access = Access(ins, element.itemsize * vector, bool(_STRONG & set(ins.modifiers)))
+    access = Access(ins, element.itemsize * vector, bool(STRONG & set(ins.modifiers)))
     if isinstance(space, ConstSpace) and isinstance(address.base, Symbol):
         at = (
             machine.address_of(address.base) + address.offset
@@ -111,7 +111,7 @@ def _st(machine: Machine, ins: Instruction) -> Action:
     sources = [machine.source(v, kind) for v in values]
     size, space = TYPE_BYTES[kind] * len(sources), space_of(machine, ins, ins.operands[0])
     base, offset = effective_address(machine, ins.operands[0])
-    access = Access(ins, size, bool(_STRONG & set(ins.modifiers)))
+    access = Access(ins, size, bool(STRONG & set(ins.modifiers)))
 
     def run(selection: Selection) -> None:
         where = (base if selection is None else base[selection]).astype(np.int64) + offset

@@ -11,6 +11,7 @@ from .barriers import Barriers, BarrierStep, decode_barrier
 from .decode import WARP_SYNCHRONOUS, Action, decode
 from .errors import UnsupportedInstruction
 from .machine import Machine, Selection, lanes_of
+from .memory_ops import STRONG
 from .parser import Symbol, Vector
 from .printf import format_message
 from .program import Program, Step
@@ -18,8 +19,9 @@ from .warp_ops import member_mask
 
 _CONTROL = {"bra", "brx", "call", "ret", "exit", "trap", "bar", "barrier"}
 _TENSOR = {"ldmatrix", "stmatrix", "movmatrix", "mma", "wmma"}
-# A spin lock needs that now and then another group than the lowest runs: after so many turns, for so many.
-_PATIENCE, _FAVOUR = 1000, 64
+# A spin lock needs that now and then another group than the lowest runs: after so many turns, for so many. An iteration of a
+# loop that looks like one counts for more.
+_PATIENCE, _FAVOUR, _SPIN = 1000, 64, 100
 
 
 class Scheduler:
@@ -36,6 +38,7 @@ class Scheduler:
         self.lanes_issued = np.zeros(count + 1, np.int64)
         self.lanes_skipped = np.zeros(count + 1, np.int64)  # by the guard predicate
         self.turns = 0
+        self.waited = 0  # turns of the lowest group while another waited
         for pc, step in enumerate(program.steps):
             machine.function, machine.instruction, ins = step.function, step.ins, step.ins
             self.guards.append((machine.storage(ins.guard.name), ins.guard_negated) if ins.guard else None)
@@ -54,6 +57,7 @@ class Scheduler:
         ]
         ends = np.array([*flow, count])
         self.segment_end = ends[np.searchsorted(ends, np.arange(count + 1))].tolist()
+        self.spinning = {pc for pc, step in enumerate(program.steps) if self.may_spin(pc, step)}
         self.groups: dict[int, Selection] = {}
         self.parked: dict[int, np.ndarray] = {}
         self.depth = np.zeros(machine.lanes, np.int64)
@@ -77,6 +81,17 @@ class Scheduler:
 
         return run
 
+    def may_spin(self, pc: int, step: Step) -> bool:
+        """Whether a step closes a loop that waits for what another thread writes."""
+        if step.ins.opcode != "bra":
+            return False
+        start = self.program.labels[step.function.name, step.ins.operands[0].name]
+        return any(
+            (s.ins.opcode == "atom" and ("cas" in s.ins.modifiers or "exch" in s.ins.modifiers))
+            or (s.ins.opcode == "ld" and not STRONG.isdisjoint(s.ins.modifiers))
+            for s in self.program.steps[start:pc]
+        )
+
     # ---- groups ----------------------------------------------------------------------------------------------------
     def join(self, pc: int, selection: Selection) -> None:
         """Add lanes to the group at a step."""
@@ -96,14 +111,15 @@ class Scheduler:
         self.parked.clear()
         self.groups.clear()
         self.join(0, np.flatnonzero(machine.exists))
-        waited = 0
+        self.waited = 0
         while True:
             if not self.groups and not self.wake():
                 return
-            waited = waited + 1 if len(self.groups) > 1 else 0
-            favoured = waited % (_PATIENCE + _FAVOUR) >= _PATIENCE
+            if len(self.groups) == 1 or self.waited >= _PATIENCE + _FAVOUR:
+                self.waited = 0
+            favoured = self.waited >= _PATIENCE
             pc = max(self.groups) if favoured else min(self.groups)
-            self.run_group(pc, self.groups.pop(pc), patience=_FAVOUR if favoured else 0)
+            self.run_group(pc, self.groups.pop(pc), favoured)
 
     def wake(self) -> bool:
         """With no group left to run: False at the end of the batch; else retry what an exit may have unblocked, or
@@ -135,9 +151,11 @@ class Scheduler:
             raise self.barriers.stuck()
         return False
 
-    def run_group(self, pc: int, selection: Selection, patience: int) -> None:
-        """Run a group until it meets another, splits, waits or ends."""
-        stop = self.lowest(patience)
+    def run_group(self, pc: int, selection: Selection, favoured: bool) -> None:
+        """Run a group until it meets another, splits, waits, ends or has had its turns."""
+        beyond = len(self.actions) + 1
+        turns = _PATIENCE + _FAVOUR if favoured else _PATIENCE
+        stop = beyond if favoured else min(self.groups, default=beyond)
         while True:
             self.turns += 1
             self.machine.clock += np.uint64(32)
@@ -167,14 +185,10 @@ class Scheduler:
             if going is None:
                 return None
             pc, selection = going
-            patience -= 1
-            stop = self.lowest(patience)
-            if pc >= stop or pc in self.groups:
+            stop = beyond if favoured else min(self.groups, default=beyond)
+            self.waited += 1
+            if pc >= stop or pc in self.groups or (self.groups and self.waited >= turns):
                 return self.join(pc, selection)
-
-    def lowest(self, patience: int) -> int:
-        """The step at which a group gives way to a lower one; out of reach while it still has patience."""
-        return min(self.groups, default=len(self.actions) + 1) if patience <= 0 else len(self.actions) + 1
 
     def issued(self, start: int, end: int, selection: Selection) -> None:
         if selection is None:
@@ -209,6 +223,8 @@ class Scheduler:
         if step.ins.opcode == "bra":
             self.lanes_skipped[pc] = 0  # a branch is executed by those who do not take it, too
             target = self.program.labels[step.function.name, step.ins.operands[0].name]
+            if pc in self.spinning:
+                self.waited += _SPIN
             if isinstance(staying, bool):
                 return target, going  # type: ignore[return-value]
             if isinstance(going, bool):
