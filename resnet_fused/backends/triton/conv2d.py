@@ -50,9 +50,7 @@ def tile_of(pid, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def epilogue(
-    acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr
-):
+def epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr):
     """Adds shift and residual, applies ReLU (NaN stays NaN), stores channels first + k of rows m of y, STRIDE apart."""
     channel = k < K
     acc += tl.load(shift_ptr + first + k, mask=channel, other=0.0).to(tl.float32)[None, :]

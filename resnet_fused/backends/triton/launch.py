@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,28 @@ _ALIGNMENT = 16
 _TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+class Box(NamedTuple):
+    """A tensor that a kernel reads or writes by a tensor descriptor: its type, shape and strides, and the box of one access."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    def of(self, base: Any) -> Any:
+        """The descriptor of a tensor's memory."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(base, [*self.shape], [*self.strides], [*self.block])
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel with its grid, integers and compile-time constants.
 
     Attributes:
         kernel: a function decorated with triton.jit; its arguments are tensors, then integers, then constants.
-        dtypes: of the tensors, in order; None for one that isn't there.
+        tensors: the type of each tensor in order; a `Box` if it is passed as a descriptor, None if it isn't there.
         scalars: the integers, in order.
         constants: the compile-time constants, in order.
         grid: number of programs along the three axes.
@@ -37,7 +52,7 @@ class Launch:
     """
 
     kernel: Any
-    dtypes: tuple[torch.dtype | None, ...]
+    tensors: tuple[torch.dtype | Box | None, ...]
     scalars: tuple[int, ...]
     constants: dict[str, Any]
     grid: tuple[int, int, int]
@@ -49,9 +64,10 @@ class Launch:
         scalars, constants, grid = self.scalars, self.constants, self.grid
         if config.triton_interpreted():
             return functools.partial(_interpret, self.kernel[grid], scalars, constants)
-        compiled = self.kernel.warmup(
-            *self.dtypes, *scalars, **constants, grid=grid, num_warps=self.warps, num_stages=self.stages
-        )
+        from triton.runtime.jit import MockTensor
+
+        tensors = [t.of(MockTensor(t.dtype)) if isinstance(t, Box) else t for t in self.tensors]
+        compiled = self.kernel.warmup(*tensors, *scalars, **constants, grid=grid, num_warps=self.warps, num_stages=self.stages)
         runner = compiled[grid]
         tail = (*scalars, *constants.values())
         return lambda *tensors: runner(*tensors, *tail)
@@ -62,13 +78,15 @@ class Launch:
 
         names = self.kernel.arg_names
         signature, constants, attributes = {}, dict(self.constants), {}
-        for index, dtype in enumerate(self.dtypes):
-            if dtype is None:
-                signature[names[index]], constants[names[index]] = "constexpr", None
+        for index, (name, tensor) in enumerate(zip(names, self.tensors, strict=False)):
+            if tensor is None:
+                signature[name], constants[name] = "constexpr", None
+            elif isinstance(tensor, Box):
+                signature[name] = f"tensordesc<{_TRITON_TYPES[tensor.dtype]}[{','.join(map(str, tensor.block))}]>"
             else:
-                signature[names[index]] = "*" + _TRITON_TYPES[dtype]
+                signature[name] = "*" + _TRITON_TYPES[tensor]
                 attributes[(index,)] = [["tt.divisibility", _ALIGNMENT]]
-        for name in names[len(self.dtypes) : len(self.dtypes) + len(self.scalars)]:
+        for name in names[len(self.tensors) : len(self.tensors) + len(self.scalars)]:
             signature[name] = "i32"
         signature.update(dict.fromkeys(self.constants, "constexpr"))
         source = triton.compiler.ASTSource(

@@ -11,7 +11,7 @@ from torch import Tensor
 from resnet_fused import config
 from resnet_fused.backends import records
 from resnet_fused.backends.problem import Folded, Problem
-from resnet_fused.backends.triton import configs, conv2d, elementwise
+from resnet_fused.backends.triton import configs, conv2d, conv2d_tma, elementwise
 from resnet_fused.backends.triton.launch import aligned
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
@@ -25,9 +25,7 @@ def on(device: torch.device) -> torch.cuda.device:
 def tf32_allowed(problem: Problem) -> bool:
     """Whether the problem may use TF32 now: by torch.backends.cudnn.conv.fp32_precision, and not precision="exact"."""
     return (
-        problem.dtype == torch.float32
-        and problem.precision != "exact"
-        and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        problem.dtype == torch.float32 and problem.precision != "exact" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     )
 
 
@@ -89,7 +87,10 @@ class Conv2d(_Prepared):
         plan = next((plan for plan in plans if plan.name == self.variant), plans[0])
         key = ("triton", plan.walk, plan.block_k)
         weight = self.folded.pack(key, lambda: conv2d.pack(self.folded.weights[0], conv, plan))
-        run = conv2d.bind(problem, plan, "tf32" if tf32 and chip.unit != "fma" else "ieee")
+        if plan.tile.tma:
+            run = conv2d_tma.bind(problem, plan)
+        else:
+            run = conv2d.bind(problem, plan, "tf32" if tf32 and chip.unit != "fma" else "ieee")
         self.kernels[tf32] = run, weight
         return run, weight
 

@@ -43,9 +43,7 @@ def test_add_relu_takes_tensors_of_different_strides():
 def test_add_relu_keeps_nan_and_inf():
     x = torch.tensor([1.0, NAN, float("inf"), -float("inf"), 2.0]).reshape(1, 5, 1, 1)
     residual = torch.tensor([NAN, 1.0, 1.0, float("inf"), -3.0]).reshape(1, 5, 1, 1)
-    torch.testing.assert_close(
-        rf.functional.add_relu(x, residual), F.relu(x + residual), rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(rf.functional.add_relu(x, residual), F.relu(x + residual), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])

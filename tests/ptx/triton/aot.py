@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from resnet_fused.backends.problem import Conv, Problem
-from resnet_fused.backends.triton import configs, conv2d
+from resnet_fused.backends.triton import configs, conv2d, conv2d_tma
 from resnet_fused.backends.triton.configs import Chip, Plan, Tile
 
 # Shared memory of one program at most: CUDA C++ Programming Guide, table of technical specifications per compute
@@ -62,6 +62,8 @@ def plan(tile: Tile, problem: Problem, splits: int = 1) -> Plan:
 
 def compile_conv(problem: Problem, plan: Plan, arch: Arch, precision: str = "ieee") -> Any:
     """The convolution kernel (its first one, with splits) compiled for a chip."""
+    if plan.tile.tma:
+        return conv2d_tma.launch(problem, plan).compile(target(arch))
     return conv2d.launches(problem, plan, precision)[0].compile(target(arch))
 
 

@@ -26,7 +26,7 @@ def entries(archs, kinds):
         dtype, tf32 = KINDS[kind]
         for tile in configs.table(dtype, CHIPS[arch], tf32):
             if tile.shared_bytes(CHIPS[arch], dtype.itemsize) <= CHIPS[arch].shared_limit:
-                name = f"{arch}-{kind}-{tile.m}x{tile.n}x{tile.k}"
+                name = f"{arch}-{kind}-{tile.m}x{tile.n}x{tile.k}{'-tma' if tile.tma else ''}"
                 yield pytest.param(arch, kind, tile, id=name)
 
 
@@ -54,14 +54,19 @@ def test_entry_has_the_right_instructions_and_no_spills(arch, kind, tile):
         unit = "mma.sync"
     assert any(MATRIX_INSTRUCTION[unit] in line for line in loop)
     assert not any(re.search(r"\b(div|rem)\.", line) for line in loop)
-    copies = [line for line in loop if "cp.async.c" in line]
+    wide = opcodes(instructions(compiled.asm["ptx"]))
+    if tile.tma:
+        assert sum(name.startswith("cp.async.bulk.tensor") for name in opcodes(loop).elements()) == 2
+        assert wide["cp.async.bulk.tensor.4d.global.shared::cta.bulk_group"] > 0
+        assert not any(name.startswith(("st.global", "cp.async.cg", "cp.async.ca")) for name in wide)
+        return
     if arch == 75:
         assert {name for name in opcodes(loop) if "global" in name} == {"ld.global.v4.b32"}
     else:
+        copies = [line for line in loop if "cp.async.c" in line]
         assert copies
         assert not any("ld.global" in line for line in loop)
         assert all("cp.async.cg.shared.global" in line and ", 0x10" in line for line in copies)
-    wide = opcodes(instructions(compiled.asm["ptx"]))
     assert wide["st.global.v4.b32"] > 0
     assert not any(name.startswith("st.global") and "v4.b32" not in name for name in wide)
 
