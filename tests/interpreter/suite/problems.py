@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from tolerances import assert_as_good_as_stock
 from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.backends.problem import Conv, Folded, Problem
-
-# float32: see tests/tolerances.py; the narrow types are measured against stock alone.
-FLOOR = {torch.float32: 2e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,7 @@ def fused(case: Case, x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor
     return getattr(functional, case.op)(x, weight, shift, *rest, *case.geometry)
 
 
-def error(y: Tensor, truth: Tensor) -> float:
-    """‖y − truth‖ / ‖truth‖."""
-    return ((y.double() - truth).norm() / truth.norm()).item()
-
-
 def check(case: Case, y: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """y is as near to float64 as stock PyTorch at the same type, within a factor of two."""
     truth = stock(case, *(t.double() for t in tensors))
-    allowed = max(2 * error(stock(case, *tensors), truth), FLOOR[case.dtype])
-    assert y.shape == truth.shape
-    assert y.dtype == case.dtype
-    assert error(y, truth) <= allowed
+    assert_as_good_as_stock(y, stock(case, *tensors), truth)

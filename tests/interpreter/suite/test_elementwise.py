@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import FLOOR, error
+from tolerances import assert_as_good_as_stock
 
 import resnet_fused as rf
 from resnet_fused.backends.triton import elementwise
@@ -21,16 +21,12 @@ def tensors(shape, dtype, count):
     return [torch.randn(shape, generator=generator).to(dtype, memory_format=torch.channels_last) for _ in range(count)]
 
 
-def as_good_as(y, stock, truth):
-    assert error(y, truth) <= max(2 * error(stock, truth), FLOOR[y.dtype])
-
-
 @pytest.mark.parametrize("shape", [pytest.param(shape, id=name) for name, shape in SHAPES.items()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
 def test_add_relu_is_as_exact_as_stock(shape, dtype):
     x, residual = tensors(shape, dtype, 2)
     y = rf.functional.add_relu(x, residual)
-    as_good_as(y, F.relu(x + residual), F.relu(x.double() + residual.double()))
+    assert_as_good_as_stock(y, F.relu(x + residual), F.relu(x.double() + residual.double()))
     assert y.stride() == x.stride()
 
 
@@ -76,7 +72,7 @@ def test_bn_relu_is_as_exact_as_stock(shape, dtype, add):
         normal = F.batch_norm(to(x), *(t.to(to(x).dtype) for t in (mean, variance, gamma, beta)))
         return F.relu(normal + to(residual) if add else normal)
 
-    as_good_as(y, reference(lambda t: t), reference(torch.Tensor.double))
+    assert_as_good_as_stock(y, reference(lambda t: t), reference(torch.Tensor.double))
 
 
 def test_bn_relu_keeps_nan():

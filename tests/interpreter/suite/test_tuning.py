@@ -1,0 +1,86 @@
+"""rf.tune on the Triton backend: every plan is tried, a wrong one is dropped, and a recorded one is used."""
+
+import logging
+
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused import backends, tuning
+from resnet_fused.backends import Problem, records
+from resnet_fused.backends.problem import Conv, Folded
+from resnet_fused.backends.triton import configs, conv2d
+
+PROBLEM = Problem("conv2d_bn_add_relu", (1, 64, 3, 3), torch.float16, torch.device("cpu"), (Conv(64, 24, (1, 1)),))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
+    records.forget()
+    with rf.use_backend("auto"):
+        yield
+    records.forget()
+
+
+@pytest.fixture
+def fastest(monkeypatch):
+    """Makes one candidate the fastest, and gives the names of all that were timed."""
+    timed = []
+
+    def choose(name):
+        def measure(calls, device):
+            timed.extend(calls)
+            return {n: [0.1 if n == name else 1.0] * 3 for n in calls}
+
+        monkeypatch.setattr(tuning, "_measure", measure)
+        return timed
+
+    return choose
+
+
+def folded():
+    return Folded((torch.randn(24, 64, 1, 1).half() / 8,), (torch.randn(24).half(),))
+
+
+def tune():
+    result = tuning._tune(tuning._Task(PROBLEM, folded(), whole=False))
+    tuning._record(result)
+    return result
+
+
+def test_every_plan_is_a_candidate_and_the_fastest_is_used(fastest, monkeypatch):
+    variants = backends.get("triton").variants(PROBLEM)
+    timed = fastest(f"triton:{variants[3]}")
+    result = tune()
+    assert {f"triton:{variant}" for variant in variants} <= set(timed)
+    assert result.chosen == f"triton:{variants[3]}"
+    plans = []
+    bind = conv2d.bind
+    monkeypatch.setattr(conv2d, "bind", lambda *args: plans.append(args[1].name) or bind(*args))
+    backend = backends.resolve(PROBLEM, "auto")
+    assert backend.name == "triton"
+    backend.prepare(PROBLEM, folded())
+    assert plans == [variants[3]]
+
+
+def test_a_wrong_plan_is_dropped_loudly(fastest, monkeypatch, caplog):
+    wrong = backends.get("triton").variants(PROBLEM)[0]
+    pack = conv2d.pack
+    monkeypatch.setattr(conv2d, "pack", lambda weight, conv, plan: pack(weight, conv, plan) * (2 if plan.name == wrong else 1))
+    monkeypatch.setattr(Folded, "pack", lambda self, key, make: make())
+    fastest(f"triton:{wrong}")
+    with caplog.at_level(logging.WARNING, "resnet_fused"):
+        result = tune()
+    assert result.chosen == "reference"
+    assert list(result.dropped) == [f"triton:{wrong}"]
+    assert f"drops triton:{wrong}" in caplog.text
+
+
+def test_a_plan_of_another_version_gives_way_to_the_heuristic(fastest):
+    entry = {"backend": "triton", "variant": "1x1x1-w1-s1-k1"}
+    records.record(PROBLEM.device, {records.key(PROBLEM): entry})
+    x, residual = torch.randn(PROBLEM.shape).half(), torch.randn(PROBLEM.output_shape()).half()
+    kernel = backends.resolve(PROBLEM, "auto").prepare(PROBLEM, folded())
+    assert kernel(x, residual).isfinite().all()
+    assert configs.plans(PROBLEM, configs.Chip.of(PROBLEM.device), False)
