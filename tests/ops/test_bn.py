@@ -127,15 +127,13 @@ def test_values_and_gradients_on_every_backend(case: Case, op: str):
         if not case.frozen:
             exact_x = inputs.x.double()
             var, mean = torch.var_mean(exact_x, (0, 2, 3), correction=0)
-            assert relative_error(statistics[0], mean) < FLOOR[torch.float32]
+            assert (statistics[0] - mean).norm() < FLOOR[torch.float32] * (mean.abs() + var.sqrt()).norm()
             assert relative_error(statistics[1], var) < FLOOR[torch.float32]
             assert relative_error(statistics[2], exact_x.var((0, 2, 3))) < FLOOR[torch.float32]
     assert {"auto", "reference"} <= served
 
 
-@pytest.mark.skipif(
-    "cpu" not in rf.available_backends(), reason="the compiled CPU kernels aren't built; pip install -e ."
-)
+@pytest.mark.skipif("cpu" not in rf.available_backends(), reason="the compiled CPU kernels aren't built; pip install -e .")
 @pytest.mark.parametrize("format", [CL, NCHW], ids=["rows", "planes"])
 def test_cpu_kernels_write_all_of_their_outputs(format: torch.memory_format, monkeypatch):
     """Every tensor that the kernels are given to write into is poisoned with NaN."""
@@ -156,9 +154,7 @@ def test_cpu_kernels_write_all_of_their_outputs(format: torch.memory_format, mon
     assert torch.equal(masked, torch.where(y > 0, x, torch.zeros_like(x)))
 
 
-@pytest.mark.skipif(
-    "cpu" not in rf.available_backends(), reason="the compiled CPU kernels aren't built; pip install -e ."
-)
+@pytest.mark.skipif("cpu" not in rf.available_backends(), reason="the compiled CPU kernels aren't built; pip install -e .")
 def test_results_do_not_depend_on_the_number_of_threads():
     inputs = Inputs(Case("", shape=(4, 48, 20, 20)))
     threads = torch.get_num_threads()
@@ -199,9 +195,7 @@ def test_odd_strides_and_the_residual_that_is_the_input():
         other = x.detach().clone().requires_grad_()
         want = (F.batch_norm(other, None, None, training=True, eps=EPS) + other).relu()
         torch.testing.assert_close(y, want)
-        assert y.is_contiguous(memory_format=CL) == F.batch_norm(x, None, None, training=True).is_contiguous(
-            memory_format=CL
-        )
+        assert y.is_contiguous(memory_format=CL) == F.batch_norm(x, None, None, training=True).is_contiguous(memory_format=CL)
         y.sum().backward()
         want.sum().backward()
         torch.testing.assert_close(x.grad, other.grad, atol=2e-5, rtol=1e-4)

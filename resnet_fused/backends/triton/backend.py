@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from resnet_fused import config
+from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Folded, Problem
 
 _CONV_OPS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
-_OPS = (*_CONV_OPS, "add_relu")
+_OPS = (*_CONV_OPS, *NORM_OPS, "add_relu", "add_relu_backward")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Triton:
-    """Convolution and elementwise kernels in Triton."""
+    """Convolution, elementwise and batch norm kernels in Triton."""
 
     name = "triton"
 
@@ -73,3 +74,9 @@ class Triton:
         from resnet_fused.backends.triton import prepare
 
         return prepare.prepare(problem, folded, variant)
+
+    def norm(self) -> NormKernels:
+        """The passes of batch norm in training."""
+        from resnet_fused.backends.triton.bn import TritonNorm
+
+        return TritonNorm()

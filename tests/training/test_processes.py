@@ -1,0 +1,52 @@
+"""Several processes, started with torchrun on this machine over gloo, against one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("worker.py")
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no gloo (torch.distributed.is_gloo_available()); install a build with it",
+)
+
+
+def run(job: str, processes: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", WORKER, job]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_are_one_process_with_the_whole_batch(processes: int):
+    """SyncBatchNorm with averaged gradients and under FSDP2, uneven and empty batches, DistributedDataParallel, torch.compile."""
+    result = run("everything", processes)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_a_process_that_dies_gives_the_others_an_error():
+    """Not a hang. Without torchrun, which would end the survivor before it could say anything."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    survivor, dying = (
+        subprocess.Popen(
+            [sys.executable, WORKER, "death"], env={**os.environ, **group, "RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    )
+    _, message = survivor.communicate(timeout=60)
+    dying.communicate(timeout=60)
+    assert dying.returncode == 7
+    assert survivor.returncode == 1
+    assert "RuntimeError" in message
+    assert "all_gather" in message or "gloo" in message.lower()
