@@ -1,0 +1,91 @@
+"""One layer or block on the compiled operators, and the same in stock PyTorch at any dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.backends.cpu import _padded_shift
+
+CHANNELS_LAST = torch.channels_last
+
+
+@dataclass
+class Layer:
+    """relu(conv2d(x, weight) + shift + residual), on random tensors."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    out: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    dilation: int = 1
+    residual: bool = True
+    relu: bool = True
+    dtype: torch.dtype = torch.float32
+    x: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x = torch.randn(self.n, self.c, self.h, self.w).to(self.dtype).contiguous(memory_format=CHANNELS_LAST)
+        scale = (self.c * self.kernel**2) ** -0.5
+        self.weight = (torch.randn(self.out, self.c, self.kernel, self.kernel) * scale).to(self.dtype)
+        self.shift = torch.randn(self.out).to(self.dtype)
+        shape = F.conv2d(self.x.float(), self.weight.float(), None, self.stride, self.padding, self.dilation).shape
+        self.added = torch.randn(shape).to(self.dtype).contiguous(memory_format=CHANNELS_LAST) if self.residual else None
+
+    def stock(self, dtype: torch.dtype) -> Tensor:
+        y = F.conv2d(self.x.to(dtype), self.weight.to(dtype), self.shift.to(dtype), self.stride, self.padding, self.dilation)
+        y = y if self.added is None else y + self.added.to(dtype)
+        return y.relu() if self.relu else y
+
+    def ours(self, plan: list[int]) -> Tensor:
+        """By the compiled operator; `plan` as it takes it, empty for direct arithmetic."""
+        ops = torch.ops.resnet_fused_cpu
+        packed = ops.pack(self.weight, self.dtype == torch.bfloat16 and not plan)
+        geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
+        return ops.conv(self.x, packed, _padded_shift(self.shift), self.added, self.out, geometry, self.relu, plan)
+
+
+@dataclass
+class Block:
+    """A residual block of stride 1: basic (two 3×3) or bottleneck (1×1, 3×3, 1×1), with identity or projection shortcut."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    width: int
+    out: int
+    basic: bool = False
+
+    def __post_init__(self) -> None:
+        kernels = (3, 3) if self.basic else (1, 3, 1)
+        self.channels = [self.c, *[self.width] * (len(kernels) - 1), self.out]
+        sizes = [*zip(self.channels[1:], self.channels[:-1], kernels, strict=True)]
+        if self.c != self.out:
+            sizes.append((self.out, self.c, 1))
+        self.x = torch.randn(self.n, self.c, self.h, self.w).contiguous(memory_format=CHANNELS_LAST)
+        self.weights = [torch.randn(o, i, k, k) * (i * k * k) ** -0.5 for o, i, k in sizes]
+        self.shifts = [torch.randn(o) for o, _, _ in sizes]
+
+    def stock(self, dtype: torch.dtype) -> Tensor:
+        weights, shifts = [w.to(dtype) for w in self.weights], [s.to(dtype) for s in self.shifts]
+        x = y = self.x.to(dtype)
+        if self.c != self.out:
+            x = F.conv2d(x, weights.pop(), shifts.pop())
+        for i, (weight, shift) in enumerate(zip(weights, shifts, strict=True)):
+            y = F.conv2d(y, weight, shift, padding=weight.shape[2] // 2)
+            y = (y + x).relu() if i == len(weights) - 1 else y.relu()
+        return y
+
+    def ours(self, plan: list[int]) -> Tensor:
+        """By the compiled operator; `plan`: strip, parts, panels."""
+        ops = torch.ops.resnet_fused_cpu
+        packed, shifts = [ops.pack(w) for w in self.weights], [_padded_shift(s) for s in self.shifts]
+        return ops.block(self.x, packed, shifts, self.channels, plan)

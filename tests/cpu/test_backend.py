@@ -1,0 +1,122 @@
+"""The backend "cpu": what it serves and how, the stem, precision, and the memory of packed weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from tolerances import assert_as_good_as_stock
+
+from resnet_fused.backends import Conv, Folded, Pool, Problem, cpu_plan, get
+from resnet_fused.fuse import fuse
+from resnet_fused.ops.common import Runner
+
+CPU = torch.device("cpu")
+POOL = Pool((3, 3), (2, 2), (1, 1))
+STEM = {"kernel": (7, 7), "stride": (2, 2), "padding": (3, 3)}
+
+
+def problem(op: str, shape: tuple[int, int, int, int], *convs: Conv, **more) -> Problem:
+    return Problem(op, shape, more.pop("dtype", torch.float32), CPU, convs, **more)
+
+
+@pytest.mark.parametrize(
+    ("n", "channels", "h", "w", "out", "pool", "dtype"),
+    [
+        pytest.param(2, 3, 64, 64, 64, True, torch.float32, id="image"),
+        pytest.param(1, 3, 97, 131, 64, True, torch.float32, id="odd-size"),
+        pytest.param(3, 3, 40, 30, 40, False, torch.float32, id="without-pool"),
+        pytest.param(1, 1, 7, 5, 33, True, torch.float32, id="grey-and-tail"),
+        pytest.param(1, 4, 1, 1, 16, True, torch.float32, id="one-pixel"),
+        pytest.param(1, 3, 33, 20, 64, True, torch.bfloat16, id="bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+def test_stem(isa, n, channels, h, w, out, pool, dtype, channels_last):
+    x = torch.randn(n, channels, h, w).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    weight, shift = (torch.randn(out, channels, 7, 7) / 12).to(dtype), torch.randn(out).to(dtype)
+    kind = problem(
+        "stem" if pool else "conv2d_bn_relu", x.shape, Conv(channels, out, **STEM), dtype=dtype, pool=POOL if pool else None
+    )
+
+    def stock(dtype):
+        y = F.conv2d(x.to(dtype), weight.to(dtype), shift.to(dtype), 2, 3).relu()
+        return F.max_pool2d(y, 3, 2, 1) if pool else y
+
+    backend = get("cpu")
+    assert backend.unsupported(kind) is None
+    y = backend.prepare(kind, Folded((weight,), (shift,)))(x, None)
+    assert_as_good_as_stock(y, stock(dtype), stock(torch.float64))
+
+
+def test_nan_survives_the_stems_pool(isa):
+    x = torch.randn(1, 3, 40, 40)
+    x[0, 1, 20, 20] = float("nan")
+    weight, shift = torch.randn(32, 3, 7, 7) / 12, torch.zeros(32)
+    kernel = get("cpu").prepare(problem("stem", x.shape, Conv(3, 32, **STEM), pool=POOL), Folded((weight,), (shift,)))
+    want = F.max_pool2d(F.conv2d(x, weight, shift, 2, 3).relu(), 3, 2, 1)
+    assert kernel(x, None)[want.isnan()].isnan().all()
+
+
+def test_exact_precision_uses_no_winograd():
+    """Products of integers are exact by the direct sum, and rounded in Winograd, whose points are irrational."""
+    conv = Conv(16, 16, (3, 3), padding=(1, 1))
+    x = torch.randint(-8, 8, (1, 16, 12, 12)).float().contiguous(memory_format=torch.channels_last)
+    weight, shift = torch.randint(-8, 8, (16, 16, 3, 3)).float(), torch.zeros(16)
+    want = F.conv2d(x.double(), weight.double(), padding=1)
+    result = {}
+    for precision in ("exact", "fast"):
+        kind = problem("conv2d_bn", x.shape, conv, precision=precision)
+        result[precision] = get("cpu").prepare(kind, Folded((weight,), (shift,)))(x, None)
+    assert torch.equal(result["exact"].double(), want)
+    assert not torch.equal(result["fast"].double(), want)
+    block = problem("basic_block", x.shape, conv, conv, precision="exact")
+    assert "precision='exact'" in get("cpu").unsupported(block)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        pytest.param(problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (3, 3), groups=2)), "one group", id="groups"),
+        pytest.param(problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (1, 1)), dtype=torch.float16), "float16", id="float16"),
+        pytest.param(problem("conv2d_bn", (0, 8, 8, 8), Conv(8, 8, (1, 1))), "empty", id="empty"),
+        pytest.param(problem("stem", (1, 3, 8, 8), Conv(3, 8, (3, 3)), pool=POOL), "7×7", id="stem-of-3x3"),
+        pytest.param(
+            problem("basic_block", (1, 8, 8, 8), Conv(8, 8, (3, 3)), Conv(8, 8, (3, 3))), "padding", id="unpadded-block"
+        ),
+    ],
+)
+def test_what_it_can_not_serve_has_a_reason(kind: Problem, reason: str):
+    assert reason in get("cpu").unsupported(kind)
+
+
+@pytest.mark.parametrize(
+    ("shape", "conv", "tile"),
+    [
+        pytest.param((8, 64, 56, 56), Conv(64, 64, (3, 3), padding=(1, 1)), 4, id="stride-1"),
+        pytest.param((8, 128, 56, 56), Conv(128, 128, (3, 3), (2, 2), (1, 1)), 5, id="stride-2"),
+        pytest.param((1, 512, 14, 14), Conv(512, 512, (3, 3), (2, 2), (1, 1)), None, id="stride-2-few-pixels"),
+        pytest.param((8, 20, 56, 56), Conv(20, 64, (3, 3), (2, 2), (1, 1)), None, id="stride-2-channel-tail"),
+        pytest.param((8, 64, 56, 56), Conv(64, 64, (1, 1)), None, id="1x1"),
+        pytest.param((8, 64, 56, 56), Conv(64, 64, (3, 3), padding=(2, 2), dilation=(2, 2)), None, id="dilated"),
+    ],
+)
+def test_plan(shape, conv, tile):
+    plan = cpu_plan.winograd(problem("conv2d_bn", shape, conv))
+    assert (plan.output_tile if plan else None) == tile
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@torch.no_grad()
+def test_weights_take_at_most_twice_the_memory(name: str, trained):
+    """Plain folded and packed weights together, against the stock model's parameters and buffers."""
+    stock = trained(getattr(torchvision.models, name)())
+    model = fuse(stock, backend="cpu")
+    model(torch.randn(1, 3, 64, 64))
+    runners = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Runner)]
+    packed = sum(runner.packed_bytes() for runner in runners)
+    plain, theirs = (sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (model, stock))
+    assert packed > plain / 2
+    assert plain + packed <= 2 * theirs, f"{plain / 1e6:.1f} + {packed / 1e6:.1f} MB against {theirs / 1e6:.1f} MB"
