@@ -13,10 +13,10 @@ import numpy as np
 from .decode import Action, instruction
 from .machine import Machine, Selection, lanes_of
 from .memory_ops import effective_address
-from .parser import Address, Immediate, Instruction, Not, Register
 from .races import PENDING
 from .shared import SharedSpace
 from .spaces import Access, GlobalSpace
+from .syntax import Address, Immediate, Instruction, Not, Register
 
 
 @dataclass

@@ -12,9 +12,9 @@ import numpy as np
 from .decode import Action, allow, instruction, types
 from .machine import DTYPES, Machine, Selection
 from .memory_ops import effective_address
-from .parser import SPACES, TYPE_BYTES, Instruction
 from .rounding import from_bf16, to_bf16
 from .spaces import Access, GenericSpace
+from .syntax import SPACES, TYPE_BYTES, Instruction
 
 _OPERATIONS = ("add", "exch", "cas", "min", "max", "and", "or", "xor", "inc", "dec")
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from .errors import KernelFault
 from .machine import Machine, Selection, lanes_of
-from .parser import Immediate, Instruction
 from .races import Clocks
 from .shared import SharedSpace
+from .syntax import Immediate, Instruction
 
 IDS = 16  # barriers of a block
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .decode import Action, allow, instruction, types
 from .machine import DTYPES, Machine, Selection, elementwise
-from .parser import TYPE_BYTES, Immediate, Instruction, Vector
+from .syntax import TYPE_BYTES, Immediate, Instruction, Vector
 
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 

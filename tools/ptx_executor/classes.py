@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .parser import SPACES, TYPE_BYTES, Instruction
+from .syntax import SPACES, TYPE_BYTES, Instruction
 
 _SPECIAL_FUNCTIONS = {"rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh"}
 _FIXED = {

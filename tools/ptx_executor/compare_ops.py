@@ -12,8 +12,8 @@ import numpy as np
 from .decode import Action, allow, instruction, types
 from .float_ops import HALF, widen
 from .machine import DTYPES, Machine, Selection, elementwise
-from .parser import Instruction, Pair
 from .rounding import flush
+from .syntax import Instruction, Pair
 
 _ORDERED: dict[str, Callable] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,

@@ -12,8 +12,8 @@ import numpy as np
 
 from .decode import Action, allow, instruction, types
 from .machine import DTYPES, Machine, elementwise
-from .parser import Instruction
 from .rounding import ROUNDINGS, flush, from_bf16, narrow, to_bf16, two_sum
+from .syntax import Instruction
 
 _INTEGER_ROUNDINGS: dict[str, Callable] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 _FLOATS = ("f16", "bf16", "f32", "f64")

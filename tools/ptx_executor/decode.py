@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .machine import Machine, Selection
-from .parser import TYPE_BYTES, Instruction
+from .syntax import TYPE_BYTES, Instruction
 
 Action = Callable[[Selection], None]
 Decoder = Callable[[Machine, Instruction], Action]

@@ -15,8 +15,8 @@ import numpy as np
 from .decode import Action, allow, instruction, types
 from .integer_ops import integer
 from .machine import DTYPES, Machine, elementwise
-from .parser import Instruction
 from .rounding import ROUNDINGS, flush, fma_f32, from_bf16, maximum, minimum, narrow, to_bf16, two_product, two_sum
+from .syntax import Instruction
 
 _F64 = np.float64
 HALF = {"f16": "f16", "f16x2": "f16", "bf16": "bf16", "bf16x2": "bf16"}

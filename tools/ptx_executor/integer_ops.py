@@ -11,7 +11,7 @@ import numpy as np
 
 from .decode import Action, allow, instruction, types
 from .machine import DTYPES, Machine, Selection, elementwise
-from .parser import TYPE_BYTES, Instruction
+from .syntax import TYPE_BYTES, Instruction
 
 _BINARY: dict[str, Callable] = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum}
 _WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}

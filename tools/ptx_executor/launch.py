@@ -30,12 +30,12 @@ from .classes import classify, flops_of, tensor_name
 from .counters import Counters, Traffic
 from .machine import CONST_START, Machine
 from .memory import Memory
-from .parser import Variable
 from .program import Program
 from .races import BlockRaces
 from .scheduler import Scheduler
 from .shared import SharedSpace
 from .spaces import ConstSpace, GenericSpace, GlobalSpace, LocalSpace
+from .syntax import Variable
 
 _LANES = 8192  # of a batch: enough to hide Python's own time
 _SHARED_BYTES = 4 << 20  # of a batch

@@ -14,7 +14,7 @@ import numpy as np
 from .counters import Counters
 from .errors import KernelFault, UnsupportedInstruction
 from .memory import Memory
-from .parser import TYPE_BYTES, Address, Function, Immediate, Instruction, Not, Register, Special, Symbol
+from .syntax import TYPE_BYTES, Address, Function, Immediate, Instruction, Not, Register, Special, Symbol
 
 Selection = np.ndarray | None
 Action = Callable[[Selection], None]

@@ -9,8 +9,8 @@ import numpy as np
 
 from .decode import Action, instruction, types
 from .machine import CONST_WINDOW, DTYPES, LOCAL_WINDOW, SHARED_WINDOW, Machine, Selection, elementwise
-from .parser import SPACES, TYPE_BYTES, Address, Instruction, Symbol, Vector
 from .spaces import RAW, Access, ConstSpace, Space
+from .syntax import SPACES, TYPE_BYTES, Address, Instruction, Symbol, Vector
 
 STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
 _HINTS = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .decode import Action, instruction
 from .machine import Machine, Selection
-from .parser import Instruction
+from .syntax import Instruction
 
 
 @instruction("membar", "fence")

@@ -12,8 +12,9 @@ from .counters import Counters
 from .launch import Launch, dimensions, pack
 from .machine import CONST_START, CONST_WINDOW
 from .memory import Memory
-from .parser import Function, parse
+from .parser import parse
 from .program import layout_constants, link
+from .syntax import Function
 
 SHARED_LIMIT = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10}  # bytes for a block
 _keys = itertools.count()
@@ -91,7 +92,7 @@ class Module:
         memory: Memory | None = None,
         *,
         collect_faults: bool = False,
-        max_turns: int = 5_000_000,
+        max_turns: int = 2_000_000,
     ) -> Counters:
         """Run a kernel, and count and check what it does.
 
@@ -104,7 +105,7 @@ class Module:
             memory: where the addresses among ``args`` lie.
             collect_faults: note races and reads of undefined or undelivered data in Counters.faults and go on, with the
                 value poisoned (all ones: NaN), instead of raising the first. Other faults always raise.
-            max_turns: of the scheduler, after which the launch is taken for an endless loop.
+            max_turns: of the scheduler for one batch of blocks, after which the launch is taken for an endless loop.
 
         Raises:
             KernelFault: the kernel did what it must not do.

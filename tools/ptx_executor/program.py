@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .machine import CONST_START, LOCAL_START, SHARED_START
-from .parser import SPACES, TYPE_BYTES, Address, Function, Instruction, ParsedModule, Symbol, Vector
+from .syntax import SPACES, TYPE_BYTES, Address, Function, Instruction, ParsedModule, Symbol, Vector
 
 _ACCESSES = ("ld", "ldu", "st", "atom", "red", "wmma")
 

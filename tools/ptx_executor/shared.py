@@ -11,9 +11,9 @@ import numpy as np
 
 from .counters import wavefronts
 from .machine import SHARED_START, Machine, Selection, lanes_of
-from .parser import Instruction
 from .races import Clocks, Shadow
 from .spaces import RAW, Access, Space, poison
+from .syntax import Instruction
 
 
 @dataclass

@@ -23,8 +23,8 @@ from .machine import (
     lanes_of,
 )
 from .memory import GLOBAL_BASE, READ_NOW, VALID, WRITTEN, WRITTEN_NOW, Memory
-from .parser import Instruction
 from .races import BlockRaces
+from .syntax import Instruction
 
 RAW: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
 ONES = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}

@@ -17,10 +17,10 @@ import numpy as np
 from .decode import Action, allow, instruction
 from .machine import Machine, Selection
 from .memory_ops import effective_address
-from .parser import Instruction, Vector
 from .rounding import from_bf16
 from .shared import SharedSpace
 from .spaces import Access
+from .syntax import Instruction, Vector
 
 _BITS = {"f16": 16, "bf16": 16, "tf32": 32, "f64": 64, "s8": 8, "u8": 8, "s4": 4, "u4": 4}
 SHAPES = {

@@ -12,7 +12,7 @@ import numpy as np
 
 from .decode import Action, allow, instruction, types
 from .machine import DTYPES, Machine, Selection
-from .parser import Immediate, Instruction, Pair
+from .syntax import Immediate, Instruction, Pair
 
 
 def member_mask(machine: Machine, ins: Instruction) -> np.ndarray | None:

@@ -16,8 +16,8 @@ import numpy as np
 from .decode import Action, allow, instruction
 from .machine import DTYPES, Machine, Selection, lanes_of
 from .memory_ops import effective_address
-from .parser import SPACES, TYPE_BYTES, Instruction
 from .spaces import RAW, Access
+from .syntax import SPACES, TYPE_BYTES, Instruction
 from .tensor_ops import decode_elements, selected, to_accumulator
 
 _TYPES = {"f16", "bf16", "tf32", "f32", "f64", "s8", "u8", "s32"}
