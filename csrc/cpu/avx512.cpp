@@ -21,6 +21,7 @@ RF_ISA_AVX512_BEGIN
 
 #include "simd.h"
 // simd.h comes first: it defines the vector type that the others use.
+#include "peak.h"
 #include "tile.h"
 #include "pack.h"
 #include "winograd_transforms.h"
@@ -36,7 +37,7 @@ namespace resnet_fused::cpu {
 
 const Kernels& avx512_kernels() {
   using namespace RF_ISA;
-  static const Kernels kernels{LANES, pack, winograd, pointwise, direct, stem, bottleneck, basic_block};
+  static const Kernels kernels{LANES, pack, winograd, pointwise, direct, stem, bottleneck, basic_block, multiply_add_loop};
   return kernels;
 }
 

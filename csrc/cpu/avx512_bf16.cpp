@@ -22,6 +22,7 @@ RF_ISA_AVX512_BF16_BEGIN
 
 #include "simd.h"
 // simd.h comes first: it defines the vector type that the others use.
+#include "peak.h"
 #include "tile.h"
 #include "pack.h"
 #include "pointwise.h"
@@ -31,7 +32,7 @@ namespace resnet_fused::cpu {
 
 const Bf16Kernels& avx512_bf16_kernels() {
   using namespace RF_ISA;
-  static const Bf16Kernels kernels{pack_pairs, pointwise, direct};
+  static const Bf16Kernels kernels{pack_pairs, pointwise, direct, multiply_add_loop};
   return kernels;
 }
 

@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -200,6 +203,27 @@ Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool p
   return y;
 }
 
+// The machine's multiply-add peak on the threads at hand, GFLOP/s: the best of a few measurements of some milliseconds.
+double measure_peak(bool bfloat16) {
+  STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "the bfloat16 peak needs a CPU with AVX512_BF16.");
+  const auto loop = bfloat16 ? avx512_bf16_kernels().multiply_add_loop : kernels().multiply_add_loop;
+  const int64_t threads = thread_count();
+  double best = 0;
+  for (int i = 0; i < 20; ++i) {
+    std::atomic<int64_t> operations{0};
+    const auto begin = std::chrono::steady_clock::now();
+    parallel_units(threads, [&](int64_t, int64_t) {
+      float sink = 0;
+      operations += loop(int64_t{1} << 20, &sink);
+      volatile float kept = sink;
+      (void)kept;
+    });
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    best = std::max(best, static_cast<double>(operations) / seconds * 1e-9);
+  }
+  return best;
+}
+
 int64_t isa() { return static_cast<int64_t>(detected_isa()); }
 int64_t set_isa_limit(int64_t highest) { return static_cast<int64_t>(limit_isa(static_cast<Isa>(highest))); }
 bool avx512_bf16() { return has_avx512_bf16(); }
@@ -214,6 +238,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("limit_isa(int highest) -> int");
   m.def("avx512_bf16() -> bool");
   m.def("amx_bf16() -> bool");
+  m.def("measure_peak(bool bfloat16) -> float");
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool pairs=False) -> Tensor");
   m.def(
@@ -230,6 +255,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("limit_isa", TORCH_BOX(&set_isa_limit));
   m.impl("avx512_bf16", TORCH_BOX(&avx512_bf16));
   m.impl("amx_bf16", TORCH_BOX(&amx_bf16));
+  m.impl("measure_peak", TORCH_BOX(&measure_peak));
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("conv", TORCH_BOX(&conv));

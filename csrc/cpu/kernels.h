@@ -15,6 +15,7 @@ struct Kernels {
   void (*stem)(const StemParams&);
   void (*bottleneck)(const BlockParams&);
   void (*basic_block)(const BlockParams&);
+  int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
 };
 
 const Kernels& avx512_kernels();
@@ -25,6 +26,7 @@ struct Bf16Kernels {
   void (*pack_pairs)(const void* weights, void* packed, int64_t out_channels, int64_t in_channels, int64_t taps);
   void (*pointwise)(const ConvParams&);
   void (*direct)(const ConvParams&);
+  int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
 };
 
 const Bf16Kernels& avx512_bf16_kernels();
