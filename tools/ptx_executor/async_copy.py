@@ -16,7 +16,7 @@ from .memory_ops import effective_address
 from .races import PENDING
 from .shared import SharedSpace
 from .spaces import Access, GlobalSpace
-from .syntax import Address, Immediate, Instruction, Not, Register
+from .syntax import Address, Instruction, Not, Register
 
 
 @dataclass
@@ -105,12 +105,12 @@ def _copy(machine: Machine, ins: Instruction) -> Action:
     size = int(ins.operands[2].value)
     if size not in (4, 8, 16):
         raise machine.unsupported(f"cp.async of {size} bytes")
-    given = ins.operands[3:]
+    given = ins.operands[3 : -1 if "L2::cache_hint" in ins.modifiers else None]
     ignore, ignored_if = None, False
     source_size = np.broadcast_to(np.int64(size), (machine.lanes,))
-    if given and isinstance(given[0], (Not, Register)) and _is_predicate(machine, given[0]):
+    if given and _is_predicate(machine, given[0]):
         ignore, ignored_if = machine.predicate(given[0])
-    elif given and (isinstance(given[0], Immediate) or not _is_predicate(machine, given[0])) and len(given) < 3:
+    elif given:
         source_size = machine.source(given[0], "u32")
     to, to_offset = effective_address(machine, destination)
     at, at_offset = effective_address(machine, source)
@@ -153,6 +153,7 @@ def _gather(
     octets = np.zeros((len(address), size), np.uint8)
     some = np.flatnonzero(wanted > 0)
     if some.size:
+        memory.aligned(access.ins, address[some], size, lanes[some])
         missing = int((size - wanted[some]).sum())
         memory.count("cp_async_global", access, address[some], lanes[some], missing)
         whole = np.flatnonzero(wanted == size)

@@ -96,9 +96,10 @@ class Machine:
         self.special["ctaid.y"][:] = linear // self.grid[0] % self.grid[1]
         self.special["ctaid.z"][:] = linear // (self.grid[0] * self.grid[1])
         self.alive[:] = self.exists
-        for storage in self._registers.values():
-            storage.view(np.uint8)[:] = 0
+        for storage in self._registers.values():  # undefined: NaN, or false
+            storage.view(np.uint8)[:] = 0 if storage.dtype == np.bool_ else 0xFF
         self.spaces["shared"].reset()
+        self.spaces["local"].reset()
         self.copies.reset()
 
     # ---- operands --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
 _HINTS = {
     "weak", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "cta", "cluster", "gpu", "sys", "v2", "v4", "unified",
     "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
-    "L2::64B", "L2::128B", "L2::256B", "L2::evict_first", "L2::evict_last", "L2::evict_normal",
+    "L2::64B", "L2::128B", "L2::256B", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::cache_hint",
 }  # fmt: skip
 _WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "const": CONST_WINDOW, "param": CONST_WINDOW, "global": 0}
 
@@ -137,6 +137,12 @@ def _isspacep(machine: Machine, ins: Instruction) -> Action:
     window = next(_WINDOWS[m] for m in ins.modifiers if m in _WINDOWS)
     inside = lambda a: (a >> np.uint64(40) << np.uint64(40) == window) if window else a < SHARED_WINDOW  # noqa: E731
     return elementwise(inside, machine.destination(ins.operands[0], "pred"), machine.source(ins.operands[1], "u64"))
+
+
+@instruction("createpolicy")
+def _createpolicy(machine: Machine, ins: Instruction) -> Action:
+    """A cache policy: its bits mean nothing here."""
+    return elementwise(lambda nothing: nothing, machine.destination(ins.operands[0], "b64"), machine.constant(0, "b64"))
 
 
 @instruction("prefetch", "prefetchu", "applypriority")

@@ -232,6 +232,9 @@ class LocalSpace(Space):
     def store(self, access: Access, address: np.ndarray, raw: np.ndarray, selection: Selection) -> None:
         self.data[access.size][self.index(access, address, selection)] = raw
 
+    def reset(self) -> None:
+        self.bytes[:] = 0xFF
+
     def read(self, address: int, size: int, lanes: np.ndarray) -> np.ndarray:
         """The bytes of one variable of each lane."""
         return self.bytes.reshape(self.machine.lanes, -1)[lanes, address - LOCAL_START : address - LOCAL_START + size]

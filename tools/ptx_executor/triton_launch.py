@@ -80,15 +80,18 @@ def launch_triton(
         if set(names) != set(args):
             raise ValueError(f"args has {sorted(args)}, and the kernel takes {names}; name each of these once")
         args = [args[n] for n in names]
-    values, arrays = [], []
+    values: list[Any] = []
+    arrays: dict[tuple[int, int], tuple[int, Any]] = {}  # a tensor given twice lies in memory once
     for value in args:
         array = value.array if isinstance(value, Output) else value
-        if isinstance(array, np.ndarray) or hasattr(array, "data_ptr"):
-            address = memory.empty_like(array) if isinstance(value, Output) else memory.upload(array)
-            arrays.append((address, array))
-            values.append(address)
-        else:
+        if not isinstance(array, np.ndarray) and not hasattr(array, "data_ptr"):
             values.append(value)
+            continue
+        key = (array.data_ptr() if hasattr(array, "data_ptr") else array.ctypes.data, array.nbytes)
+        if key not in arrays:
+            address = memory.empty_like(array) if isinstance(value, Output) else memory.upload(array)
+            arrays[key] = (address, array)
+        values.append(arrays[key][0])
     metadata = compiled.metadata
     shape = (grid,) if isinstance(grid, int) else tuple(grid)
     programs = int(np.prod(shape))
@@ -100,6 +103,6 @@ def launch_triton(
     values += [memory.empty(size * programs) if size else 0 for size in scratch[:missing]]
     threads = function.directives.get("reqntid", [32 * metadata.num_warps])
     counters = module.launch(function.name, shape, int(np.prod(threads)), values, metadata.shared, memory, **options)
-    for address, array in arrays:
+    for address, array in arrays.values():
         memory.download_into(address, array)
     return counters
