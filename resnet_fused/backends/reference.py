@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends.norm import NormKernels
 from resnet_fused.backends import Kernel
+from resnet_fused.backends.norm import NormKernels
 from resnet_fused.backends.problem import Conv, Folded, Problem
 from resnet_fused.backends.reference_bn import ReferenceNorm
 
@@ -56,6 +56,8 @@ class Reference:
 
         if op == "add_relu":
             return add_relu
+        if op == "add_relu_backward":
+            return lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0)
         if op in ("basic_block", "bottleneck"):
             return lambda x, residual: basic_block(x, folded, convs, problem.shortcut)
         weight, shift, conv = folded.weights[0], folded.shifts[0], convs[0]

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Folded, Problem, choice
+from resnet_fused.backends import Folded, Kernel, Problem, choice, get, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import common
 
 
+def _run(op: str, a: Tensor, b: Tensor) -> Tensor:
+    kernel = _kernel(op, a.shape, a.dtype, a.device, common.memory_format(a, b), choice(), records.generation())
+    return kernel(a, b)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(
+    op: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    format: torch.memory_format,
+    chosen: str,
+    generation: int,
+) -> Kernel:
+    """The bound kernel; `generation` (of the records) makes it bound anew after rf.tune."""
+    problem = Problem(op, shape, dtype, device, memory_format=format)
+    if op == "add_relu_backward" and chosen != "auto" and get(chosen).unsupported(problem) is not None:
+        # Who chose a backend chose it for the op; that its derivative is stock's is no error.
+        chosen = "reference"
+    return bind(problem, _NOTHING, chosen).kernel
+
+
 def _eager(x: Tensor, residual: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    problem = Problem("add_relu", (n, c, h, w), x.dtype, x.device, memory_format=common.memory_format(x, residual))
-    return bind(problem, _NOTHING, choice()).kernel(x, residual)
+    return _run("add_relu", x, residual)
 
 
 def _fake(x: Tensor, residual: Tensor) -> Tensor:
@@ -28,7 +50,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     (y,) = ctx.saved_tensors
-    grad = common.relu_backward(grad, y)
+    grad = _run("add_relu_backward", grad, y) if common.plain_eager(grad, y) else common.relu_backward(grad, y)
     return grad, grad
 
 

@@ -50,6 +50,15 @@ def tile_of(pid, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def overflow(acc, dtype: tl.constexpr):
+    """acc with an Inf where stock PyTorch has one: it stores the sum as float16 before it adds the residual."""
+    if dtype == tl.float16:
+        # 65520 is the smallest number that float16 rounds to Inf.
+        acc = tl.where(tl.abs(acc) < 65520.0, acc, acc * float("inf"))
+    return acc
+
+
+@triton.jit
 def epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr):
     """Adds shift and residual, applies ReLU (NaN stays NaN), stores channels first + k of rows m of y, STRIDE apart."""
     channel = k < K
@@ -57,6 +66,7 @@ def epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexp
     offsets = m[:, None] * STRIDE + (first + k)[None, :]
     inside = (m < M)[:, None] & channel[None, :]
     if residual_ptr is not None:
+        acc = overflow(acc, y_ptr.dtype.element_ty)
         acc += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)

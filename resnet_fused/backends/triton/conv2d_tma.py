@@ -22,6 +22,7 @@ from torch import Tensor
 from resnet_fused.backends.problem import Problem
 from resnet_fused.backends.triton.boxes import box_of, grid_of_pixels, programs
 from resnet_fused.backends.triton.configs import Plan
+from resnet_fused.backends.triton.conv2d import overflow
 from resnet_fused.backends.triton.launch import Box, Launch
 
 
@@ -80,6 +81,7 @@ def conv2d_tma_fwd_kernel(
     channel = k + tl.arange(0, BLOCK_N)
     acc += tl.load(shift_ptr + channel, mask=channel < K, other=0.0).to(tl.float32)[None, :]
     if residual_desc is not None:
+        acc = overflow(acc, y_desc.dtype)
         acc += residual_desc.load([n, h, w, k]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -39,7 +39,7 @@ def prepare(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
     if problem.dtype == torch.bfloat16 and config.triton_interpreted():
         return _in_float32(problem, folded, variant)
     with on(problem.device):
-        return AddRelu(problem) if problem.op == "add_relu" else Conv2d(problem, folded, variant)
+        return Conv2d(problem, folded, variant) if problem.convs else Elementwise(problem)
 
 
 def _in_float32(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
@@ -105,13 +105,14 @@ class Conv2d(_Prepared):
         return y if self.problem.memory_format == torch.channels_last else y.contiguous()
 
 
-class AddRelu(_Prepared):
-    """add_relu."""
+class Elementwise(_Prepared):
+    """add_relu, of x and the residual, or add_relu_backward, of the gradient and the result."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         n, c, h, w = problem.shape
-        self.kernel = elementwise.add_relu_fwd(n * c * h * w, problem.dtype).bind()
+        launch = elementwise.add_relu_fwd if problem.op == "add_relu" else elementwise.add_relu_bwd
+        self.kernel = launch(n * c * h * w, problem.dtype).bind()
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         assert residual is not None

@@ -98,6 +98,24 @@ def test_nan_and_inf_go_where_stock_has_them(name, value):
     assert torch.equal(y.isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_sum_beyond_float16_is_inf_as_in_stock(splits):
+    case = Case("70,000 − 10,000 is finite, and stock has Inf", (1, 1024, 2, 2), 16, (1, 1), dtype=F16)
+    x, weight, shift, residual = case.tensors()
+    x, weight, shift = x.fill_(8.0), weight.fill_(8.0), shift.fill_(4464.0)
+    weight[1] = -8.0
+    weight[2, 0] = float("nan")
+    weight[3] = 7.0
+    residual = residual.fill_(-10_000.0)
+    plan = Plan(configs.HALF[-3], configs.POINTWISE, 64, splits)
+    y = torch.empty_like(residual)
+    packed = conv2d.pack(weight, case.problem.convs[0], plan)
+    conv2d.bind(case.problem, plan, "ieee")(x, packed, shift, residual, y)
+    expected = stock(case, x, weight, shift, residual)
+    assert expected[0, 0].isinf().all()
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
 TILES = [
     pytest.param(dtype, tf32, tile.name, id=f"{kind}-{tile.name}")
     for kind, dtype, tf32 in (("half", F16, False), ("tf32", torch.float32, True), ("ieee", torch.float32, False))

@@ -143,17 +143,3 @@ def test_compiled_add_relu_forward_and_backward():
     assert torch.equal(dx, torch.where(y > 0, dy, 0))
     assert forward.global_factor == 1.0
     assert backward.global_factor == 1.0
-
-
-@pytest.mark.parametrize("add", [False, True], ids=["bn_relu", "bn_add_relu"])
-def test_compiled_bn_relu(add):
-    x, residual = activations((50, 64), 2)
-    scale, shift = torch.randn(2, 64, generator=torch.Generator().manual_seed(17)).unbind()
-    y = torch.empty_like(x)
-    kernel = elementwise.bn_relu_fwd(50, 64, F16, residual=add)
-    counters = launch(kernel, [x, scale, shift, residual if add else None, px.Output(y)])
-    truth = (x.double() * scale + shift + (residual if add else 0)).relu()
-    assert_as_good_as_stock(y, truth.to(F16), truth)
-    assert counters.of("global_store").factor == 1.0
-    # One pass: nothing but x, the residual, scale and shift is read, and nothing twice.
-    assert counters.bytes_read == x.nbytes * (1 + add) + scale.nbytes + shift.nbytes
