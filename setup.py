@@ -67,15 +67,14 @@ CUDA_LIBRARY = "resnet_fused.lib.resnet_fused_cuda"
 
 def cuda_toolkit() -> Path | None:
     """Root of a CUDA toolkit: CUDA_HOME, else the PyPI package's, else that of the nvcc on PATH or in /usr/local."""
-    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    package = importlib.util.find_spec("nvidia")
-    if package is not None:
-        roots += [root for place in package.submodule_search_locations or () for root in Path(place).glob("cu*")]
-    on_path = shutil.which("nvcc")
+    package, on_path = importlib.util.find_spec("nvidia"), shutil.which("nvcc")
+    roots = [root for place in (package and package.submodule_search_locations) or () for root in Path(place).glob("cu*")]
     roots += [Path(on_path).resolve().parent.parent] if on_path else []
+    roots.append(Path("/usr/local/cuda"))
+    if os.environ.get("CUDA_HOME"):
+        roots = [Path(os.environ["CUDA_HOME"])]
     # An nvcc on PATH may be a script that calls one elsewhere.
     whole = ("bin/nvcc", "include/cuda_runtime.h")
-    roots.append(Path("/usr/local/cuda"))
     return next((root for root in roots if all((root / part).is_file() for part in whole)), None)
 
 
@@ -88,7 +87,8 @@ def cuda_missing() -> str | None:
     major = torch.version.cuda.split(".")[0]
     remedy = f'pip install "cuda-toolkit[nvcc,cccl]=={major}.*" and build again with --no-build-isolation'
     if toolkit is None:
-        return f"there is no nvcc; {remedy}"
+        home = os.environ.get("CUDA_HOME")
+        return f"there is no nvcc in CUDA_HOME={home}; correct or unset it" if home else f"there is no nvcc; {remedy}"
     version = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)", version)
     if release is None or release.group(1) != major:

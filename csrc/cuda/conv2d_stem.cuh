@@ -54,7 +54,6 @@ __device__ __forceinline__ void conv2d_stem_fwd(const Conv2dParams& p, unsigned 
   ptx::cp_async_commit();
   static_assert(Epilogue<T, Tile::kChannels>::kStripBytes == Tile::kStripBytes);
   Epilogue<T, Tile::kChannels> epilogue(p, first_channel, lane, patch + warp * Tile::kStripBytes);
-  epilogue.begin();
 
   float acc[2][8][4] = {};
   // Of a pair of elements before or behind the window, the part that x must not contribute: 0 times infinity is no
@@ -92,6 +91,7 @@ __device__ __forceinline__ void conv2d_stem_fwd(const Conv2dParams& p, unsigned 
   });
 
   __syncthreads();
+  epilogue.begin();
   const int out_height = p.image.divisor / p.row.divisor, out_width = p.row.divisor;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -1,0 +1,24 @@
+"""setup.py where CUDA is missing: it says so in one line, with the remedy, and builds the rest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA; install a CUDA build of it")
+def test_a_missing_nvcc_is_said_in_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, "setup.py", "--version"]
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    said = [line for line in answer.stderr.splitlines() if line.startswith("resnet_fused:")]
+    reason = f"there is no nvcc in CUDA_HOME={tmp_path}; correct or unset it"
+    assert said == [f"resnet_fused: the CUDA kernels are not built, since {reason}."]
