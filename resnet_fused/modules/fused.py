@@ -43,6 +43,12 @@ class FusedModule(nn.Module):
         """The module's convolutions in the op's order."""
         raise NotImplementedError
 
+    def folded_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and shifts of the convolutions, in the op's order."""
+        # From the dicts, because attribute access on modules is slow and this stands before every call.
+        own = [conv._parameters for conv in self.convolutions()]
+        return [p["weight"] for p in own], [p["shift"] for p in own]  # type: ignore[misc]
+
     def _new_runner(self) -> Runner:
         raise NotImplementedError
 
@@ -55,10 +61,9 @@ class FusedModule(nn.Module):
         return {**self.__dict__, "_runner": None, "_cast": {}}
 
     def _run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        convs = self.convolutions()
-        weights: list[Tensor] = [conv._parameters["weight"] for conv in convs]  # type: ignore[misc]
-        shifts: list[Tensor] = [conv._parameters["shift"] for conv in convs]  # type: ignore[misc]
-        if torch.is_autocast_enabled(x.device.type):
+        weights, shifts = self.folded_parameters()
+        # Asked first for any device, since the question for one takes as long as all else here.
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             # As stock's convolution under autocast, which leaves float64 alone.
             if weights[0].dtype != torch.float64 and x.dtype != torch.float64:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused.backends import Conv, Folded, Kernel, Pool, Precision, Problem, choice, records
@@ -90,7 +91,7 @@ class Runner:
             folded = Folded(tuple(w.detach() for w in weights), tuple(s.detach() for s in shifts))
             bound = self._bound = _Bound(stamp, folded, {})
         other = None if residual is None else (residual.shape, residual.dtype)
-        key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch.backends.mkldnn.enabled, records.generation())
+        key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch._C._get_mkldnn_enabled(), records.generation())
         kernel = bound.kernels.get(key)
         if kernel is None:
             problem = self.problem(x, weights)
@@ -142,20 +143,23 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    # A loop, since a generator takes twice as long, and this stands before every call of every op.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
+            return False
+    return True
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a derivative by one of the tensors may be asked for."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def plain_eager(*tensors: Tensor | None) -> bool:
     """Whether a call may go to a backend's kernel directly: nothing watches it, not even autograd."""
     return plain(*tensors) and not needs_grad(*tensors)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def empty_result(problem_shape: Sequence[Any], like: Tensor, format: torch.memory_format) -> Tensor:
