@@ -38,6 +38,19 @@ class Box(NamedTuple):
 
 
 @dataclass(frozen=True)
+class _Anything:
+    """Stands for every aligned tensor of a type when a kernel is compiled. AMD has instructions for small ones only."""
+
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def ptr_range(self) -> int:
+        return 2**63 - 1
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel with its grid, integers and compile-time constants.
 
@@ -64,9 +77,7 @@ class Launch:
         scalars, constants, grid = self.scalars, self.constants, self.grid
         if config.triton_interpreted():
             return functools.partial(_interpret, self.kernel[grid], scalars, constants)
-        from triton.runtime.jit import MockTensor
-
-        tensors = [t.of(MockTensor(t.dtype)) if isinstance(t, Box) else t for t in self.tensors]
+        tensors = [t.of(_Anything(t.dtype)) if isinstance(t, Box) else t and _Anything(t) for t in self.tensors]
         compiled = self.kernel.warmup(*tensors, *scalars, **constants, grid=grid, num_warps=self.warps, num_stages=self.stages)
         runner = compiled[grid]
         tail = (*scalars, *constants.values())
