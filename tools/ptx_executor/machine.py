@@ -57,28 +57,8 @@ class Machine:
         tid = lane % (self.warps * 32)
         self.exists = tid < self.threads  # lanes that are threads
         self.alive = self.exists.copy()  # and have not exited
-        self.special: dict[str, np.ndarray] = {}
-        xyz = (tid % block[0], tid // block[0] % block[1], tid // (block[0] * block[1]))
-        for axis, t, nt, n in zip("xyz", xyz, block, grid, strict=True):
-            self.special[f"tid.{axis}"] = t.astype(np.uint32)
-            self.special[f"ntid.{axis}"] = self.constant(nt, "u32")
-            self.special[f"nctaid.{axis}"] = self.constant(n, "u32")
-            self.special[f"ctaid.{axis}"] = np.zeros(self.lanes, np.uint32)
-        laneid = lane % 32
-        one = np.uint64(1)
-        bit = one << laneid.astype(np.uint64)
-        masks = {"eq": bit, "lt": bit - one, "le": (bit << one) - one, "gt": ~((bit << one) - one), "ge": ~(bit - one)}
-        for name, mask in masks.items():
-            self.special[f"lanemask_{name}"] = mask.astype(np.uint32)
-        self.special["laneid"] = laneid.astype(np.uint32)
-        self.special["warpid"] = (tid // 32).astype(np.uint32)
-        for name, value in {"nwarpid": self.warps, "smid": 0, "nsmid": 1, "gridid": 0, "WARP_SZ": 32}.items():
-            self.special[name] = self.constant(value, "u32")
         self.clock = np.zeros(1, np.uint64)  # advances with the scheduler's turns
-        self.special["clock64"] = self.special["globaltimer"] = np.broadcast_to(self.clock, (self.lanes,))
-        self.special["clock"] = self.special["globaltimer_lo"] = np.broadcast_to(
-            self.clock.view(np.uint32)[:1], (self.lanes,)
-        )
+        self.special = self._special_registers(tid)
         self._registers: dict[tuple[str, str], np.ndarray] = {}
         self.symbols: dict[str, int] = {}  # address of each variable, in its own state space
         self.parameters: set[str] = set()  # names of the kernel's parameters
@@ -87,6 +67,24 @@ class Machine:
         self.first_block = 0
         self.spaces: dict[str, Any] = {}  # the state spaces and the copies in flight: see launch.py
         self.copies: Any = None
+
+    def _special_registers(self, tid: np.ndarray) -> dict[str, np.ndarray]:
+        """The special registers, without %; ctaid is set by ``start``."""
+        registers = {}
+        xyz = (tid % self.block[0], tid // self.block[0] % self.block[1], tid // (self.block[0] * self.block[1]))
+        for axis, t, nt, n in zip("xyz", xyz, self.block, self.grid, strict=True):
+            registers[f"tid.{axis}"] = t.astype(np.uint32)
+            registers[f"ntid.{axis}"] = self.constant(nt, "u32")
+            registers[f"nctaid.{axis}"] = self.constant(n, "u32")
+            registers[f"ctaid.{axis}"] = np.zeros(self.lanes, np.uint32)
+        one, bit = np.uint64(1), np.uint64(1) << (tid % 32).astype(np.uint64)
+        masks = {"eq": bit, "lt": bit - one, "le": (bit << one) - one, "gt": ~((bit << one) - one), "ge": ~(bit - one)}
+        registers |= {f"lanemask_{name}": mask.astype(np.uint32) for name, mask in masks.items()}
+        registers |= {"laneid": (tid % 32).astype(np.uint32), "warpid": (tid // 32).astype(np.uint32)}
+        fixed = {"nwarpid": self.warps, "smid": 0, "nsmid": 1, "gridid": 0, "WARP_SZ": 32}
+        registers |= {name: self.constant(value, "u32") for name, value in fixed.items()}
+        time, low = (np.broadcast_to(t, (self.lanes,)) for t in (self.clock, self.clock.view(np.uint32)[:1]))
+        return registers | {"clock64": time, "globaltimer": time, "clock": low, "globaltimer_lo": low}
 
     def start(self, first_block: int) -> None:
         """Begin the batch of blocks that starts at linear block ``first_block``."""

@@ -66,9 +66,7 @@ def _ld(machine: Machine, ins: Instruction) -> Action:
     base, offset = effective_address(machine, address)
     access = Access(ins, element.itemsize * vector, bool(STRONG & set(ins.modifiers)))
     if isinstance(space, ConstSpace) and isinstance(address.base, Symbol):
-        at = (
-            machine.address_of(address.base) + address.offset
-        )  # a kernel parameter or a constant: the same for all lanes
+        at = machine.address_of(address.base) + address.offset  # the same for all lanes
         raw = space.load(access, np.full(1, at, np.int64), None)
         values = raw.view(element)
 

@@ -285,6 +285,17 @@ def test_approximate_functions(name: str) -> None:
     np.testing.assert_array_equal(got, functions[name](values.astype(np.float64)).astype(np.float32))
 
 
+def test_branch_table() -> None:
+    table = "T: .branchtargets L0, L1, L2; and.b32 %t0, %i0, 3; min.u32 %t0, %t0, 2; brx.idx %t0, T;"
+    body = table + " L0: mov.u32 %o, 10; bra E; L1: mov.u32 %o, 20; bra E; L2: mov.u32 %o, 30; E:"
+    got = run_snippet(body, [np.arange(8, dtype=np.uint32)], np.uint32)
+    assert got.tolist() == [10, 20, 30, 30] * 2
+
+
+def test_undefined_register_is_poison_not_zero() -> None:
+    assert np.isnan(run_snippet("mov.b32 %o, %t5;", [np.zeros(4, np.uint32)], np.float32)).all()
+
+
 def test_flush_to_zero() -> None:
     small = np.float32([1e-40, -1e-40, 1e-20, 1.0])
     got = run_snippet("mul.ftz.f32 %o, %i0, %i0;", [small], np.float32)

@@ -89,6 +89,13 @@ def test_release_and_acquire_order_shared_memory(cuda: Callable[..., px.Module],
     np.testing.assert_array_equal(memory.download(y, np.float32, 32), x[::-1])
 
 
+def test_syncwarp_is_met_at_different_places(cuda: Callable[..., px.Module], memory: px.Memory) -> None:
+    x, y, lane = np.arange(32, dtype=np.int32) * 7, memory.empty(128), np.arange(32)
+    cuda("language.cu").launch("syncwarp_in_branches", 1, 32, [memory.upload(x), y], memory=memory)
+    want = np.where(lane & 1, x[lane ^ 1] + 100, x[lane ^ 1] * 2 + 1)
+    np.testing.assert_array_equal(memory.download(y, np.int32, 32), want)
+
+
 def test_grid_and_block_of_three_dimensions(cuda: Callable[..., px.Module], memory: px.Memory) -> None:
     y = memory.empty(4 * 24 * 30)
     cuda("language.cu").launch("indices", (2, 3, 4), (5, 3, 2), [y], memory=memory)

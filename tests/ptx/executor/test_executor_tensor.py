@@ -149,6 +149,25 @@ def test_triton_reduction_through_shuffles_and_shared_memory() -> None:
     assert relative_error(y, x.double().softmax(1)) <= FLOAT32_SUMS
 
 
+@triton.jit
+def add_with_hints(x, y, z, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(x + at, mask=at < n, eviction_policy="evict_first")
+    b = tl.load(y + at, mask=at < n, eviction_policy="evict_last")
+    tl.store(z + at, a + b, mask=at < n, eviction_policy="evict_first")
+
+
+def test_triton_cache_hints_and_a_tensor_given_twice() -> None:
+    x = torch.randn(1000).half()
+    want = x + x
+    signature = {"x": "*fp16", "y": "*fp16", "z": "*fp16", "n": "i32"}
+    compiled = px.compile_triton(add_with_hints, signature, {"BLOCK": 512}, 80, ["x", "y", "z"])
+    assert "createpolicy" in compiled.asm["ptx"]
+    counters = px.launch_triton(compiled, 2, [x, x, x, 1000])  # in place
+    assert torch.equal(x, want)
+    assert counters.bytes_read == counters.bytes_written == 2000
+
+
 def test_triton_output_left_out_is_refused() -> None:
     x, y = torch.randn(3, 300), torch.empty(3, 300)
     compiled = px.compile_triton(softmax, {"x": "*fp32", "y": "*fp32", "n": "i32"}, {"BLOCK": 512}, 80, num_warps=4)

@@ -102,6 +102,19 @@ KERNEL flag(const float* x, float* y) {  // one warp hands data to another throu
         y[threadIdx.x - 32] = data[63 - threadIdx.x];
     }
 }
+KERNEL syncwarp_in_branches(const int* x, int* y) {  // the halves of a warp meet at two different __syncwarp()
+    __shared__ int s[32];
+    int lane = threadIdx.x;
+    if (lane & 1) {
+        s[lane] = x[lane] * 2;
+        asm volatile("bar.warp.sync -1;" ::: "memory");
+        y[lane] = s[lane ^ 1];
+    } else {
+        s[lane] = x[lane] + 100;
+        asm volatile("bar.warp.sync -1; // the other one" ::: "memory");
+        y[lane] = s[lane ^ 1] + 1;
+    }
+}
 KERNEL indices(int* y) {
     int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
