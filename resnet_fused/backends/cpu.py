@@ -118,6 +118,8 @@ class CPU:
         return _bfloat16_unsupported(problem) if problem.dtype == torch.bfloat16 else None
 
     def wins(self, problem: Problem) -> bool:
+        if problem.op in NORM_OPS:
+            return True
         # Without Winograd we are level with oneDNN at best.
         if problem.precision == "exact":
             return False
