@@ -73,17 +73,17 @@ struct ProductTile {
 template <int ROWS>
 void product_tile(const ProductTile& t) {
   Accumulators<ROWS> acc;
+  RF_UNROLL(16)
+  for (int r = 0; r < ROWS; ++r) acc.low[r] = acc.high[r] = zero();
+  multiply<ROWS, LANES>(acc, t.a, LANES, t.a_block_stride, t.channels, t.b);
   if (t.accumulate) {
+    // After the sum, not before it: sums of sums round less than one long sum.
     RF_UNROLL(16)
     for (int r = 0; r < ROWS; ++r) {
-      acc.low[r] = load(t.c + r * LANES);
-      acc.high[r] = load(t.c + t.c_vector_stride + r * LANES);
+      acc.low[r] = add(acc.low[r], load(t.c + r * LANES));
+      acc.high[r] = add(acc.high[r], load(t.c + t.c_vector_stride + r * LANES));
     }
-  } else {
-    RF_UNROLL(16)
-    for (int r = 0; r < ROWS; ++r) acc.low[r] = acc.high[r] = zero();
   }
-  multiply<ROWS, LANES>(acc, t.a, LANES, t.a_block_stride, t.channels, t.b);
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) {
     store(t.c + r * LANES, acc.low[r]);

@@ -205,6 +205,9 @@ TransformedWeights transform_layer(Scratch& scratch, const T* packed, const floa
   return {u, stride, panel_stride, in_channels, out_channels, shift, relu};
 }
 
+// Channels summed in one go: sums of sums round less than one long sum (measured: half the error at 256 channels).
+constexpr int64_t LONGEST_SUM = 128;
+
 // Takes `tiles` tiles through input transform, products and output transform, `group` panels at a time. `place(t)` tells
 // where tile t lies; `between()` is called before each product, to prefetch what comes later.
 template <class F, class T, class Place, class Between>
@@ -231,9 +234,12 @@ void winograd_tiles(const TransformedWeights& w, int64_t tiles, int64_t group, P
       const float* b = w.u + first * w.panel_stride + point * w.point_stride + phases.first * w.in_channels * PANEL;
       for (int64_t j = 0; j < count; ++j) {
         between();
-        multiply_rows({a, tiles * LANES, b + j * w.panel_stride, phases.count * w.in_channels,
-                       m + point * m_stride + j * 2 * tiles * LANES, tiles * LANES, false},
-                      tiles);
+        for (int64_t c = 0; c < phases.count * w.in_channels; c += LONGEST_SUM) {
+          multiply_rows({a + c * tiles, tiles * LANES, b + j * w.panel_stride + c * PANEL,
+                         std::min(LONGEST_SUM, phases.count * w.in_channels - c),
+                         m + point * m_stride + j * 2 * tiles * LANES, tiles * LANES, c > 0},
+                        tiles);
+        }
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
