@@ -13,6 +13,7 @@ namespace resnet_fused {
 namespace {
 
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxGridY = 65535, kSmallestBlockN = 64;
 
 enum Copy { kAsync, kThroughRegisters };
 
@@ -46,8 +47,12 @@ void check(const Conv2dProblem& p, const WeightLayout& layout) {
     reason << p.out_pixels() << " output pixels; the kernels count them in 31 bits";
   } else if (layout.filter_rows > 16 || layout.runs > 15) {
     reason << "filter " << p.kernel_h << "x" << p.kernel_w << "; the kernels serve up to 16 rows and 15 columns";
-  } else if (p.channels * 4 * std::max(p.kernel_w, p.dilation_w) > kInt32Max || p.out_channels > kInt32Max / 256 ||
-             p.height > kInt32Max / 2 || p.width > kInt32Max / 2) {
+  } else if (p.channels <= 0 || p.out_channels <= 0) {
+    reason << p.channels << " channels in and " << p.out_channels << " out; there must be some";
+  } else if (p.out_channels > kMaxGridY * kSmallestBlockN) {
+    reason << p.out_channels << " output channels; the grid has room for " << kMaxGridY * kSmallestBlockN;
+  } else if (p.channels * 4 * std::max(p.kernel_w, p.dilation_w) > kInt32Max || p.height > kInt32Max / 2 ||
+             p.width > kInt32Max / 2) {
     reason << "a size beyond 31 bits";
   } else {
     return;
@@ -110,7 +115,6 @@ std::string stem_kernel(const Conv2dProblem& p, const DeviceProperties& device) 
   const bool shape = p.kernel_h == Tile::kFilter && p.kernel_w == Tile::kFilter && p.stride_h == Tile::kStride &&
                      p.stride_w == Tile::kStride && p.pad_h == Tile::kPad && p.pad_w == Tile::kPad &&
                      p.dilation_h == 1 && p.dilation_w == 1 && p.channels == Tile::kInputChannels && p.width % 8 == 0;
-  constexpr int64_t kMaxGridY = 65535;
   const bool serves = shape && element_bytes(p.type) == 2 && device.compute_capability >= 80 && p.batch <= kMaxGridY;
   return serves ? std::string("conv2d_stem_fwd_") + suffix(p.type) : "";
 }

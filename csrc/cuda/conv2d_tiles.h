@@ -51,7 +51,8 @@ struct StemTile {
   static constexpr int kFirst =
       kLeft - kPad * kInputChannels - kRunLead;  // where the first window begins in a patch row
   static constexpr int kPatchRows = kStride * (kTile - 1) + kFilter;
-  static constexpr int kPatchChunks = (kFirst + kStride * kInputChannels * (kTile - 1) + kRun + 7) / 8;
+  // Of a patch row; an even number, so that whole sectors of 32 bytes are read.
+  static constexpr int kPatchChunks = (kFirst + kStride * kInputChannels * (kTile - 1) + kRun + 15) / 16 * 2;
   static constexpr int kPatchRowBytes = kPatchChunks * 16, kPatchBytes = kPatchRows * kPatchRowBytes;
   static constexpr int kWeightChunks = 23, kWeightRowBytes = kWeightChunks * 16;  // odd: ldmatrix meets no bank twice
   static constexpr int kStripBytes = 16 * kChannels * 4;                          // of the epilogue, a warp

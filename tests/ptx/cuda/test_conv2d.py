@@ -101,6 +101,9 @@ CASES = {
     "one_pixel": Case((1, 16, 1, 1), 32, kernel=(1, 1), padding=(0, 0)),
     "split_k": Case((1, 128, 5, 5), 64, options={"splits": 4}),
     "split_k_odd_channels": Case((1, 128, 5, 5), 50, dtype=BF16, options={"splits": 3}),
+    "three_tiles_of_channels": Case(
+        (1, 16, 9, 9), 136, kernel=(1, 1), padding=(0, 0), options={"kernel": "conv2d_fwd_f16_64x64x64", "splits": 1}
+    ),
     "odd_output_channels": Case((1, 32, 5, 5), 31, options={"splits": 1}),
     "three_channels": Case((1, 3, 9, 10), 24, kernel=(5, 5), padding=(2, 2), path="gather"),
     "one_channel": Case((1, 1, 9, 10), 24, dtype=BF16, path="gather"),

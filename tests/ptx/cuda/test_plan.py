@@ -88,6 +88,8 @@ def test_kernels_are_all_that_serve_and_the_chosen_one_first() -> None:
     ("numbers", "reason"),
     [
         pytest.param(problem(1, 4, 8, 8, 17), "filter 17x17; the kernels serve up to 16 rows and 15 columns", id="filter"),
+        pytest.param(problem(1, 4, 0, 8, 1), "0 channels in and 8 out; there must be some", id="no_channels"),
+        pytest.param(problem(1, 4, 8, 1 << 23, 1), "output channels; the grid has room for", id="channels"),
         pytest.param([1, 2, 2, 8, 8, 5, 5, 1, 1, 0, 0, 1, 1, F16, 1], "does not fit the padded input of 2x2", id="no_output"),
         pytest.param(problem(1 << 20, 64, 8, 8, 1), "output pixels; the kernels count them in 31 bits", id="pixels"),
     ],
