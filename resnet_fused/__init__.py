@@ -22,6 +22,7 @@ from resnet_fused.models import (
     wide_resnet101_2,
 )
 from resnet_fused.modules.blocks import BasicBlock, Bottleneck
+from resnet_fused.tuning import Tuning, tune
 from resnet_fused.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "Bottleneck",
     "Report",
     "ResNet",
+    "Tuning",
     "Verification",
     "available_backends",
     "convert_state_dict",
@@ -45,6 +47,7 @@ __all__ = [
     "resnet152",
     "resnext50_32x4d",
     "resnext101_32x8d",
+    "tune",
     "use_backend",
     "verify",
     "wide_resnet50_2",

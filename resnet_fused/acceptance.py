@@ -21,10 +21,8 @@ from resnet_fused.backends import records
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.problem import Problem
 from resnet_fused.text import table
+from resnet_fused.tolerance import allowed
 from resnet_fused.trials import ELEMENTWISE, ENTRIES, Trial, tensors, trials
-
-_TIMES_STOCK = 2.0
-_FLOOR = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclasses.dataclass
@@ -191,5 +189,5 @@ def _judge(ours: Tensor, stock: Tensor, truth: Tensor) -> tuple[float, float, st
         return error, yardstick, "a NaN or Inf of stock's disappeared"
     if (where & ~ours.isfinite()).any():
         return error, yardstick, "a NaN or Inf appeared"
-    allowed = max(_TIMES_STOCK * yardstick, _FLOOR[ours.dtype])
-    return error, yardstick, "" if error <= allowed else f"error {error:.1e}, allowed {allowed:.1e}"
+    most = allowed(yardstick, ours.dtype)
+    return error, yardstick, "" if error <= most else f"error {error:.1e}, allowed {most:.1e}"

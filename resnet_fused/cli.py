@@ -1,4 +1,4 @@
-"""resnet-fused: info, bench, verify."""
+"""resnet-fused: info, bench, verify, tune."""
 
 from __future__ import annotations
 
@@ -62,6 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
     verify.add_argument("--backend", default="auto", help="backend for all ops (%(default)s)")
     verify.set_defaults(run=_verify)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure which backend is the fastest for every layer of a model, and keep it for the automatic choice",
+        description="Every candidate is checked against float64 before it is timed. Nothing else should run meanwhile.",
+    )
+    tune.add_argument("--models", default="resnet50", help="torchvision models, separated by commas (%(default)s)")
+    tune.add_argument("--batches", default="1", help="batch sizes, separated by commas (%(default)s)")
+    tune.add_argument("--dtypes", default="float32", help="dtypes, separated by commas (%(default)s)")
+    tune.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
+    tune.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -71,6 +83,8 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--dtypes", default="float32,bfloat16", help="dtypes, separated by commas (%(default)s)")
     bench.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
     bench.add_argument("--peers", default="", help="other engines, separated by commas: onnxruntime, openvino")
+    bench.add_argument("--layers", action="store_true", help="time every kind of layer by every backend, as a share of the peak")
+    bench.add_argument("--training", action="store_true", help="time training steps, with peak memory, instead of inference")
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
     bench.add_argument("--quick", action="store_true", help="under a minute: ResNet-18 in float32, without torch.compile")
     bench.add_argument("--seconds", type=float, default=6.0, help="timing of each workload (%(default)s)")
@@ -102,6 +116,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     dtypes = ["float32"] if arguments.quick else _names("--dtypes", arguments.dtypes, ("float32", "bfloat16", "float16"))
     models = ["resnet18"] if arguments.quick else _models(arguments.models)
     peers = _names("--peers", arguments.peers, variants.PEERS)
+    if arguments.layers and arguments.training:
+        raise _UserError("--layers and --training were both given; choose one")
     batches = [_positive("--batches", part) for part in arguments.batches.split(",")]
     seconds = min(arguments.seconds, 4.0) if arguments.quick else arguments.seconds
     compiled = [] if arguments.quick or arguments.no_compile else [variants.COMPILE]
@@ -109,6 +125,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     workloads = [Workload(m, b, d, _size(arguments.size)) for m in models for d in dtypes for b in batches]
 
     console = Console()
+    if arguments.layers:
+        return _bench_layers(console, workloads)
     comparisons = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -124,6 +142,40 @@ def _bench(arguments: argparse.Namespace) -> int:
     inference.save_json(arguments.out / "inference.json", comparisons)
     report.save_chart(arguments.out / "inference.png", comparisons, machine)
     console.print(f"Saved {arguments.out / 'inference.json'} and {arguments.out / 'inference.png'}", highlight=False)
+    return 0
+
+
+def _bench_layers(console: Any, workloads: list[Any]) -> int:
+    from resnet_fused.bench import layers
+    from resnet_fused.bench.workloads import DTYPES
+
+    peaks = {dtype: layers.measure_peak(DTYPES[dtype]) for dtype in {workload.dtype for workload in workloads}}
+    for workload in workloads:
+        results = []
+        with console.status(str(workload)) as status:
+            for result in layers.run_layers(workload):
+                results.append(result)
+                status.update(f"{workload}: {len(results)} kinds of layers timed")
+        layers.print_layers(console, workload, results, peaks[workload.dtype])
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import resnet_fused as rf
+    from resnet_fused.bench.workloads import Workload
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device):
+        raise _UserError(f"--device is {arguments.device!r}; it takes cpu, cuda, or one GPU as cuda:1")
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        raise _UserError(f"--device is {arguments.device}, and there is no GPU here; --device cpu tunes for the CPU")
+    dtypes = _names("--dtypes", arguments.dtypes, ("float32", "bfloat16", "float16"))
+    for name in _models(arguments.models):
+        for dtype in dtypes:
+            for batch in (_positive("--batches", part) for part in arguments.batches.split(",")):
+                workload = Workload(name, batch, dtype, _size(arguments.size))
+                model, x = workload.make()
+                fused = rf.fuse(model.to(arguments.device), inplace=True)
+                print(f"{workload}\n{rf.tune(fused, x.to(arguments.device))}\n")
     return 0
 
 

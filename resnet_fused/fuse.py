@@ -10,8 +10,9 @@ from typing import IO, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import config
+from resnet_fused import config, tuning
 from resnet_fused.backends import BackendError, Precision, check_name, get
+from resnet_fused.cuda_graph import CudaGraphed
 from resnet_fused.fusion.replacing import Fuser
 from resnet_fused.fusion.rows import Row
 from resnet_fused.modules.fused import FusedModule
@@ -28,6 +29,7 @@ def fuse(
     backend: str = "auto",
     precision: Precision = "fast",
     tune: bool = False,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """Returns the model for inference, with batch norms folded into convolutions and residual blocks fused.
 
@@ -45,6 +47,8 @@ def fuse(
         backend: name of the backend for all fused ops, or "auto".
         precision: "exact" keeps to direct arithmetic; "fast" allows algorithms that trade rounding for speed (Winograd).
         tune: measure the candidates of every problem of the model, see `rf.tune`. Needs `example_inputs`.
+        cuda_graph: replay the fused model as one CUDA graph per input shape; where capture isn't possible (on a CPU, say) it
+            runs as it is. The model is then inside of a `CudaGraphed` module, as its attribute `model`.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -81,6 +85,10 @@ def fuse(
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         if not _agree(original, fused, arguments):
             return original
+        if tune:
+            tuning.tune(fused, arguments)
+    if cuda_graph:
+        fused = CudaGraphed(fused)
     return fused
 
 
@@ -157,6 +165,8 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     Raises:
         ValueError: `model` is no result of rf.fuse.
     """
+    if isinstance(model, CudaGraphed):
+        model = model.model
     rows, stock_bytes = getattr(model, _ROWS, (None, 0))
     if rows is None:
         raise ValueError(f"model is a {type(model).__name__} that rf.fuse didn't make; pass what rf.fuse returned.")

@@ -26,6 +26,7 @@ from resnet_fused.backends import Kernel, candidates, get, records
 from resnet_fused.backends.binding import compose, parts, watched
 from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.text import table
+from resnet_fused.tolerance import allowed
 
 _STOCK = "reference"
 # Clearly faster: beyond what two measurements of the same kernel differ by.
@@ -36,8 +37,6 @@ _SECONDS_OF_A_TURN = 0.004
 _HOPELESS = 1.5
 _ROUNDS_OF_HOPE = 3
 _IMAGES_AT_ONCE = 4
-# As the errors of a result that is rounded once; float32 sums may be in another order.
-_FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclass
@@ -230,7 +229,7 @@ class _Truth:
             self.cases.append((x, x))
         self.stock = [stock(*case) for case in self.cases]
         error = self._error(inputs, self.stock[0])
-        self.allowed = max(2 * error, _FLOOR[problem.dtype])
+        self.allowed = allowed(error, problem.dtype)
 
     def fault(self, kernel: Kernel) -> str | None:
         """What is wrong with a candidate's results; None if nothing is."""

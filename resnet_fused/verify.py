@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.modules.fused import FusedModule
 from resnet_fused.text import table
-
-
-# The promise: an error of at most twice stock's, or this, whichever is larger.
-FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+from resnet_fused.tolerance import allowed
 
 
 @dataclass
@@ -41,7 +38,7 @@ class Verification:
     def passed(self) -> bool:
         """Whether the model's result is as near to the truth as it must be: twice stock's error, or a small floor."""
         final = self.layers[-1]
-        return final.nan_mismatch == 0 and final.fused <= max(2 * final.stock, FLOOR[self.dtype])
+        return final.nan_mismatch == 0 and final.fused <= allowed(final.stock, self.dtype)
 
     def __str__(self) -> str:
         rows = [

@@ -52,7 +52,7 @@ def save_chart(path: Path, comparisons: list[Comparison], machine: dict[str, obj
     import matplotlib.pyplot as plt
 
     names = [r.variant for r in comparisons[0].results]
-    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(comparisons), 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(7.0, 1.5 + 1.6 * len(comparisons)), 4.8), layout="constrained")
     width = 0.8 / len(names)
     colors = {variants.OURS: "#d1495b", variants.EAGER: "#9aa5b1", variants.CHANNELS_LAST: "#62707e", variants.COMPILE: "#30638e"}
     for i, name in enumerate(names):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resnet_fused.backends import Precision
 from resnet_fused.modules.folding import NotFoldable, hooks_of
 from resnet_fused.modules.fused import FusedBlock, FusedConv2d
-from resnet_fused.modules.norm import bn, bn_add_relu, bn_relu, bn_relu_conv2d
+from resnet_fused.modules.norm import bn, bn_add_relu, bn_relu, bn_relu_conv2d, conv2d
 from resnet_fused.ops.common import plain_eager
 
 NormLayer = Callable[[int], nn.Module]
@@ -139,9 +139,9 @@ class Block(nn.Module):
             for inner_conv, inner_norm in inner:
                 y = self.relu(bn(inner_norm, inner_conv(y)))
             return self.relu(bn(norm, conv(y)) + identity)
-        y = layers[0][0](x)
+        y = conv2d(layers[0][0], x)
         for (_, norm), (conv, _) in zip(layers, layers[1:], strict=False):
-            y = bn_relu_conv2d(norm, conv, y) if self.memory_efficient else conv(bn_relu(norm, y))
+            y = bn_relu_conv2d(norm, conv, y) if self.memory_efficient else conv2d(conv, bn_relu(norm, y))
         return bn_add_relu(layers[-1][1], y, identity)
 
     def _shortcut(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     bn_relu(norm, x) = relu(norm(x))
     bn_relu_conv2d(norm, conv, x) = conv(relu(norm(x)))
     bn_add_relu(norm, x, residual) = relu(norm(x) + residual)
+    conv2d(conv, x) = conv(x)
 
 `norm` keeps all of its behaviour: momentum, running statistics and their count, the affine parameters or their absence, the
 exchange between processes of nn.SyncBatchNorm. What the ops don't serve runs by the module's own forward, as stock does.
@@ -21,6 +22,7 @@ from resnet_fused import ops
 from resnet_fused.backends.norm import served
 from resnet_fused.modules.folding import hooks_of
 from resnet_fused.ops.common import plain
+from resnet_fused.ops.conv2d import served as served_conv2d
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -46,6 +48,8 @@ def bn_add_relu(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 def _fusible(op: str, norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
     """Whether the op computes what the module's forward does, and a backend serves it better than stock PyTorch."""
+    if not isinstance(x, Tensor):
+        return False  # a tracer's stand-in
     if type(norm) not in _NORMS or hooks_of(norm) is not None or module_hooks._has_any_global_hook():
         return False
     if x.dim() != 4 or x.shape[1] != norm.num_features:
@@ -77,6 +81,20 @@ def _group(norm: nn.Module) -> str | None:
         return None
     processes = norm.process_group or dist.group.WORLD
     return processes.group_name if dist.get_world_size(processes) > 1 else None
+
+
+def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x)."""
+    if (
+        isinstance(x, Tensor)
+        and _plain_conv(conv, x)
+        and conv.bias is None
+        and not torch.is_autocast_enabled(x.device.type)
+        and (torch.compiler.is_compiling() or (not _transformed() and plain(x)))
+        and served_conv2d(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+    ):
+        return ops.conv2d(x, conv.weight)
+    return conv(x)
 
 
 def bn_relu_conv2d(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from resnet_fused.ops.bn_add_relu import bn_add_relu
 from resnet_fused.ops.bn_relu import bn_relu
 from resnet_fused.ops.bn_relu_conv2d import bn_relu_conv2d
 from resnet_fused.ops.bottleneck import bottleneck
+from resnet_fused.ops.conv2d import conv2d
 from resnet_fused.ops.conv2d_bn import conv2d_bn
 from resnet_fused.ops.conv2d_bn_add_relu import conv2d_bn_add_relu
 from resnet_fused.ops.conv2d_bn_relu import conv2d_bn_relu
@@ -20,6 +21,7 @@ __all__ = [
     "bn_relu",
     "bn_relu_conv2d",
     "bottleneck",
+    "conv2d",
     "conv2d_bn",
     "conv2d_bn_add_relu",
     "conv2d_bn_relu",

@@ -1,0 +1,43 @@
+"""Fuse a torchvision model for serving: check it, see what was done, save it, and load it again.
+
+    python examples/serve_fused.py [--model resnet50] [--checkpoint weights.pth] [--size 224]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+import torchvision
+
+import resnet_fused as rf
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Fuse a torchvision model for serving.")
+    parser.add_argument("--model", default="resnet50", help="torchvision model (%(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help="state dict of the model; random weights without it")
+    parser.add_argument("--size", type=int, default=224, help="pixels (%(default)s)")
+    arguments = parser.parse_args(argv)
+
+    model = torchvision.models.get_model(arguments.model)
+    if arguments.checkpoint is not None:
+        model.load_state_dict(torch.load(arguments.checkpoint, weights_only=True))
+    model.eval()
+    images = torch.randn(4, 3, arguments.size, arguments.size)
+
+    fused = rf.fuse(model, example_inputs=images)
+    print(rf.verify(model, fused, images))
+    rf.report(fused)
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        path = Path(folder) / "fused.pt"
+        torch.save(fused, path)
+        served = torch.load(path, weights_only=False)
+        print("loaded again, same answer:", torch.equal(served(images), fused(images)))
+
+
+if __name__ == "__main__":
+    main()
