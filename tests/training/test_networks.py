@@ -40,6 +40,10 @@ def network(block: type, layers: list[int] | None = None) -> nn.Module:
 def pair(block: type, layers: list[int]) -> tuple[nn.Module, nn.Module]:
     """The same network of our blocks and of torchvision's."""
     ours, theirs = network(block, layers), network(THEIRS[block], layers)
+    for module in ours.modules():
+        if isinstance(module, rf.BasicBlock | rf.Bottleneck):
+            # Weak residual branches, as trained networks have them: otherwise rounding errors grow from block to block.
+            nn.init.constant_(getattr(module, "bn3", module.bn2).weight, 0.2)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -62,7 +66,7 @@ def loss_curve(model: nn.Module, rate: float, format: torch.memory_format) -> to
     return torch.tensor(losses, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("block", "rate"), [(rf.BasicBlock, 2e-3), (rf.Bottleneck, 2e-4)], ids=["resnet18", "resnet50"])
+@pytest.mark.parametrize(("block", "rate"), [(rf.BasicBlock, 2e-3), (rf.Bottleneck, 2e-3)], ids=["resnet18", "resnet50"])
 def test_fifty_steps_have_stock_s_loss_curve(block: type, rate: float):
     """The yardstick of float noise is stock against itself, with the same numbers in another memory format.
 
