@@ -125,6 +125,7 @@ namespace {
 
 Isa best_isa() {
 #if RF_X86_64
+  __builtin_cpu_init();  // this runs as a static initialiser, perhaps before the compiler's own
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     return Isa::avx512;
