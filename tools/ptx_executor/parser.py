@@ -11,6 +11,7 @@ import re
 import struct
 from collections import ChainMap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .errors import PtxSyntaxError
@@ -51,6 +52,7 @@ _SPECIAL = re.compile(r"%(?:(?:n?tid|n?ctaid)\.[xyzw]|laneid|n?warpid|n?smid|gri
                       r"globaltimer\w*|pm\d+|envreg\d+|dynamic_smem_size|total_smem_size|aggr_smem_size)$")  # fmt: skip
 
 
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.M)
 _SPACE = re.compile(r"\s*")
 
 
@@ -64,7 +66,8 @@ class _Parser:
         blank = lambda m: re.sub(r"[^\n]", " ", m.group())  # noqa: E731
         self.text = _COMMENT.sub(blank, text)
         self.pos = 0
-        self.files: dict[str, str] = {}
+        # nvcc names the files at the end
+        self.files = {m.group(1): Path(m.group(2)).name for m in _FILE.finditer(self.text)}
         self.source = ""
         self.module = ParsedModule("", {}, {})
         self._line_starts = [0, *(m.end() for m in re.finditer("\n", self.text))]
@@ -95,10 +98,8 @@ class _Parser:
                 break
             if m := self.take(r"\.target\s+([\w, ]+)\n"):
                 self.module.target = m.group(1).split(",")[0].strip()
-            elif m := self.take(r'\.file\s+(\d+)\s+"([^"]*)"[^\n]*'):
-                self.files[m.group(1)] = m.group(2)
             elif (
-                self.take(r"\.(?:version|address_size|loc)[^\n]*")
+                self.take(r"\.(?:version|address_size|loc|file)[^\n]*")
                 or self.take(r"\.section\s+\S+\s*\{[^}]*\}")
                 or self.take(r"\.pragma[^;]*;|\.alias[^;]*;")
             ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import ptx_executor as px
@@ -64,11 +65,16 @@ def test_kernel_without_the_bug_is_clean(cuda: Callable[..., px.Module], memory:
     assert np.isfinite(memory.download(y, np.float32, 128)).all()
 
 
-def test_fault_names_block_and_thread(cuda: Callable[..., px.Module], memory: px.Memory) -> None:
+def test_fault_names_block_thread_and_source_line(cuda: Callable[..., px.Module], memory: px.Memory) -> None:
     x, y = memory.upload(X), memory.empty(512)
+    module = cuda("faults.cu", "sm_80", "-lineinfo")
     with pytest.raises(px.KernelFault) as caught:
-        cuda("faults.cu").launch("past_the_end", 3, 64, [x, y, N], memory=memory)
+        module.launch("past_the_end", 3, 64, [x, y, N], memory=memory)
     assert (caught.value.block, caught.value.thread) == ((2, 0, 0), (0, 0, 0))
+    source = (Path(__file__).parent / "kernels" / "faults.cu").read_text().splitlines()
+    name, line = caught.value.source.split(":")
+    assert name == "faults.cu"
+    assert "y[i] = x[i]" in source[int(line) - 1]
 
 
 def test_output_left_out_is_refused(cuda: Callable[..., px.Module], memory: px.Memory) -> None:
