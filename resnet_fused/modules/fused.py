@@ -7,7 +7,7 @@ exported; what backends packed from them is a cache beside, never saved, and dro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from resnet_fused import ops
 from resnet_fused.backends import Conv, Pool, Precision, Problem
 from resnet_fused.modules.folding import check_conv, fold
 from resnet_fused.ops.common import Runner, plain_eager
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FusedModule(nn.Module):
@@ -59,6 +62,18 @@ class FusedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # copy, deepcopy and pickle all come through here; the caches are made anew where they are needed.
         return {**self.__dict__, "_runner": None, "_cast": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Copied or loaded under inference_mode, parameters would not count their changes, and nothing could be kept of them.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if parameter is not None and parameter.is_inference():
+                    self._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        with torch.inference_mode(False):
+            return super()._apply(fn, recurse)
 
     def _run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         weights, shifts = self.folded_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
+from resnet_fused import config
 from resnet_fused.backends import Conv, Folded, Kernel, Pool, Precision, Problem, choice, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import checks
@@ -83,6 +85,7 @@ class Runner:
             stamp = tuple([number for t in (*weights, *shifts) for number in (t.data_ptr(), t._version)])
         except RuntimeError:
             # Parameters made under inference_mode don't count their changes: nothing about them can be kept.
+            _warn_of_inference_tensors()
             problem = self.problem(x, weights)
             return bind(problem, Folded(tuple(weights), tuple(shifts)), "reference").kernel(x, residual)
         bound = self._bound
@@ -122,6 +125,14 @@ class Runner:
     def packed_bytes(self) -> int:
         """Bytes of what backends packed from the parameters."""
         return self._bound.folded.packed_bytes() if self._bound is not None else 0
+
+
+@functools.cache
+def _warn_of_inference_tensors() -> None:
+    config.logger().warning(
+        "The parameters of a fused op were made under torch.inference_mode, where changes can't be noticed, so stock ops run "
+        "instead of packed kernels. Create or load the model outside of inference_mode; calling it inside is fine."
+    )
 
 
 _runners = WeakIdKeyDictionary()

@@ -205,7 +205,11 @@ def test_fusing_twice_and_under_inference_mode(trained):
         want = fused(x)
         again = rf.fuse(fused)
         assert torch.equal(again(x), want)
-        assert not any(p.is_inference() for p in fused.parameters())
+        others = [again, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused).bfloat16()]
+        for other in (fused, *others):
+            for module in other.modules():
+                if isinstance(module, FusedModule):
+                    assert not any(p.is_inference() for p in module.parameters())
 
 
 def test_exact_precision_and_explicit_backends_agree(trained):
