@@ -25,11 +25,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch comes first and by itself, so that the build of the kernels sees the version that will run them. The editable
-# install is repeated when a native source or the build's own files change.
+# torch and nvcc come first, so that the build of the kernels sees the versions that will run them. The editable install is
+# repeated when a native source or the build's own files change.
 $(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "torch>=2.10"
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "torch>=2.10" "cuda-toolkit[nvcc,cccl]==13.0.*"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,cuda,dev]"
 	touch $@
 
