@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.modules.blocks import BasicBlock, Bottleneck
+from resnet_fused.modules.folding import hooks_of
+from resnet_fused.modules.norm import bn_relu
 
 __all__ = [
     "ResNet",
@@ -106,7 +108,9 @@ class ResNet(nn.Module):
         return nn.Sequential(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.conv1(x)
+        plain = type(self.relu) is nn.ReLU and hooks_of(self.relu) is None
+        x = self.maxpool(bn_relu(self.bn1, x) if plain else self.relu(self.bn1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

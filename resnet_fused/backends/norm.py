@@ -1,4 +1,4 @@
-"""What a backend computes for batch norm, and the choice of one: four passes, of which the ops bn, bn_relu, bn_add_relu are made.
+"""What a backend computes for batch norm: four passes, of which the ops bn, bn_relu and bn_add_relu are made.
 
 Forward: `statistics`, `apply`. Backward: `backward_reduce`, `backward_apply`. Between the passes of a pair, processes exchange
 their sums (SyncBatchNorm). Activations are dense, of shape (N, C, H, W), all in one memory format; statistics, parameters and

@@ -45,7 +45,7 @@ def _fake(*args: Any) -> norm.Result:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: norm.Result) -> None:
-    x, weight, bias, mean, var, filter, filter_bias, ctx.eps, ctx.group, *geometry = inputs
+    x, weight, bias, mean, var, filter, _, ctx.eps, ctx.group, *geometry = inputs
     ctx.geometry = _geometry(*geometry)
     ctx.batch = mean is None
     if ctx.batch:

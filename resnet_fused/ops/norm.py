@@ -5,8 +5,8 @@ Without `mean` and `var`, statistics are those of the batch, taken over all proc
 caller needs for running statistics (empty where statistics are constants). Saved for backward: x, y (its sign is ReLU's mask),
 and values by channel; x not even, where statistics are constants and the parameters need no gradient.
 
-In eager mode an autograd.Function calls the backend's kernels directly; tracing, functional transforms and subclasses go through
-the registered operators. Both use the same forward, setup_context and backward.
+In eager mode an autograd.Function calls the backend's kernels directly; tracing, functional transforms and subclasses go
+through the registered operators. Both use the same forward, setup_context and backward.
 """
 
 from __future__ import annotations

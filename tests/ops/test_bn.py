@@ -298,5 +298,5 @@ def test_opcheck(op: str):
 
 
 def test_an_explicit_backend_that_cannot_serve_says_why():
-    with rf.use_backend("onednn"), pytest.raises(BackendError, match="onednn.*bn_relu"):
+    with rf.use_backend("onednn"), pytest.raises(BackendError, match=r"onednn.*bn_relu"):
         norm_kernels("bn_relu", torch.randn(1, 2, 3, 3))
