@@ -87,9 +87,10 @@ def trials(name: str, device: torch.device) -> Iterator[Trial]:
             if backend.unsupported(problem) is None:
                 yield from _convs(backend, entry, problem)
         for shape in ELEMENTWISE:
-            problem = Problem("add_relu", shape, dtype, device)
-            if backend.unsupported(problem) is None:
-                yield _add_relu(backend, problem)
+            for op in ("add_relu", "add_relu_backward"):
+                problem = Problem(op, shape, dtype, device)
+                if backend.unsupported(problem) is None:
+                    yield _add_relu(backend, problem)
             norms = [Problem(op, shape, dtype, device) for op in NORM_OPS]
             if hasattr(backend, "norm") and all(backend.unsupported(norm) is None for norm in norms):
                 yield from _norms(name, backend.norm(), norms)
@@ -115,14 +116,17 @@ def _convs(backend: Any, entry: Entry, problem: Problem) -> Iterator[Trial]:
 
 
 def _add_relu(backend: Any, problem: Problem) -> Trial:
-    x, residual = (_activation(problem.shape, problem.dtype, problem.device, seed) for seed in range(2))
-    x[0, 0, 0, 0] = torch.nan
+    """add_relu of x and the residual, or add_relu_backward of the gradient and the result."""
+    a, b = (_activation(problem.shape, problem.dtype, problem.device, seed) for seed in range(2))
+    b[0, 0, 0, 0] = torch.nan
+    nothing, reference = Folded((), ()), backends.get("reference")
 
     def compute() -> Tensor:
-        return backend.prepare(problem, Folded((), ()))(x, residual)
+        return backend.prepare(problem, nothing)(a, b)
 
-    stock, truth = (x + residual).relu(), (x.double() + residual.double()).relu()
-    return Trial(backend.name, "", "add_relu", problem.dtype, str(problem), compute, stock, truth)
+    stock = reference.prepare(problem, nothing)(a, b)
+    truth = reference.prepare(dataclasses.replace(problem, dtype=torch.float64), nothing)(a.double(), b.double())
+    return Trial(backend.name, "", problem.op, problem.dtype, str(problem), compute, stock, truth)
 
 
 def _norms(name: str, kernels: NormKernels, problems: list[Problem]) -> Iterator[Trial]:

@@ -21,8 +21,8 @@ RESNET_FUSED_NORM_KERNELS(RESNET_FUSED_KERNEL)
   }
 RESNET_FUSED_NORM_FINISH_KERNELS(RESNET_FUSED_FINISH_KERNEL)
 
-#define RESNET_FUSED_ADD_RELU_KERNEL(NAME, ELEMENT)                                                 \
+#define RESNET_FUSED_ADD_RELU_KERNEL(NAME, FUNCTION, ELEMENT)                                       \
   extern "C" __global__ void __launch_bounds__(256) NAME(const __grid_constant__ AddReluParams p) { \
-    resnet_fused::add_relu_fwd<ElementOf<ElementType::ELEMENT>::T>(p);                              \
+    resnet_fused::FUNCTION<ElementOf<ElementType::ELEMENT>::T>(p);                                  \
   }
 RESNET_FUSED_ADD_RELU_KERNELS(RESNET_FUSED_ADD_RELU_KERNEL)

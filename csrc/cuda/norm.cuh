@@ -272,21 +272,31 @@ __device__ __forceinline__ void bn_apply_bwd(const NormParams& p) {
   }
 }
 
-// y = relu(x + residual), elements in any order, the same for the three; 16 bytes a thread, the rest by element.
-template <class T>
-__device__ __forceinline__ void add_relu_fwd(const AddReluParams& p) {
+// out = combine(a, b), elements in any order, the same for the three; 16 bytes a thread, the rest by element.
+template <class T, class Combine>
+__device__ __forceinline__ void elementwise(const AddReluParams& p, Combine&& combine) {
   constexpr int kVector = Vector16<T>::kCount;
   const int64_t vectors = p.count / kVector, thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
-  const auto add = [&](auto x, auto residual, int64_t at) {
+  const auto store = [&](auto a, auto b, int64_t at) {
 #pragma unroll
-    for (int k = 0; k < int(sizeof(x.v) / sizeof(float)); ++k) x.v[k] = relu(x.v[k] + residual.v[k]);
-    x.store(p.y, at);
+    for (int k = 0; k < int(sizeof(a.v) / sizeof(float)); ++k) a.v[k] = combine(a.v[k], b.v[k]);
+    a.store(p.out, at);
   };
   for (int64_t i = thread; i < vectors; i += threads)
-    add(Elements<T, kVector>::load(p.x, i * kVector), Elements<T, kVector>::load(p.residual, i * kVector), i * kVector);
+    store(Elements<T, kVector>::load(p.a, i * kVector), Elements<T, kVector>::load(p.b, i * kVector), i * kVector);
   for (int64_t i = vectors * kVector + thread; i < p.count; i += threads)
-    add(Elements<T, 1>::load(p.x, i), Elements<T, 1>::load(p.residual, i), i);
+    store(Elements<T, 1>::load(p.a, i), Elements<T, 1>::load(p.b, i), i);
+}
+
+template <class T>
+__device__ __forceinline__ void add_relu_fwd(const AddReluParams& p) {
+  elementwise<T>(p, [](float x, float residual) { return relu(x + residual); });
+}
+
+template <class T>
+__device__ __forceinline__ void add_relu_bwd(const AddReluParams& p) {
+  elementwise<T>(p, [](float dy, float y) { return masked_gradient(dy, y); });
 }
 
 }  // namespace resnet_fused

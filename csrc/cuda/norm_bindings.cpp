@@ -120,19 +120,23 @@ std::tuple<Tensor, Tensor> bn_apply_bwd_op(const Tensor& dy, Optional x, Optiona
   return {dx, masked};
 }
 
-// x and residual: dense, with the same strides.
-Tensor add_relu_fwd_op(const Tensor& x, const Tensor& residual) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  RESNET_FUSED_CHECK(x.scalar_type() == residual.scalar_type() && x.numel() == residual.numel() && is_aligned(x) &&
-                         is_aligned(residual) && x.get_device_index() == residual.get_device_index(),
-                     "x and residual must be of one shape, dtype, device and memory format, aligned to 16 bytes");
-  Tensor y = torch::stable::empty_like(x);
-  if (x.numel() == 0) return y;
-  const int32_t device = x.get_device_index();
-  AddReluParams p{x.const_data_ptr(), residual.const_data_ptr(), y.mutable_data_ptr(), x.numel()};
-  launch(plan_add_relu(p.count, element_type(x, false), device_properties(device)), &p, device);
-  return y;
+// Both tensors are dense and have the same strides.
+Tensor add_relu(bool backward, const Tensor& a, const Tensor& b) {
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+  RESNET_FUSED_CHECK(a.scalar_type() == b.scalar_type() && a.numel() == b.numel() && is_aligned(a) && is_aligned(b) &&
+                         a.get_device_index() == b.get_device_index(),
+                     "both tensors must be of one shape, dtype, device and memory format, aligned to 16 bytes");
+  Tensor out = torch::stable::empty_like(a);
+  if (a.numel() == 0) return out;
+  const int32_t device = a.get_device_index();
+  AddReluParams p{a.const_data_ptr(), b.const_data_ptr(), out.mutable_data_ptr(), a.numel()};
+  launch(plan_add_relu(backward, p.count, element_type(a, false), device_properties(device)), &p, device);
+  return out;
 }
+
+Tensor add_relu_fwd_op(const Tensor& x, const Tensor& residual) { return add_relu(false, x, residual); }
+
+Tensor add_relu_bwd_op(const Tensor& dy, const Tensor& y) { return add_relu(true, dy, y); }
 
 PlanWords norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t type, Ints device, Ints pointers,
                        double eps, double inverse_count, bool relu) {
@@ -150,11 +154,11 @@ PlanWords norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t typ
   return plan_words(plan.launches, p, plan.workspace_bytes);
 }
 
-PlanWords add_relu_plan_op(int64_t count, int64_t type, Ints device, Ints pointers) {
-  RESNET_FUSED_CHECK(pointers.size() == 3, "pointers are 3: x, residual, y");
+PlanWords add_relu_plan_op(bool backward, int64_t count, int64_t type, Ints device, Ints pointers) {
+  RESNET_FUSED_CHECK(pointers.size() == 3, "pointers are 3, in order of AddReluParams");
   const AddReluParams p{reinterpret_cast<const void*>(pointers[0]), reinterpret_cast<const void*>(pointers[1]),
                         reinterpret_cast<void*>(pointers[2]), count};
-  return plan_words({plan_add_relu(count, ElementType(type), device_of(device))}, p, 0);
+  return plan_words({plan_add_relu(backward, count, ElementType(type), device_of(device))}, p, 0);
 }
 
 }  // namespace
@@ -174,11 +178,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
       "dbias, "
       "float count, float eps, bool keep_masked) -> (Tensor, Tensor)");
   m.def("add_relu_fwd(Tensor x, Tensor residual) -> Tensor");
+  m.def("add_relu_bwd(Tensor dy, Tensor y) -> Tensor");
   m.def(
       "norm_plan(int norm_pass, int rows, int channels, int type, int[] device, int[] pointers, float eps, float "
       "inverse_count, "
       "bool relu) -> (str[], int[], int[], int)");
-  m.def("add_relu_plan(int count, int type, int[] device, int[] pointers) -> (str[], int[], int[], int)");
+  m.def(
+      "add_relu_plan(bool backward, int count, int type, int[] device, int[] pointers) -> (str[], int[], int[], int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {
@@ -187,6 +193,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {
   m.impl("bn_reduce_bwd", TORCH_BOX(&resnet_fused::bn_reduce_bwd_op));
   m.impl("bn_apply_bwd", TORCH_BOX(&resnet_fused::bn_apply_bwd_op));
   m.impl("add_relu_fwd", TORCH_BOX(&resnet_fused::add_relu_fwd_op));
+  m.impl("add_relu_bwd", TORCH_BOX(&resnet_fused::add_relu_bwd_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CompositeExplicitAutograd, m) {

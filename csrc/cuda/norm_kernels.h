@@ -22,8 +22,11 @@
   X(bn_statistics_finish, bn_statistics_finish) \
   X(bn_reduce_bwd_finish, bn_reduce_bwd_finish)
 
-// X(name, element): take AddReluParams.
-#define RESNET_FUSED_ADD_RELU_KERNELS(X) \
-  X(add_relu_fwd_f16, kFloat16)          \
-  X(add_relu_fwd_bf16, kBFloat16)        \
-  X(add_relu_fwd_f32, kFloat32)
+// X(name, function, element): take AddReluParams.
+#define RESNET_FUSED_ADD_RELU_KERNELS(X)        \
+  X(add_relu_fwd_f16, add_relu_fwd, kFloat16)   \
+  X(add_relu_fwd_bf16, add_relu_fwd, kBFloat16) \
+  X(add_relu_fwd_f32, add_relu_fwd, kFloat32)   \
+  X(add_relu_bwd_f16, add_relu_bwd, kFloat16)   \
+  X(add_relu_bwd_bf16, add_relu_bwd, kBFloat16) \
+  X(add_relu_bwd_f32, add_relu_bwd, kFloat32)

@@ -21,9 +21,10 @@ struct NormParams {
   int32_t relu;
 };
 
+// Forward: a = x, b = residual, out = y. Backward: a = dy, b = y, out = dx = dresidual.
 struct AddReluParams {
-  const void *x, *residual;
-  void* y;
+  const void *a, *b;
+  void* out;
   int64_t count;  // elements
 };
 

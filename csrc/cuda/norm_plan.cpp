@@ -41,10 +41,11 @@ NormPlan plan_norm(NormPass pass, int64_t rows, int64_t channels, ElementType ty
   return plan;
 }
 
-KernelLaunch plan_add_relu(int64_t count, ElementType type, const DeviceProperties& device) {
+KernelLaunch plan_add_relu(bool backward, int64_t count, ElementType type, const DeviceProperties& device) {
   const int64_t vectors = ceil_div(count, 16 / element_bytes(type));
   const int64_t blocks = std::min(ceil_div(vectors, kThreads), kBlocksPerMultiprocessor * device.multiprocessors);
-  return {std::string("add_relu_fwd_") + suffix(type), {uint32_t(blocks), 1, 1}, kThreads, 0};
+  return {
+      std::string(backward ? "add_relu_bwd_" : "add_relu_fwd_") + suffix(type), {uint32_t(blocks), 1, 1}, kThreads, 0};
 }
 
 }  // namespace resnet_fused

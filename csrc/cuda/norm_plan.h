@@ -19,6 +19,6 @@ struct NormPlan {
 // rows: pixels of the channels_last activations. Needs rows and channels > 0.
 NormPlan plan_norm(NormPass pass, int64_t rows, int64_t channels, ElementType type, const DeviceProperties& device);
 
-KernelLaunch plan_add_relu(int64_t count, ElementType type, const DeviceProperties& device);
+KernelLaunch plan_add_relu(bool backward, int64_t count, ElementType type, const DeviceProperties& device);
 
 }  // namespace resnet_fused

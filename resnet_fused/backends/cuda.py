@@ -20,6 +20,7 @@ from resnet_fused.backends.problem import Folded, Problem
 
 _LIBRARY = "resnet_fused_cuda"
 _CONV_OPS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
+_ELEMENTWISE = ("add_relu", "add_relu_backward")
 _FLOAT16, _BFLOAT16, _FLOAT32, _TF32 = range(4)  # ElementType in csrc/cuda/element_type.h
 _TYPES = {torch.float16: _FLOAT16, torch.bfloat16: _BFLOAT16, torch.float32: _FLOAT32}
 
@@ -83,7 +84,7 @@ class CUDA:
     def unsupported(self, problem: Problem) -> str | None:
         if problem.device.type != "cuda":
             return f"it serves cuda tensors, not {problem.device.type}"
-        if problem.op not in (*_CONV_OPS, *NORM_OPS, "add_relu"):
+        if problem.op not in (*_CONV_OPS, *NORM_OPS, *_ELEMENTWISE):
             return f"it has no kernel for {problem.op} as a whole"
         if problem.dtype not in _TYPES:
             return f"it serves float32, float16 and bfloat16, not {problem.dtype}"
@@ -124,7 +125,7 @@ class CUDA:
 
     def prepare(self, problem: Problem, folded: Folded, variant: str | None = None) -> Kernel:
         """The kernel for the problem: the one of that name, else the recorded one, else the planner's choice."""
-        if problem.op == "add_relu":
+        if problem.op in _ELEMENTWISE:
             run = self._add_relu(problem)
         else:
             run = self._conv(problem, folded, variant or records.variant(problem, self.name) or "")
@@ -166,7 +167,8 @@ class CUDA:
         return kernel
 
     def _add_relu(self, problem: Problem) -> Kernel:
-        run, format = torch.ops.resnet_fused_cuda.add_relu_fwd.default, problem.memory_format
+        ops, format = torch.ops.resnet_fused_cuda, problem.memory_format
+        run = ops.add_relu_fwd.default if problem.op == "add_relu" else ops.add_relu_bwd.default
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
             assert residual is not None

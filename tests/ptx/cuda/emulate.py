@@ -114,14 +114,14 @@ def conv2d_packed(
     return Result(y.permute(0, 3, 1, 2), kernels, counters)
 
 
-def add_relu(x: Tensor, residual: Tensor, device: Sequence[int] = A100) -> Result:
-    """relu(x + residual)."""
+def add_relu(a: Tensor, b: Tensor, device: Sequence[int] = A100, *, backward: bool = False) -> Result:
+    """relu(x + residual) of x and residual, or its gradient, of dy and y."""
     memory = px.Memory()
-    y = memory.empty(x.numel() * x.element_size())
-    pointers = [memory.upload(x), memory.upload(residual), y]
-    plan = torch.ops.resnet_fused_cuda.add_relu_plan(x.numel(), ELEMENTS[x.dtype], device, pointers)
+    out = memory.empty(a.numel() * a.element_size())
+    pointers = [memory.upload(a), memory.upload(b), out]
+    plan = torch.ops.resnet_fused_cuda.add_relu_plan(backward, a.numel(), ELEMENTS[a.dtype], device, pointers)
     kernels, counters = launch(plan, memory, device)
-    return Result(memory.download(y, x.dtype, tuple(x.shape)), kernels, counters)
+    return Result(memory.download(out, a.dtype, tuple(a.shape)), kernels, counters)
 
 
 class Norm:

@@ -56,7 +56,7 @@ def test_unsupported_says_why(asked: Problem, device: list[int], reason: str, gp
     assert reason in get("cuda").unsupported(asked)
 
 
-@pytest.mark.parametrize("op", ["bn", "bn_relu", "bn_add_relu", "add_relu"])
+@pytest.mark.parametrize("op", ["bn", "bn_relu", "bn_add_relu", "add_relu", "add_relu_backward"])
 def test_serves_elementwise_ops(op: str, gpu: list[int]) -> None:
     assert get("cuda").unsupported(Problem(op, (1, 8, 4, 4), torch.bfloat16, GPU)) is None
 

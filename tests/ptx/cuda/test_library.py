@@ -11,7 +11,7 @@ import torch
 
 from resnet_fused.backends import Conv, Problem, get
 
-OPERATORS = ("conv2d_fwd", "add_relu_fwd", "bn_statistics", "bn_apply_fwd", "bn_reduce_bwd", "bn_apply_bwd")
+OPERATORS = ("conv2d_fwd", "add_relu_fwd", "add_relu_bwd", "bn_statistics", "bn_apply_fwd", "bn_reduce_bwd", "bn_apply_bwd")
 
 CHECK = """
 import torch

@@ -105,6 +105,14 @@ def test_add_relu(dtype: torch.dtype, count: int) -> None:
     assert_as_good_as_stock(result.y, (x + residual).relu(), (x.double() + residual.double()).relu())
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_add_relu_backward(dtype: torch.dtype) -> None:
+    dy, y = torch.randn(4099).to(dtype), torch.randn(4099).relu().to(dtype)
+    y[1], y[-1] = torch.nan, torch.nan
+    result = add_relu(dy, y, backward=True)
+    assert torch.equal(result.y, torch.ops.aten.threshold_backward(dy, y, 0))
+
+
 def test_add_relu_on_sm75() -> None:
     x, residual = torch.randn(99).half(), torch.randn(99).half()
     assert torch.equal(add_relu(x, residual, T4).y, (x.float() + residual.float()).relu().half())
