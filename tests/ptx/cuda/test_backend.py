@@ -14,6 +14,8 @@ from torch import Tensor
 
 from resnet_fused.backends import Conv, Folded, Problem, cuda, get
 from resnet_fused.backends.cuda import pack_weight
+from resnet_fused.backends.cuda_norm import CUDANorm
+from resnet_fused.ops.bn_add_relu import bn_add_relu
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 CONV = Conv(16, 24, (3, 3), (1, 1), (1, 1))
@@ -122,3 +124,58 @@ def test_prepared_variant_and_memory_format(emulated: list[str]) -> None:
     reference = get("reference").prepare(asked, folded)(x, residual)
     truth = torch.nn.functional.conv2d(x.double(), folded.weights[0].double(), folded.shifts[0].double(), 1, 1)
     assert_as_good_as_stock(y, reference, (truth + residual.double()).relu())
+
+
+@pytest.fixture
+def emulated_norms() -> Iterator[list[str]]:
+    """The compiled passes serve CPU tensors; gives the names of those that were called."""
+    norm, called = emulate.Norm(), []
+
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        called.append("statistics")
+        return norm.statistics(x)
+
+    def apply(*arguments) -> Tensor:
+        called.append("apply")
+        return norm.apply(*arguments)
+
+    def reduce(dy, x, y, mean, var, eps, keep_masked) -> tuple[Tensor, Tensor, Tensor]:
+        called.append("reduce")
+        dweight, dbias, masked = norm.backward_reduce(dy, x, y, mean, var, eps, keep_masked)
+        return dweight, dbias, dy.new_empty(0) if masked is None else masked
+
+    def apply_backward(dy, x, y, mean, var, weight, dweight, dbias, count, eps, keep_masked) -> tuple[Tensor, Tensor]:
+        called.append("apply_backward")
+        sums = None if dweight is None else (dweight, dbias, count)
+        dx, masked = norm.backward_apply(dy, x, y, mean, var, weight, sums, eps, keep_masked)
+        return dx, dy.new_empty(0) if masked is None else masked
+
+    library = torch.library.Library("resnet_fused_cuda", "IMPL")
+    passes = {"statistics": statistics, "apply_fwd": apply, "reduce_bwd": reduce, "apply_bwd": apply_backward}
+    for name, function in passes.items():
+        library.impl(f"bn_{name}", function, "CPU")
+    yield called
+    library._destroy()
+
+
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+def test_bn_add_relu_trains_through_the_passes(
+    format: torch.memory_format, emulated_norms: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resnet_fused.ops.norm.norm_kernels", lambda op, x: CUDANorm())
+    x, residual, dy = (torch.randn(2, 8, 5, 6).contiguous(memory_format=format) for _ in range(3))
+    weight, bias = torch.randn(8), torch.randn(8)
+
+    def gradients(op, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, residual, weight, bias)]
+        y = op(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    def stock(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True) + residual).relu()
+
+    ours = gradients(lambda x, r, w, b: bn_add_relu(x, r, w, b, None, None, 1e-5, "")[0])
+    for mine, theirs, truth in zip(ours, gradients(stock), gradients(stock, torch.float64), strict=True):
+        assert_as_good_as_stock(mine, theirs, truth)
+    # Other memory formats go through stock's ops.
+    assert emulated_norms == (["statistics", "apply", "reduce", "apply_backward"] if format == torch.channels_last else [])
