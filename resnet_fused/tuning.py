@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -105,10 +106,15 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
     if not tasks:
         raise ValueError("model has no fused op to tune; pass what rf.fuse returned, see rf.report for what it fused.")
     results, path = [], None
-    for task in _shown(tasks, progress):
-        result = _tune(task)
-        path = _record(result)
-        results.append(result)
+    bar = _Bar(len(tasks), progress)
+    try:
+        for task in tasks:
+            result = _tune(task, bar.show)
+            path = _record(result)
+            results.append(result)
+            bar.done += 1
+    finally:
+        bar.close()
     return Tuning(results, path)
 
 
@@ -130,8 +136,9 @@ def _tasks(model: nn.Module, arguments: tuple[Any, ...]) -> list[_Task]:
     return sorted(found.values(), key=lambda task: task.whole)
 
 
-def _tune(task: _Task) -> Result:
+def _tune(task: _Task, show: Callable[[str], object]) -> Result:
     problem = task.problem
+    show(f"{problem}: stock")
     inputs = _inputs(problem)
     stock = get(_STOCK).prepare(problem, task.folded)
     dropped = records.dropped(problem)
@@ -140,6 +147,7 @@ def _tune(task: _Task) -> Result:
     for name, prepare in _candidates(task):
         if name in dropped:
             continue
+        show(f"{problem}: {name}")
         reason = None
         try:
             kernel = prepare()
@@ -152,6 +160,7 @@ def _tune(task: _Task) -> Result:
         dropped[name] = reason
         config.logger().warning("rf.tune drops %s for %s: %s", name, problem, reason)
         _check_device(problem, dropped)
+    show(f"{problem}: measuring {len(kernels)} candidates")
     times = _measure({name: functools.partial(kernel, *inputs) for name, kernel in kernels.items()}, problem.device)
     # Each time is compared with stock's in the same turn, so that another load on the machine weighs less.
     ratios = {n: statistics.median(a / b for a, b in zip(t, times[_STOCK], strict=True)) for n, t in times.items()}
@@ -184,9 +193,7 @@ def _record(result: Result) -> Path | None:
         return records.record(result.problem.device, {records.key(result.problem): entry})
     except OSError as error:
         # The choice would be lost with the process; that must not lose the measurements of a long run as well.
-        config.logger().warning(
-            "rf.tune can't keep its results: %s. Set RESNET_FUSED_CACHE_DIR to a folder of yours.", error
-        )
+        config.logger().warning("rf.tune can't keep its results: %s. Set RESNET_FUSED_CACHE_DIR to a folder of yours.", error)
         return None
 
 
@@ -199,9 +206,7 @@ def _check_device(problem: Problem, dropped: dict[str, str]) -> None:
     except RuntimeError as error:
         _record(Result(problem, _STOCK, {}, dropped))
         name = list(dropped)[-1]
-        raise RuntimeError(
-            f"{name} left the GPU unusable for {problem}; it is recorded, start a new process."
-        ) from error
+        raise RuntimeError(f"{name} left the GPU unusable for {problem}; it is recorded, start a new process.") from error
 
 
 def _inputs(problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -305,14 +310,22 @@ def _seconds(call: Callable[[], object], repeats: int, device: torch.device) -> 
         return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def _shown(tasks: list[_Task], progress: bool) -> Iterator[_Task]:
-    """The tasks one by one, with a bar on the terminal that shows how far they are."""
-    shown, width = progress and sys.stderr.isatty(), 24
-    for number, task in enumerate(tasks):
-        if shown:
-            bar = "█" * (width * number // len(tasks))
-            sys.stderr.write(f"\r\033[Ktuning {bar:░<{width}} {number}/{len(tasks)} {task.problem}"[:160])
+class _Bar:
+    """A line on the terminal that shows how far the work is, and what is being done."""
+
+    width = 24
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.total, self.done = total, 0
+        self.shown = shown and sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        if self.shown:
+            bar = "█" * (self.width * self.done // self.total)
+            line = f"tuning {bar:░<{self.width}} {self.done}/{self.total} {text}"
+            sys.stderr.write("\r\033[K" + line[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
-        yield task
-    if shown:
-        sys.stderr.write(f"\r\033[Ktuned {len(tasks)} problems\n")
+
+    def close(self) -> None:
+        if self.shown:
+            sys.stderr.write(f"\r\033[Ktuned {self.done} of {self.total} problems\n")

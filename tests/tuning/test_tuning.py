@@ -1,7 +1,9 @@
 """rf.tune and its records: what is tried, what is dropped, what is kept, and what a spoilt file does (nothing)."""
 
+import io
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -49,7 +51,7 @@ def times(monkeypatch, seconds):
 
 
 def tune_problem(problem=PROBLEM):
-    result = tuning._tune(tuning._Task(problem, folded(), whole=False))
+    result = tuning._tune(tuning._Task(problem, folded(), whole=False), lambda text: None)
     tuning._record(result)
     return result
 
@@ -218,3 +220,18 @@ def test_import_starts_no_driver_and_loads_no_kernel():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_terminal_sees_every_candidate_go_by(block, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(tuning.shutil, "get_terminal_size", lambda: os.terminal_size((200, 24)))
+    tuning.tune(block, torch.randn(1, 8, 5, 5))
+    shown = terminal.getvalue()
+    assert ": onednn" in shown
+    assert "2/3" in shown
+    assert shown.endswith("tuned 3 of 3 problems\n")

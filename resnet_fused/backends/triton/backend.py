@@ -62,7 +62,7 @@ class Triton:
         return False
 
     def variants(self, problem: Problem) -> list[str]:
-        """Names of the plans that `prepare` takes for the problem, the most promising first; empty without a choice."""
+        """Names of the plans worth a measurement, which `prepare` takes, most promising first; empty without a choice."""
         from resnet_fused.backends.triton import prepare
 
         return prepare.variants(problem) if problem.op in _CONV_OPS else []

@@ -22,6 +22,7 @@ POINTWISE, TAPS, ROWS = 0, 1, 2
 _SMALLEST_BLOCK_K = 32
 _MOST_LANES_OF_A_ROW = 128
 _MOST_SPLITS = 16
+_HOPELESS = 3.0
 _FEWEST_STEPS_OF_A_SPLIT = 4
 
 
@@ -221,6 +222,13 @@ def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
     for plan in sorted(found, key=lambda plan: _cost(plan, problem, chip)):
         best.setdefault(plan.tile, plan)
     return list(best.values())
+
+
+def promising(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
+    """The plans that are worth a measurement: by the model no more than three times slower than the best."""
+    found = plans(problem, chip, tf32)
+    limit = _HOPELESS * _cost(found[0], problem, chip)
+    return [plan for plan in found if _cost(plan, problem, chip) <= limit]
 
 
 def _splits(steps: int, results: int, most: int) -> Iterator[int]:

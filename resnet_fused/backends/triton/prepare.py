@@ -30,8 +30,8 @@ def tf32_allowed(problem: Problem) -> bool:
 
 
 def variants(problem: Problem) -> list[str]:
-    """Names of all plans for a convolution, the most promising first."""
-    return [plan.name for plan in configs.plans(problem, configs.Chip.of(problem.device), tf32_allowed(problem))]
+    """Names of the plans that are worth a measurement for a convolution, the most promising first."""
+    return [plan.name for plan in configs.promising(problem, configs.Chip.of(problem.device), tf32_allowed(problem))]
 
 
 def prepare(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
