@@ -83,23 +83,26 @@ bool serves(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& dev
          k.shared_bytes() <= device.shared_per_block && blocks_per_multiprocessor(k, device) > 0;
 }
 
+// Steps of the main loop over all of k.
+int64_t total_steps(const Kernel& k, const Conv2dProblem& p) {
+  const WeightLayout layout = conv2d_weight_layout(p);
+  return layout.filter_rows * layout.runs * ceil_div(layout.padded_run_length, k.block_k);
+}
+
 // Cycles by a model of one multiprocessor: a step takes as long as the busiest of its tensor cores, its shared memory
 // and its share of L2; a wave of blocks ends with its slowest. Only ratios matter. The figures are those of an A100
 // (NVIDIA A100 architecture whitepaper); `resnet-fused tune` replaces the model by measurement.
 double modelled_cycles(const Kernel& k, const Conv2dProblem& p, const DeviceProperties& device, int64_t splits) {
-  constexpr double kSharedBytes = 128, kL2Bytes = 40, kMemoryBytes = 10, kBlockStart = 1500,
-                   kLaunch = 4000;  // a cycle; cycles
+  constexpr double kSharedBytes = 128, kL2Bytes = 40, kMemoryBytes = 10;  // a cycle
+  constexpr double kBlockStart = 1500, kLaunch = 4000;                    // cycles
   const double products = p.type == ElementType::kFloat32 ? 64 : p.type == ElementType::kTf32 ? 512 : 1024;
   const double fragments = double(k.warps() * (k.warp_m + k.warp_n) * k.row_bytes());
   const double step =
       std::max({double(k.block_m * k.block_n * k.block_k) / products,
                 (fragments + double(k.step_bytes())) / kSharedBytes, double(k.step_bytes()) / kL2Bytes});
-  const WeightLayout layout = conv2d_weight_layout(p);
-  const int64_t steps =
-      ceil_div(layout.filter_rows * layout.runs * ceil_div(layout.padded_run_length, k.block_k), splits);
   const int64_t blocks = ceil_div(p.out_pixels(), k.block_m) * ceil_div(p.out_channels, k.block_n) * splits;
   const double output = double(k.block_m * k.block_n) * (splits > 1 ? 8 : element_bytes(p.type)) / kMemoryBytes;
-  const double block = double(steps) * step + output;
+  const double block = double(ceil_div(total_steps(k, p), splits)) * step + output;
   const int64_t resident = blocks_per_multiprocessor(k, device), wave = resident * device.multiprocessors;
   const int64_t rest = ceil_div(blocks % wave, device.multiprocessors);
   const double waves = double(blocks / wave) * (double(resident) * block + kBlockStart) +
@@ -134,21 +137,18 @@ struct Choice {
   double cycles;
 };
 
-int64_t total_steps(const Kernel& k, const Conv2dProblem& p) {
-  const WeightLayout layout = conv2d_weight_layout(p);
-  return layout.filter_rows * layout.runs * ceil_div(layout.padded_run_length, k.block_k);
-}
-
-// All kernels that serve, each with its best number of splits, the fastest by the model first.
+// All kernels that serve, each with `splits` parts of k, or where that is 0 with its best number; the fastest by the
+// model first.
 std::vector<Choice> choices(const Conv2dProblem& p, const DeviceProperties& device, int64_t splits) {
   constexpr int64_t kMaxSplits = 16, kMinSteps = 8;  // fewer steps a split don't fill the pipeline
+  if (p.out_pixels() * p.out_channels > kInt32Max - kMaxGridY) splits = 1;  // the reduction counts in 31 bits
   std::vector<Choice> found;
   for (const Kernel& k : kKernels) {
     if (!serves(k, p, device)) continue;
-    const bool splittable = p.out_pixels() * p.out_channels < kInt32Max;  // the reduction counts in 31 bits
-    const int64_t most = splittable ? std::clamp<int64_t>(total_steps(k, p) / kMinSteps, 1, kMaxSplits) : 1;
+    const int64_t least = std::max<int64_t>(splits, 1);
+    const int64_t most = splits > 0 ? splits : std::clamp<int64_t>(total_steps(k, p) / kMinSteps, 1, kMaxSplits);
     Choice best{&k, 0, std::numeric_limits<double>::infinity()};
-    for (int64_t s = splits > 0 ? splits : 1; s <= (splits > 0 ? splits : most); s *= 2) {
+    for (int64_t s = least; s <= most; s *= 2) {
       const double cycles = modelled_cycles(k, p, device, s);
       if (cycles < best.cycles) best = {&k, s, cycles};
     }
