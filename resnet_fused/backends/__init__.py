@@ -147,6 +147,11 @@ def candidates(problem: Problem) -> list[str]:
     return [name for name in available_backends() if get(name).unsupported(problem) is None]
 
 
+@functools.cache
+def _log_once(message: str) -> None:
+    config.logger().info(message)
+
+
 def resolve(problem: Problem, chosen: str) -> Backend:
     """The backend that serves the problem.
 
@@ -166,7 +171,9 @@ def resolve(problem: Problem, chosen: str) -> Backend:
             return backend
     for name in _AUTOMATIC_ORDER:
         backend = get(name)
-        if backend.unavailable() is not None or backend.unsupported(problem) is not None:
+        reason = backend.unavailable() or backend.unsupported(problem)
+        if reason is not None:
+            _log_once(f"backend {name!r} was passed over for {problem.op} on {problem.device.type}: {reason}")
             continue
         if name == "reference" or (backend.wins(problem) and records.rejected(problem, name) is None):
             return backend
