@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,6 @@ from torch import nn
 # A user's choices and measurements must not reach the tests, nor those of the tests the user.
 os.environ.pop("RESNET_FUSED_BACKEND", None)
 os.environ["RESNET_FUSED_CACHE_DIR"] = tempfile.mkdtemp(prefix="resnet_fused_tests_")
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `import tolerances`, from every folder of tests
 
 
 @pytest.fixture(autouse=True)

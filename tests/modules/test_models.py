@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from tolerances import relative_error
 
 import resnet_fused as rf
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "fuse"))
 from plain_resnet import PlainResNet
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d"]
