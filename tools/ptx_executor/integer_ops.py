@@ -13,35 +13,7 @@ from .decode import Action, allow, instruction, types
 from .machine import DTYPES, Machine, Selection, elementwise
 from .syntax import TYPE_BYTES, Instruction
 
-_BINARY: dict[str, Callable] = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum}
 _WIDER = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
-
-
-def integer(machine: Machine, ins: Instruction) -> Action:
-    """add, sub, mul, mad, div, rem, abs, neg, min, max of integer types."""
-    kind, op = types(ins)[-1], ins.opcode
-    allow(machine, ins, "lo", "hi", "wide", "sat", "cc", "relu")
-    if op in ("mul", "mad"):
-        return _multiply(machine, ins, kind)
-    if kind in ("u16x2", "s16x2") or "relu" in ins.modifiers:
-        raise machine.unsupported("packed 16-bit integers")
-    target = machine.destination(ins.operands[0], kind)
-    sources = [machine.source(o, kind) for o in ins.operands[1:]]
-    if "cc" in ins.modifiers:
-        return _carry_out(machine, ins, kind, target, sources)
-    if "sat" in ins.modifiers:
-        bounds = np.iinfo(np.int32)
-        exact = np.add if op == "add" else np.subtract
-        return elementwise(lambda a, b: np.clip(exact(a.astype(np.int64), b), bounds.min, bounds.max), target, *sources)
-    if op in _BINARY:
-        return elementwise(_BINARY[op], target, *sources)
-    if op == "neg":
-        return elementwise(np.negative, target, *sources)
-    if op == "abs":
-        return elementwise(np.abs, target, *sources)
-    if op in ("div", "rem"):
-        return elementwise(_quotient if op == "div" else _remainder, target, *sources)
-    raise machine.unsupported("unknown integer instruction")
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -55,6 +27,31 @@ def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(b == 0, a, a - _quotient(a, b) * b)
+
+
+_SIMPLE: dict[str, Callable] = {
+    "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "neg": np.negative, "abs": np.abs,
+    "div": _quotient, "rem": _remainder,
+}  # fmt: skip
+
+
+def integer(machine: Machine, ins: Instruction) -> Action:
+    """add, sub, mul, mad, div, rem, abs, neg, min, max of integer types."""
+    kind = types(ins)[-1]
+    allow(machine, ins, "lo", "hi", "wide", "sat", "cc")
+    if ins.opcode in ("mul", "mad"):
+        return _multiply(machine, ins, kind)
+    if ins.opcode not in _SIMPLE:
+        raise machine.unsupported(f"{ins.opcode} of integers")
+    target = machine.destination(ins.operands[0], kind)
+    sources = [machine.source(o, kind) for o in ins.operands[1:]]
+    function = _SIMPLE[ins.opcode]
+    if "cc" in ins.modifiers:
+        return _extended(machine, ins, kind, target, sources, use=False)
+    if "sat" in ins.modifiers:
+        low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+        return elementwise(lambda a, b: np.clip(function(a.astype(np.int64), b), low, high), target, *sources)
+    return elementwise(function, target, *sources)
 
 
 def high_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -102,20 +99,13 @@ def _carry(machine: Machine) -> np.ndarray:
     return machine.special.setdefault("condition code", np.zeros(machine.lanes, np.uint64))
 
 
-def _carry_out(machine: Machine, ins: Instruction, kind: str, target: np.ndarray, sources: list[np.ndarray]) -> Action:
-    return _extended(machine, ins, kind, target, sources, use=False)
-
-
 def _extended(machine: Machine, ins: Instruction, kind: str, target: np.ndarray, sources: list, use: bool) -> Action:
     unsigned = np.dtype(f"u{TYPE_BYTES[kind]}")
     carry, keep, minus = _carry(machine), "cc" in ins.modifiers, ins.opcode.startswith("sub")
 
     def run(selection: Selection) -> None:
         lanes = slice(None) if selection is None else selection
-        a, b = (
-            s[lanes].view(unsigned) if s[lanes].flags.c_contiguous else np.array(s[lanes]).view(unsigned)
-            for s in sources
-        )
+        a, b = (np.ascontiguousarray(s[lanes]).view(unsigned) for s in sources)
         extra = carry[lanes].astype(unsigned) if use else np.zeros(len(a), unsigned)
         if minus:
             result = a - b - extra
