@@ -72,12 +72,14 @@ def norm_kernels(op: str, x: Tensor) -> NormKernels:
 
 def served(op: str, x: Tensor) -> bool:
     """Whether another backend than the reference, which is stock PyTorch, is chosen for `op` on an input like x."""
-    return _served(op, x.dtype, x.device.type, x.device.index)
+    return _served(op, x.dtype, x.device.type, x.device.index or 0)
 
 
-def _served(op: str, dtype: torch.dtype, device_type: str, device_index: int | None) -> bool:
+def _served(op: str, dtype: torch.dtype, device_type: str, device_index: int) -> bool:
     # The smallest shape stands for all: backends tell norms apart by dtype and device only.
-    problem = Problem(op, (1, 1, 1, 1), dtype, torch.device(device_type, device_index))
+    problem = Problem(
+        op, (1, 1, 1, 1), dtype, torch.device(device_type if device_type == "cpu" else f"{device_type}:{device_index}")
+    )
     return resolve(problem, choice()).name != "reference"
 
 
@@ -86,8 +88,6 @@ _served._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=512)
-def _kernels(
-    op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, chosen: str
-) -> NormKernels:
+def _kernels(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, chosen: str) -> NormKernels:
     problem = Problem(op, shape, dtype, device)
     return cast(NormBackend, resolve(problem, chosen)).norm()

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused.bench.timing import interleave
+from resnet_fused.bench.timing import Samples, interleave
 
 STOCK = "stock channels_last"
 COMPILE = "torch.compile"
@@ -193,7 +193,7 @@ def compare(
 
 
 def _time(trainers: dict[str, Trainer], seconds: float, comparison: TrainingComparison) -> Iterator[tuple[str, float]]:
-    samples = {}
+    samples: dict[str, Samples] = {}
     for name, samples in interleave(trainers, seconds):
         yield name, min(sum(sum(s.times) for s in samples.values()) * 2 / 1e3 / seconds, 1.0)
     for result in comparison.results:

@@ -12,6 +12,8 @@ exchange between processes of nn.SyncBatchNorm. What the ops don't serve runs by
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ def bn_add_relu(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     return F.relu(y, inplace=True)
 
 
-def _fusible(op: str, norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
+def _fusible(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> bool:
     """Whether the op computes what the module's forward does, and a backend serves it better than stock PyTorch."""
     if not isinstance(x, Tensor):
         return False  # a tracer's stand-in
@@ -71,7 +73,7 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _group(norm: nn.Module) -> str | None:
+def _group(norm: Any) -> str | None:
     """Name of the group of processes that share the batch's statistics; None where each has its own."""
     if type(norm) is not nn.SyncBatchNorm or not norm.training:
         return None
@@ -79,11 +81,11 @@ def _group(norm: nn.Module) -> str | None:
 
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    processes = norm.process_group or dist.group.WORLD
+    processes: Any = norm.process_group or dist.group.WORLD
     return processes.group_name if dist.get_world_size(processes) > 1 else None
 
 
-def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
+def conv2d(conv: Any, x: Tensor) -> Tensor:
     """conv(x)."""
     if (
         isinstance(x, Tensor)
@@ -97,7 +99,7 @@ def conv2d(conv: nn.Module, x: Tensor) -> Tensor:
     return conv(x)
 
 
-def bn_relu_conv2d(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+def bn_relu_conv2d(norm: Any, conv: Any, x: Tensor) -> Tensor:
     """conv(relu(norm(x))), where the input of conv isn't kept for backward but computed again."""
     if not _fusible("bn_relu", norm, x, None) or not _plain_conv(conv, x):
         return conv(bn_relu(norm, x))
@@ -114,7 +116,7 @@ def bn_relu_conv2d(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
     return z
 
 
-def _plain_conv(conv: nn.Module, x: Tensor) -> bool:
+def _plain_conv(conv: Any, x: Tensor) -> bool:
     """Whether conv is nn.Conv2d and no more, with zero padding in pixels, on an input of its dtype or under autocast."""
     if type(conv) is not nn.Conv2d or hooks_of(conv) is not None or conv.padding_mode != "zeros":
         return False
@@ -125,7 +127,7 @@ def _plain_conv(conv: nn.Module, x: Tensor) -> bool:
     return conv.weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64)
 
 
-def _run(op: str, norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+def _run(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> Tensor:
     mean, var, group = _statistics(norm, x)
     inputs = (x,) if residual is None else (x, residual)
     y, *batch = getattr(ops, op)(*inputs, norm.weight, norm.bias, mean, var, norm.eps, group)
@@ -133,7 +135,7 @@ def _run(op: str, norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor
     return y
 
 
-def _statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None, str]:
+def _statistics(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, str]:
     """Mean and variance to normalise with, None for the batch's own, and the group of processes that share the batch."""
     # As nn.modules.batchnorm._BatchNorm.forward: in eval mode the running statistics, where there are any.
     if not norm.training and norm.running_mean is not None and norm.running_var is not None:
@@ -147,7 +149,7 @@ def _statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | Non
     return None, None, group or ""
 
 
-def _update(norm: nn.Module, mean: Tensor, var: Tensor) -> None:
+def _update(norm: Any, mean: Tensor, var: Tensor) -> None:
     """In training, moves the running statistics towards the batch's; `var` is unbiased."""
     if not norm.training or not norm.track_running_stats:
         return

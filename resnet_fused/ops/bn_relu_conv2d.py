@@ -5,6 +5,7 @@ y is as large as x. Of a BasicBlock in training a quarter of the activations go 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,21 +69,18 @@ def _backward(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     # With the statistics as given constants, the forward op computes y again as it was.
     if common.plain(dz, x, weight, bias, filter):
         y = norm.forward("bn_relu", x, None, weight, bias, mean, var, ctx.eps, "")[0]
-        bn_backward = norm.backward
+        bn_backward: Callable[..., norm.Result] = norm.backward
     else:
         y = torch.ops.resnet_fused.bn_relu.default(x, weight, bias, mean, var, ctx.eps, "")[0]
         bn_backward = torch.ops.resnet_fused.bn_backward.default
     parameters = needed[1] or needed[2]
     through = needed[0] or parameters
-    dy, dfilter, dfilter_bias = common.convolution_backward(
-        dz, y, filter, ctx.geometry, (through, needed[5], needed[6])
-    )
+    wanted = (through, needed[5], needed[6])
+    dy, dfilter, dfilter_bias = common.convolution_backward(dz, y, filter, ctx.geometry, wanted)
     dx = dweight = dbias = None
     if through:
         needs = (needed[0], False, parameters)
-        dx, _, dweight, dbias = bn_backward(
-            "bn_relu", dy, x, y, weight, mean, var, ctx.eps, ctx.batch, ctx.group, needs
-        )
+        dx, _none, dweight, dbias = bn_backward("bn_relu", dy, x, y, weight, mean, var, ctx.eps, ctx.batch, ctx.group, needs)
     grads = (dx, dweight, dbias, None, None, dfilter, dfilter_bias)
     return (*(grad if needed[i] else None for i, grad in enumerate(grads)), *(None,) * 6)
 

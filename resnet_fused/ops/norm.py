@@ -65,7 +65,7 @@ def _by_channel(t: Tensor | None) -> Tensor | None:
 def _process_group(name: str) -> Any:
     from torch.distributed import distributed_c10d
 
-    return distributed_c10d._resolve_process_group(name)
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,17 +277,14 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
         nothing = (None,) * (first + 6)
         if dy is None:
             return nothing
-        saved = Saved(*ctx.saved_tensors, ctx.eps, ctx.batch, ctx.group)
+        x, y, weight, mean, var = ctx.saved_tensors
+        saved = Saved(x, y, weight, mean, var, ctx.eps, ctx.batch, ctx.group)
         if torch.is_grad_enabled():
             dx, dresidual, dweight, dbias = _differentiable_backward(dy, saved, ctx.needs)
         else:
-            mean, var = _by_channel(saved.mean), _by_channel(saved.var)
-            args = (name, dy, saved.x, saved.y, saved.weight, mean, var, ctx.eps, ctx.batch, ctx.group, ctx.needs)
-            run = (
-                backward
-                if common.plain(dy, saved.x, saved.y, saved.weight)
-                else torch.ops.resnet_fused.bn_backward.default
-            )
+            args = (name, dy, x, y, weight, _by_channel(mean), _by_channel(var), ctx.eps, ctx.batch, ctx.group, ctx.needs)
+            registered = torch.ops.resnet_fused.bn_backward.default
+            run: Callable[..., Result] = backward if common.plain(dy, x, y, weight) else registered
             dx, dresidual, dweight, dbias = run(*args)
         needed = ctx.needs_input_grad
         grads = (dx, dresidual, dweight, dbias) if residual else (dx, dweight, dbias)
@@ -296,7 +293,7 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
     common.register(schema, eager, fake)
     common.register_autograd(name, setup_context, derivative)
     operator = getattr(torch.ops.resnet_fused, name).default
-    function = type(
+    function: Any = type(
         f"{name}_function",
         (torch.autograd.Function,),
         {
