@@ -135,13 +135,10 @@ def bind(problem: Problem, plan: Plan) -> Callable[..., None]:
     """A function of (x, w, shift, residual, y), all channels_last and aligned, that fills y."""
     bound = launch(problem, plan)
     run = bound.bind()
-    x_box, w_box, _, _, y_box = bound.tensors
-    assert isinstance(x_box, Box)
-    assert isinstance(w_box, Box)
-    assert isinstance(y_box, Box)
+    boxes = [tensor for tensor in bound.tensors if isinstance(tensor, Box)]
+    of_x, of_w, *_, of_y = [box.maker() for box in boxes]
 
     def launch_on(x: Tensor, w: Tensor, shift: Tensor, residual: Tensor | None, y: Tensor) -> None:
-        added = None if residual is None else y_box.of(residual)
-        run(x_box.of(x), w_box.of(w), shift, added, y_box.of(y))
+        run(of_x(x), of_w(w), shift, None if residual is None else of_y(residual), of_y(y))
 
     return launch_on

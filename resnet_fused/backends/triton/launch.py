@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,11 +31,21 @@ class Box(NamedTuple):
     strides: tuple[int, ...]
     block: tuple[int, ...]
 
-    def of(self, base: Any) -> Any:
-        """The descriptor of a tensor's memory."""
+    def maker(self) -> Callable[[Any], Any]:
+        """A function that gives the descriptor of a tensor's memory."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(base, [*self.shape], [*self.strides], [*self.block])
+        checked = TensorDescriptor(_Anything(self.dtype), [*self.shape], [*self.strides], [*self.block])
+        fields = vars(checked)
+
+        def make(base: Any) -> Any:
+            # Its constructor checks all again, which takes 4 µs a tensor and launch.
+            descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__.update(fields)
+            descriptor.base = base
+            return descriptor
+
+        return make
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Launch:
         scalars, constants, grid = self.scalars, self.constants, self.grid
         if config.triton_interpreted():
             return functools.partial(_interpret, self.kernel[grid], scalars, constants)
-        tensors = [t.of(_Anything(t.dtype)) if isinstance(t, Box) else t and _Anything(t) for t in self.tensors]
+        tensors = [t.maker()(_Anything(t.dtype)) if isinstance(t, Box) else t and _Anything(t) for t in self.tensors]
         compiled = self.kernel.warmup(*tensors, *scalars, **constants, grid=grid, num_warps=self.warps, num_stages=self.stages)
         runner = compiled[grid]
         tail = (*scalars, *constants.values())
