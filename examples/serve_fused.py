@@ -1,6 +1,6 @@
 """Fuse a torchvision model for serving: check it, see what was done, save it, and load it again.
 
-    python examples/serve_fused.py [--model resnet50] [--checkpoint weights.pth] [--size 224]
+python examples/serve_fused.py [--model resnet50] [--checkpoint weights.pth] [--size 224]
 """
 
 from __future__ import annotations

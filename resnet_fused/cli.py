@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         help="compare a fused model with its original against float64, or check every kernel of a device",
-        description="Compares fused models with their originals, block by block; with --device, every kernel on listed problems.",
-        epilog="After installing on a machine with a GPU: resnet-fused verify --device cuda. Kernels that fail are not used again.",
+        description="Compares fused models with their originals, block by block; with --device, runs every kernel on its own.",
+        epilog="On a new machine with a GPU: resnet-fused verify --device cuda. Kernels that fail are not used again.",
     )
     verify.add_argument("--device", help="check every kernel of every backend on this device: cuda, cuda:1 or cpu")
     verify.add_argument("--out", type=Path, default=Path("verify-results.json"), help="JSON of --device (%(default)s)")
@@ -83,7 +83,9 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--dtypes", default="float32,bfloat16", help="dtypes, separated by commas (%(default)s)")
     bench.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
     bench.add_argument("--peers", default="", help="other engines, separated by commas: onnxruntime, openvino")
-    bench.add_argument("--layers", action="store_true", help="time every kind of layer by every backend, as a share of the peak")
+    bench.add_argument(
+        "--layers", action="store_true", help="time every kind of layer by every backend, as a share of the peak"
+    )
     bench.add_argument("--training", action="store_true", help="time training steps, with peak memory, instead of inference")
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
     bench.add_argument("--quick", action="store_true", help="under a minute: ResNet-18 in float32, without torch.compile")

@@ -175,7 +175,7 @@ def basic_block(
 
     Args:
         x: (N, C, H, W).
-        weights: of conv1 and conv2, and, for a projection shortcut, of its convolution; without it the shortcut is the identity.
+        weights: of conv1 and conv2, and, for a projection shortcut, of its convolution; without it the shortcut is x.
         shifts: one for each weight.
         stride: of conv1 and of the shortcut.
         padding: of conv1 and conv2.

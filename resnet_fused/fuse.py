@@ -56,9 +56,13 @@ def fuse(
         BackendError: the backend is not available on this machine.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module. Pass the model itself, not its output.")
+        raise TypeError(
+            f"model is {type(model).__name__}; it must be a torch.nn.Module. Pass the model itself, not its output."
+        )
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is a TorchScript module, whose forward can't be changed. Fuse the eager model before scripting it.")
+        raise TypeError(
+            "model is a TorchScript module, whose forward can't be changed. Fuse the eager model before scripting it."
+        )
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, get_args(Precision)))}.")
     if check_name(backend, "backend") != "auto":
@@ -68,8 +72,9 @@ def fuse(
     if tune and example_inputs is None:
         raise ValueError("tune=True needs example_inputs: pass a tensor, or a tuple of the model's arguments, to measure with.")
     if model.training:
-        config.logger().warning("rf.fuse: the model is in training mode, and batch norms in training mode are not fused. "
-                                "Call model.eval() first.")
+        config.logger().warning(
+            "rf.fuse: the model is in training mode, and batch norms in training mode are not fused. Call model.eval() first."
+        )
     original = model
     # Outside of inference mode, so that parameters, copied and folded, count their changes.
     with torch.inference_mode(False), torch.no_grad():

@@ -190,7 +190,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         unknown = [k for k in state_dict if k.split(".")[0] not in (*_STACKLAYERS.values(),)]
         if unknown:
             raise ValueError(
-                f"state_dict has the key {unknown[0]!r}; known are torchvision's keys (conv1.weight, layer1.0.conv1.weight, …) and "
+                f"state_dict has the key {unknown[0]!r}; known are torchvision's (conv1.weight, layer1.0.conv1.weight, …) and "
                 "those of models that keep everything in 'stacklayers'. Rename the keys to torchvision's."
             )
         return dict(state_dict)
@@ -213,7 +213,7 @@ def _convert_key(key: str, last: dict[str, int]) -> str:
             new = f"{head}.{_CONVLAYERS[last[block] + 1][int(index)]}.{name}"
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"state_dict has the key {key!r}, which doesn't fit a ResNet that keeps its layers in 'stacklayers' and 'convlayers'. "
+            f"state_dict has the key {key!r}, which fits no ResNet that keeps its layers in 'stacklayers' and 'convlayers'. "
             "Rename the keys to torchvision's (conv1.weight, layer1.0.conv1.weight, …)."
         ) from error
     return new

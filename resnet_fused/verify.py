@@ -41,10 +41,7 @@ class Verification:
         return final.nan_mismatch == 0 and final.fused <= allowed(final.stock, self.dtype)
 
     def __str__(self) -> str:
-        rows = [
-            (e.layer, f"{e.stock:.1e}", f"{e.fused:.1e}", str(e.nan_mismatch or ""))
-            for e in self.layers
-        ]
+        rows = [(e.layer, f"{e.stock:.1e}", f"{e.fused:.1e}", str(e.nan_mismatch or "")) for e in self.layers]
         verdict = "passed" if self.passed else "FAILED"
         return f"{table(('layer', 'stock', 'fused', 'NaN mismatch'), rows)}\n{verdict}: errors against float64, {self.dtype}"
 
@@ -84,7 +81,8 @@ def verify(stock: nn.Module, fused: nn.Module, inputs: Any) -> Verification:
             continue
         if a.shape != want.shape or b.shape != want.shape:
             raise ValueError(
-                f"fused gives shape {tuple(b.shape)} at {name!r} and stock {tuple(a.shape)}; pass a model and what rf.fuse made of it."
+                f"fused gives shape {tuple(b.shape)} at {name!r} and stock {tuple(a.shape)}; "
+                "pass a model and what rf.fuse made of it."
             )
         dtype = a.dtype
         mismatch = int((a.isfinite() != b.isfinite()).sum())

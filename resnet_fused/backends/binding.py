@@ -110,9 +110,7 @@ def parts(problem: Problem, folded: Folded) -> list[tuple[Problem, Folded]]:
     return found
 
 
-def _part(
-    problem: Problem, folded: Folded, index: int, op: str, height: int, width: int
-) -> tuple[Problem, Folded]:
+def _part(problem: Problem, folded: Folded, index: int, op: str, height: int, width: int) -> tuple[Problem, Folded]:
     """Convolution `index` of a whole op as an op of its own, on an input of height × width pixels."""
     conv: Conv = problem.convs[index]
     shape = (problem.shape[0], conv.in_channels, height, width)

@@ -68,7 +68,9 @@ class OneDNN:
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
         if not torch.backends.mkldnn.is_available():
-            return "this PyTorch was built without oneDNN (torch.backends.mkldnn.is_available() is False); install a build with it"
+            return (
+                "this PyTorch was built without oneDNN (torch.backends.mkldnn.is_available() is False); install a build with it"
+            )
         pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
         if pointwise is None or "binary" not in pointwise.overloads():
             return f"PyTorch {torch.__version__} has no mkldnn::_convolution_pointwise; use torch>=2.10"

@@ -46,6 +46,7 @@ class Reference:
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         op, convs = problem.op, problem.convs
+
         def add_relu(x: Tensor, residual: Tensor | None) -> Tensor:
             assert residual is not None
             return x.add(residual).relu_()

@@ -104,9 +104,7 @@ def compare(
             result.note = f"wrong result (relative error {result.error:.1e}), so no time is shown"
             continue
         calls[name] = run
-    rounds = 0
     for name, samples in interleave(calls, seconds):
-        rounds += 1
         done = sum(sum(s.times) for s in samples.values()) * 2 / 1e3 / seconds
         step(f"timing {name}", 0.5 + 0.5 * min(done, 1.0))
     for result in comparison.results:

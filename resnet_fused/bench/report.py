@@ -54,7 +54,12 @@ def save_chart(path: Path, comparisons: list[Comparison], machine: dict[str, obj
     names = [r.variant for r in comparisons[0].results]
     figure, axes = plt.subplots(figsize=(max(7.0, 1.5 + 1.6 * len(comparisons)), 4.8), layout="constrained")
     width = 0.8 / len(names)
-    colors = {variants.OURS: "#d1495b", variants.EAGER: "#9aa5b1", variants.CHANNELS_LAST: "#62707e", variants.COMPILE: "#30638e"}
+    colors = {
+        variants.OURS: "#d1495b",
+        variants.EAGER: "#9aa5b1",
+        variants.CHANNELS_LAST: "#62707e",
+        variants.COMPILE: "#30638e",
+    }
     for i, name in enumerate(names):
         heights = []
         for comparison in comparisons:

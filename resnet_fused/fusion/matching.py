@@ -131,7 +131,9 @@ class Matcher:
         following = self.reader.next_reader(node)
         if following is None:
             readers = len(node.users)
-            raise NotFoldable(f"its output has {readers} readers, not one batch norm alone" if readers else "its output is not used")
+            raise NotFoldable(
+                f"its output has {readers} readers, not one batch norm alone" if readers else "its output is not used"
+            )
         norm = self.reader.called(following)
         if norm is None or not is_norm(norm):
             raise NotFoldable(f"no batch norm follows, but {self.reader.describe(following)}")
@@ -267,7 +269,12 @@ def _functional_conv(module: nn.Module, node: fx.Node) -> nn.Conv2d | None:
         return None
     out_channels, per_group, *kernel = tensors["weight"].shape
     conv = nn.Conv2d(
-        per_group * geometry.get("groups", 1), out_channels, tuple(kernel), bias=tensors["bias"] is not None, device="meta", **geometry
+        per_group * geometry.get("groups", 1),
+        out_channels,
+        tuple(kernel),
+        bias=tensors["bias"] is not None,
+        device="meta",
+        **geometry,
     )
     for name, tensor in tensors.items():
         setattr(conv, name, tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False))

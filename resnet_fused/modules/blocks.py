@@ -8,6 +8,7 @@ through `.data` changes neither; `block.train()` and `block.eval()` drop the fol
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -140,7 +141,7 @@ class Block(nn.Module):
                 y = self.relu(bn(inner_norm, inner_conv(y)))
             return self.relu(bn(norm, conv(y)) + identity)
         y = conv2d(layers[0][0], x)
-        for (_, norm), (conv, _) in zip(layers, layers[1:], strict=False):
+        for (_, norm), (conv, _) in itertools.pairwise(layers):
             y = bn_relu_conv2d(norm, conv, y) if self.memory_efficient else conv2d(conv, bn_relu(norm, y))
         return bn_add_relu(layers[-1][1], y, identity)
 
@@ -167,7 +168,7 @@ class BasicBlock(Block):
             channels make it necessary.
         groups, base_width, dilation: 1, 64 and 1; the block has no other form.
         norm_layer: makes the batch norms; nn.BatchNorm2d by default.
-        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward instead of keeping
+        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward and keeps none of
             them; an attribute too, which may be set at any time.
 
     Shapes: x (N, inplanes, H, W) to y (N, planes, ceil(H / stride), ceil(W / stride)).
@@ -229,7 +230,7 @@ class Bottleneck(Block):
         base_width: channels of the 3×3 convolution for each 64 planes and group (ResNeXt, Wide-ResNet).
         dilation: of the 3×3 convolution.
         norm_layer: makes the batch norms; nn.BatchNorm2d by default.
-        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward instead of keeping
+        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward and keeps none of
             them; an attribute too, which may be set at any time.
 
     Shapes: x (N, inplanes, H, W) to y (N, 4·planes, ceil(H / stride), ceil(W / stride)).

@@ -1,7 +1,7 @@
 """Folds a batch norm into the convolution before it, and says why where that isn't safe.
 
-    bn(conv(x)) = conv'(x) + shift,   conv'.weight = conv.weight · scale,   shift = (conv.bias − mean) · scale + beta,
-    scale = gamma / sqrt(var + eps)
+bn(conv(x)) = conv'(x) + shift,   conv'.weight = conv.weight · scale,   shift = (conv.bias − mean) · scale + beta,
+scale = gamma / sqrt(var + eps)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def check_norm(norm: nn.Module) -> nn.Module:
-    """`norm` if it is, in its present mode, a fixed scale and shift by channel; raises NotFoldable with the reason otherwise."""
+    """`norm` if it is, in its present mode, a fixed scale and shift by channel; raises NotFoldable otherwise."""
     if not is_norm(norm):
         raise NotFoldable(f"{type(norm).__name__} is not a batch norm")
     _check_common(norm, "batch norm")

@@ -92,9 +92,7 @@ class FusedModule(nn.Module):
             runner = self._runner = self._new_runner()
         return runner(x, residual, weights, shifts)
 
-    def _cast_to(
-        self, dtype: torch.dtype, weights: list[Tensor], shifts: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _cast_to(self, dtype: torch.dtype, weights: list[Tensor], shifts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if weights[0].dtype == dtype:
             return weights, shifts
         if torch.compiler.is_compiling():
@@ -308,9 +306,7 @@ class FusedBlock(FusedModule):
 
     def _new_runner(self) -> Runner:
         convs = tuple(conv.conv for conv in self.convolutions())
-        return Runner(
-            self.op, convs, self.shortcut is not None, None, self.precision, self.backend, self.channels_last
-        )
+        return Runner(self.op, convs, self.shortcut is not None, None, self.precision, self.backend, self.channels_last)
 
     def _call_op(self, x: Tensor, residual: Tensor | None, weights: list[Tensor], shifts: list[Tensor]) -> Tensor:
         geometry = [number for conv in self.convolutions() for number in conv.conv.flatten()]

@@ -49,9 +49,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*grads, None, None)
 
 
-common.register(
-    "stem(Tensor x, Tensor weight, Tensor shift, int[] geometry, int[] pool) -> Tensor", _eager, _fake
-)
+common.register("stem(Tensor x, Tensor weight, Tensor shift, int[] geometry, int[] pool) -> Tensor", _eager, _fake)
 common.register_autograd("stem", _setup_context, _backward)
 
 

@@ -45,9 +45,7 @@ class PlainResNet(nn.Module):
         for i, width in enumerate(widths):
             out = width * (4 if bottleneck else 1)
             stride = 1 if i == 0 else 2
-            blocks.append(
-                nn.Sequential(PlainBlock(inside, out, stride, bottleneck), PlainBlock(out, out, 1, bottleneck))
-            )
+            blocks.append(nn.Sequential(PlainBlock(inside, out, stride, bottleneck), PlainBlock(out, out, 1, bottleneck)))
             inside = out
         self.stacklayers = nn.Sequential(
             nn.Conv2d(3, 64, 7, 2, 3, bias=False),

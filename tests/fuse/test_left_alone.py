@@ -323,7 +323,9 @@ def test_detectron_blocks_are_fused_whole(trained):
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
     rows = rf.report(fused, file=io.StringIO()).rows
-    assert [(row.conv, row.op) for row in rows] == [(f"0.{name}", "bottleneck") for name in ("conv1", "conv2", "conv3", "shortcut")]
+    assert [(row.conv, row.op) for row in rows] == [
+        (f"0.{name}", "bottleneck") for name in ("conv1", "conv2", "conv3", "shortcut")
+    ]
 
 
 def test_wrapped_convolution_that_computes_more_is_left_alone(trained):

@@ -41,7 +41,11 @@ MODELS = {
     "ours": (lambda: rf.resnet18(num_classes=10, in_channels=1), 8, True),
     "timm-resnet18": (lambda: timm.create_model("resnet18", num_classes=10), 8, True),
     "timm-resnet26d": (lambda: timm.create_model("resnet26d", num_classes=10), 5, True),  # three pool in the shortcut
-    "timm-features": (lambda: timm.create_model("resnet18", features_only=True), 8, False),  # what enters the pool is a result too
+    "timm-features": (
+        lambda: timm.create_model("resnet18", features_only=True),
+        8,
+        False,
+    ),  # what enters the pool is a result too
     "plain-basic": (lambda: PlainResNet(), 4, True),
     "plain-bottleneck": (lambda: PlainResNet(bottleneck=True), 4, True),
     "backbone-of-a-detector": (
@@ -134,7 +138,11 @@ def test_copies_pickles_saves_and_moves(trained, tmp_path):
     with torch.no_grad():
         want = fused(x)
         torch.save(fused, tmp_path / "model.pt")
-        copies = [copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), torch.load(tmp_path / "model.pt", weights_only=False)]
+        copies = [
+            copy.deepcopy(fused),
+            pickle.loads(pickle.dumps(fused)),
+            torch.load(tmp_path / "model.pt", weights_only=False),
+        ]
         for other in copies:
             assert torch.equal(other(x), want)
             assert len(_rows(other)) == len(_rows(fused))

@@ -49,7 +49,8 @@ def test_inference_is_as_good_as_torchvision(ours, theirs, kwargs, layout, train
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y, want = mine(x), other(x)
-        assert mine._path is not None and mine._path.block is not None, "the folded path was not taken"
+        assert mine._path is not None
+        assert mine._path.block is not None, "the folded path was not taken"
         assert_as_good_as_stock(y, want, truth)
         assert y.is_contiguous() == want.is_contiguous()
 
@@ -194,6 +195,7 @@ def test_shortcuts_and_activations_that_users_put_in(trained):
         trained(block)
         with torch.no_grad():
             want = block.relu(
-                block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x))))) + (x if block.downsample is None else block.downsample(x))
+                block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
+                + (x if block.downsample is None else block.downsample(x))
             )
             torch.testing.assert_close(block(x), want, rtol=1e-5, atol=1e-5)

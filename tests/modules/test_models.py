@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 import torchvision
+from plain_resnet import PlainResNet
 from tolerances import relative_error
 
 import resnet_fused as rf
-
-from plain_resnet import PlainResNet
 
 NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d"]
 NAMES += ["wide_resnet50_2", "wide_resnet101_2"]

@@ -142,7 +142,10 @@ BAD_INPUTS = {
     "padding-string": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, padding="same"), "padding is 'same'.*integer"),
     "groups-3": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, groups=5), "groups is 5.*divisor of the 24"),
     "image-too-small": (lambda x, w, s: rf.functional.conv2d_bn(x[..., :1, :1], w, s), "1×1 pixels.*larger image"),
-    "residual-shape": (lambda x, w, s: rf.functional.conv2d_bn_add_relu(x, w, s, x, padding=1), "residual has shape.*result's shape"),
+    "residual-shape": (
+        lambda x, w, s: rf.functional.conv2d_bn_add_relu(x, w, s, x, padding=1),
+        "residual has shape.*result's shape",
+    ),
     "add-shapes": (lambda x, w, s: rf.functional.add_relu(x, x[:1]), "residual is.*must be as x"),
 }
 
@@ -155,5 +158,8 @@ def test_errors_name_argument_value_rule_and_remedy(call, message):
 
 def test_explicit_backend_that_cannot_serve_raises_with_the_reason():
     x, weight, shift = Case("", dtype=torch.float64).tensors()
-    with rf.use_backend("onednn"), pytest.raises(BackendError, match="it serves float32, bfloat16 and float16, not torch.float64"):
+    with (
+        rf.use_backend("onednn"),
+        pytest.raises(BackendError, match="it serves float32, bfloat16 and float16, not torch.float64"),
+    ):
         rf.functional.conv2d_bn(x, weight, shift, padding=1)

@@ -24,7 +24,15 @@ CALLS = {
     "conv2d_bn-channels-last": lambda: (_t(2, 8, 6, 6, layout=CL), _t(12, 8, 3, 3), _t(12), [2, 2], [1, 1], [1, 1], 1),
     "conv2d_bn_relu": lambda: (_t(2, 8, 6, 6), _t(12, 8, 3, 3), _t(12), [2, 2], [1, 1], [1, 1], 1),
     "conv2d_bn_relu-channels-last": lambda: (_t(2, 8, 6, 6, layout=CL), _t(12, 8, 3, 3), _t(12), [1, 1], [1, 1], [1, 1], 1),
-    "conv2d_bn_relu-no-grad": lambda: (_t(2, 8, 6, 6, grad=False), _t(8, 4, 1, 1, grad=False), _t(8, grad=False), [1, 1], [0, 0], [1, 1], 2),
+    "conv2d_bn_relu-no-grad": lambda: (
+        _t(2, 8, 6, 6, grad=False),
+        _t(8, 4, 1, 1, grad=False),
+        _t(8, grad=False),
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        2,
+    ),
     "conv2d_bn_add_relu": lambda: (_t(2, 8, 6, 6), _t(8, 8, 3, 3), _t(8), _t(2, 8, 6, 6), [1, 1], [1, 1], [1, 1], 1),
     "add_relu": lambda: (_t(2, 3, 4, 5), _t(2, 3, 4, 5)),
     "basic_block": lambda: (_t(2, 4, 6, 6), [_t(4, 4, 3, 3), _t(4, 4, 3, 3)], [_t(4), _t(4)], [*ONE, *ONE]),
@@ -65,7 +73,9 @@ def test_ops_stand_in_a_compiled_graph_without_a_break():
         x, w, s = _t(1, 4, 5, 5), _t(4, 4, 3, 3), _t(4)
         y = function(x, w, s)
         assert torch.equal(y, rf.functional.conv2d_bn_relu(x, w, s, padding=1))
-    assert [n.target for n in graphs[0].graph.nodes if n.op == "call_function"] == [torch.ops.resnet_fused.conv2d_bn_relu.default]
+    assert [n.target for n in graphs[0].graph.nodes if n.op == "call_function"] == [
+        torch.ops.resnet_fused.conv2d_bn_relu.default
+    ]
 
 
 def test_vmap_gives_what_stock_gives():

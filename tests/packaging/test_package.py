@@ -17,7 +17,22 @@ from resnet_fused import tolerance
 ROOT = Path(rf.__file__).parent
 
 # A module may import from its own layer and from those to the right.
-LAYERS = ["cli", "acceptance", "trials", "bench", "fuse", "verify", "models", "cuda_graph", "tuning", "fusion", "modules", "functional", "ops", "backends"]
+LAYERS = [
+    "cli",
+    "acceptance",
+    "trials",
+    "bench",
+    "fuse",
+    "verify",
+    "models",
+    "cuda_graph",
+    "tuning",
+    "fusion",
+    "modules",
+    "functional",
+    "ops",
+    "backends",
+]
 FOUNDATION = {"config", "text", "tolerance", "env_report"}
 
 
@@ -110,7 +125,10 @@ def test_use_backend_nests_restores_and_names_what_is_wrong():
             assert choice() == "reference"
         assert choice() == "onednn"
         assert choice("reference") == "reference", "an argument goes before the context"
-    with pytest.raises(ValueError, match="name is 'tensorrt'; it must be 'auto' or one of 'reference'"), rf.use_backend("tensorrt"):
+    with (
+        pytest.raises(ValueError, match="name is 'tensorrt'; it must be 'auto' or one of 'reference'"),
+        rf.use_backend("tensorrt"),
+    ):
         pass
 
 
