@@ -1,4 +1,4 @@
-// Direct bfloat16 convolutions, compiled for AVX512_BF16.
+// Direct bfloat16 convolutions, and whole blocks that contain them, compiled for AVX512_BF16.
 #include "isa.h"
 
 #if RF_X86_64
@@ -25,14 +25,18 @@ RF_ISA_AVX512_BF16_BEGIN
 #include "peak.h"
 #include "tile.h"
 #include "pack.h"
+#include "winograd_transforms.h"
+#include "winograd_stages.h"
 #include "pointwise.h"
 #include "direct.h"
+#include "row_buffer.h"
+#include "blocks.h"
 
 namespace resnet_fused::cpu {
 
 const Bf16Kernels& avx512_bf16_kernels() {
   using namespace RF_ISA;
-  static const Bf16Kernels kernels{pack_pairs, pointwise, direct, multiply_add_loop};
+  static const Bf16Kernels kernels{pack_pairs, pointwise, direct, bottleneck, basic_block, multiply_add_loop};
   return kernels;
 }
 

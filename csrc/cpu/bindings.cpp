@@ -153,7 +153,8 @@ LayerParams layer_params(const Tensor& weights, const Tensor& shift, int64_t in_
 Tensor block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> shifts, std::vector<int64_t> channels,
              std::vector<int64_t> plan) {
   check_cpu_activations(x, "x");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32 for a block as a whole.");
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "a bfloat16 block as a whole needs a CPU with AVX512_BF16.");
   const size_t layers = channels.size() - 1;
   STD_TORCH_CHECK((layers == 2 || layers == 3) && (weights.size() == layers || weights.size() == layers + 1) &&
                       shifts.size() == weights.size(),
@@ -164,7 +165,11 @@ Tensor block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> shifts, 
                   "channels don't match x, or the identity shortcut.");
   BlockParams p{};
   p.batch = x.size(0), p.height = x.size(2), p.width = x.size(3);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(weights[i].scalar_type() == x.scalar_type(), "weights and x differ in dtype; pack the weights in x's dtype.");
+  }
   for (size_t i = 0; i < layers; ++i) {
+    STD_TORCH_CHECK(!bfloat16 || channels[i] % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", channels[i], ".");
     const bool pointwise = layers == 3 && i != 1;
     p.layers[i] = layer_params(weights[i], shifts[i], channels[i], channels[i + 1], pointwise ? 1 : 3);
   }
@@ -173,7 +178,12 @@ Tensor block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> shifts, 
   Tensor y = new_activations(x, p.batch, channels[layers], p.height, p.width);
   p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
-  if (p.batch > 0) layers == 3 ? kernels().bottleneck(p) : kernels().basic_block(p);
+  if (p.batch == 0) return y;
+  if (layers == 3) {
+    bfloat16 ? avx512_bf16_kernels().bottleneck(p) : kernels().bottleneck(p);
+  } else {
+    bfloat16 ? avx512_bf16_kernels().basic_block(p) : kernels().basic_block(p);
+  }
   return y;
 }
 

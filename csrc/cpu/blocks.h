@@ -11,8 +11,8 @@ struct BlockPart {
   const BlockParams& p;
   const int64_t tile_rows, tiles_across;
   const int64_t begin, end;  // rows of tiles that this part computes
-  const float* x;            // of this image
-  float* y;
+  const Activation* x;       // of this image
+  Activation* y;
 
   BlockPart(const BlockParams& params, int64_t unit)
       : p(params),
@@ -20,37 +20,37 @@ struct BlockPart {
         tiles_across((p.width + F::M - 1) / F::M),
         begin(tile_rows * (unit % p.parts) / p.parts),
         end(tile_rows * (unit % p.parts + 1) / p.parts),
-        x(static_cast<const float*>(p.x) + unit / p.parts * p.height * p.width * p.layers[0].in_channels),
-        y(static_cast<float*>(p.y) + unit / p.parts * p.height * p.width * out_channels()) {}
+        x(static_cast<const Activation*>(p.x) + unit / p.parts * p.height * p.width * p.layers[0].in_channels),
+        y(static_cast<Activation*>(p.y) + unit / p.parts * p.height * p.width * out_channels()) {}
 
   int64_t out_channels() const {
     return p.layers[2].weights == nullptr ? p.layers[1].out_channels : p.layers[2].out_channels;
   }
   RF_INLINE int64_t clamp_row(int64_t row) const { return row < 0 ? 0 : row > p.height ? p.height : row; }
-  RF_INLINE const float* x_row(int64_t h) const { return x + h * p.width * p.layers[0].in_channels; }
-  RF_INLINE float* y_row(int64_t h) const { return y + h * p.width * out_channels(); }
+  RF_INLINE const Activation* x_row(int64_t h) const { return x + h * p.width * p.layers[0].in_channels; }
+  RF_INLINE Activation* y_row(int64_t h) const { return y + h * p.width * out_channels(); }
 
   // The 3 x 3 layer `weights` on rows of tiles [first, last).
   template <class Between>
-  void convolve(const TransformedWeights& weights, const Strip<const float>& from, const Strip<const float>& residual,
-                const Strip<float>& to, int64_t first, int64_t last, Between&& between) const {
-    winograd_tiles<F, float>(
+  void convolve(const TransformedWeights& weights, const Strip<const Activation>& from,
+                const Strip<const Activation>& residual, const Strip<Activation>& to, int64_t first, int64_t last, Between&& between) const {
+    winograd_tiles<F, Activation>(
         weights, (last - first) * tiles_across, p.panels,
-        [&](int64_t t) -> TilePlace<float> {
+        [&](int64_t t) -> TilePlace<Activation> {
           return {from, residual, to, (first + t / tiles_across) * F::M, t % tiles_across * F::M};
         },
         between);
   }
 
   // 1 x 1 layer on rows [first, last) of an image whose row `first` lies at `from`.
-  void multiply(const LayerParams& layer, const float* from, int64_t first, int64_t last, const float* residual, float* to,
-                bool relu) const {
-    pointwise_rows(from, (last - first) * p.width, layer.in_channels, static_cast<const float*>(layer.weights), layer.shift,
-                   residual, to, layer.out_channels, relu);
+  void multiply(const LayerParams& layer, const Activation* from, int64_t first, int64_t last, const Activation* residual,
+                Activation* to, bool relu) const {
+    pointwise_rows(reinterpret_cast<const float*>(from), (last - first) * p.width, layer.in_channels / CHANNELS_PER_UNIT,
+                   static_cast<const float*>(layer.weights), layer.shift, residual, to, layer.out_channels, relu);
   }
 
   // The shortcut of rows [first, last): x itself, or its projection, which is put where the result will be.
-  const float* shortcut(int64_t first, int64_t last) const {
+  const Activation* shortcut(int64_t first, int64_t last) const {
     if (p.shortcut.weights == nullptr) return x_row(first);
     multiply(p.shortcut, x_row(first), first, last, nullptr, y_row(first), false);
     return y_row(first);
@@ -63,8 +63,8 @@ void for_each_part(const BlockParams& p, Unit&& unit) {
 }
 
 inline TransformedWeights transform_block_layer(Scratch& scratch, const LayerParams& layer, bool relu) {
-  return transform_layer<BlockPart::F, float>(scratch, static_cast<const float*>(layer.weights), layer.shift,
-                                              layer.in_channels, layer.out_channels, relu);
+  return transform_layer<BlockPart::F, Activation>(scratch, static_cast<const Activation*>(layer.weights), layer.shift,
+                                                   layer.in_channels, layer.out_channels, relu);
 }
 
 inline void bottleneck(const BlockParams& p) {
@@ -75,8 +75,8 @@ inline void bottleneck(const BlockParams& p) {
 
   for_each_part(p, [&](const BlockPart& part) {
     Scratch scratch;
-    RowBuffer reduced(scratch, M * p.strip + 2, p.height, p.width, reduce.out_channels);
-    RowBuffer convolved(scratch, M * p.strip, p.height, p.width, spatial.out_channels);
+    RowBuffer<Activation> reduced(scratch, M * p.strip + 2, p.height, p.width, reduce.out_channels);
+    RowBuffer<Activation> convolved(scratch, M * p.strip, p.height, p.width, spatial.out_channels);
     reduced.restart(part.clamp_row(M * part.begin - 1));
 
     for (int64_t first = part.begin; first < part.end; first += p.strip) {
@@ -94,7 +94,7 @@ inline void bottleneck(const BlockParams& p) {
       Prefetcher next_x(part.x_row(needed), (next - needed) * p.width * reduce.in_channels,
                         BlockPart::F::A * BlockPart::F::A * panel_count(spatial.out_channels));
       convolved.restart(top);
-      part.convolve(weights, reduced.strip<const float>(), {}, convolved.strip<float>(), first, last,
+      part.convolve(weights, reduced.strip<const Activation>(), {}, convolved.strip<Activation>(), first, last,
                     [&] { next_x.template advance<false>(); });
 
       // 1 x 1, shortcut, ReLU
@@ -113,11 +113,11 @@ inline void basic_block(const BlockParams& p) {
 
   for_each_part(p, [&](const BlockPart& part) {
     Scratch scratch;
-    RowBuffer inner(scratch, M * (p.strip + 2), p.height, p.width, first_layer.out_channels);
+    RowBuffer<Activation> inner(scratch, M * (p.strip + 2), p.height, p.width, first_layer.out_channels);
     const int64_t channels = second_layer.out_channels;
-    const Strip<const float> x{part.x, 0, p.height, p.width, first_layer.in_channels};
-    const Strip<float> y{part.y, 0, p.height, p.width, channels};
-    const Strip<const float> residual{p.shortcut.weights == nullptr ? part.x : part.y, 0, p.height, p.width, channels};
+    const Strip<const Activation> x{part.x, 0, p.height, p.width, first_layer.in_channels};
+    const Strip<Activation> y{part.y, 0, p.height, p.width, channels};
+    const Strip<const Activation> residual{p.shortcut.weights == nullptr ? part.x : part.y, 0, p.height, p.width, channels};
     // The first layer runs one row of tiles ahead of the second, which looks one pixel row over its strip's lower edge.
     int64_t done = std::max<int64_t>(part.begin - 1, 0);
     inner.restart(M * done);
@@ -128,14 +128,14 @@ inline void basic_block(const BlockParams& p) {
       const int64_t next = part.clamp_row(M * (ahead + p.strip) + 1), from = part.clamp_row(M * ahead + 1);
       Prefetcher next_x(part.x_row(from), last < part.end ? (next - from) * p.width * first_layer.in_channels : 0,
                         POINTS * panel_count(first_layer.out_channels));
-      part.convolve(first_weights, x, {}, inner.strip<float>(), done, ahead, [&] { next_x.template advance<false>(); });
+      part.convolve(first_weights, x, {}, inner.strip<Activation>(), done, ahead, [&] { next_x.template advance<false>(); });
       inner.grow_to(part.clamp_row(M * ahead));
       done = ahead;
 
       const int64_t top = M * first, bottom = part.clamp_row(M * last);
       part.shortcut(top, bottom);
       Prefetcher next_y(part.y_row(top), (bottom - top) * p.width * channels, POINTS * std::min(p.panels, panel_count(channels)));
-      part.convolve(second_weights, inner.strip<const float>(), residual, y, first, last,
+      part.convolve(second_weights, inner.strip<const Activation>(), residual, y, first, last,
                     [&] { next_y.template advance<true>(); });
       inner.keep_from(part.clamp_row(M * last - 1));
     }

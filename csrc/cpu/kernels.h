@@ -21,11 +21,13 @@ struct Kernels {
 const Kernels& avx512_kernels();
 const Kernels& avx2_kernels();
 
-// Direct convolutions of bfloat16 activations with an even number of channels, by vdpbf16ps.
+// Direct convolutions of bfloat16 activations with an even number of channels by vdpbf16ps, and blocks that contain them.
 struct Bf16Kernels {
   void (*pack_pairs)(const void* weights, void* packed, int64_t out_channels, int64_t in_channels, int64_t taps);
   void (*pointwise)(const ConvParams&);
   void (*direct)(const ConvParams&);
+  void (*bottleneck)(const BlockParams&);
+  void (*basic_block)(const BlockParams&);
   int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
 };
 

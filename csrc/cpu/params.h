@@ -39,7 +39,8 @@ struct LayerParams {
   int64_t in_channels, out_channels;
 };
 
-// A residual block of stride 1, computed strip by strip: y = relu(layers(x) + shortcut(x)).
+// A residual block of stride 1, computed strip by strip: y = relu(layers(x) + shortcut(x)). All tensors have one dtype; in
+// bfloat16 the weights of 1 x 1 layers are packed in pairs.
 struct BlockParams {
   const void* x;
   void* y;

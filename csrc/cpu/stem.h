@@ -28,7 +28,7 @@ void copy_phases(const StemParams& p, const T* image, int64_t s, float* out) {
 
 // y row = 3 x 3 max-pool of stride 2 around conv row 2q of `rows`, which holds results of a ReLU.
 template <class T>
-void pool_row(const StemParams& p, const RowBuffer& rows, int64_t q, float* highest, T* y) {
+void pool_row(const StemParams& p, const RowBuffer<float>& rows, int64_t q, float* highest, T* y) {
   const int64_t width = p.conv_width(), channels = p.out_channels, row_size = width * channels;
   const float* middle = rows.row(2 * q);
   const float* above = q > 0 ? rows.row(2 * q - 1) : middle;
@@ -73,8 +73,8 @@ void stem_rows(const StemParams& p, const TransformedWeights& weights, int64_t n
   const T* image = static_cast<const T*>(p.x) + n * p.x_stride_n;
   T* y = static_cast<T*>(p.y) + n * p.out_height() * p.out_width() * p.out_channels;
   Scratch scratch;
-  RowBuffer phases(scratch, F::A, height, width, 4 * p.in_channels);
-  RowBuffer rows(scratch, F::M + 3, height, width, p.out_channels);
+  RowBuffer<float> phases(scratch, F::A, height, width, 4 * p.in_channels);
+  RowBuffer<float> rows(scratch, F::M + 3, height, width, p.out_channels);
   float* highest = scratch.take<float>(width * p.out_channels);
 
   // Rows [begin, end) of y come from conv rows [first, last).

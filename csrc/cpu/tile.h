@@ -18,8 +18,16 @@ struct Accumulators {
   vec low[ROWS], high[ROWS];
 };
 
+// What a tile adds up: products of transformed activations, always float32, or those of activations as they are.
+struct FloatProducts {
+  static RF_INLINE vec add(vec a, vec b, vec acc) { return fma(a, b, acc); }
+};
+struct UnitProducts {
+  static RF_INLINE vec add(vec a, vec b, vec acc) { return multiply_add(a, b, acc); }
+};
+
 // One input channel: acc[r] += rows[r] * (b[0], b[1]).
-template <int ROWS, int STRIDE>
+template <class Products, int ROWS, int STRIDE>
 RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&base)[(MAX_ROWS + 2) / 3], int64_t stride,
                                 int64_t k, const float* b) {
   const vec b_low = load(b), b_high = load(b + LANES);
@@ -29,15 +37,15 @@ RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&ba
   for (int r = 0; r < ROWS; ++r) {
     const float* a = STRIDE != RUNTIME_STRIDE ? base[0] + r * STRIDE : base[r / 3] + (r % 3) * stride;
     const vec x = splat(a[k]);
-    acc.low[r] = multiply_add(x, b_low, acc.low[r]);
-    acc.high[r] = multiply_add(x, b_high, acc.high[r]);
+    acc.low[r] = Products::add(x, b_low, acc.low[r]);
+    acc.high[r] = Products::add(x, b_high, acc.high[r]);
   }
 }
 
 // acc[r] += sum over `channels` of a[r][k] * b[k][0..PANEL). Channels come in blocks of LANES, `block_stride` apart; rows are
 // STRIDE (or `row_stride`) apart. The activations `ahead` elements further on are prefetched (0: none). Returns the weights
 // after the last ones read.
-template <int ROWS, int STRIDE>
+template <class Products, int ROWS, int STRIDE>
 RF_INLINE const float* multiply(Accumulators<ROWS>& acc, const float* a, int64_t row_stride, int64_t block_stride,
                                 int64_t channels, const float* b, int64_t ahead = 0) {
   const float* base[(MAX_ROWS + 2) / 3];
@@ -49,12 +57,12 @@ RF_INLINE const float* multiply(Accumulators<ROWS>& acc, const float* a, int64_t
       for (int r = 0; r < ROWS; ++r) prefetch_l1(base[r / 3] + (r % 3) * row_stride + ahead);
     }
     RF_UNROLL(4)
-    for (int k = 0; k < LANES; ++k) multiply_channel<ROWS, STRIDE>(acc, base, row_stride, k, b + k * PANEL);
+    for (int k = 0; k < LANES; ++k) multiply_channel<Products, ROWS, STRIDE>(acc, base, row_stride, k, b + k * PANEL);
     b += LANES * PANEL;
     RF_UNROLL(8)
     for (int i = 0; i < (MAX_ROWS + 2) / 3; ++i) base[i] += block_stride;
   }
-  for (int64_t k = 0; k < channels; ++k, b += PANEL) multiply_channel<ROWS, STRIDE>(acc, base, row_stride, k, b);
+  for (int64_t k = 0; k < channels; ++k, b += PANEL) multiply_channel<Products, ROWS, STRIDE>(acc, base, row_stride, k, b);
   return b;
 }
 
@@ -75,7 +83,7 @@ void product_tile(const ProductTile& t) {
   Accumulators<ROWS> acc;
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) acc.low[r] = acc.high[r] = zero();
-  multiply<ROWS, LANES>(acc, t.a, LANES, t.a_block_stride, t.channels, t.b);
+  multiply<FloatProducts, ROWS, LANES>(acc, t.a, LANES, t.a_block_stride, t.channels, t.b);
   if (t.accumulate) {
     // After the sum, not before it: sums of sums round less than one long sum.
     RF_UNROLL(16)
@@ -163,8 +171,8 @@ void conv_tile(const ConvTile<Out>& t) {
   }
   const float* b = t.b;
   for (int64_t tap = 0; tap < t.tap_count; ++tap) {
-    b = multiply<ROWS, STRIDE>(acc, t.taps[tap] + t.tap_offset, t.row_stride, t.block_stride, t.channels, b,
-                               t.ahead);
+    b = multiply<UnitProducts, ROWS, STRIDE>(acc, t.taps[tap] + t.tap_offset, t.row_stride, t.block_stride, t.channels, b,
+                                             t.ahead);
   }
 
   const vec floor = t.relu ? zero() : splat(-__builtin_inff());

@@ -69,13 +69,14 @@ def _packed(folded: Folded, pairs: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def _bfloat16_unsupported(problem: Problem) -> str | None:
-    """Why a problem of one convolution can't be served in bfloat16; None if it can."""
-    if _stem_kernel(problem) or cpu_plan.winograd(problem) is not None:
+    """Why the problem can't be served in bfloat16; None if it can."""
+    if problem.op not in _BLOCKS and (_stem_kernel(problem) or cpu_plan.winograd(problem) is not None):
         return None
     if not torch.ops.resnet_fused_cpu.avx512_bf16():
         return "without AVX512_BF16 it serves bfloat16 only by Winograd: 3×3 convolutions of stride, padding and dilation 1"
-    if problem.convs[0].in_channels % 2 != 0:
-        return f"in bfloat16 it needs an even number of input channels, not {problem.convs[0].in_channels}"
+    for conv in problem.convs:
+        if conv.in_channels % 2 != 0:
+            return f"in bfloat16 it needs an even number of input channels, not {conv.in_channels}"
     return None
 
 
@@ -112,9 +113,6 @@ class CPU:
                 return "as a whole it serves blocks of stride 1 whose 3×3 layers have padding and dilation 1"
             if problem.precision == "exact":
                 return "as a whole it serves blocks by Winograd only, which precision='exact' forbids"
-            if problem.dtype != torch.float32:
-                return "as a whole it serves blocks in float32"
-            return None
         return _bfloat16_unsupported(problem) if problem.dtype == torch.bfloat16 else None
 
     def wins(self, problem: Problem) -> bool:
@@ -123,10 +121,10 @@ class CPU:
         # Without Winograd we are level with oneDNN at best.
         if problem.precision == "exact":
             return False
-        if problem.op in _BLOCKS:
-            return cpu_plan.block_wins(problem)
         # oneDNN uses AMX, at many times the rate of our instructions.
-        return problem.dtype == torch.float32 or not torch.ops.resnet_fused_cpu.amx_bf16()
+        if problem.dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16():
+            return False
+        return cpu_plan.block_wins(problem) if problem.op in _BLOCKS else True
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         if problem.op in _BLOCKS:
@@ -174,7 +172,8 @@ class CPU:
             folded.pack(("part", i), functools.partial(Folded, (weight,), (shift,)))
             for i, (weight, shift) in enumerate(zip(folded.weights, folded.shifts, strict=True))
         ]
-        packed = [_packed(part) for part in parts]
+        bfloat16 = problem.dtype == torch.bfloat16
+        packed = [_packed(part, pairs=bfloat16 and conv.pointwise) for part, conv in zip(parts, problem.convs, strict=True)]
         weights, shifts = [weight for weight, _ in packed], [shift for _, shift in packed]
         channels = [problem.shape[1], *(conv.out_channels for conv in problem.main_path)]
         plan = [*cpu_plan.block(problem)]

@@ -63,6 +63,7 @@ class Block:
     width: int
     out: int
     basic: bool = False
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         kernels = (3, 3) if self.basic else (1, 3, 1)
@@ -70,9 +71,9 @@ class Block:
         sizes = [*zip(self.channels[1:], self.channels[:-1], kernels, strict=True)]
         if self.c != self.out:
             sizes.append((self.out, self.c, 1))
-        self.x = torch.randn(self.n, self.c, self.h, self.w).contiguous(memory_format=CHANNELS_LAST)
-        self.weights = [torch.randn(o, i, k, k) * (i * k * k) ** -0.5 for o, i, k in sizes]
-        self.shifts = [torch.randn(o) for o, _, _ in sizes]
+        self.x = torch.randn(self.n, self.c, self.h, self.w).to(self.dtype).contiguous(memory_format=CHANNELS_LAST)
+        self.weights = [(torch.randn(o, i, k, k) * (i * k * k) ** -0.5).to(self.dtype) for o, i, k in sizes]
+        self.shifts = [torch.randn(o).to(self.dtype) for o, _, _ in sizes]
 
     def stock(self, dtype: torch.dtype) -> Tensor:
         weights, shifts = [w.to(dtype) for w in self.weights], [s.to(dtype) for s in self.shifts]
@@ -87,5 +88,6 @@ class Block:
     def ours(self, plan: list[int]) -> Tensor:
         """By the compiled operator; `plan`: strip, parts, panels."""
         ops = torch.ops.resnet_fused_cpu
-        packed, shifts = [ops.pack(w) for w in self.weights], [_padded_shift(s) for s in self.shifts]
+        packed = [ops.pack(w, self.dtype == torch.bfloat16 and w.shape[2] == 1) for w in self.weights]
+        shifts = [_padded_shift(s) for s in self.shifts]
         return ops.block(self.x, packed, shifts, self.channels, plan)

@@ -107,6 +107,13 @@ def test_block(isa: str, sizes: dict, plan: list[int]):
     check(Block(**sizes), plan)
 
 
+@listed(BLOCKS)
+def test_block_bfloat16(sizes: dict, plan: list[int]):
+    if not torch.ops.resnet_fused_cpu.avx512_bf16():
+        pytest.skip("this CPU has no AVX512_BF16; run the tests on one that has")
+    check(Block(**sizes, dtype=torch.bfloat16), plan, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("plan", "sizes"),
     [
