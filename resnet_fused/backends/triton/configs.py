@@ -95,13 +95,17 @@ class Tile:
     units: tuple[str, ...] = ()
     tma: bool = False
 
-    def fits_registers(self, chip: Chip, walk: int, residual: bool) -> bool:
-        """Whether it compiles without spills.
+    def fits_registers(self, chip: Chip, walk: int, residual: bool, wide: bool = False) -> bool:
+        """Whether it compiles without spills; `wide` is for offsets of 64 bits, which take two registers each.
 
-        With 128 accumulators a thread, half of the registers, there is no room for the masks of a filter row, nor for a
-        residual where ptxas keeps what it loads beside all the accumulators of a wgmma or, with descriptors, of tcgen05.
+        With 128 accumulators a thread, half of the registers, there is no room for such offsets, nor for the masks of a
+        filter row, nor for a residual where ptxas keeps what it loads beside all the accumulators: those of a wgmma or,
+        with descriptors, of tcgen05. A box has no offsets.
         """
-        if self.m * self.n <= 64 * 32 * self.warps:
+        accumulators = self.m * self.n // (32 * self.warps)
+        if wide and not self.tma:
+            return accumulators <= (32 if walk == ROWS else 64)
+        if accumulators <= 64:
             return True
         return walk != ROWS and not (residual and chip.unit == ("tcgen05" if self.tma else "wgmma"))
 
@@ -201,6 +205,13 @@ def table(dtype: torch.dtype, chip: Chip, tf32: bool) -> tuple[Tile, ...]:
     return tuple(t for t in tiles if (not t.units or chip.unit in t.units) and (chip.tma or not t.tma))
 
 
+def wide(problem: Problem) -> bool:
+    """Whether a tensor has so many elements that offsets into it need 64 bits."""
+    (conv,) = problem.convs
+    weights = conv.out_channels * math.ceil(conv.in_channels / _SMALLEST_BLOCK_K) * 64 * math.prod(conv.kernel)
+    return max(math.prod(problem.shape), math.prod(problem.output_shape()), weights) >= 2**31
+
+
 def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
     """Every plan of the table that fits chip and problem, the most promising first."""
     (conv,) = problem.convs
@@ -210,7 +221,7 @@ def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
         block_k = row_lanes(conv) if walk == ROWS else tile.k
         bytes_used = tile.shared_bytes(chip, itemsize) * block_k // tile.k
         residual = problem.op == "conv2d_bn_add_relu"
-        if bytes_used > chip.shared_limit or not tile.fits_registers(chip, walk, residual):
+        if bytes_used > chip.shared_limit or not tile.fits_registers(chip, walk, residual, wide(problem)):
             continue
         if tile.tma and (walk == ROWS or not boxes.serves(problem)):
             continue

@@ -32,7 +32,7 @@ from torch import Tensor
 from resnet_fused.backends.problem import Conv, Problem
 from resnet_fused.backends.triton import configs
 from resnet_fused.backends.triton.configs import Plan
-from resnet_fused.backends.triton.launch import Launch, elements_fit
+from resnet_fused.backends.triton.launch import Launch
 
 POINTWISE = tl.constexpr(configs.POINTWISE)
 TAPS = tl.constexpr(configs.TAPS)
@@ -261,7 +261,7 @@ def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, Laun
         "WALK": plan.walk,
         "RELU": relu,
         "SPLIT": split,
-        "WIDE": not elements_fit(n * c * h * w, pixels * k, k * steps * plan.block_k),
+        "WIDE": configs.wide(problem),
         "PRECISION": precision,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,

@@ -126,8 +126,3 @@ def _interpret(launch: Any, scalars: tuple[int, ...], constants: dict[str, Any],
 def aligned(x: Tensor) -> Tensor:
     """x itself if it starts at a multiple of 16 bytes, else a copy that does (the allocator's blocks all do)."""
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
-
-
-def elements_fit(*counts: int) -> bool:
-    """Whether offsets into tensors of these many elements fit 32 bits."""
-    return max(counts) < 2**31

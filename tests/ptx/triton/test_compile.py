@@ -91,6 +91,17 @@ def test_most_promising_plan_compiles_within_the_chip(arch, shape, k, size, stri
         assert ptxas(compiled, arch).spilled_bytes == 0
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("shape", "size"), [pytest.param((2**13, 256, 32, 33), 1, id="pointwise"), pytest.param((2**15, 3, 224, 224), 7, id="stem")]
+)
+def test_64_bit_offsets_compile_without_spills(arch, shape, size):
+    conv = problem("conv2d_bn_add_relu", shape, 256, size, 2 if size == 7 else 1)
+    best = next(plan for plan in configs.plans(conv, CHIPS[arch], False) if not plan.tile.tma)
+    assert conv2d.launches(conv, best, "ieee")[0].constants["WIDE"]
+    assert ptxas(compile_conv(conv, best, arch), arch).spilled_bytes == 0
+
+
 def test_split_reduction_compiles_without_spills():
     conv = problem("conv2d_bn_add_relu", (1, 512, 7, 7), 512, 3)
     best = configs.plans(conv, CHIPS[80], False)[0]
