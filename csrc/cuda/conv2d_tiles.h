@@ -27,7 +27,7 @@
   X(conv2d_fwd_tf32_64x64x32, kTf32, false, kAsync, 64, 64, 32, 32, 32, 4, 3)                     \
   X(conv2d_fwd_tf32_gather_128x64x16, kTf32, true, kAsync, 128, 64, 16, 64, 32, 4, 2)             \
   X(conv2d_fwd_f32_128x64x16, kFloat32, false, kAsync, 128, 64, 16, 64, 32, 4, 2)                 \
-  X(conv2d_fwd_f32_64x64x16, kFloat32, false, kAsync, 64, 64, 16, 32, 32, 4, 4)                   \
+  X(conv2d_fwd_f32_64x64x16, kFloat32, false, kAsync, 64, 64, 16, 32, 32, 4, 3)                   \
   X(conv2d_fwd_f32_gather_128x64x16, kFloat32, true, kAsync, 128, 64, 16, 64, 32, 4, 2)           \
   X(conv2d_fwd_f32_sm75_128x64x16, kFloat32, false, kThroughRegisters, 128, 64, 16, 64, 32, 2, 2) \
   X(conv2d_fwd_f32_sm75_gather_128x64x16, kFloat32, true, kThroughRegisters, 128, 64, 16, 64, 32, 2, 2)
