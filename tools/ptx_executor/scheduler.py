@@ -19,7 +19,7 @@ from .syntax import Instruction
 
 _CONTROL = {"bra", "brx", "call", "ret", "exit", "trap", "bar", "barrier"}
 # A spin lock needs that now and then another group than the lowest runs: after so many turns, for so many. An iteration
-# of a loop that looks like one counts for more.
+# of a loop that looks like one, and that no lane left, counts for more.
 _PATIENCE, _FAVOUR, _SPIN = 1000, 64, 100
 _NOBODY = np.empty(0, np.int64)
 
@@ -58,7 +58,8 @@ class Scheduler:
         special = _CONTROL | WARP_SYNCHRONOUS
         ends = np.array([*(pc for pc, s in enumerate(program.steps) if s.ins.opcode in special), count])
         self.segment_end = ends[np.searchsorted(ends, np.arange(count + 1))].tolist()
-        self.spinning = {pc for pc, step in enumerate(program.steps) if self.may_spin(pc, step)}
+        # the branches that close a loop which may spin, and how many lanes took each last
+        self.spinning = {pc: 0 for pc, step in enumerate(program.steps) if self.may_spin(pc, step)}
         self.groups: dict[int, Selection] = {}
         self.turns = 0  # of the running batch
         self.waited = 0  # turns of the lowest group while another waited
@@ -92,6 +93,12 @@ class Scheduler:
             or (s.ins.opcode == "ld" and not STRONG.isdisjoint(s.ins.modifiers))
             for s in self.program.steps[start:pc]
         )
+
+    def spin(self, pc: int, lanes: int) -> None:
+        """A loop that may spin goes round: it does spin if no lane has left it since the last time."""
+        if lanes >= self.spinning[pc]:
+            self.waited += _SPIN
+        self.spinning[pc] = lanes
 
     # ---- groups ----------------------------------------------------------------------------------------------------
     def join(self, pc: int, selection: Selection) -> None:
@@ -206,7 +213,8 @@ class Scheduler:
             onward: tuple[int, Selection] | None = None
         elif step.ins.opcode == "bra":
             onward = self.program.labels[step.function.name, step.ins.operands[0].name], going
-            self.waited += _SPIN if pc in self.spinning else 0
+            if pc in self.spinning:
+                self.spin(pc, len(lanes_of(self.machine, going)))
         else:
             onward = self.flow(pc, step, going)
         if _empty(staying):

@@ -55,14 +55,14 @@ def test_local_arrays(cuda: Callable[..., px.Module], memory: px.Memory) -> None
 
 
 def test_atomics_and_a_lock(cuda: Callable[..., px.Module], memory: px.Memory) -> None:
-    x = RNG.integers(0, 100, 192).astype(np.int32)
+    x = RNG.integers(0, 100, 64).astype(np.int32)
     bins, total, most, packed, pair = (memory.zeros(32) for _ in range(5))
-    cuda("language.cu").launch("atomic_mix", 2, 96, [memory.upload(x), bins, total, most, packed, pair], memory=memory)
+    cuda("language.cu").launch("atomic_mix", 2, 32, [memory.upload(x), bins, total, most, packed, pair], memory=memory)
     assert memory.download(bins, np.int32, 8).tolist() == np.bincount(x & 7, minlength=8).tolist()
     assert memory.download(total, np.float32, 1)[0] == 0.5 * x.sum()
-    assert memory.download(most, np.int32, 3).tolist() == [x.max(), 0, 192]
-    assert memory.download(packed, np.uint64, 1)[0] == 192 << 40
-    assert memory.download(pair, np.float16, 2).tolist() == [192, 384]
+    assert memory.download(most, np.int32, 3).tolist() == [x.max(), 0, 64]
+    assert memory.download(packed, np.uint64, 1)[0] == 64 << 40
+    assert memory.download(pair, np.float16, 2).tolist() == [64, 128]
 
 
 def test_named_barriers_between_producers_and_consumers(cuda: Callable[..., px.Module], memory: px.Memory) -> None:
