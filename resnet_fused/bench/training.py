@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -204,9 +203,9 @@ def _time(trainers: dict[str, Trainer], seconds: float, comparison: TrainingComp
 
 def peak_bytes(workload: TrainingWorkload, variant: str) -> int:
     """Largest resident memory of a fresh process that trains a few steps of the workload by the variant."""
-    command = [sys.executable, "-m", "resnet_fused.bench.training", json.dumps(asdict(workload)), variant]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()[-1])
+    arguments = [json.dumps(asdict(workload)), variant, str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "resnet_fused.bench.training", *arguments]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def _own_peak() -> int:
@@ -224,7 +223,9 @@ def _train_and_print_peak() -> None:
     parser = argparse.ArgumentParser(description="Trains a few steps and prints the process's peak memory in bytes.")
     parser.add_argument("workload", type=json.loads)
     parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("threads", type=int)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     trainer = Trainer(TrainingWorkload(**arguments.workload), arguments.variant)
     for _ in range(_CHECKED_STEPS):
         trainer()

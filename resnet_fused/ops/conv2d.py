@@ -34,10 +34,13 @@ def served(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, 
     return n * h * w >= _ENOUGH_PIXELS and _serves(tuple(x.shape), weight.shape[0])
 
 
-@torch.compiler.assume_constant_result
 def _serves(shape: tuple[int, int, int, int], out_channels: int) -> bool:
     forward, backward = _problem(shape, out_channels), _problem((shape[0], out_channels, *shape[2:]), shape[1])
     return all(resolve(p, choice()).name == "cpu" and cpu_plan.winograd(p) is not None for p in (forward, backward))
+
+
+# As in backends/norm.py: torch.compile takes the result as a constant.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _problem(shape: tuple[int, int, int, int], out_channels: int, format: torch.memory_format = torch.channels_last) -> Problem:
