@@ -136,7 +136,7 @@ HALF = (
     Tile(128, 16, 64, 4, 3, "grouped and depthwise convolutions with at most 16 channels in a group"),
 )
 
-# float32 by TF32 tensor cores: the same tiles in bytes.
+# float32 by tensor cores: the same tiles in bytes.
 TF32 = (
     Tile(128, 128, 32, 8, 3, "large problems; 16 more accumulators a thread would spill"),
     Tile(128, 64, 32, 4, 3, "K of 64: res2"),
@@ -197,8 +197,8 @@ def row_lanes(conv: Conv) -> int:
 
 
 def table(dtype: torch.dtype, chip: Chip, tf32: bool) -> tuple[Tile, ...]:
-    """The part of the table for a type: float32 goes to TF32 tensor cores if `tf32`."""
-    if chip.unit == "fma" or (dtype == torch.float32 and not tf32):
+    """The part of the table for a type: float32 goes to tensor cores if `tf32`; AMD's multiply IEEE float32 anyway."""
+    if chip.unit == "fma" or (dtype == torch.float32 and not tf32 and chip.unit != "mfma"):
         tiles: tuple[Tile, ...] = FMA
     else:
         tiles = TF32 if dtype == torch.float32 else HALF

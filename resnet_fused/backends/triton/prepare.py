@@ -90,7 +90,7 @@ class Conv2d(_Prepared):
         if plan.tile.tma:
             run = conv2d_tma.bind(problem, plan)
         else:
-            run = conv2d.bind(problem, plan, "tf32" if tf32 and chip.unit != "fma" else "ieee")
+            run = conv2d.bind(problem, plan, "tf32" if tf32 and chip.unit not in ("fma", "mfma") else "ieee")
         self.kernels[tf32] = run, weight
         return run, weight
 

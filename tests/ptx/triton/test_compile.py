@@ -102,6 +102,14 @@ def test_64_bit_offsets_compile_without_spills(arch, shape, size):
     assert ptxas(compile_conv(conv, best, arch), arch).spilled_bytes == 0
 
 
+@pytest.mark.parametrize("kind", ["half", "ieee"])
+def test_amd_multiplies_by_its_matrix_unit(kind):
+    conv = problem("conv2d_bn_add_relu", (8, 256, 28, 28), 256, 3, dtype=KINDS[kind][0])
+    compiled = compile_conv(conv, configs.plans(conv, CHIPS["gfx942"], False)[0], "gfx942", "ieee")
+    assert "v_mfma_f32" in compiled.asm["amdgcn"]
+    assert spilled_registers(compiled) == 0
+
+
 def test_split_reduction_compiles_without_spills():
     conv = problem("conv2d_bn_add_relu", (1, 512, 7, 7), 512, 3)
     best = configs.plans(conv, CHIPS[80], False)[0]

@@ -87,3 +87,5 @@ def test_tf32_is_only_used_where_it_is_allowed():
     assert {plan.tile for plan in configs.plans(posed, CHIPS[80], True)} <= set(configs.TF32)
     assert {plan.tile for plan in configs.plans(posed, CHIPS[80], False)} <= set(configs.FMA)
     assert {plan.tile for plan in configs.plans(posed, CHIPS[75], True)} <= set(configs.FMA)
+    # AMD's matrix unit has products of float32 themselves.
+    assert {plan.tile for plan in configs.plans(posed, CHIPS["gfx942"], False)} <= set(configs.TF32)
