@@ -30,6 +30,9 @@ struct TileGrid {
   int64_t in_height, height, down, across, count;
 };
 
+// Elements of V that by_panels holds at a time: 16 MiB.
+constexpr int64_t LARGEST_V = int64_t{4} << 20;
+
 template <class F, class T>
 struct WinogradConv {
   static constexpr int POINTS = F::A * F::A;
@@ -102,20 +105,30 @@ struct WinogradConv {
   // All tiles are transformed first, for all threads; then a thread takes a panel of output channels (and a block of tiles)
   // and transforms its weights chunk by chunk, just before their use. For deep layers, whose weights outweigh their pixels.
   void by_panels() const {
-    Scratch shared;
     const int64_t v_stride = point_stride(F::PHASES * in_vectors * plan.tiles), v_block = v_stride * POINTS;
-    float* v = shared.take<float>(blocks * v_block);
+    // As many blocks at a time as keep V within the last-level cache, and scratch memory within bounds.
+    const int64_t blocks_at_once = std::max<int64_t>(1, LARGEST_V / v_block);
+    for (int64_t first = 0; first < blocks; first += blocks_at_once) {
+      by_panels(first, std::min(first + blocks_at_once, blocks), v_stride, v_block);
+    }
+  }
+
+  void by_panels(int64_t first, int64_t last, int64_t v_stride, int64_t v_block) const {
+    Scratch shared;
+    float* v = shared.take<float>((last - first) * v_block);
     T* zeros = shared.take<T>(p.in_channels);
     __builtin_memset(zeros, 0, static_cast<size_t>(p.in_channels) * sizeof(T));
-    parallel_units(grid.count, [&](int64_t tile, int64_t) {
+    const int64_t first_tile = block_begin(first), count = last - first;
+    parallel_units(block_begin(last) - first_tile, [&](int64_t unit, int64_t) {
+      const int64_t tile = first_tile + unit;
       int64_t block = tile * blocks / grid.count;
       while (block_begin(block + 1) <= tile) ++block;
       const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-      transform_input_phases<F, T>(place(tile), zeros, v + block * v_block + (tile - begin) * LANES, v_stride, in_vectors,
-                                   tiles * LANES);
+      transform_input_phases<F, T>(place(tile), zeros, v + (block - first) * v_block + (tile - begin) * LANES, v_stride,
+                                   in_vectors, tiles * LANES);
     });
-    parallel_units(panels * blocks, [&](int64_t unit, int64_t following) {
-      one_panel(unit / blocks, unit % blocks, following / blocks, v + unit % blocks * v_block, v_stride);
+    parallel_units(panels * count, [&](int64_t unit, int64_t following) {
+      one_panel(unit / count, first + unit % count, following / count, v + unit % count * v_block, v_stride);
     });
   }
 

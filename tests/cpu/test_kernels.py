@@ -24,6 +24,7 @@ WINOGRAD = {
     "empty batch": ({"n": 0, "c": 16, "h": 8, "w": 8, "out": 16}, BY_TILES),
     "no residual, no ReLU": ({"n": 1, "c": 32, "h": 14, "w": 14, "out": 32, "residual": False, "relu": False}, BY_TILES),
     "more input channels than a chunk": ({"n": 1, "c": 100, "h": 6, "w": 6, "out": 32}, BY_PANELS),
+    "more tiles than are transformed at once": ({"n": 4, "c": 512, "h": 30, "w": 32, "out": 16}, [4, 32, 1, 64, 1]),
     "bfloat16": ({"n": 1, "c": 36, "h": 11, "w": 10, "out": 40, "dtype": torch.bfloat16}, BY_TILES),
     "bfloat16, by panels": ({"n": 1, "c": 36, "h": 11, "w": 10, "out": 40, "dtype": torch.bfloat16}, BY_PANELS),
     "stride 2": ({"n": 2, "c": 32, "h": 28, "w": 28, "out": 64, "stride": 2}, STRIDE_2),
