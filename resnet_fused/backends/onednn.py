@@ -91,6 +91,8 @@ class OneDNN:
             return "this CPU has no float16 arithmetic for oneDNN (AVX-512 FP16 is needed)"
         if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it serves float32, bfloat16 and float16, not {problem.dtype}"
+        if problem.op == "conv2d_bn_add_relu" and problem.convs[0].groups > 1 and problem.dtype != torch.float32:
+            return f"its grouped convolutions add a residual in float32 only, not in {problem.dtype}"
         if 0 in problem.output_shape():
             return "the result is empty"
         return None

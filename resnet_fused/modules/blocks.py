@@ -168,7 +168,7 @@ class BasicBlock(Block):
             channels make it necessary.
         groups, base_width, dilation: 1, 64 and 1; the block has no other form.
         norm_layer: makes the batch norms; nn.BatchNorm2d by default.
-        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward and keeps none of
+        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward, not keeping
             them; an attribute too, which may be set at any time.
 
     Shapes: x (N, inplanes, H, W) to y (N, planes, ceil(H / stride), ceil(W / stride)).
@@ -230,7 +230,7 @@ class Bottleneck(Block):
         base_width: channels of the 3×3 convolution for each 64 planes and group (ResNeXt, Wide-ResNet).
         dilation: of the 3×3 convolution.
         norm_layer: makes the batch norms; nn.BatchNorm2d by default.
-        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward and keeps none of
+        memory_efficient: whether training computes the results of inner batch norms and ReLUs again in backward, not keeping
             them; an attribute too, which may be set at any time.
 
     Shapes: x (N, inplanes, H, W) to y (N, 4·planes, ceil(H / stride), ceil(W / stride)).

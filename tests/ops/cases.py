@@ -77,6 +77,8 @@ CASES = [
     Case("dilation-2", dilation=(2, 2), padding=(2, 2)),
     Case("uneven-geometry", kernel=(3, 5), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
     Case("groups-4", groups=4),
+    Case("groups-bfloat16", x=(2, 64, 7, 7), out_channels=64, groups=32, dtype=BF16),
+    Case("depthwise-bfloat16", out_channels=16, groups=16, dtype=BF16),
     Case("depthwise", out_channels=16, groups=16),
     Case("nan-input", special=float("nan")),
     Case("nan-input-bfloat16", special=float("nan"), dtype=BF16),
