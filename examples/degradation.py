@@ -221,7 +221,7 @@ def fuse(best: Run, data: Data, console: Console) -> None:
     console.print(
         f"Best: {kind(best.residual)}, {best.depth} layers, seed {best.seed}, test error {100 * best.test_error:.2f} %. Fused, "
         f"it gives the same class for {same} of {len(expected)} test images (largest difference of a logit "
-        f"{(got - expected).abs().max().item():.1e}), {before / after:.2f} times as fast: {before:.1f} ms became {after:.1f} ms "
+        f"{(got - expected).abs().max().item():.1e}), {before / after:.2f}× as fast: {before:.1f} ms became {after:.1f} ms "
         f"for {len(images)} images on the CPU."
     )
 

@@ -1,8 +1,8 @@
 """Fused kernels that make ResNet-family networks faster in PyTorch without changing what they compute.
 
-    import resnet_fused as rf
-    model = rf.fuse(torchvision.models.resnet50(weights="DEFAULT").eval())   # inference
-    model = torchvision.models.ResNet(rf.Bottleneck, [3, 4, 6, 3])           # drop-in block, training and inference
+import resnet_fused as rf
+model = rf.fuse(torchvision.models.resnet50(weights="DEFAULT").eval())   # inference
+model = torchvision.models.ResNet(rf.Bottleneck, [3, 4, 6, 3])           # drop-in block, training and inference
 """
 
 from resnet_fused import functional

@@ -71,13 +71,9 @@ class Acceptance:
             rows.append((*key, str(kernels), str(len(checks)), *errors, "passed" if not failed else f"{failed} FAILED"))
         header = ("backend", "op", "dtype", "kernels", "checks", "worst error", "stock there", "")
         parts = [table(header, rows)] if rows else []
-        failures = [
-            (c.backend, c.kernel, c.op, c.dtype, c.problem, c.reason, c.fallback) for c in self.checks if not c.passed
-        ]
+        failures = [(c.backend, c.kernel, c.op, c.dtype, c.problem, c.reason, c.fallback) for c in self.checks if not c.passed]
         if failures:
-            parts.append(
-                table(("failed: backend", "kernel", "op", "dtype", "problem", "reason", "used instead"), failures)
-            )
+            parts.append(table(("failed: backend", "kernel", "op", "dtype", "problem", "reason", "used instead"), failures))
         if self.unavailable:
             parts.append(table(("not verified", "because"), self.unavailable))
         return "\n\n".join(parts)

@@ -129,6 +129,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     console = Console()
     if arguments.layers:
         return _bench_layers(console, workloads)
+    if arguments.training:
+        return _bench_training(console, arguments)
     comparisons = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -159,6 +161,33 @@ def _bench_layers(console: Any, workloads: list[Any]) -> int:
                 results.append(result)
                 status.update(f"{workload}: {len(results)} kinds of layers timed")
         layers.print_layers(console, workload, results, peaks[workload.dtype])
+    return 0
+
+
+def _bench_training(console: Any, arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import replace
+
+    from resnet_fused.bench import inference, training
+
+    names = [name for name in training.VARIANTS if name != training.COMPILE or not (arguments.quick or arguments.no_compile)]
+    workloads = [training.TrainingWorkload(), training.TrainingWorkload(autocast=True)]
+    if arguments.quick:
+        workloads = [replace(workload, model="resnet18", batch=4) for workload in workloads]
+    comparisons = []
+    for workload in workloads:
+        with console.status(str(workload)) as status:
+
+            def step(text: str, share: float, status: Any = status, workload: Any = workload) -> None:
+                status.update(f"{workload}: {text}")
+
+            comparisons.append(training.compare(workload, names, 4 * arguments.seconds, step))
+    machine = inference.machine()
+    console.print(training.table(comparisons))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine, "comparisons": [comparison.to_json() for comparison in comparisons]}
+    (arguments.out / "training.json").write_text(json.dumps(content, indent=2) + "\n")
+    console.print(f"Saved {arguments.out / 'training.json'}", highlight=False)
     return 0
 
 

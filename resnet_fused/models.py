@@ -109,8 +109,9 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        plain = type(self.relu) is nn.ReLU and hooks_of(self.relu) is None
-        x = self.maxpool(bn_relu(self.bn1, x) if plain else self.relu(self.bn1(x)))
+        # In inference by its own modules, where rf.fuse finds them and makes one op of them.
+        fused = self.training and type(self.relu) is nn.ReLU and hooks_of(self.relu) is None
+        x = self.maxpool(bn_relu(self.bn1, x) if fused else self.relu(self.bn1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -30,9 +30,7 @@ Kernel = Callable[[Tensor, Tensor | None], Tensor]
 def tf32_allowed(problem: Problem) -> bool:
     """Whether the problem may use TF32 now: by torch.backends.cudnn.conv.fp32_precision, and not precision="exact"."""
     return (
-        problem.dtype == torch.float32
-        and problem.precision != "exact"
-        and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        problem.dtype == torch.float32 and problem.precision != "exact" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     )
 
 

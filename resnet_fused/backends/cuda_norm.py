@@ -66,7 +66,6 @@ class CUDANorm:
 def _served(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels read these activations: channels_last, not empty, of one dtype, aligned to 16 bytes."""
     return first.numel() > 0 and all(
-        t is None
-        or (t.dtype == first.dtype and t.is_contiguous(memory_format=torch.channels_last) and t.data_ptr() % 16 == 0)
+        t is None or (t.dtype == first.dtype and t.is_contiguous(memory_format=torch.channels_last) and t.data_ptr() % 16 == 0)
         for t in (first, *others)
     )

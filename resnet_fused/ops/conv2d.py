@@ -31,7 +31,7 @@ def served(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, 
     n, c, h, w = x.shape
     if min(c, weight.shape[0]) < _ENOUGH_CHANNELS:
         return False
-    return n * h * w >= _ENOUGH_PIXELS and _serves(tuple(x.shape), weight.shape[0])
+    return n * h * w >= _ENOUGH_PIXELS and _serves((n, c, h, w), weight.shape[0])
 
 
 def _serves(shape: tuple[int, int, int, int], out_channels: int) -> bool:

@@ -58,9 +58,7 @@ def decode_barrier(machine: Machine, ins: Instruction) -> BarrierStep:
 class Barriers:
     """The barriers of every block of a batch. ``resume(step number, lanes)`` is called for lanes that may go on."""
 
-    def __init__(
-        self, machine: Machine, steps: dict[int, BarrierStep], resume: Callable[[int, np.ndarray], None]
-    ) -> None:
+    def __init__(self, machine: Machine, steps: dict[int, BarrierStep], resume: Callable[[int, np.ndarray], None]) -> None:
         self.machine, self.steps, self.resume = machine, steps, resume
         self.at = np.full(machine.lanes, -1, np.int64)  # the step at which a lane waits
         self.id_of = np.zeros(machine.lanes, np.int64)
@@ -123,12 +121,10 @@ class Barriers:
             return
         key = machine.block_of[waiting] * IDS + self.id_of[waiting]
         shape = (machine.blocks, IDS)
-        came = (
-            np.bincount(key, weights=self.weight[waiting], minlength=machine.blocks * IDS).reshape(shape) + self.arrived
-        )
-        alive = np.bincount(
-            machine.block_of[machine.alive], weights=self.weight[machine.alive], minlength=machine.blocks
-        )[:, None]
+        came = np.bincount(key, weights=self.weight[waiting], minlength=machine.blocks * IDS).reshape(shape) + self.arrived
+        alive = np.bincount(machine.block_of[machine.alive], weights=self.weight[machine.alive], minlength=machine.blocks)[
+            :, None
+        ]
         present = np.bincount(key, minlength=machine.blocks * IDS).reshape(shape) > 0
         done = present & (came >= np.where(self.expected > 0, self.expected, alive))
         for block, number in np.argwhere(done):

@@ -20,9 +20,7 @@ def _logic(machine: Machine, ins: Instruction) -> Action:
     if kind == "pred":
         (a, not_a), (b, not_b) = (machine.predicate(o) for o in ins.operands[1:])
         function = _LOGIC[ins.opcode]
-        return elementwise(
-            lambda x, y: function(x ^ not_a, y ^ not_b), machine.destination(ins.operands[0], kind), a, b
-        )
+        return elementwise(lambda x, y: function(x ^ not_a, y ^ not_b), machine.destination(ins.operands[0], kind), a, b)
     sources = [machine.source(o, kind) for o in ins.operands[1:]]
     return elementwise(_LOGIC[ins.opcode], machine.destination(ins.operands[0], kind), *sources)
 
@@ -99,18 +97,11 @@ def _bfe(machine: Machine, ins: Instruction) -> Action:
         wide = x.astype(np.int64) if signed else x.astype(np.uint64)
         sign = (wide >> np.minimum(p + n - 1, bits - 1).clip(0).astype(wide.dtype)) & wide.dtype.type(1)
         moved = wide >> np.minimum(p, bits - 1).astype(wide.dtype)
-        mask = np.where(
-            count >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(count, 63).astype(np.uint64)) - np.uint64(1)
-        )
+        mask = np.where(count >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(count, 63).astype(np.uint64)) - np.uint64(1))
         field = moved.view(np.uint64) & mask
         if signed:
             field = np.where((sign == 1) & (n > 0), field | ~mask, field)
-        return (
-            np.where(n == 0, np.uint64(0), field)
-            .astype(np.uint64)
-            .view(np.int64 if signed else np.uint64)
-            .astype(dtype)
-        )
+        return np.where(n == 0, np.uint64(0), field).astype(np.uint64).view(np.int64 if signed else np.uint64).astype(dtype)
 
     return elementwise(function, machine.destination(ins.operands[0], kind), a, start, length)
 
@@ -280,11 +271,7 @@ def _unpack(machine: Machine, target: Vector, value: object, kind: str) -> Actio
     dtype = DTYPES[part]
 
     def run(selection: Selection) -> None:
-        parts = (
-            np.ascontiguousarray(source if selection is None else source[selection])
-            .view(dtype)
-            .reshape(-1, len(targets))
-        )
+        parts = np.ascontiguousarray(source if selection is None else source[selection]).view(dtype).reshape(-1, len(targets))
         for k, t in enumerate(targets):
             t[... if selection is None else selection] = parts[:, k]
 
@@ -304,9 +291,7 @@ def _selp(machine: Machine, ins: Instruction) -> Action:
     target = machine.destination(ins.operands[0], kind)
     a, b = (machine.source(o, kind) for o in ins.operands[1:3])
     if ins.opcode == "slct":
-        return elementwise(
-            lambda x, y, c: np.where(c >= 0, x, y), target, a, b, machine.source(ins.operands[3], types(ins)[1])
-        )
+        return elementwise(lambda x, y, c: np.where(c >= 0, x, y), target, a, b, machine.source(ins.operands[3], types(ins)[1]))
     predicate, negated = machine.predicate(ins.operands[3])
     if negated:
         a, b = b, a

@@ -12,7 +12,7 @@ import numpy as np
 
 from .decode import Action, allow, instruction, types
 from .machine import DTYPES, Machine, elementwise
-from .rounding import ROUNDINGS, flush, from_bf16, narrow, to_bf16, two_sum
+from .rounding import ROUNDINGS, flush, from_bf16, narrow, saturate, to_bf16, two_sum
 from .syntax import Instruction
 
 _INTEGER_ROUNDINGS: dict[str, Callable] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
@@ -48,9 +48,9 @@ def _float_to_integer(kind: str, source: str, rounding: str) -> Callable:
     return function
 
 
-def _integer_to_integer(kind: str, source: str, saturate: bool) -> Callable:
+def _integer_to_integer(kind: str, source: str, clamp: bool) -> Callable:
     dtype, from_dtype = np.dtype(DTYPES[kind]), np.dtype(DTYPES[source])
-    if not saturate:
+    if not clamp:
         return lambda value: value.astype(dtype)
     low, high = max(_range(dtype)[0], _range(from_dtype)[0]), min(_range(dtype)[1], _range(from_dtype)[1])
     return lambda value: np.clip(value, from_dtype.type(low), from_dtype.type(high)).astype(dtype)
@@ -138,7 +138,7 @@ def _cvt(machine: Machine, ins: Instruction) -> Action:
     kind, source = types(ins)[:2]
     mode = next((m for m in ins.modifiers if m in ROUNDINGS or m == "rna"), None)
     whole = next((m for m in ins.modifiers if m in _INTEGER_ROUNDINGS), None)
-    saturate, relu, finite = "sat" in ins.modifiers, "relu" in ins.modifiers, "satfinite" in ins.modifiers
+    clamp, relu, finite = "sat" in ins.modifiers, "relu" in ins.modifiers, "satfinite" in ins.modifiers
     if kind in ("f16x2", "bf16x2"):
         return _pack_halves(machine, ins, kind, mode or "rn", relu, finite)
     if kind not in DTYPES or source not in DTYPES or source in ("f16x2", "bf16x2"):
@@ -152,11 +152,11 @@ def _cvt(machine: Machine, ins: Instruction) -> Action:
     elif _is_float(source):
         function = _float_to_integer(kind, source, whole or "rzi")
     else:
-        function = _integer_to_integer(kind, source, saturate)
+        function = _integer_to_integer(kind, source, clamp)
     if "ftz" in ins.modifiers:
         inner = function
         function = lambda v: _flush_any(inner(_flush_any(v)))  # noqa: E731
-    if saturate and _is_float(kind):
+    if clamp and _is_float(kind):
         unclipped = function
         function = lambda v: _clip_unit(unclipped(v), kind)  # noqa: E731
     if (relu or finite) and kind != "tf32":
@@ -170,9 +170,7 @@ def _flush_any(value: np.ndarray) -> np.ndarray:
 
 
 def _clip_unit(value: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "bf16":
-        return to_bf16(_clip_unit(from_bf16(value), "f32"))
-    return np.clip(np.where(np.isnan(value), value.dtype.type(0), value), 0, 1)
+    return to_bf16(saturate(from_bf16(value))) if kind == "bf16" else saturate(value)
 
 
 def _relu_finite(value: np.ndarray, kind: str, relu: bool, finite: bool) -> np.ndarray:

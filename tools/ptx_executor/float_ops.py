@@ -15,7 +15,19 @@ import numpy as np
 from .decode import Action, allow, instruction, types
 from .integer_ops import integer
 from .machine import DTYPES, Machine, elementwise
-from .rounding import ROUNDINGS, flush, fma_f32, from_bf16, maximum, minimum, narrow, to_bf16, two_product, two_sum
+from .rounding import (
+    ROUNDINGS,
+    flush,
+    fma_f32,
+    from_bf16,
+    maximum,
+    minimum,
+    narrow,
+    saturate,
+    to_bf16,
+    two_product,
+    two_sum,
+)
 from .syntax import Instruction
 
 _F64 = np.float64
@@ -79,24 +91,20 @@ def _half_op(machine: Machine, ins: Instruction, kind: str) -> Action:
     allow(machine, ins, *(k for k in _KNOWN if k not in ("rz", "rm", "rp", "xorsign", "abs", "oob")))
     if ins.opcode in ("neg", "abs"):
         return _half_sign(machine, ins, kind)
-    function, saturate = _half_function(ins.opcode, ins), "sat" in ins.modifiers
+    function, saturated = _half_function(ins.opcode, ins), "sat" in ins.modifiers
     sources = [machine.source(o, kind) for o in ins.operands[1:]]
 
     def run(*operands: np.ndarray) -> np.ndarray:
         value, residual = function(*(widen(o, kind) for o in operands))
-        if saturate:
-            value = np.clip(np.where(np.isnan(value), 0.0, value), 0.0, 1.0)
+        if saturated:
+            value = saturate(value)
         return _half(value, kind, residual)
 
     return elementwise(run, machine.destination(ins.operands[0], kind), *sources)
 
 
 def _saturated(function: Callable) -> Callable:
-    def run(*operands: np.ndarray) -> np.ndarray:
-        value = function(*operands)
-        return np.clip(np.where(np.isnan(value), value.dtype.type(0), value), 0, 1)
-
-    return run
+    return lambda *operands: saturate(function(*operands))
 
 
 def _flushed(function: Callable) -> Callable:

@@ -21,9 +21,7 @@ _TENSOR = {"ldmatrix", "stmatrix", "movmatrix", "mma", "wmma"}
 class Gathering:
     """The lanes that wait at warp-synchronous steps. ``resume(step number, lanes)`` is called for those that may go on."""
 
-    def __init__(
-        self, machine: Machine, program: Program, clocks: Clocks, resume: Callable[[int, np.ndarray], None]
-    ) -> None:
+    def __init__(self, machine: Machine, program: Program, clocks: Clocks, resume: Callable[[int, np.ndarray], None]) -> None:
         self.machine, self.steps, self.clocks, self.resume = machine, program.steps, clocks, resume
         self.masks: dict[int, np.ndarray | None] = {}
         self.parked: dict[int, np.ndarray] = {}

@@ -179,7 +179,5 @@ def _pack_one(parameter: Variable, index: int, value: Any) -> bytes:
             f"NumPy value or a ctypes structure (a tensor goes to memory.upload first)"
         ) from None
     if len(raw) != size:
-        raise ValueError(
-            f"args[{index}] has {len(raw)} bytes, and parameter {parameter.name} takes {size}; pass that many"
-        )
+        raise ValueError(f"args[{index}] has {len(raw)} bytes, and parameter {parameter.name} takes {size}; pass that many")
     return raw

@@ -116,11 +116,7 @@ class Machine:
             bits = np.float64(value).view(np.uint64) if dtype.itemsize == 8 else np.float32(value).view(np.uint32)
             scalar = bits.astype(dtype)
         else:
-            scalar = (
-                np.array(value & ((1 << 8 * dtype.itemsize) - 1), np.uint64)
-                .astype(_STORAGE[dtype.itemsize])
-                .view(dtype)
-            )
+            scalar = np.array(value & ((1 << 8 * dtype.itemsize) - 1), np.uint64).astype(_STORAGE[dtype.itemsize]).view(dtype)
         return np.broadcast_to(scalar, (self.lanes,))
 
     def storage(self, name: str) -> np.ndarray:
@@ -206,9 +202,7 @@ class Machine:
         block = thread = None
         if lane is not None:
             block, thread = self.position("ctaid", lane), self.position("tid", lane)
-        return KernelFault(
-            kind, self.kernel.name, ins.line, ins.text, message, source=ins.source, block=block, thread=thread
-        )
+        return KernelFault(kind, self.kernel.name, ins.line, ins.text, message, source=ins.source, block=block, thread=thread)
 
     def position(self, register: str, lane: int) -> tuple[int, int, int]:
         """x, y, z of a special register."""
@@ -235,9 +229,7 @@ def _narrow(storage: np.ndarray, dtype: np.dtype, machine: Machine) -> np.ndarra
     if storage.dtype.itemsize == dtype.itemsize:
         return storage.view(dtype)
     if storage.dtype.itemsize < dtype.itemsize:
-        raise machine.unsupported(
-            f"a {storage.dtype.itemsize}-byte register is used as a {dtype.itemsize}-byte operand"
-        )
+        raise machine.unsupported(f"a {storage.dtype.itemsize}-byte register is used as a {dtype.itemsize}-byte operand")
     return storage.view(dtype)[:: storage.dtype.itemsize // dtype.itemsize]
 
 

@@ -125,9 +125,7 @@ def _cvta(machine: Machine, ins: Instruction) -> Action:
     if kind != "u64" and window:
         raise machine.unsupported("32-bit generic addresses")
     delta = machine.constant(-window if "to" in ins.modifiers else window, "u64")
-    return elementwise(
-        np.add, machine.destination(ins.operands[0], "u64"), machine.source(ins.operands[1], "u64"), delta
-    )
+    return elementwise(np.add, machine.destination(ins.operands[0], "u64"), machine.source(ins.operands[1], "u64"), delta)
 
 
 @instruction("isspacep")

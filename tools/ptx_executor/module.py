@@ -142,10 +142,6 @@ class Module:
     def _check_block(self, function: Function, block: tuple[int, int, int], threads: int) -> None:
         required, most = function.directives.get("reqntid"), function.directives.get("maxntid", [1024])
         if required and threads != int(np.prod(required)):
-            raise ValueError(
-                f"block={block}: {function.name} was compiled for blocks of {required}; launch it with that"
-            )
+            raise ValueError(f"block={block}: {function.name} was compiled for blocks of {required}; launch it with that")
         if threads > int(np.prod(most)):
-            raise ValueError(
-                f"block={block}: {function.name} was compiled for at most {most} threads; launch it with fewer"
-            )
+            raise ValueError(f"block={block}: {function.name} was compiled for at most {most} threads; launch it with fewer")

@@ -165,9 +165,7 @@ class _Parser:
         fn = Function(name.group(), is_kernel, self.parameter_list(), results)
         while True:
             self.skip_space()
-            if m := self.take(
-                r"\.(maxntid|reqntid|minnctapersm|maxnreg|maxnctapersm|noreturn|pragma|unique\w*)\b([^{;.]*)"
-            ):
+            if m := self.take(r"\.(maxntid|reqntid|minnctapersm|maxnreg|maxnctapersm|noreturn|pragma|unique\w*)\b([^{;.]*)"):
                 fn.directives[m.group(1)] = [int(v) for v in re.findall(r"\d+", m.group(2))]
             elif self.take(r";"):
                 return  # a declaration only
@@ -233,14 +231,10 @@ class _Parser:
             raise self.error(f"cannot parse the instruction {raw!r}")
         self.pos = m.end()
         guard = Register(names.get(head.group(2), head.group(2))) if head.group(2) else None
-        modifiers = tuple(
-            part.split("::")[0] if part.startswith("shared::") else part for part in head.group(4).split(".")[1:]
-        )
+        modifiers = tuple(part.split("::")[0] if part.startswith("shared::") else part for part in head.group(4).split(".")[1:])
         operands = [self.operand(o, names) for o in split_operands(head.group(5))]
         text = " ".join(raw.split())
-        fn.body.append(
-            Instruction(head.group(3), modifiers, operands, guard, bool(head.group(1)), line, text, self.source)
-        )
+        fn.body.append(Instruction(head.group(3), modifiers, operands, guard, bool(head.group(1)), line, text, self.source))
 
     # ---- operands --------------------------------------------------------------------------------------------------
     def operand(self, text: str, names: Mapping[str, str]) -> Any:

@@ -126,11 +126,7 @@ class Shadow:
             return None
         late = time > self.clocks.time[warps][:, None, :]
         own = np.arange(self.warps) == (warps % self.warps)[:, None]
-        late |= (
-            own[:, None, :]
-            & (time == self.clocks.own[warps][:, None, None])
-            & ((seen & 63) != (lanes & 31)[:, None, None])
-        )
+        late |= own[:, None, :] & (time == self.clocks.own[warps][:, None, None]) & ((seen & 63) != (lanes & 31)[:, None, None])
         return late.any(axis=(1, 2)) if late.any() else None
 
     def _note(self, record: np.ndarray, granules: np.ndarray, lanes: np.ndarray) -> None:

@@ -48,9 +48,7 @@ def _to_odd_f32(value: np.ndarray, residual: np.ndarray | None = None) -> np.nda
     bits = nearest.view(np.uint32) - toward_zero.astype(np.uint32)
     finite = np.isfinite(value)
     return (
-        np.where(finite, bits | (lost & finite).astype(np.uint32), nearest.view(np.uint32))
-        .astype(np.uint32)
-        .view(np.float32)
+        np.where(finite, bits | (lost & finite).astype(np.uint32), nearest.view(np.uint32)).astype(np.uint32).view(np.float32)
     )
 
 
@@ -127,6 +125,11 @@ def flush(value: np.ndarray) -> np.ndarray:
     """.ftz: subnormal float32 numbers become zero of the same sign."""
     small = (np.abs(value) < np.float32(2.0**-126)) & (value != 0)
     return np.where(small, np.copysign(np.float32(0), value), value) if small.any() else value
+
+
+def saturate(value: np.ndarray) -> np.ndarray:
+    """.sat: clamped to [+0, 1]; NaN becomes +0."""
+    return np.where(value > 0, np.minimum(value, value.dtype.type(1)), value.dtype.type(0))
 
 
 def minimum(a: np.ndarray, b: np.ndarray, keep_nan: bool) -> np.ndarray:

@@ -154,8 +154,6 @@ class SharedSpace(Space):
             self.fault("uninitialised-shared", these, bad, "an atomic on memory that nothing has written")
         racing = self.shadow.atomic(these.granules, these.lanes)
         if racing is not None:
-            self.fault(
-                "shared-race", these, racing, "an atomic, and another thread's access is not ordered by a barrier"
-            )
+            self.fault("shared-race", these, racing, "an atomic, and another thread's access is not ordered by a barrier")
         self.synchronise(these, release=True, acquire=True)
         return self.data[access.size], where // access.size

@@ -143,9 +143,7 @@ class GlobalSpace(Space):
         """Count a request of which ``missing`` bytes are not asked for."""
         rows = self.by_warp(address.astype(np.int64), selection)
         requests, units, ideal = sectors(rows, access.size, GLOBAL_BASE)
-        self.line(kind, access.ins).traffic.add(
-            requests, len(address) * access.size - missing, units, ideal - missing / 32
-        )
+        self.line(kind, access.ins).traffic.add(requests, len(address) * access.size - missing, units, ideal - missing / 32)
 
     def fetch(self, access: Access, address: np.ndarray, selection: Selection) -> np.ndarray:
         where = self.index(access, address, selection, VALID | WRITTEN, READ_NOW)
@@ -188,9 +186,7 @@ class GlobalSpace(Space):
             racing = self.races.write(self.races.granules(where * access.size, access.size), self.blocks(selection))
             if racing is not None and (racing & changes).any():
                 poison(data, where[racing & changes])
-                self.race(
-                    access, address, racing & changes, selection, "written, and another block reads or writes it too"
-                )
+                self.race(access, address, racing & changes, selection, "written, and another block reads or writes it too")
 
     def atomic(self, access: Access, address: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
         where = self.index(access, address, selection, VALID | WRITTEN, READ_NOW | WRITTEN_NOW)
@@ -282,9 +278,7 @@ class GenericSpace(Space):
         self.spaces = spaces
         self.windows = (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW), ("const", CONST_WINDOW))
 
-    def split(
-        self, address: np.ndarray, selection: Selection
-    ) -> list[tuple[Space, np.ndarray, np.ndarray | slice, Selection]]:
+    def split(self, address: np.ndarray, selection: Selection) -> list[tuple[Space, np.ndarray, np.ndarray | slice, Selection]]:
         """(space, addresses in it, positions among the lanes given, selection) for each space that is addressed."""
         address = address.astype(np.int64)
         if address.max() < SHARED_WINDOW:

@@ -35,9 +35,7 @@ def decode_elements(raw: np.ndarray, kind: str) -> np.ndarray:
         octets = np.ascontiguousarray(raw).view(np.uint8).reshape(*raw.shape, -1)
         nibbles = np.stack([octets & 15, octets >> 4], axis=-1).reshape(*raw.shape, -1).astype(np.float64)
         return np.where(nibbles > 7, nibbles - 16, nibbles) if kind == "s4" else nibbles
-    dtype = {"f16": np.float16, "bf16": np.uint16, "tf32": np.uint32, "f64": np.float64, "s8": np.int8, "u8": np.uint8}[
-        kind
-    ]
+    dtype = {"f16": np.float16, "bf16": np.uint16, "tf32": np.uint32, "f64": np.float64, "s8": np.int8, "u8": np.uint8}[kind]
     parts = np.ascontiguousarray(raw).view(dtype).reshape(*raw.shape, -1)
     if kind == "bf16":
         return from_bf16(parts).astype(np.float64)
@@ -53,9 +51,7 @@ def matrix_from(registers: list[np.ndarray], kind: str, rows: int) -> np.ndarray
         elements = decode_elements(raw.reshape(-1, 8, 4), kind)  # warps, g, t, element
         pieces.append(elements.reshape(len(elements), 8, -1))
     tall = rows // 8
-    columns = [
-        pieces[k] if tall == 1 else np.concatenate(pieces[k : k + tall], axis=1) for k in range(0, len(pieces), tall)
-    ]
+    columns = [pieces[k] if tall == 1 else np.concatenate(pieces[k : k + tall], axis=1) for k in range(0, len(pieces), tall)]
     return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=2)
 
 
@@ -117,10 +113,7 @@ def _mma(machine: Machine, ins: Instruction) -> Action:
         raise machine.unsupported(f"mma of shape {shape or '?'}, types {kinds}")
     rows = int(shape[1:].split("n")[0])
     register = "f64" if family == "f64" else "b32"
-    a, b = (
-        [machine.source(n, register) for n in (o.elements if isinstance(o, Vector) else (o,))]
-        for o in ins.operands[1:3]
-    )
+    a, b = ([machine.source(n, register) for n in (o.elements if isinstance(o, Vector) else (o,))] for o in ins.operands[1:3])
     depth = int(shape.split("k")[1])
     per_register = max(1, 32 // _BITS[a_kind]) * 4
     if len(a) * per_register * 8 != rows * depth or len(b) * per_register != depth:

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-REMEDY = (
-    'pip install "cuda-toolkit[nvcc,cccl]==13.0.*" "nvidia-cuda-nvdisasm==13.*", or set CUDA_HOME to a CUDA toolkit'
-)
+REMEDY = 'pip install "cuda-toolkit[nvcc,cccl]==13.0.*" "nvidia-cuda-nvdisasm==13.*", or set CUDA_HOME to a CUDA toolkit'
 
 
 class ToolkitNotFound(RuntimeError):
@@ -69,9 +67,7 @@ def _toolkit_at(root: Path) -> Toolkit | None:
 
 def _toolkit_of(nvcc: str) -> Toolkit | None:
     """The toolkit behind an nvcc of PATH, which may be a link or a script: nvcc itself says where it is at home."""
-    answer = subprocess.run(
-        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     top = re.search(r"^#\$ TOP=(.*)$", answer.stdout + answer.stderr, re.M)
     return _toolkit_at(Path(top.group(1).strip()).resolve()) if top else None
 
@@ -86,9 +82,7 @@ def find_toolkit() -> Toolkit:
     if home:
         toolkit = _toolkit_at(Path(home))
         if toolkit is None:
-            raise ToolkitNotFound(
-                f"CUDA_HOME={home!r} has no bin/nvcc and bin/ptxas; correct it, or unset it and {REMEDY}"
-            )
+            raise ToolkitNotFound(f"CUDA_HOME={home!r} has no bin/nvcc and bin/ptxas; correct it, or unset it and {REMEDY}")
         return toolkit
     for folder in _package_folders("nvidia", "cu*"):
         if toolkit := _toolkit_at(folder):
@@ -124,9 +118,7 @@ def run_tool(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
     answer = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     if answer.returncode:
         output = (answer.stderr + answer.stdout).strip()
-        raise CompileError(
-            f"{Path(command[0]).name} failed ({answer.returncode}): {' '.join(map(str, command))}\n{output}"
-        )
+        raise CompileError(f"{Path(command[0]).name} failed ({answer.returncode}): {' '.join(map(str, command))}\n{output}")
     return answer
 
 

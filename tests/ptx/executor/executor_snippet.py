@@ -11,9 +11,7 @@ import ptx_executor as px
 _TYPE = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
 
 
-def run_snippet(
-    body: str, inputs: Sequence[np.ndarray], output: Any, declare: str = "", target: str = "sm_80"
-) -> np.ndarray:
+def run_snippet(body: str, inputs: Sequence[np.ndarray], output: Any, declare: str = "", target: str = "sm_80") -> np.ndarray:
     """The results %o of ``body`` on inputs %i0, %i1, ... (bit-typed registers as wide as the arrays' elements).
 
     Also there: predicates %p0..7, 32-bit %t0..15, 64-bit %d0..7 and a kilobyte of shared memory named ``scratch``.

@@ -30,9 +30,7 @@ EDGES = [
 ]
 RNG = np.random.default_rng(0)
 A = np.concatenate([RNG.integers(0, 1 << 32, 48, dtype=np.uint64), np.repeat(EDGES, 5)]).astype(np.uint32)
-B = np.concatenate([RNG.integers(0, 1 << 32, 40, dtype=np.uint64), RNG.integers(0, 40, 8), np.tile(EDGES, 5)]).astype(
-    np.uint32
-)
+B = np.concatenate([RNG.integers(0, 1 << 32, 40, dtype=np.uint64), RNG.integers(0, 40, 8), np.tile(EDGES, 5)]).astype(np.uint32)
 WIDE = A.astype(np.uint64) << np.uint64(32) | B[::-1]
 
 
@@ -54,8 +52,7 @@ def field(a: int, position: int, length: int, is_signed: bool) -> int:
     top = min(position + length - 1, 31)
     sign = a >> top & 1 if is_signed and length else 0
     return sum(
-        (a >> k & 1 if k < 32 else sign) << (k - position)
-        for k in range(position, min(position + length, position + 32))
+        (a >> k & 1 if k < 32 else sign) << (k - position) for k in range(position, min(position + length, position + 32))
     ) | ((-sign << length) if length < 32 else 0)
 
 
@@ -94,9 +91,7 @@ INTEGER: dict[str, Callable[[int, int], int]] = {
     "clz.b32 %o, %i0;": lambda a, b: 32 - a.bit_length(),
     "bfind.s32 %o, %i0;": lambda a, b: (a if signed(a) >= 0 else ~a & 0xFFFFFFFF).bit_length() - 1,
     "brev.b32 %o, %i0;": lambda a, b: int(f"{a:032b}"[::-1], 2),
-    "dp4a.s32.u32 %o, %i0, %i1, 7;": lambda a, b: (
-        sum(signed(x, 8) * y for x, y in zip(octets(a), octets(b), strict=True)) + 7
-    ),
+    "dp4a.s32.u32 %o, %i0, %i1, 7;": lambda a, b: sum(signed(x, 8) * y for x, y in zip(octets(a), octets(b), strict=True)) + 7,
     "add.cc.u32 %t0, %i0, %i1; addc.u32 %o, %i1, 5;": lambda a, b: b + 5 + (a + b >> 32),
     "sub.cc.u32 %t0, %i0, %i1; subc.u32 %o, %i1, 5;": lambda a, b: b - 5 - (a < b),
     "mad.lo.cc.u32 %t0, %i0, %i1, %i1; madc.hi.u32 %o, %i0, %i1, 0;": lambda a, b: a * b + b >> 32,
@@ -127,9 +122,7 @@ LONG: dict[str, Callable[[int, int], int]] = {
     "mul.hi.s64 %o, %i0, %i1;": lambda a, b: signed(a, 64) * signed(b, 64) >> 64,
     "mul.hi.u64 %o, %i0, %i1;": lambda a, b: a * b >> 64,
     "div.s64 %o, %i0, %i1;": lambda a, b: quotient(signed(a, 64), signed(b, 64)),
-    "cvt.u32.u64 %t0, %i0; cvt.u32.u64 %t1, %i1; mad.wide.s32 %o, %t0, %t1, %i0;": lambda a, b: (
-        signed(a) * signed(b) + a
-    ),
+    "cvt.u32.u64 %t0, %i0; cvt.u32.u64 %t1, %i1; mad.wide.s32 %o, %t0, %t1, %i0;": lambda a, b: signed(a) * signed(b) + a,
     "bfe.u64 %o, %i0, 20, 40;": lambda a, b: a >> 20 & (1 << 40) - 1,
     "mov.b64 {%t0, %t1}, %i0; mov.b64 %o, {%t1, %t0};": lambda a, b: a << 32 | a >> 32,
     "clz.b64 %t0, %i0; cvt.u64.u32 %o, %t0;": lambda a, b: 64 - a.bit_length(),
@@ -143,9 +136,9 @@ def test_64_bit_instruction(body: str) -> None:
     assert got.tolist() == [LONG[body](int(x), int(y)) & (1 << 64) - 1 for x, y in zip(WIDE, other, strict=True)]
 
 
-X = np.concatenate(
-    [RNG.standard_normal(90) * 10.0 ** RNG.integers(-9, 9, 90), [0.0, -0.0, 1.0, 2.5, -3.5, 1e-40]]
-).astype(np.float32)
+X = np.concatenate([RNG.standard_normal(90) * 10.0 ** RNG.integers(-9, 9, 90), [0.0, -0.0, 1.0, 2.5, -3.5, 1e-40]]).astype(
+    np.float32
+)
 Y = np.concatenate([RNG.standard_normal(90), [3.0, 2.0**-24, -1.0, 0.5, 2.0**-25, 1e-3]]).astype(np.float32)
 
 
@@ -206,9 +199,7 @@ def test_min_and_max_of_nan_and_signed_zero(instruction: str, want: list[float])
     np.testing.assert_array_equal(np.signbit(got[zeros]), np.signbit(np.float32(want)[zeros]))
 
 
-@pytest.mark.parametrize(
-    ("compare", "with_nan"), [("lt", 0), ("ltu", 1), ("ne", 0), ("neu", 1), ("num", 0), ("nan", 1)]
-)
+@pytest.mark.parametrize(("compare", "with_nan"), [("lt", 0), ("ltu", 1), ("ne", 0), ("neu", 1), ("num", 0), ("nan", 1)])
 def test_ordered_and_unordered_comparisons(compare: str, with_nan: int) -> None:
     got = run_snippet(f"setp.{compare}.f32 %p0, %i0, %i1; selp.b32 %o, 1, 0, %p0;", [SPECIAL, OTHER], np.uint32)
     nan = np.isnan(SPECIAL) | np.isnan(OTHER)
@@ -224,9 +215,7 @@ def test_conversion_to_half_formats(kind: str, bits: int, lowest: int, mode: str
     values = np.concatenate([X[np.abs(X) < 6e4], np.float32([1 + 2.0**-11, 1 + 3 * 2.0**-11, 2.0**-25, 1 + 2.0**-8])])
     got = run_snippet(f"cvt.{mode}.{kind}.f32 %o, %i0;", [values], np.uint16)
     want = np.float32([rounded(Fraction(float(v)), mode, bits, lowest) for v in values])
-    pattern = (
-        want.astype(np.float16).view(np.uint16) if kind == "f16" else (want.view(np.uint32) >> 16).astype(np.uint16)
-    )
+    pattern = want.astype(np.float16).view(np.uint16) if kind == "f16" else (want.view(np.uint32) >> 16).astype(np.uint16)
     np.testing.assert_array_equal(got & 0x7FFF, pattern & 0x7FFF)
 
 

@@ -14,9 +14,7 @@ def test_transpose_bank_conflicts(cuda: Callable[..., px.Module], memory: px.Mem
     """Columns of an unpadded 32 x 32 float tile lie in one bank; a padded or swizzled one spreads them over all."""
     x = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
     y = memory.empty(x.nbytes)
-    counters = cuda("layouts.cu").launch(
-        f"transpose_{layout}", (2, 2), (32, 8), [memory.upload(x), y, 64], memory=memory
-    )
+    counters = cuda("layouts.cu").launch(f"transpose_{layout}", (2, 2), (32, 8), [memory.upload(x), y, 64], memory=memory)
     np.testing.assert_array_equal(memory.download(y, np.float32, (64, 64)), x.T)
     rows = 64 * 64 // 32
     assert (counters.of("shared_store").units, counters.of("shared_store").ideal) == (rows, rows)

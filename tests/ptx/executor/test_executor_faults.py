@@ -46,9 +46,7 @@ def launch(module: px.Module, kernel: str, memory: px.Memory, **options: bool) -
 
 
 @pytest.mark.parametrize(("kernel", "kind", "message"), FAULTS, ids=[f[0] for f in FAULTS])
-def test_planted_bug_is_caught(
-    cuda: Callable[..., px.Module], memory: px.Memory, kernel: str, kind: str, message: str
-) -> None:
+def test_planted_bug_is_caught(cuda: Callable[..., px.Module], memory: px.Memory, kernel: str, kind: str, message: str) -> None:
     with pytest.raises(px.KernelFault, match=message) as caught:
         launch(cuda("faults.cu"), kernel, memory)
     fault = caught.value
@@ -118,9 +116,7 @@ def test_too_much_shared_memory_is_refused(cuda: Callable[..., px.Module], memor
 
 def test_lane_outside_of_its_member_mask() -> None:
     with pytest.raises(px.KernelFault, match="lane 0 is not in its mask 0xfffffffe") as caught:
-        run_snippet(
-            "setp.eq.u32 %p0, %i0, 0; vote.sync.ballot.b32 %o, %p0, 0xfffffffe;", [np.zeros(32, np.uint32)], np.uint32
-        )
+        run_snippet("setp.eq.u32 %p0, %i0, 0; vote.sync.ballot.b32 %o, %p0, 0xfffffffe;", [np.zeros(32, np.uint32)], np.uint32)
     assert caught.value.kind == "member-mask"
 
 

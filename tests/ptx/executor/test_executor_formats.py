@@ -69,9 +69,7 @@ def test_comparisons_of_halves() -> None:
 
 def test_predicates_combine() -> None:
     a, b = np.uint32([1, 2, 3, 4]), np.uint32([2, 2, 2, 2])
-    body = (
-        "setp.eq.u32 %p0, %i1, 2; setp.lt.xor.u32 %p1|%p2, %i0, %i1, !%p0; not.pred %p3, %p2; xor.pred %p4, %p1, !%p3;"
-    )
+    body = "setp.eq.u32 %p0, %i1, 2; setp.lt.xor.u32 %p1|%p2, %i0, %i1, !%p0; not.pred %p3, %p2; xor.pred %p4, %p1, !%p3;"
     got = run_snippet(body + "selp.b32 %o, 1, 0, %p1; @%p4 add.u32 %o, %o, 10;", [a, b], np.uint32)
     assert got.tolist() == [11, 10, 10, 10]
 
@@ -79,7 +77,7 @@ def test_predicates_combine() -> None:
 @pytest.mark.parametrize(
     ("instruction", "value", "want"),
     [
-        ("cvt.sat.f32.f32", np.float32([-1, 0.25, 7, np.nan]), np.float32([0, 0.25, 1, 0])),
+        ("cvt.sat.f32.f32", np.float32([-1, 0.25, 7, np.nan, -0.0]), np.float32([0, 0.25, 1, 0, 0])),
         ("cvt.rn.relu.f16.f32", np.float32([-1, 0.25, 1e6, -0.0]), np.float16([0, 0.25, np.inf, 0])),
         ("cvt.rpi.f32.f32", np.float32([0.1, -0.1, 2.5, -2.5]), np.float32([1, -0.0, 3, -2])),
         ("cvt.f32.f16", np.float16([1.5, -0.0, np.inf, 6e-8]), np.float32([1.5, -0.0, np.inf, np.float16(6e-8)])),

@@ -82,9 +82,7 @@ MATMULS = [
 @pytest.mark.parametrize(
     ("kind", "arch", "tile", "warps", "instruction"), MATMULS, ids=[f"{m[0]}-sm_{m[1]}-{m[2]}" for m in MATMULS]
 )
-def test_triton_matrix_product(
-    kind: str, arch: int, tile: tuple[int, int, int], warps: int, instruction: str | None
-) -> None:
+def test_triton_matrix_product(kind: str, arch: int, tile: tuple[int, int, int], warps: int, instruction: str | None) -> None:
     m, n, k = 100, 80, 80  # ragged in every dimension
     if kind == "i8":
         a, b = (torch.randint(-128, 128, s, dtype=torch.int8) for s in ((m, k), (k, n)))
@@ -103,9 +101,7 @@ def test_triton_matrix_product(
         "k": "i32",
     }
     constants = {"BM": bm, "BN": bn, "BK": bk, "SUM": tl.int32 if kind == "i8" else tl.float32}
-    compiled = px.compile_triton(
-        matmul, signature, constants, arch, ["a", "b", "c", "n", "k"], num_warps=warps, num_stages=3
-    )
+    compiled = px.compile_triton(matmul, signature, constants, arch, ["a", "b", "c", "n", "k"], num_warps=warps, num_stages=3)
     blocks = (-(-m // bm), -(-n // bn))
     counters = px.launch_triton(compiled, blocks, [a, b, px.Output(c), m, n, k])
     if kind == "i8":
