@@ -168,6 +168,8 @@ def _bench_training(console: Any, arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import replace
 
+    from rich.console import Console
+
     from resnet_fused.bench import inference, training
 
     names = [name for name in training.VARIANTS if name != training.COMPILE or not (arguments.quick or arguments.no_compile)]
@@ -183,7 +185,7 @@ def _bench_training(console: Any, arguments: argparse.Namespace) -> int:
 
             comparisons.append(training.compare(workload, names, 4 * arguments.seconds, step))
     machine = inference.machine()
-    console.print(training.table(comparisons))
+    (console if console.is_terminal else Console(width=160)).print(training.table(comparisons))
     arguments.out.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "comparisons": [comparison.to_json() for comparison in comparisons]}
     (arguments.out / "training.json").write_text(json.dumps(content, indent=2) + "\n")
