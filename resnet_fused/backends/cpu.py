@@ -125,7 +125,9 @@ class CPU:
         # oneDNN uses AMX, at many times the rate of our instructions.
         if problem.dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16():
             return False
-        return cpu_plan.block_wins(problem) if problem.op in _BLOCKS else True
+        if problem.op in _BLOCKS:
+            return cpu_plan.block_wins(problem)
+        return problem.op == "stem" or cpu_plan.conv_wins(problem)
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         if problem.op in _BLOCKS:

@@ -100,7 +100,24 @@ def block(problem: Problem) -> BlockPlan:
 
 
 def block_wins(problem: Problem) -> bool:
-    """Whether the block as a whole was measured to beat its layers one by one: where its rows outweigh its weights."""
+    """Whether the block as a whole was measured to beat its layers one by one, inside of whole models on two cores.
+
+    A batch must give every thread enough strips; on images of 4×4 pixels and less most of a
+    tile is padding, and wide layers' weights don't stay in the cache from strip to strip.
+    """
     n, _, h, w = problem.shape
-    width = problem.main_path[0].out_channels
-    return width <= 128 or (width <= 256 and n * _tiles(h, w, 4) >= 48)
+    width, tiles = problem.main_path[0].out_channels, _tiles(h, w, 4)
+    if problem.op == "basic_block":
+        return n >= 8 and tiles >= 4 and width <= 256
+    return n >= 2 and n * tiles >= 96 and width <= 128
+
+
+def conv_wins(problem: Problem) -> bool:
+    """Whether a convolution was measured to be at least level with oneDNN's."""
+    (conv,) = problem.convs
+    n, _, h, w = problem.shape
+    # Below a thousand pixels what counts is how long a call takes at all, and oneDNN's takes twice as long.
+    if conv.kernel != (3, 3) or n * h * w < 1024:
+        return True
+    # With fewer channels the transforms outweigh the products, and the direct sum of stride 2 has no edge over oneDNN's.
+    return conv.in_channels >= 32 and (conv.stride == (1, 1) or winograd(problem) is not None)
