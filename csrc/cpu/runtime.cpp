@@ -94,9 +94,11 @@ void run_units(int64_t units, void (*unit)(void*, int64_t, int64_t), void* conte
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     int64_t u = next.fetch_add(1, std::memory_order_relaxed);
     while (u < units) {
-      const int64_t following = next.fetch_add(1, std::memory_order_relaxed);
-      unit(context, u, following);
-      u = following;
+      // A thread claims its next unit early, but not among the last ones: another thread would stand idle for it.
+      const bool plenty = next.load(std::memory_order_relaxed) + 2 * threads <= units;
+      const int64_t claimed = plenty ? next.fetch_add(1, std::memory_order_relaxed) : units;
+      unit(context, u, claimed);
+      u = claimed < units ? claimed : next.fetch_add(1, std::memory_order_relaxed);
     }
   });
 }

@@ -11,8 +11,8 @@ namespace resnet_fused::cpu {
 int64_t thread_count();
 
 // Runs unit(context, u, following) for every u in [0, units) on PyTorch's threads. Units are handed out one by one, so that
-// a thread which loses its core to another process delays no more than the two units in its hands. `following` is the
-// thread's next unit (>= units: none), known in advance so that its memory can be prefetched.
+// a thread which loses its core to another process delays no more than the two units in its hands (one, among the last). `following` is the
+// thread's next unit, where it is known in advance so that its memory can be prefetched (>= units: none).
 void run_units(int64_t units, void (*unit)(void* context, int64_t u, int64_t following), void* context);
 
 template <class Unit>
