@@ -40,7 +40,8 @@ class Pool {
     size_t best = free_.size();
     for (size_t i = 0; i < free_.size(); ++i) {
       const int64_t size = free_[i]->size;
-      if (size >= bytes && size / LARGEST_WASTE <= bytes && (best == free_.size() || size < free_[best]->size)) best = i;
+      // Of blocks of one size the one given back last, some of which is still in the caches.
+      if (size >= bytes && size / LARGEST_WASTE <= bytes && (best == free_.size() || size <= free_[best]->size)) best = i;
     }
     Block* block = nullptr;
     if (best < free_.size()) {

@@ -37,7 +37,7 @@ namespace resnet_fused::cpu {
 
 const Kernels& avx512_kernels() {
   using namespace RF_ISA;
-  static const Kernels kernels{LANES, pack, winograd, pointwise, direct, stem, bottleneck, basic_block, multiply_add_loop};
+  static const Kernels kernels{LANES, pack, transform_packed, transformed_size, winograd, pointwise, direct, stem, bottleneck, basic_block, multiply_add_loop};
   return kernels;
 }
 

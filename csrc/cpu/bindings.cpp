@@ -62,11 +62,15 @@ void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
   STD_TORCH_CHECK(p.out_height > 0 && p.out_width > 0, "x is smaller than the kernel: the result would be empty.");
 }
 
-void check_parameters(const ConvParams& p, const Tensor& weights, const Tensor& shift) {
+// Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed.
+void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, const Tensor& shift) {
   const int64_t panel = 2 * kernels().lanes, padded = (p.out_channels + panel - 1) / panel * panel;
   const int64_t wanted = padded * p.kernel_h * p.kernel_w * p.in_channels;
-  STD_TORCH_CHECK(weights.numel() == wanted, "weights has ", weights.numel(), " elements, the packed weights of this problem ",
-                  wanted, "; make it with resnet_fused_cpu::pack.");
+  p.transformed = p.kernel_h == 3 && p.kernel_w == 3 && weights.scalar_type() == ScalarType::Float &&
+                  weights.numel() == kernels().transformed_size(p.in_channels, p.out_channels, p.stride_h);
+  STD_TORCH_CHECK(p.transformed || weights.scalar_type() == dtype, "weights and x differ in dtype; pack the weights in x's dtype.");
+  STD_TORCH_CHECK(p.transformed || weights.numel() == wanted, "weights has ", weights.numel(),
+                  " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");
   STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.numel() == padded, "shift must be float32 with ", padded,
                   " elements (whole panels); it has ", shift.numel(), ".");
 }
@@ -92,6 +96,20 @@ Tensor pack(Tensor weight, bool pairs) {
   return packed;
 }
 
+// Packed weights of a 3 x 3 convolution of stride 1 or 2 as Winograd multiplies them: float32, about four times as large.
+Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64_t stride) {
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride is ", stride, "; Winograd serves strides 1 and 2.");
+  const int64_t panel = 2 * kernels().lanes, wanted = (out_channels + panel - 1) / panel * panel * 9 * in_channels;
+  STD_TORCH_CHECK(packed.numel() == wanted, "packed has ", packed.numel(), " elements, the packed weights of this convolution ",
+                  wanted, "; make it with resnet_fused_cpu::pack.");
+  const std::array<int64_t, 1> size{kernels().transformed_size(in_channels, out_channels, stride)};
+  Tensor u = torch::stable::empty({size.data(), size.size()}, ScalarType::Float, std::nullopt, packed.device());
+  advise_huge_pages(u.mutable_data_ptr(), size[0] * static_cast<int64_t>(sizeof(float)));
+  kernels().transform({packed.const_data_ptr(), false, nullptr, in_channels, out_channels}, stride,
+                      packed.scalar_type() == ScalarType::BFloat16, static_cast<float*>(u.mutable_data_ptr()));
+  return u;
+}
+
 ConvParams conv_params(const Tensor& x, const Tensor& weights, const Tensor& shift, int64_t out_channels,
                        const std::vector<int64_t>& geometry, bool relu) {
   check_cpu_activations(x, "x");
@@ -103,9 +121,8 @@ ConvParams conv_params(const Tensor& x, const Tensor& weights, const Tensor& shi
   p.out_channels = out_channels;
   p.relu = relu;
   p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(weights.scalar_type() == x.scalar_type(), "weights and x differ in dtype; pack the weights in x's dtype.");
   set_geometry(p, geometry);
-  check_parameters(p, weights, shift);
+  check_parameters(p, x.scalar_type(), weights, shift);
   return p;
 }
 
@@ -130,6 +147,7 @@ Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residu
     kernels().winograd(p, winograd_plan(p, plan));
     return y;
   }
+  STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
   STD_TORCH_CHECK(!p.bfloat16 || (has_avx512_bf16() && p.in_channels % 2 == 0),
                   "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
   if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
@@ -140,12 +158,13 @@ Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residu
   return y;
 }
 
-LayerParams layer_params(const Tensor& weights, const Tensor& shift, int64_t in_channels, int64_t out_channels,
-                         int64_t kernel) {
+LayerParams layer_params(ScalarType dtype, const Tensor& weights, const Tensor& shift, int64_t in_channels,
+                         int64_t out_channels, int64_t kernel) {
   ConvParams p{};
   p.in_channels = in_channels, p.out_channels = out_channels, p.kernel_h = p.kernel_w = kernel;
-  check_parameters(p, weights, shift);
-  return {weights.const_data_ptr(), static_cast<const float*>(shift.const_data_ptr()), in_channels, out_channels};
+  p.stride_h = p.stride_w = 1;
+  check_parameters(p, dtype, weights, shift);
+  return {weights.const_data_ptr(), p.transformed, static_cast<const float*>(shift.const_data_ptr()), in_channels, out_channels};
 }
 
 // y = relu(layers(x) + shortcut(x)) of a block of stride 1. `channels`: those of x, then of each layer's result; as many
@@ -165,15 +184,12 @@ Tensor block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> shifts, 
                   "channels don't match x, or the identity shortcut.");
   BlockParams p{};
   p.batch = x.size(0), p.height = x.size(2), p.width = x.size(3);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(weights[i].scalar_type() == x.scalar_type(), "weights and x differ in dtype; pack the weights in x's dtype.");
-  }
   for (size_t i = 0; i < layers; ++i) {
     STD_TORCH_CHECK(!bfloat16 || channels[i] % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", channels[i], ".");
     const bool pointwise = layers == 3 && i != 1;
-    p.layers[i] = layer_params(weights[i], shifts[i], channels[i], channels[i + 1], pointwise ? 1 : 3);
+    p.layers[i] = layer_params(x.scalar_type(), weights[i], shifts[i], channels[i], channels[i + 1], pointwise ? 1 : 3);
   }
-  if (weights.size() > layers) p.shortcut = layer_params(weights[layers], shifts[layers], channels[0], channels[layers], 1);
+  if (weights.size() > layers) p.shortcut = layer_params(x.scalar_type(), weights[layers], shifts[layers], channels[0], channels[layers], 1);
   p.strip = plan[0], p.parts = plan[1], p.panels = plan[2];
   Tensor y = new_activations(x, p.batch, channels[layers], p.height, p.width);
   p.x = x.const_data_ptr();
@@ -251,6 +267,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("measure_peak(bool bfloat16) -> float");
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool pairs=False) -> Tensor");
+  m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
   m.def(
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> Tensor");
@@ -268,6 +285,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("measure_peak", TORCH_BOX(&measure_peak));
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("transform", TORCH_BOX(&transform));
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("stem", TORCH_BOX(&stem));
   m.impl("release_activations", TORCH_BOX(&release_activations));

@@ -62,16 +62,11 @@ void for_each_part(const BlockParams& p, Unit&& unit) {
   parallel_units(p.batch * p.parts, [&](int64_t u, int64_t) { unit(BlockPart(p, u)); });
 }
 
-inline TransformedWeights transform_block_layer(Scratch& scratch, const LayerParams& layer, bool relu) {
-  return transform_layer<BlockPart::F, Activation>(scratch, static_cast<const Activation*>(layer.weights), layer.shift,
-                                                   layer.in_channels, layer.out_channels, relu);
-}
-
 inline void bottleneck(const BlockParams& p) {
   constexpr int64_t M = BlockPart::F::M;
   const auto& [reduce, spatial, expand] = p.layers;
   Scratch shared;
-  const TransformedWeights weights = transform_block_layer(shared, spatial, true);
+  const TransformedWeights weights = layer_weights<BlockPart::F, Activation>(shared, spatial, true);
 
   for_each_part(p, [&](const BlockPart& part) {
     Scratch scratch;
@@ -108,8 +103,8 @@ inline void basic_block(const BlockParams& p) {
   constexpr int64_t POINTS = BlockPart::F::A * BlockPart::F::A;
   const LayerParams &first_layer = p.layers[0], &second_layer = p.layers[1];
   Scratch shared;
-  const TransformedWeights first_weights = transform_block_layer(shared, first_layer, true);
-  const TransformedWeights second_weights = transform_block_layer(shared, second_layer, true);
+  const TransformedWeights first_weights = layer_weights<BlockPart::F, Activation>(shared, first_layer, true);
+  const TransformedWeights second_weights = layer_weights<BlockPart::F, Activation>(shared, second_layer, true);
 
   for_each_part(p, [&](const BlockPart& part) {
     Scratch scratch;

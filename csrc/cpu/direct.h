@@ -82,7 +82,7 @@ inline void direct(const ConvParams& p) {
         }
         const int64_t at = ((n * p.out_height + o) * p.out_width) * p.out_channels + channel;
         convolve_rows<LANES>(
-            ConvTile<Activation>{taps, taps_count, 0, LANES, layout.block_stride, channels, 0,
+            ConvTile<Activation>{taps, taps_count, LANES, layout.block_stride, channels, 0,
                             static_cast<const float*>(p.weights) + channel * taps_count * channels, p.shift + channel,
                             residual == nullptr ? nullptr : residual + at, static_cast<Activation*>(p.y) + at, p.out_channels,
                             p.out_channels - channel, p.relu},

@@ -25,9 +25,10 @@
 #define RF_UNROLL(n) RF_PRAGMA(GCC unroll n)
 #endif
 
-#define RF_ISA_AVX2_BEGIN RF_TARGET("avx2,fma")
-#define RF_ISA_AVX512_BEGIN RF_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#define RF_ISA_AVX512_BF16_BEGIN RF_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+// prfchw lets a prefetch for writing take the line from other cores at once; a CPU that doesn't know it does nothing.
+#define RF_ISA_AVX2_BEGIN RF_TARGET("avx2,fma,prfchw")
+#define RF_ISA_AVX512_BEGIN RF_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prfchw")
+#define RF_ISA_AVX512_BF16_BEGIN RF_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prfchw")
 
 #define RF_INLINE inline __attribute__((always_inline))
 

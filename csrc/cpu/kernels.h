@@ -9,6 +9,9 @@ namespace resnet_fused::cpu {
 struct Kernels {
   int64_t lanes;  // float32 lanes of a vector; a panel of packed weights is two vectors wide
   void (*pack)(const void* weights, void* packed, int64_t out_channels, int64_t in_channels, int64_t taps, bool bfloat16);
+  // U of a 3 x 3 layer's packed weights, and its number of elements (in_channels, out_channels, stride).
+  void (*transform)(const LayerParams& layer, int64_t stride, bool bfloat16, float* u);
+  int64_t (*transformed_size)(int64_t in_channels, int64_t out_channels, int64_t stride);
   void (*winograd)(const ConvParams&, const WinogradPlan&);
   void (*pointwise)(const ConvParams&);
   void (*direct)(const ConvParams&);

@@ -13,6 +13,7 @@ struct Bf16 {
 struct ConvParams {
   const void* x;
   const void* weights;    // packed panels, see pack.h; float32, or bfloat16 where x is
+  bool transformed;       // weights are Winograd's U in float32, see winograd_stages.h
   const float* shift;     // padded with zeros to whole panels
   const void* residual;   // shape of y, or null
   void* y;
@@ -32,9 +33,10 @@ struct WinogradPlan {
   bool by_panels;          // split the work over output channels (deep layers), not over tiles
 };
 
-// One convolution of a block: packed weights, shift padded to whole panels.
+// One convolution of a block: packed (or transformed) weights, shift padded to whole panels.
 struct LayerParams {
   const void* weights;
+  bool transformed;
   const float* shift;
   int64_t in_channels, out_channels;
 };

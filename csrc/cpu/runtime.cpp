@@ -84,23 +84,39 @@ thread_local Arena arena;
 
 int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-void run_units(int64_t units, void (*unit)(void*, int64_t, int64_t), void* context) {
-  const int64_t threads = std::min(thread_count(), units);
-  if (threads <= 1) {
-    for (int64_t u = 0; u < units; ++u) unit(context, u, u + 1);
-    return;
+// A run of neighbouring units, on a cache line of its own.
+struct alignas(CACHE_LINE) Units::Run {
+  std::atomic<int64_t> next;
+  int64_t end;
+
+  // The next unit of the run if it has more than `spared` left; -1 otherwise.
+  int64_t take(int64_t spared) {
+    if (next.load(std::memory_order_relaxed) + spared >= end) return -1;
+    const int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
+    return unit < end ? unit : -1;
   }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    int64_t u = next.fetch_add(1, std::memory_order_relaxed);
-    while (u < units) {
-      // A thread claims its next unit early, but not among the last ones: another thread would stand idle for it.
-      const bool plenty = next.load(std::memory_order_relaxed) + 2 * threads <= units;
-      const int64_t claimed = plenty ? next.fetch_add(1, std::memory_order_relaxed) : units;
-      unit(context, u, claimed);
-      u = claimed < units ? claimed : next.fetch_add(1, std::memory_order_relaxed);
-    }
-  });
+};
+
+bool Units::take() {
+  current_ = following_;
+  for (int64_t i = 0; current_ < 0 && i < threads_; ++i) current_ = runs_[(thread_ + i) % threads_].take(0);
+  following_ = current_ < 0 ? -1 : runs_[thread_].take(threads_ > 1 ? 1 : 0);
+  return current_ >= 0;
+}
+
+void run_workers(int64_t units, void (*worker)(void*, Units&), void* context) {
+  const int64_t threads = std::max<int64_t>(std::min(thread_count(), units), 1);
+  std::vector<Units::Run> runs(static_cast<size_t>(threads));
+  for (int64_t i = 0; i < threads; ++i) {
+    Units::Run& run = runs[static_cast<size_t>(i)];
+    run.next.store(units * i / threads, std::memory_order_relaxed);
+    run.end = units * (i + 1) / threads;
+  }
+  const auto work = [&](int64_t thread, int64_t) {
+    Units own(runs.data(), threads, thread);
+    worker(context, own);
+  };
+  threads == 1 ? work(0, 1) : torch::stable::parallel_for(0, threads, 1, work);
 }
 
 Scratch::Scratch() : chunk_(arena.current), used_(arena.used) {}

@@ -10,17 +10,45 @@ namespace resnet_fused::cpu {
 // The threads that torch.set_num_threads grants a parallel region.
 int64_t thread_count();
 
-// Runs unit(context, u, following) for every u in [0, units) on PyTorch's threads. Units are handed out one by one, so that
-// a thread which loses its core to another process delays no more than the two units in its hands (one, among the last). `following` is the
-// thread's next unit, where it is known in advance so that its memory can be prefetched (>= units: none).
-void run_units(int64_t units, void (*unit)(void* context, int64_t u, int64_t following), void* context);
+// The units of work that a thread takes, one by one, in a parallel region: first those of a run of its own, so that from layer
+// to layer a thread works on the same part of an image and finds it in its own cache, then what others haven't begun, so that
+// a thread that loses its core to another process delays no more than the two units in its hands.
+class Units {
+ public:
+  struct Run;
 
+  Units(Run* runs, int64_t threads, int64_t thread) : runs_(runs), threads_(threads), thread_(thread) {}
+
+  // Takes the next unit; false when there is none.
+  bool take();
+  int64_t current() const { return current_; }
+  // The unit after this one, claimed in advance so that its memory can be prefetched; -1 where it isn't known.
+  int64_t following() const { return following_; }
+
+ private:
+  Run* const runs_;
+  const int64_t threads_, thread_;
+  int64_t current_ = -1, following_ = -1;
+};
+
+// Runs worker(context, units) on each of PyTorch's threads, as many as there are units for.
+void run_workers(int64_t units, void (*worker)(void* context, Units& units), void* context);
+
+// Runs worker(Units&) on each thread: for work that keeps something of its own from one unit to the next.
+template <class Worker>
+void parallel_workers(int64_t units, Worker&& worker) {
+  using Callable = std::remove_reference_t<Worker>;
+  run_workers(
+      units, [](void* context, Units& own) { (*static_cast<Callable*>(context))(own); },
+      const_cast<void*>(static_cast<const void*>(&worker)));
+}
+
+// Runs unit(u, following) for every u in [0, units).
 template <class Unit>
 void parallel_units(int64_t units, Unit&& unit) {
-  using Callable = std::remove_reference_t<Unit>;
-  run_units(
-      units, [](void* context, int64_t u, int64_t following) { (*static_cast<Callable*>(context))(u, following); },
-      const_cast<void*>(static_cast<const void*>(&unit)));
+  parallel_workers(units, [&](Units& own) {
+    while (own.take()) unit(own.current(), own.following());
+  });
 }
 
 // Scratch memory of the calling thread: a stack in one block that grows and stays with the thread. A Scratch object gives

@@ -79,23 +79,24 @@ struct ProductTile {
 };
 
 template <int ROWS>
-void product_tile(const ProductTile& t) {
+void product_tile(const ProductTile& t, int64_t first_row) {
+  float* c = t.c + first_row * LANES;
   Accumulators<ROWS> acc;
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) acc.low[r] = acc.high[r] = zero();
-  multiply<FloatProducts, ROWS, LANES>(acc, t.a, LANES, t.a_block_stride, t.channels, t.b);
+  multiply<FloatProducts, ROWS, LANES>(acc, t.a + first_row * LANES, LANES, t.a_block_stride, t.channels, t.b);
   if (t.accumulate) {
     // After the sum, not before it: sums of sums round less than one long sum.
     RF_UNROLL(16)
     for (int r = 0; r < ROWS; ++r) {
-      acc.low[r] = add(acc.low[r], load(t.c + r * LANES));
-      acc.high[r] = add(acc.high[r], load(t.c + t.c_vector_stride + r * LANES));
+      acc.low[r] = add(acc.low[r], load(c + r * LANES));
+      acc.high[r] = add(acc.high[r], load(c + t.c_vector_stride + r * LANES));
     }
   }
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) {
-    store(t.c + r * LANES, acc.low[r]);
-    store(t.c + t.c_vector_stride + r * LANES, acc.high[r]);
+    store(c + r * LANES, acc.low[r]);
+    store(c + t.c_vector_stride + r * LANES, acc.high[r]);
   }
 }
 
@@ -106,7 +107,6 @@ template <class Out>
 struct ConvTile {
   const float* const* taps;
   int64_t tap_count;
-  int64_t tap_offset;        // added to every tap
   int64_t row_stride;        // between neighbouring output pixels
   int64_t block_stride;      // between blocks of LANES channels
   int64_t channels;          // summed per tap
@@ -146,21 +146,21 @@ RF_INLINE void prefetch_rows(const Out* p, int64_t pixel_stride, Prefetch prefet
 
 // The epilogue of a whole panel.
 template <int ROWS, bool RESIDUAL, class Out>
-RF_INLINE void finish_rows(const Accumulators<ROWS>& acc, const ConvTile<Out>& t, vec floor) {
-  const Out* residual = t.residual;
-  Out* y = t.y;
+RF_INLINE void finish_rows(const Accumulators<ROWS>& acc, const Out* residual, Out* y, int64_t pixel_stride, vec floor) {
   RF_UNROLL(16)
-  for (int r = 0; r < ROWS; ++r, y += t.pixel_stride) {
+  for (int r = 0; r < ROWS; ++r, y += pixel_stride) {
     finish(acc.low[r], RESIDUAL ? residual : nullptr, y, floor);
     finish(acc.high[r], RESIDUAL ? residual + LANES : nullptr, y + LANES, floor);
-    if (RESIDUAL) residual += t.pixel_stride;
+    if (RESIDUAL) residual += pixel_stride;
   }
 }
 
 template <int ROWS, int STRIDE, class Out>
-void conv_tile(const ConvTile<Out>& t) {
-  prefetch_rows<ROWS>(t.y, t.pixel_stride, [](const Out* p) { prefetch_for_write(p); });
-  if (t.residual != nullptr) prefetch_rows<ROWS>(t.residual, t.pixel_stride, [](const Out* p) { prefetch_l1(p); });
+void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
+  Out* y = t.y + first_row * t.pixel_stride;
+  const Out* residual = t.residual == nullptr ? nullptr : t.residual + first_row * t.pixel_stride;
+  prefetch_rows<ROWS>(y, t.pixel_stride, [](const Out* p) { prefetch_for_write(p); });
+  if (residual != nullptr) prefetch_rows<ROWS>(residual, t.pixel_stride, [](const Out* p) { prefetch_l1(p); });
 
   Accumulators<ROWS> acc;
   const vec shift_low = load(t.shift), shift_high = load(t.shift + LANES);
@@ -170,18 +170,18 @@ void conv_tile(const ConvTile<Out>& t) {
     acc.high[r] = shift_high;
   }
   const float* b = t.b;
+  const int64_t offset = first_row * (STRIDE != RUNTIME_STRIDE ? STRIDE : t.row_stride);
   for (int64_t tap = 0; tap < t.tap_count; ++tap) {
-    b = multiply<UnitProducts, ROWS, STRIDE>(acc, t.taps[tap] + t.tap_offset, t.row_stride, t.block_stride, t.channels, b,
+    b = multiply<UnitProducts, ROWS, STRIDE>(acc, t.taps[tap] + offset, t.row_stride, t.block_stride, t.channels, b,
                                              t.ahead);
   }
 
   const vec floor = t.relu ? zero() : splat(-__builtin_inff());
   if (t.out_lanes >= PANEL) {
-    t.residual == nullptr ? finish_rows<ROWS, false>(acc, t, floor) : finish_rows<ROWS, true>(acc, t, floor);
+    residual == nullptr ? finish_rows<ROWS, false>(acc, residual, y, t.pixel_stride, floor)
+                        : finish_rows<ROWS, true>(acc, residual, y, t.pixel_stride, floor);
     return;
   }
-  const Out* residual = t.residual;
-  Out* y = t.y;
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r, y += t.pixel_stride) {
     finish(acc.low[r], residual, y, floor, t.out_lanes);
@@ -192,8 +192,10 @@ void conv_tile(const ConvTile<Out>& t) {
 
 // ---- Splitting a run of rows into tiles ---------------------------------------------------------------------------------
 
+// Tiles of one run share their arguments and differ in the first row: a copy of the arguments for each tile would have to wait
+// until the results that were stored before it have reached the cache.
 template <class Args>
-using TileFunction = void (*)(const Args&);
+using TileFunction = void (*)(const Args&, int64_t first_row);
 
 template <int... N>
 constexpr std::array<TileFunction<ProductTile>, sizeof...(N)> product_tiles(std::integer_sequence<int, N...>) {
@@ -220,31 +222,16 @@ RF_INLINE void for_each_row_tile(int64_t rows, Visit&& visit) {
 }
 
 // c[2][rows][LANES] (+)= a[.][rows][LANES] * b
-RF_INLINE void multiply_rows(ProductTile t, int64_t rows) {
+RF_INLINE void multiply_rows(const ProductTile& t, int64_t rows) {
   static constexpr auto tiles = product_tiles(RowCounts{});
-  const float* a = t.a;
-  float* c = t.c;
-  for_each_row_tile(rows, [&](int64_t first, int64_t height) {
-    t.a = a + first * LANES;
-    t.c = c + first * LANES;
-    tiles[static_cast<size_t>(height - 1)](t);
-  });
+  for_each_row_tile(rows, [&](int64_t first, int64_t height) { tiles[static_cast<size_t>(height - 1)](t, first); });
 }
 
 // The convolution of a run of output pixels; STRIDE as in multiply().
 template <int STRIDE, class Out>
-RF_INLINE void convolve_rows(ConvTile<Out> t, int64_t rows) {
+RF_INLINE void convolve_rows(const ConvTile<Out>& t, int64_t rows) {
   static constexpr auto tiles = conv_tiles<STRIDE, Out>(RowCounts{});
-  const int64_t stride = STRIDE != RUNTIME_STRIDE ? STRIDE : t.row_stride;
-  const int64_t offset = t.tap_offset;
-  const Out* residual = t.residual;
-  Out* y = t.y;
-  for_each_row_tile(rows, [&](int64_t first, int64_t height) {
-    t.tap_offset = offset + first * stride;
-    t.y = y + first * t.pixel_stride;
-    t.residual = residual == nullptr ? nullptr : residual + first * t.pixel_stride;
-    tiles[static_cast<size_t>(height - 1)](t);
-  });
+  for_each_row_tile(rows, [&](int64_t first, int64_t height) { tiles[static_cast<size_t>(height - 1)](t, first); });
 }
 
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -30,9 +30,6 @@ struct TileGrid {
   int64_t in_height, height, down, across, count;
 };
 
-// Elements of V that by_panels holds at a time: 16 MiB.
-constexpr int64_t LARGEST_V = int64_t{4} << 20;
-
 template <class F, class T>
 struct WinogradConv {
   static constexpr int POINTS = F::A * F::A;
@@ -40,12 +37,15 @@ struct WinogradConv {
   const ConvParams& p;
   const WinogradPlan& plan;
   const TileGrid<F> grid;
+  const TransformedWeights kept;             // if p.transformed
   const int64_t panels, in_vectors, blocks;  // blocks of plan.tiles tiles
 
   WinogradConv(const ConvParams& params, const WinogradPlan& how)
       : p(params),
         plan(how),
         grid(params),
+        kept(transformed_weights<F>(static_cast<const float*>(params.weights), params.shift, params.in_channels,
+                                    params.out_channels, params.relu)),
         panels(panel_count(params.out_channels)),
         in_vectors(vector_count(params.in_channels)),
         blocks((grid.count + how.tiles - 1) / how.tiles) {}
@@ -71,12 +71,12 @@ struct WinogradConv {
             grid.left(tile)};
   }
 
-  // A thread takes a block of tiles through all stages, everything in its L2. The weights are transformed first, once for
-  // all threads.
+  // A thread takes a block of tiles through all stages, everything in its L2. Weights that weren't kept transformed are
+  // transformed first, once for all threads.
   void by_tiles() const {
     Scratch shared;
-    const TransformedWeights weights = transform_layer<F, T>(shared, static_cast<const T*>(p.weights), p.shift,
-                                                             p.in_channels, p.out_channels, p.relu);
+    const LayerParams layer{p.weights, p.transformed, p.shift, p.in_channels, p.out_channels};
+    const TransformedWeights weights = layer_weights<F, T>(shared, layer, p.relu);
     parallel_units(blocks, [&](int64_t block, int64_t following) {
       const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
       const int64_t out_begin = grid.batch_row(begin, 0) * p.out_width * p.out_channels;
@@ -86,7 +86,7 @@ struct WinogradConv {
       Prefetcher y(at_output(static_cast<const T*>(p.y)), out_count, first_steps);
       Prefetcher residual(at_output(static_cast<const T*>(p.residual)), out_count, first_steps);
       Prefetcher next_x;
-      if (following < blocks) {
+      if (following >= 0) {
         const int64_t first = block_begin(following), last = block_begin(following + 1) - 1;
         const int64_t row = grid.x_row(first, 1), rows = grid.x_row(last, F::M + 1) - row;
         const int64_t width = p.width * p.in_channels;
@@ -102,55 +102,60 @@ struct WinogradConv {
     });
   }
 
-  // All tiles are transformed first, for all threads; then a thread takes a panel of output channels (and a block of tiles)
-  // and transforms its weights chunk by chunk, just before their use. For deep layers, whose weights outweigh their pixels.
+  // A thread takes a panel of output channels for a block of tiles, and transforms the panel's weights chunk by chunk, just
+  // before their use: for deep layers, whose weights outweigh their pixels. Every thread transforms the tiles for itself: that
+  // is faster than reading V from where another core has written it.
   void by_panels() const {
-    const int64_t v_stride = point_stride(F::PHASES * in_vectors * plan.tiles), v_block = v_stride * POINTS;
-    // As many blocks at a time as keep V within the last-level cache, and scratch memory within bounds.
-    const int64_t blocks_at_once = std::max<int64_t>(1, LARGEST_V / v_block);
-    for (int64_t first = 0; first < blocks; first += blocks_at_once) {
-      by_panels(first, std::min(first + blocks_at_once, blocks), v_stride, v_block);
-    }
-  }
-
-  void by_panels(int64_t first, int64_t last, int64_t v_stride, int64_t v_block) const {
-    Scratch shared;
-    float* v = shared.take<float>((last - first) * v_block);
-    T* zeros = shared.take<T>(p.in_channels);
-    __builtin_memset(zeros, 0, static_cast<size_t>(p.in_channels) * sizeof(T));
-    const int64_t first_tile = block_begin(first), count = last - first;
-    parallel_units(block_begin(last) - first_tile, [&](int64_t unit, int64_t) {
-      const int64_t tile = first_tile + unit;
-      int64_t block = tile * blocks / grid.count;
-      while (block_begin(block + 1) <= tile) ++block;
-      const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-      transform_input_phases<F, T>(place(tile), zeros, v + (block - first) * v_block + (tile - begin) * LANES, v_stride,
-                                   in_vectors, tiles * LANES);
-    });
-    parallel_units(panels * count, [&](int64_t unit, int64_t following) {
-      one_panel(unit / count, first + unit % count, following / count, v + unit % count * v_block, v_stride);
-    });
-  }
-
-  void one_panel(int64_t panel, int64_t block, int64_t next_panel, const float* v, int64_t v_stride) const {
-    const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-    const int64_t chunk = std::min(plan.channel_chunk, p.in_channels), u_phase_stride = chunk * PANEL;
-    const int64_t u_stride = point_stride(F::PHASES * chunk * 2), m_stride = point_stride(2 * tiles);
-    Scratch scratch;
-    float* u = scratch.take<float>(u_stride * POINTS);
-    float* m = scratch.take<float>(m_stride * POINTS);
-
-    for (int64_t c = 0; c < p.in_channels; c += chunk) {
-      const int64_t channels = std::min(chunk, p.in_channels - c);
-      transform_weights<F, T>(panel_taps(panel) + c * PANEL, tap_stride(), channels, u, u_stride, u_phase_stride);
-      // The taps of the next chunk, tap by tap, while this chunk is multiplied.
-      const bool last = c + chunk >= p.in_channels;
-      const T* next = last ? (next_panel < panels ? panel_taps(next_panel) : nullptr) : panel_taps(panel) + (c + chunk) * PANEL;
-      const int64_t next_size = std::min(chunk, p.in_channels - (last ? 0 : c + chunk)) * PANEL;
-      for (int point = 0; point < POINTS; ++point) {
-        if (next != nullptr && point < 9) {
-          Prefetcher(next + point * tap_stride(), next_size, 1).template advance<false>();
+    const int64_t v_stride = point_stride(F::PHASES * in_vectors * plan.tiles);
+    parallel_workers(panels * blocks, [&](Units& units) {
+      Scratch scratch;
+      float* v = scratch.take<float>(v_stride * POINTS);
+      T* zeros = scratch.take<T>(p.in_channels);
+      __builtin_memset(zeros, 0, static_cast<size_t>(p.in_channels) * sizeof(T));
+      for (int64_t held = -1; units.take();) {
+        const int64_t block = units.current() / panels, begin = block_begin(block), tiles = block_begin(block + 1) - begin;
+        for (int64_t t = 0; block != held && t < tiles; ++t) {
+          transform_input_phases<F, T>(place(begin + t), zeros, v + t * LANES, v_stride, in_vectors, tiles * LANES);
         }
+        held = block;
+        one_panel(units.current() % panels, block, units.following(), v, v_stride);
+      }
+    });
+  }
+
+  // A share of the next chunk's taps, `size` elements each, at every point: memory keeps up with an even flow, not with bursts.
+  RF_INLINE void prefetch_taps(const T* taps, int64_t size, int point) const {
+    constexpr int SHARES = POINTS / 9;
+    const int64_t begin = size * (point % SHARES) / SHARES, end = size * (point % SHARES + 1) / SHARES;
+    Prefetcher(taps + point / SHARES * tap_stride() + begin, end - begin, 1).template advance<false>();
+  }
+
+  void one_panel(int64_t panel, int64_t block, int64_t following, const float* v, int64_t v_stride) const {
+    const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
+    const int64_t chunk = std::min(plan.channel_chunk, p.in_channels), m_stride = point_stride(2 * tiles);
+    Scratch scratch;
+    float* m = scratch.take<float>(m_stride * POINTS);
+    const float* u = kept.u + panel * kept.panel_stride;
+    int64_t u_stride = kept.point_stride, u_phase_stride = p.in_channels * PANEL;
+    float* made = nullptr;
+    if (!p.transformed) {
+      u_stride = point_stride(F::PHASES * chunk * 2), u_phase_stride = chunk * PANEL;
+      u = made = scratch.take<float>(u_stride * POINTS);
+    }
+
+    for (int64_t c = 0; c < p.in_channels; c += chunk, u += p.transformed ? chunk * PANEL : 0) {
+      const int64_t channels = std::min(chunk, p.in_channels - c);
+      const T* next = nullptr;
+      int64_t next_size = 0;
+      if (!p.transformed) {
+        transform_weights<F, T>(panel_taps(panel) + c * PANEL, tap_stride(), channels, made, u_stride, u_phase_stride);
+        // The next chunk's taps come into L2 while this chunk is multiplied.
+        const bool last = c + chunk >= p.in_channels;
+        next = !last ? panel_taps(panel) + (c + chunk) * PANEL : following >= 0 ? panel_taps(following % panels) : nullptr;
+        next_size = std::min(chunk, p.in_channels - (last ? 0 : c + chunk)) * PANEL;
+      }
+      for (int point = 0; point < POINTS; ++point) {
+        if (next != nullptr) prefetch_taps(next, next_size, point);
         const PhaseRun phases = F::run(point);
         for (int64_t i = 0; i < phases.count; ++i) {
           const int64_t phase = phases.first + i;
@@ -166,6 +171,24 @@ struct WinogradConv {
     }
   }
 };
+
+// U of a layer's packed weights, for a caller that keeps it.
+inline void transform_packed(const LayerParams& layer, int64_t stride, bool bfloat16, float* u) {
+  const auto run = [&](auto f, auto t) {
+    using T = decltype(t);
+    transform_layer<decltype(f), T>(static_cast<const T*>(layer.weights), layer.in_channels, layer.out_channels, u);
+  };
+  if (stride == 2) {
+    bfloat16 ? run(Stride2{}, Bf16{}) : run(Stride2{}, float{});
+  } else {
+    bfloat16 ? run(F4{}, Bf16{}) : run(F4{}, float{});
+  }
+}
+
+inline int64_t transformed_size(int64_t in_channels, int64_t out_channels, int64_t stride) {
+  return stride == 2 ? transformed_elements<Stride2>(in_channels, out_channels)
+                     : transformed_elements<F4>(in_channels, out_channels);
+}
 
 template <class F, class T>
 void run_winograd_as(const ConvParams& p, const WinogradPlan& plan) {

@@ -188,21 +188,42 @@ struct TransformedWeights {
   bool relu;
 };
 
-// Transforms all weights of a layer, on all threads, into memory taken from `scratch`.
+template <class F>
+int64_t transformed_elements(int64_t in_channels, int64_t out_channels) {
+  return panel_count(out_channels) * F::A * F::A * point_stride(F::PHASES * in_channels * 2);
+}
+
+template <class F>
+TransformedWeights transformed_weights(const float* u, const float* shift, int64_t in_channels, int64_t out_channels,
+                                       bool relu) {
+  const int64_t stride = point_stride(F::PHASES * in_channels * 2);
+  return {u, stride, stride * F::A * F::A, in_channels, out_channels, shift, relu};
+}
+
+// Transforms all weights of a layer, on all threads.
 template <class F, class T>
-TransformedWeights transform_layer(Scratch& scratch, const T* packed, const float* shift, int64_t in_channels,
-                                   int64_t out_channels, bool relu) {
+void transform_layer(const T* packed, int64_t in_channels, int64_t out_channels, float* u) {
   constexpr int64_t CHUNK = 64;  // input channels a unit of work
+  const TransformedWeights layer = transformed_weights<F>(u, nullptr, in_channels, out_channels, false);
   const int64_t panels = panel_count(out_channels), chunks = (in_channels + CHUNK - 1) / CHUNK;
-  const int64_t stride = point_stride(F::PHASES * in_channels * 2), panel_stride = stride * F::A * F::A;
-  float* u = scratch.take<float>(panels * panel_stride);
   parallel_units(panels * chunks, [&](int64_t unit, int64_t) {
     const int64_t panel = unit / chunks, c = unit % chunks * CHUNK;
     transform_weights<F, T>(packed + (panel * 9 * in_channels + c) * PANEL, in_channels * PANEL,
-                            std::min(CHUNK, in_channels - c), u + panel * panel_stride + c * PANEL, stride,
+                            std::min(CHUNK, in_channels - c), u + panel * layer.panel_stride + c * PANEL, layer.point_stride,
                             in_channels * PANEL);
   });
-  return {u, stride, panel_stride, in_channels, out_channels, shift, relu};
+}
+
+// The transformed weights of a layer: those that were kept, or else made in memory taken from `scratch`.
+template <class F, class T>
+TransformedWeights layer_weights(Scratch& scratch, const LayerParams& layer, bool relu) {
+  const float* u = static_cast<const float*>(layer.weights);
+  if (!layer.transformed) {
+    float* made = scratch.take<float>(transformed_elements<F>(layer.in_channels, layer.out_channels));
+    transform_layer<F, T>(static_cast<const T*>(layer.weights), layer.in_channels, layer.out_channels, made);
+    u = made;
+  }
+  return transformed_weights<F>(u, layer.shift, layer.in_channels, layer.out_channels, relu);
 }
 
 // Channels summed in one go: sums of sums round less than one long sum (measured: half the error at 256 channels).

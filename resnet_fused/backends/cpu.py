@@ -55,17 +55,18 @@ def _padded_shift(shift: Tensor) -> Tensor:
     return padded
 
 
-def _packed(folded: Folded, pairs: bool = False) -> tuple[Tensor, Tensor]:
-    """Packed weights and padded shift of one convolution, made once for all problems that use it.
-
-    `pairs`: as the bfloat16 direct kernels take them.
-    """
+def _packed(folded: Folded, conv: Conv, dtype: torch.dtype, winograd: bool) -> tuple[Tensor, Tensor]:
+    """Weights of one convolution as its kernel takes them, and padded shift, made once for all problems that use them."""
+    transformed = winograd and cpu_plan.keeps_transformed(conv)
+    pairs = dtype == torch.bfloat16 and not winograd
 
     def pack() -> tuple[Tensor, Tensor]:
         weight = torch.ops.resnet_fused_cpu.pack(folded.weights[0].detach().contiguous(), pairs)
+        if transformed:
+            weight = torch.ops.resnet_fused_cpu.transform(weight, conv.in_channels, conv.out_channels, conv.stride[0])
         return weight, _padded_shift(folded.shifts[0])
 
-    return folded.pack(("cpu", pairs), pack)
+    return folded.pack(("cpu", pairs, transformed), pack)
 
 
 def _bfloat16_unsupported(problem: Problem) -> str | None:
@@ -143,7 +144,7 @@ class CPU:
     def _conv(self, problem: Problem, folded: Folded) -> Kernel:
         (conv,) = problem.convs
         plan = [*map(int, cpu_plan.winograd(problem) or ())]
-        weight, shift = _packed(folded, pairs=problem.dtype == torch.bfloat16 and not plan)
+        weight, shift = _packed(folded, conv, problem.dtype, winograd=bool(plan))
         geometry = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
         relu, out_channels = problem.op != "conv2d_bn", conv.out_channels
         run = torch.ops.resnet_fused_cpu.conv.default
@@ -175,8 +176,10 @@ class CPU:
             folded.pack(("part", i), functools.partial(Folded, (weight,), (shift,)))
             for i, (weight, shift) in enumerate(zip(folded.weights, folded.shifts, strict=True))
         ]
-        bfloat16 = problem.dtype == torch.bfloat16
-        packed = [_packed(part, pairs=bfloat16 and conv.pointwise) for part, conv in zip(parts, problem.convs, strict=True)]
+        packed = [
+            _packed(part, conv, problem.dtype, winograd=not conv.pointwise)
+            for part, conv in zip(parts, problem.convs, strict=True)
+        ]
         weights, shifts = [weight for weight, _ in packed], [shift for _, shift in packed]
         channels = [problem.shape[1], *(conv.out_channels for conv in problem.main_path)]
         plan = [*cpu_plan.block(problem)]

@@ -54,6 +54,14 @@ def _stride_2(conv: Conv) -> bool:
     return conv[2:] == ((3, 3), (2, 2), (1, 1), (1, 1), 1) and conv.in_channels % 16 == 0
 
 
+def keeps_transformed(conv: Conv) -> bool:
+    """Whether a 3×3 convolution keeps its weights transformed, which takes four times their memory.
+
+    That is little where layers are narrow, and only there does making them anew at every call take longer than reading them.
+    """
+    return _unit_stride(conv) and conv.in_channels * conv.out_channels <= 128 * 128
+
+
 def winograd(problem: Problem) -> WinogradPlan | None:
     """The plan for a problem of one convolution; None where Winograd can't serve it, or where the direct sum is cheaper."""
     if problem.precision != "fast":
@@ -62,20 +70,16 @@ def winograd(problem: Problem) -> WinogradPlan | None:
     n, _, h, w = problem.shape
     if _unit_stride(conv):
         tiles = n * _tiles(h, w, 4)
-        if conv.in_channels <= 256 and tiles >= 96:
-            return WinogradPlan(4, 8, 8, 64, False)
-        return WinogradPlan(4, min(tiles, 64 if conv.in_channels <= 256 else 32), 1, 64, True)
+        if keeps_transformed(conv):
+            return WinogradPlan(4, 14 if conv.in_channels <= 64 else 28, 8, 64, False)
+        return WinogradPlan(4, min(tiles, 64), 1, 64, True)
     # In bfloat16 the direct sum runs at twice the rate of float32 arithmetic: more than Winograd of stride 2 saves.
     if _stride_2(conv) and problem.dtype == torch.float32:
         h, w = conv.output_size(h, w)
         tiles = n * _tiles(h, w, 5)
-        # In multiply-adds for each pair of channels: 121 products a tile and a quarter more for its transforms, 700 for the
-        # transform of the weights, against 9 a pixel.
-        if 1.25 * 121 * tiles + 700 > 0.95 * 9 * n * h * w:
-            return None
-        if conv.in_channels * conv.out_channels <= 128 * 128:
-            return WinogradPlan(5, min(tiles, 9), 4, 64, False)
-        return WinogradPlan(5, min(tiles, 72), 1, 64, True)
+        # The transforms of wide layers' weights, or of any layer's for few tiles, take longer than the products saved.
+        if conv.in_channels * conv.out_channels <= 128 * 128 and tiles >= 96:
+            return WinogradPlan(5, 9, 4, 64, False)
     return None
 
 
@@ -119,5 +123,5 @@ def conv_wins(problem: Problem) -> bool:
     # Below a thousand pixels what counts is how long a call takes at all, and oneDNN's takes twice as long.
     if conv.kernel != (3, 3) or n * h * w < 1024:
         return True
-    # With fewer channels the transforms outweigh the products, and the direct sum of stride 2 has no edge over oneDNN's.
-    return conv.in_channels >= 32 and (conv.stride == (1, 1) or winograd(problem) is not None)
+    # With fewer channels the transforms outweigh the products.
+    return conv.in_channels >= 32
