@@ -109,7 +109,7 @@ template <class T>
 void run_stem(const StemParams& p) {
   const int64_t channels = 4 * p.in_channels, stride = channels * PANEL;
   const TransformedWeights weights{p.weights, stride, stride * Stem34::A * Stem34::A, channels, p.out_channels, p.shift, p.relu};
-  const int64_t parts = std::min(p.out_height(), (8 * thread_count() + p.batch - 1) / p.batch);
+  const int64_t parts = std::min(p.out_height(), (4 * thread_count() + p.batch - 1) / p.batch);
   parallel_units(p.batch * parts, [&](int64_t unit, int64_t) {
     const int64_t part = unit % parts;
     stem_rows<T>(p, weights, unit / parts, p.out_height() * part / parts, p.out_height() * (part + 1) / parts);

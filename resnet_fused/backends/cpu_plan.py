@@ -57,7 +57,7 @@ def _stride_2(conv: Conv) -> bool:
 def keeps_transformed(conv: Conv) -> bool:
     """Whether a 3×3 convolution keeps its weights transformed, which takes four times their memory.
 
-    That is little where layers are narrow, and only there does making them anew at every call take longer than reading them.
+    That is little where layers are narrow; in wide ones reading them takes as long as making them anew.
     """
     return _unit_stride(conv) and conv.in_channels * conv.out_channels <= 128 * 128
 
@@ -112,7 +112,7 @@ def block_wins(problem: Problem) -> bool:
     n, _, h, w = problem.shape
     width, tiles = problem.main_path[0].out_channels, _tiles(h, w, 4)
     if problem.op == "basic_block":
-        return n >= 8 and tiles >= 4 and width <= 256
+        return n >= 8 and tiles >= 4 and width <= 128
     return n >= 2 and n * tiles >= 96 and width <= 128
 
 
