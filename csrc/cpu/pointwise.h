@@ -68,7 +68,7 @@ inline void multiply_pointwise(const Rows& x, const float* weights, const float*
 }
 
 // Pixels that go through the product together: their activations stay in L2 while the weights stream past.
-constexpr int64_t POINTWISE_ROWS = 4 * MAX_ROWS;
+constexpr int64_t POINTWISE_ROWS = 8 * MAX_ROWS;
 
 // y = act(x w + shift + residual) for `count` neighbouring pixels (stride 1) and all output channels.
 inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, const float* weights, const float* shift,

@@ -70,6 +70,11 @@ def winograd(problem: Problem) -> WinogradPlan | None:
     n, _, h, w = problem.shape
     if _unit_stride(conv):
         tiles = n * _tiles(h, w, 4)
+        # In products for each pair of channels: 36 a tile and the transform of the weights, against 9 a pixel, which
+        # bfloat16 takes two at a time.
+        transform = 0 if keeps_transformed(conv) else 250
+        if 36 * tiles + transform > (4.5 if problem.dtype == torch.bfloat16 else 9) * n * h * w:
+            return None
         if keeps_transformed(conv):
             return WinogradPlan(4, 14 if conv.in_channels <= 64 else 28, 8, 64, False)
         return WinogradPlan(4, min(tiles, 64), 1, 64, True)
