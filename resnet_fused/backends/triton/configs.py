@@ -18,6 +18,8 @@ from resnet_fused.backends.triton import boxes
 
 # How the kernel walks over the filter; the kernel's own constants of the same names.
 POINTWISE, TAPS, ROWS = 0, 1, 2
+# The walk of conv2d_pairs.py, by whole filter rows of two pixels, and how many elements it reads at a time.
+PAIRS, UNIT = 3, 4
 
 _SMALLEST_BLOCK_K = 32
 _MOST_LANES_OF_A_ROW = 128
@@ -103,17 +105,19 @@ class Tile:
         with descriptors, of tcgen05. A box has no offsets.
         """
         accumulators = self.m * self.n // (32 * self.warps)
+        by_rows = walk in (ROWS, PAIRS)
         if wide and not self.tma:
-            return accumulators <= (32 if walk == ROWS else 64)
+            return accumulators <= (32 if by_rows else 64)
         if accumulators <= 64:
             return True
-        return walk != ROWS and not (residual and chip.unit == ("tcgen05" if self.tma else "wgmma"))
+        return not by_rows and not (residual and chip.unit == ("tcgen05" if self.tma else "wgmma"))
 
-    def shared_bytes(self, chip: Chip, itemsize: int) -> int:
-        """Shared memory of the main loop's tiles, in bytes."""
+    def shared_bytes(self, chip: Chip, itemsize: int, walk: int = TAPS) -> int:
+        """Shared memory of the main loop's tiles of k elements a row, in bytes."""
         # wgmma and tcgen05 read shared memory; elsewhere the oldest tiles of the pipeline are in registers.
         buffers = self.stages if chip.unit in ("wgmma", "tcgen05") else self.stages - 1
-        return buffers * (self.m + self.n) * self.k * itemsize
+        rows = self.m // 2 + 2 * self.n if walk == PAIRS else self.m + self.n
+        return buffers * rows * self.k * itemsize
 
 
 _SYNC = ("mma.sync", "mfma")
@@ -159,8 +163,8 @@ class Plan:
 
     Attributes:
         tile: the entry of the table.
-        walk: POINTWISE, TAPS or ROWS.
-        block_k: the tile's k, or a whole filter row for ROWS.
+        walk: POINTWISE, TAPS, ROWS or PAIRS.
+        block_k: the tile's k, or for ROWS and PAIRS a whole filter row.
         splits: into how many parts the reduction is split.
     """
 
@@ -178,22 +182,39 @@ class Plan:
     def steps(self, conv: Conv) -> int:
         """Turns of the main loop, over all splits."""
         r, s = conv.kernel
-        return r if self.walk == ROWS else r * s * math.ceil(conv.in_channels // conv.groups / self.block_k)
+        return r if self.walk in (ROWS, PAIRS) else r * s * math.ceil(conv.in_channels // conv.groups / self.block_k)
 
 
-def walk_of(conv: Conv) -> int:
+def walk_of(problem: Problem) -> int:
     """The walk that wastes the fewest lanes on padding."""
+    (conv,) = problem.convs
     if conv.pointwise:
         return POINTWISE
     channels, taps = conv.in_channels // conv.groups, conv.kernel[1]
     lanes = row_lanes(conv)
     by_taps = taps * math.ceil(channels / _SMALLEST_BLOCK_K) * _SMALLEST_BLOCK_K
-    return ROWS if lanes < by_taps and lanes <= _MOST_LANES_OF_A_ROW else TAPS
+    if lanes >= by_taps or lanes > _MOST_LANES_OF_A_ROW:
+        return TAPS
+    return PAIRS if _pairs_serve(problem) else ROWS
 
 
 def row_lanes(conv: Conv) -> int:
-    """Lanes of one step of the ROWS walk: a power of two, and at least the 16 that a matrix instruction takes."""
+    """Lanes of one step by filter rows: a power of two, and at least the 16 that a matrix instruction takes."""
     return max(16, 1 << (conv.kernel[1] * (conv.in_channels // conv.groups) - 1).bit_length())
+
+
+def lead(conv: Conv) -> int:
+    """Elements in front of the windows of two neighbours from which on they start at a multiple of UNIT."""
+    return -conv.padding[1] * conv.in_channels % UNIT
+
+
+def _pairs_serve(problem: Problem) -> bool:
+    """Whether windows of two neighbours start at multiples of UNIT where single ones don't, and fit into one step."""
+    (conv,) = problem.convs
+    (_, c, _, w), s, stride = problem.shape, conv.kernel[1], conv.stride[1]
+    aligned = 2 * stride * c % UNIT == 0 and w * c % UNIT == 0 and c % UNIT != 0
+    fits = lead(conv) + (stride + s) * c <= row_lanes(conv)
+    return conv.groups == 1 and conv.dilation[1] == 1 and aligned and fits and problem.output_shape()[3] % 2 == 0
 
 
 def table(dtype: torch.dtype, chip: Chip, tf32: bool) -> tuple[Tile, ...]:
@@ -215,18 +236,19 @@ def wide(problem: Problem) -> bool:
 def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
     """Every plan of the table that fits chip and problem, the most promising first."""
     (conv,) = problem.convs
-    walk, itemsize = walk_of(conv), problem.dtype.itemsize
+    walk, itemsize = walk_of(problem), problem.dtype.itemsize
+    by_rows = walk in (ROWS, PAIRS)
     found = []
     for tile in table(problem.dtype, chip, tf32):
-        block_k = row_lanes(conv) if walk == ROWS else tile.k
-        bytes_used = tile.shared_bytes(chip, itemsize) * block_k // tile.k
+        block_k = row_lanes(conv) if by_rows else tile.k
+        bytes_used = tile.shared_bytes(chip, itemsize, walk) * block_k // tile.k
         residual = problem.op == "conv2d_bn_add_relu"
         if bytes_used > chip.shared_limit or not tile.fits_registers(chip, walk, residual, wide(problem)):
             continue
-        if tile.tma and (walk == ROWS or not boxes.serves(problem)):
+        if tile.tma and (by_rows or not boxes.serves(problem)):
             continue
         base = Plan(tile, walk, block_k)
-        most = 1 if tile.tma else _MOST_SPLITS
+        most = 1 if tile.tma or walk == PAIRS else _MOST_SPLITS
         splits = _splits(base.steps(conv), math.prod(problem.output_shape()), most)
         found += [Plan(tile, walk, block_k, number) for number in splits]
     best: dict[Tile, Plan] = {}

@@ -11,7 +11,8 @@ epilogue works on the accumulators. Three ways to walk over j, chosen when the k
 * `TAPS`: one step is BLOCK_K channels of one filter tap. Taps and channel blocks are one flat loop, so that the
   software pipeline runs on over the end of a tap; the tap's position is counted up, never divided out.
 * `ROWS`: one step is a whole filter row, S·C elements, for few channels (the stem, grouped convolutions): with three
-  channels a tap would fill 3 of 32 lanes of a step, and a row of seven taps fills 21.
+  channels a tap would fill 3 of 32 lanes of a step, and a row of seven taps fills 21. Two pixels at a time, where that
+  aligns their windows, are in conv2d_pairs.py.
 
 Weights come packed for the walk by `pack`, padded with zeros to whole steps, so that they are read without a mask.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from resnet_fused import config
 from resnet_fused.backends import records
 from resnet_fused.backends.problem import Folded, Problem
-from resnet_fused.backends.triton import configs, conv2d, conv2d_tma, elementwise
+from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, conv2d_tma, elementwise
 from resnet_fused.backends.triton.launch import aligned
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
@@ -32,6 +33,11 @@ def tf32_allowed(problem: Problem) -> bool:
 def variants(problem: Problem) -> list[str]:
     """Names of the plans that are worth a measurement for a convolution, the most promising first."""
     return [plan.name for plan in configs.promising(problem, configs.Chip.of(problem.device), tf32_allowed(problem))]
+
+
+def module_of(plan: configs.Plan) -> ModuleType:
+    """The module whose `pack`, `launches` and `bind` belong to a plan without descriptors."""
+    return conv2d_pairs if plan.walk == configs.PAIRS else conv2d
 
 
 def prepare(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
@@ -86,11 +92,12 @@ class Conv2d(_Prepared):
         # A recorded name may be of the other TF32 setting's table; then the model chooses.
         plan = next((plan for plan in plans if plan.name == self.variant), plans[0])
         key = ("triton", plan.walk, plan.block_k)
-        weight = self.folded.pack(key, lambda: conv2d.pack(self.folded.weights[0], conv, plan))
+        kernel = module_of(plan)
+        weight = self.folded.pack(key, lambda: kernel.pack(self.folded.weights[0], conv, plan))
         if plan.tile.tma:
             run = conv2d_tma.bind(problem, plan)
         else:
-            run = conv2d.bind(problem, plan, "tf32" if tf32 and chip.unit not in ("fma", "mfma") else "ieee")
+            run = kernel.bind(problem, plan, "tf32" if tf32 and chip.unit not in ("fma", "mfma") else "ieee")
         self.kernels[tf32] = run, weight
         return run, weight
 

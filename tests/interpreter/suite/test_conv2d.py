@@ -12,6 +12,7 @@ from resnet_fused import backends
 from resnet_fused.backends import Problem
 from resnet_fused.backends.triton import boxes, configs, conv2d, conv2d_tma, launch
 from resnet_fused.backends.triton.configs import Chip, Plan
+from resnet_fused.backends.triton.prepare import module_of
 
 P1, F16, BF16 = (1, 1), torch.float16, torch.bfloat16
 RAGGED = Case("ragged in every dimension", (2, 72, 7, 11), 50, (3, 3), padding=P1)
@@ -32,6 +33,11 @@ CASES = {
     "pointwise-stride": Case("a projection shortcut", (2, 32, 7, 8), 64, (1, 1), (2, 2), op="conv2d_bn"),
     "pointwise-padding": Case("1×1 whose border is shift alone", (1, 32, 4, 4), 32, (1, 1), padding=P1),
     "stem": Case("the 7×7 on three channels", (1, 3, 19, 18), 64, (7, 7), (2, 2), (3, 3), op="conv2d_bn_relu", dtype=F16),
+    "pairs": Case("the stem on a width that lets pixels go in pairs", (1, 3, 13, 12), 64, (7, 7), (2, 2), (3, 3)),
+    "pairs-f16": Case("three tiles", (2, 3, 18, 20), 40, (7, 7), (2, 2), (3, 3), op="conv2d_bn_relu", dtype=F16),
+    "pairs-bf16": Case("bfloat16", (1, 3, 9, 8), 16, (7, 7), (2, 2), (3, 3), op="conv2d_bn", dtype=BF16),
+    "pairs-deep": Case("the first of three 3×3", (1, 3, 9, 8), 32, (3, 3), (2, 2), P1, op="conv2d_bn_relu", dtype=F16),
+    "pairs-uneven": Case("height and width differ everywhere", (1, 1, 9, 8), 20, (3, 5), (1, 2), (2, 1), (2, 1)),
     "one-channel": Case("grey images", (2, 1, 9, 9), 16, (3, 3), padding=P1),
     "grouped": Case("ResNeXt's 32×4d", (1, 128, 5, 5), 128, (3, 3), padding=P1, groups=32),
     "grouped-wide": Case("groups that walk by taps", (1, 128, 5, 5), 64, (3, 3), padding=P1, groups=2),
@@ -87,11 +93,12 @@ def test_residual_may_be_the_input_and_neither_is_changed():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=["nan", "inf", "minus-inf"])
-@pytest.mark.parametrize("name", ["taps", "pointwise", "stem"])
+@pytest.mark.parametrize("name", ["taps", "pointwise", "stem", "pairs-f16"])
 def test_nan_and_inf_go_where_stock_has_them(name, value):
     case = CASES[name]
     x, weight, shift, residual = case.tensors()
-    x[0, 1, 2, 3] = value
+    # Where a pair of pixels ends and where one begins, so that one of the two has it and the other one hasn't.
+    x[0, 1, 2, 4] = x[-1, 2, -1, 1] = value
     residual[0, 0, 1, 1] = value
     y, expected = fused(case, x, weight, shift, residual), stock(case, x, weight, shift, residual)
     assert torch.equal(y.isnan(), expected.isnan())
@@ -164,7 +171,7 @@ DESCRIPTORS = {
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in DESCRIPTORS.items()])
 def test_tensor_descriptors_give_the_same_result(case):
     tile = next(tile for tile in configs.HALF if tile.tma and tile.m == 64)
-    plan = Plan(tile, configs.walk_of(case.problem.convs[0]), tile.k)
+    plan = Plan(tile, configs.walk_of(case.problem), tile.k)
     plan = dataclasses.replace(plan, walk=configs.TAPS) if plan.walk == configs.ROWS else plan
     assert boxes.serves(case.problem)
     x, weight, shift, residual = tensors = case.tensors()
@@ -191,17 +198,18 @@ def test_tensor_descriptors_are_left_out_where_they_can_not_serve(case):
     assert any(plan.tile.tma for plan in configs.plans(CASES["taps-f16"].problem, hopper, True))
 
 
-@pytest.mark.parametrize("name", ["ragged", "stem", "pointwise-stride", "grouped"])
+@pytest.mark.parametrize("name", ["ragged", "stem", "pairs-f16", "pointwise-stride", "grouped"])
 def test_64_bit_offsets_give_the_same_result(name):
     case = CASES[name]
     plan = configs.plans(case.problem, Chip.of(torch.device("cpu")), False)[0]
-    main, _ = conv2d.launches(case.problem, plan, "ieee")
+    kernel = module_of(plan)
+    main, _ = kernel.launches(case.problem, plan, "ieee")
     x, weight, shift, residual = tensors = case.tensors()
     if case.op != "conv2d_bn_add_relu":
         residual = None
     y = torch.empty(case.problem.output_shape(), dtype=case.dtype, memory_format=torch.channels_last)
     wide = dataclasses.replace(main, constants={**main.constants, "WIDE": True})
-    wide.bind()(x, conv2d.pack(weight, case.problem.convs[0], plan), shift, residual, y)
+    wide.bind()(x, kernel.pack(weight, case.problem.convs[0], plan), shift, residual, y)
     check(case, y, tensors)
 
 

@@ -14,8 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from resnet_fused.backends.problem import Conv, Problem
-from resnet_fused.backends.triton import configs, conv2d, conv2d_tma
+from resnet_fused.backends.triton import configs, conv2d_tma
 from resnet_fused.backends.triton.configs import Chip, Plan, Tile
+from resnet_fused.backends.triton.prepare import module_of
 
 # Shared memory of one program at most: CUDA C++ Programming Guide, table of technical specifications per compute
 # capability; on AMD, LDS by the CDNA 3 ISA.
@@ -56,15 +57,15 @@ def problem(
 def plan(tile: Tile, problem: Problem, splits: int = 1) -> Plan:
     """The tile applied to the problem, whether the heuristic would or not."""
     (conv,) = problem.convs
-    walk = configs.walk_of(conv)
-    return Plan(tile, walk, configs.row_lanes(conv) if walk == configs.ROWS else tile.k, splits)
+    walk = configs.walk_of(problem)
+    return Plan(tile, walk, configs.row_lanes(conv) if walk in (configs.ROWS, configs.PAIRS) else tile.k, splits)
 
 
 def compile_conv(problem: Problem, plan: Plan, arch: Arch, precision: str = "ieee") -> Any:
     """The convolution kernel (its first one, with splits) compiled for a chip."""
     if plan.tile.tma:
         return conv2d_tma.launch(problem, plan).compile(target(arch))
-    return conv2d.launches(problem, plan, precision)[0].compile(target(arch))
+    return module_of(plan).launches(problem, plan, precision)[0].compile(target(arch))
 
 
 def target(arch: Arch) -> GPUTarget:

@@ -92,6 +92,18 @@ def test_most_promising_plan_compiles_within_the_chip(arch, shape, k, size, stri
 
 
 @pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("kind", "size"), [("half", 8), ("tf32", 16)])
+def test_the_stem_is_copied_asynchronously(arch, kind, size):
+    conv = problem("conv2d_bn_relu", (8, 3, 224, 224), 64, 7, 2, dtype=KINDS[kind][0])
+    best = configs.plans(conv, CHIPS[arch], kind == "tf32")[0]
+    loop = main_loop(compile_conv(conv, best, arch, precision(kind)).asm["ptx"])
+    assert best.walk == configs.PAIRS
+    assert not any("ld.global" in line for line in loop)
+    copied = {int(found[1], 16) for line in loop if (found := re.search(r"cp\.async\.c.*, (0x\w+), %", line))}
+    assert copied == {size, 16}  # of the input, of the weights
+
+
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     ("shape", "size"), [pytest.param((2**13, 256, 32, 33), 1, id="pointwise"), pytest.param((2**15, 3, 224, 224), 7, id="stem")]
 )

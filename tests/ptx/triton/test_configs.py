@@ -62,7 +62,20 @@ def test_few_channels_are_walked_by_filter_rows():
     }
     for (channels, size, groups), walk in walks.items():
         posed = problem("conv2d_bn", (1, channels * groups, 9, 9), 32, size, groups=groups)
-        assert configs.walk_of(posed.convs[0]) == walk
+        assert configs.walk_of(posed) == walk
+
+
+def test_rows_go_in_pairs_where_that_aligns_them():
+    walks = {
+        (3, 7, 2, 224): configs.PAIRS,
+        (3, 3, 2, 224): configs.PAIRS,
+        (1, 7, 2, 224): configs.PAIRS,
+        (3, 7, 2, 30): configs.ROWS,  # a row of the image has 90 elements
+        (3, 3, 1, 32): configs.ROWS,  # two pixels of stride 1 are 6 elements
+        (4, 7, 2, 224): configs.ROWS,  # aligned as it is
+    }
+    for (channels, size, stride, width), walk in walks.items():
+        assert configs.walk_of(problem("conv2d_bn_relu", (1, channels, 32, width), 64, size, stride)) == walk
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from tolerances import assert_as_good_as_stock, relative_error
 from torch import Tensor
 
 from resnet_fused.backends.problem import Problem
-from resnet_fused.backends.triton import conv2d, elementwise
+from resnet_fused.backends.triton import elementwise
 from resnet_fused.backends.triton.configs import HALF, TF32, Plan, Tile
+from resnet_fused.backends.triton.prepare import module_of
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 # Rounding of the operands of a TF32 product, which stock PyTorch doesn't do on a CPU: 10 bits, see the PTX ISA.
@@ -57,16 +58,13 @@ RUNS = {
         "projection shortcut", tile(128, 64, 32), op="conv2d_bn", shape=(1, 64, 16, 16), k=64, size=1, stride=2
     ),
     "split": case("the reduction in four parts", tile(32, 64, 64), splits=4, shape=(1, 128, 7, 7), k=64, size=3),
-    # A window's row is 42 bytes that start anywhere: two or three sectors, where 1.3 would hold it.
-    "stem": case(
-        "three channels",
-        tile(128, 64, 32),
-        sectors=1.3,
-        op="conv2d_bn_relu",
-        shape=(1, 3, 24, 24),
-        k=64,
-        size=7,
-        stride=2,
+    "stem": case("three channels", tile(128, 64, 32), op="conv2d_bn_relu", shape=(1, 3, 24, 24), k=64, size=7, stride=2),
+    "stem-add": case("the same with a residual", tile(64, 64, 64), shape=(1, 3, 16, 16), k=64, size=7, stride=2, dtype=BF16),
+    "stem-tf32": case("TF32", tile(64, 64, 32, TF32), shape=(1, 3, 12, 12), k=64, size=7, stride=2, dtype=F32),
+    "stem-deep": case("the first of three 3×3", tile(64, 64, 64), shape=(1, 3, 24, 24), k=32, size=3, stride=2),
+    # Its rows of 66 bytes let nothing be aligned: each window's row is 42 bytes that start anywhere.
+    "stem-odd-width": case(
+        "three channels", tile(64, 64, 64), sectors=1.3, op="conv2d_bn_relu", shape=(1, 3, 11, 11), k=64, size=7, stride=2
     ),
     "grouped": case("ResNeXt", tile(128, 16, 64), shape=(1, 32, 10, 10), k=32, size=3, groups=2),
     "ragged": case("nothing fills a tile", tile(64, 64, 64), shape=(1, 72, 5, 5), k=40, size=3),
@@ -89,8 +87,9 @@ def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
     shift = random((conv.out_channels,))
     added = residual if run.problem.op == "conv2d_bn_add_relu" else None
 
-    main, finish = conv2d.launches(run.problem, run.plan, "tf32" if dtype == F32 else "ieee")
-    packed = conv2d.pack(weight, conv, run.plan)
+    kernel = module_of(run.plan)
+    main, finish = kernel.launches(run.problem, run.plan, "tf32" if dtype == F32 else "ieee")
+    packed = kernel.pack(weight, conv, run.plan)
     y = torch.empty_like(residual)
     pixels = (y.permute(0, 2, 3, 1), None if added is None else added.permute(0, 2, 3, 1))
     counters = []
