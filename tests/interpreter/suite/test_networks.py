@@ -2,32 +2,44 @@
 
 import pytest
 import torch
+from plain_resnet import PlainResNet
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models import resnet18, resnet50
 
 import resnet_fused as rf
 
+F32, F16 = torch.float32, torch.float16
+STAGES = (64, 128, 256, 512)
 
-def network(block: type[nn.Module]) -> nn.Module:
-    """The stem and the first two stages of a ResNet, one block each, with running statistics as after training."""
+# The model, its type, and the size of the image. The cases of float32 multiply by IEEE arithmetic, those of float16 by tensor
+# cores' tiles.
+NETWORKS = {
+    "resnet18": (resnet18, F32, (32, 32)),
+    "resnet50": (resnet50, F32, (32, 32)),
+    "resnet18-f16": (resnet18, F16, (32, 32)),
+    "resnet50-f16": (resnet50, F16, (32, 32)),
+    "odd-sizes": (resnet18, F16, (30, 35)),
+    "plain": (lambda: PlainResNet(widths=STAGES), F16, (32, 32)),
+    "plain-bottleneck": (lambda: PlainResNet(bottleneck=True, widths=STAGES), F16, (32, 32)),
+    "plain-f32": (PlainResNet, F32, (32, 32)),
+}
+
+
+@pytest.mark.parametrize(("make", "dtype", "size"), [pytest.param(*case, id=name) for name, case in NETWORKS.items()])
+def test_a_fused_resnet_keeps_its_results(make, dtype, size):
     torch.manual_seed(0)
-    model = ResNet(block, [1, 1, 1, 1])
-    model.layer3 = model.layer4 = nn.Identity()
-    model.fc = nn.Linear(128 * block.expansion, 10)
+    model = make()
+    # Running statistics as after training.
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             nn.init.normal_(module.weight)
-    return model.eval().to(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck], ids=["basic", "bottleneck"])
-def test_a_fused_resnet_keeps_its_results(block):
-    model = network(block)
-    x = torch.randn(1, 3, 30, 34).to(memory_format=torch.channels_last)
+    model = model.eval().to(dtype, memory_format=torch.channels_last)
+    x = torch.randn(1, 3, *size).to(dtype, memory_format=torch.channels_last)
     fused = rf.fuse(model)
     verification = rf.verify(model, fused, x)
     assert verification.passed, str(verification)
     used = {name for module in fused.modules() if hasattr(module, "backends_used") for name in module.backends_used()}
     assert used == {"triton"}
+    assert not any(isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) for module in fused.modules())
