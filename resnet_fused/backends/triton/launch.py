@@ -1,7 +1,8 @@
 """Binding of a Triton kernel to everything but its tensors, so that a launch costs little.
 
-Triton's own launch path looks up a kernel by the types, values and alignments of all arguments, tens of microseconds in
-Python. A `Launch` compiles when it is made, through `JITFunction.warmup`, and afterwards only hands over the arguments.
+Triton's own launch path looks up a kernel by the types, values and alignments of all arguments, three quarters of its
+time (benchmarks/test_launch.py). A `Launch` compiles when it is bound, through `JITFunction.warmup`, and afterwards only hands
+over the arguments.
 The compiled kernel relies on tensors that are aligned to 16 bytes; `aligned` sees to that.
 """
 
@@ -36,12 +37,13 @@ class Box(NamedTuple):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         checked = TensorDescriptor(_Anything(self.dtype), [*self.shape], [*self.strides], [*self.block])
-        fields = vars(checked)
+        # Its constructor checks all again, which takes 4 µs a tensor and launch; what doesn't change is of the class.
+        fixed = {name: value for name, value in vars(checked).items() if name != "base"}
+        descriptor_class = type("BoxDescriptor", (TensorDescriptor,), fixed)
+        new = object.__new__
 
         def make(base: Any) -> Any:
-            # Its constructor checks all again, which takes 4 µs a tensor and launch.
-            descriptor = object.__new__(TensorDescriptor)
-            descriptor.__dict__.update(fields)
+            descriptor: Any = new(descriptor_class)
             descriptor.base = base
             return descriptor
 
