@@ -7,6 +7,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 
 import resnet_fused as rf
+from resnet_fused.backends.triton import launch
 
 F32, F16 = torch.float32, torch.float16
 STAGES = (64, 128, 256, 512)
@@ -43,3 +44,24 @@ def test_a_fused_resnet_keeps_its_results(make, dtype, size):
     used = {name for module in fused.modules() if hasattr(module, "backends_used") for name in module.backends_used()}
     assert used == {"triton"}
     assert not any(isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) for module in fused.modules())
+
+
+def test_a_fused_resnet_compiles_into_one_graph(monkeypatch):
+    """Through Inductor: the ops stay as they are, on the kernels of the backend."""
+    launched = []
+    interpret = launch._interpret
+    monkeypatch.setattr(launch, "_interpret", lambda *args: launched.append(args) or interpret(*args))
+    torch.manual_seed(0)
+    model = PlainResNet(widths=(16, 32)).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 32, 32).to(memory_format=torch.channels_last)
+    fused = rf.fuse(model)
+    with torch.no_grad():
+        compiled = torch.compile(fused, fullgraph=True)
+        # The second size is another graph.
+        for images in (x, x[..., 4:]):
+            expected = fused(images)
+            kernels = len(launched)
+            launched.clear()
+            torch.testing.assert_close(compiled(images), expected)
+            assert len(launched) == kernels > 0
+            launched.clear()
