@@ -30,7 +30,7 @@ class CudaGraphed(nn.Module):
     captures it, and later ones copy the input into the graph's own, replay, and return copies of its results. The
     model runs as it is where a replay could differ or isn't possible: a derivative is asked for, in training mode,
     with hooks, under torch.compile, with tensors elsewhere than on one GPU, or where capture failed before. When a
-    parameter or buffer changed, all is captured anew.
+    parameter or buffer changed, all is captured anew. Its state dict is the model's.
 
     Args:
         model: the model; it remains usable by itself.
@@ -63,6 +63,20 @@ class CudaGraphed(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
+
+    # Checkpoints have the model's own keys, without "model." in front.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # As a part of another module, which loads its children's keys by their names.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = _pytree.tree_flatten((args, kwargs))

@@ -248,3 +248,29 @@ def test_a_fused_network_is_captured_whole(emulated):
             x = torch.randn(1, 8, 5, 5)
             torch.testing.assert_close(graphed(x), model(x), rtol=1e-5, atol=1e-5)
     assert len(emulated) == 1
+
+
+def test_state_dicts_have_the_keys_of_the_plain_model(graphed, model):
+    state = graphed.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert state._metadata == model.state_dict()._metadata
+    changed = {name: value + 1 for name, value in state.items()}
+    x = image()
+    before = [graphed(x) for _ in range(3)][-1]
+    assert not any(graphed.load_state_dict(changed))
+    assert torch.equal(model[0].weight, changed["0.weight"])
+    assert not torch.allclose(graphed(x), before)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.weight"'):
+        graphed.load_state_dict({name: value for name, value in state.items() if name != "0.weight"})
+
+
+def test_state_dicts_of_a_larger_model_have_the_keys_of_the_plain_one(graphed, model):
+    plain = nn.Sequential(copy.deepcopy(model), nn.Flatten())
+    whole = nn.Sequential(graphed, nn.Flatten())
+    assert list(whole.state_dict(prefix="net.")) == [f"net.{name}" for name in plain.state_dict()]
+    state = {name: value + 1 for name, value in plain.state_dict().items()}
+    assert not any(whole.load_state_dict(state))
+    assert torch.equal(model[0].weight, state["0.0.weight"])
+    found = whole.load_state_dict({**state, "0.other": torch.ones(1)}, strict=False)
+    assert found.missing_keys == []
+    assert len(found.unexpected_keys) == 1
