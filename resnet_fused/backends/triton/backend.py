@@ -77,6 +77,6 @@ class Triton:
 
     def norm(self) -> NormKernels:
         """The passes of batch norm in training."""
-        from resnet_fused.backends.triton.bn import TritonNorm
+        from resnet_fused.backends.triton.norm import TritonNorm
 
         return TritonNorm()

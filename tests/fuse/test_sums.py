@@ -1,0 +1,91 @@
+"""Sums in every spelling: which of them rf.fuse takes for a residual block's, and which keep their own meaning."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import resnet_fused as rf
+
+
+class Residual(nn.Module):
+    """relu(bn(conv(x)) + x), the sum written in one of the ways that people write it."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.add = add
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return self.add(y, x)
+
+
+def _iadd(y, x):
+    y += x
+    return F.relu(y)
+
+
+SUMS = {
+    "operator": lambda y, x: F.relu(y + x),
+    "reversed": lambda y, x: (x + y).relu(),
+    "in-place": _iadd,
+    "torch.add": lambda y, x: torch.relu(torch.add(y, x)),
+    "method": lambda y, x: y.add_(x).relu_(),
+}
+
+
+@pytest.mark.parametrize("add", SUMS.values(), ids=SUMS)
+def test_sums_in_every_spelling_make_a_block(add, trained):
+    model = trained(Residual(add))
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert {row.op for row in rf.report(fused, file=io.StringIO()).rows} == {"basic_block"}
+
+
+def test_block_with_a_hook_keeps_its_forward_and_its_hook(trained):
+    model = trained(nn.Sequential(Residual(SUMS["operator"])))
+    calls = []
+    model[0].register_forward_hook(lambda m, args, y: calls.append(len(args)))
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert calls == [1, 1]
+    assert type(fused[0]) is Residual
+    rows = rf.report(fused, file=io.StringIO()).rows
+    assert [row.op for row in rows] == ["conv2d_bn", "conv2d_bn"]
+    assert "the module has forward hooks" in rows[1].note
+
+
+def _overwrites_input(y, x):
+    x += y
+    return F.relu(x)
+
+
+NOT_SUMS = {
+    "scaled": lambda y, x: F.relu(torch.add(y, x, alpha=2)),
+    "with-itself": lambda y, x: F.relu(y + y),
+    "read-again-before-relu": lambda y, x: (lambda s: F.relu(s) + s)(y + x),
+    "bn-read-again": lambda y, x: F.relu(y + x) + y,
+    "writes-into-the-input": _overwrites_input,
+    "input-overwritten-between": lambda y, x: F.relu(y + x.mul_(2)),
+}
+
+
+@pytest.mark.parametrize("add", NOT_SUMS.values(), ids=NOT_SUMS)
+def test_sums_that_are_not_residuals_keep_their_meaning(add, trained):
+    model = trained(Residual(add))
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 6, 6)
+    a, b = x.clone(), x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(a), model(b), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg="what happens to the input differs from stock")
