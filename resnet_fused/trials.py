@@ -109,8 +109,8 @@ def _convs(backend: Any, entry: Entry, problem: Problem) -> Iterator[Trial]:
 
     variants = backend.variants(problem) if hasattr(backend, "variants") else []
     what = f"{entry.why}: {problem}"
-    if not variants:
-        yield Trial(backend.name, "", entry.op, problem.dtype, what, compute, stock, truth)
+    # What the backend takes by itself, and each by its name.
+    yield Trial(backend.name, "", entry.op, problem.dtype, what, compute, stock, truth)
     for variant in variants:
         yield Trial(backend.name, variant, entry.op, problem.dtype, what, partial(compute, variant), stock, truth)
 

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, cpu_bn, cpu_plan, library
+from resnet_fused.backends import Kernel, cpu_bn, cpu_plan, library, records
 from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Conv, Folded, Pool, Problem
 
@@ -73,6 +73,11 @@ def _bfloat16_unsupported(problem: Problem) -> str | None:
     """Why the problem can't be served in bfloat16; None if it can."""
     if problem.op not in _BLOCKS and (_stem_kernel(problem) or cpu_plan.winograd(problem) is not None):
         return None
+    return _direct_bfloat16_unsupported(problem)
+
+
+def _direct_bfloat16_unsupported(problem: Problem) -> str | None:
+    """Why not every convolution of the problem can be summed directly in bfloat16; None if it can."""
     if not torch.ops.resnet_fused_cpu.avx512_bf16():
         return "without AVX512_BF16 it serves bfloat16 only by Winograd: 3×3 convolutions of stride, padding and dilation 1"
     for conv in problem.convs:
@@ -130,20 +135,33 @@ class CPU:
             return cpu_plan.block_wins(problem)
         return problem.op == "stem" or cpu_plan.conv_wins(problem)
 
-    def prepare(self, problem: Problem, folded: Folded) -> Kernel:
+    def variants(self, problem: Problem) -> list[str]:
+        """Names of the plans worth a measurement, which `prepare` takes; empty without a choice."""
+        found = self._plans(problem)
+        return [*found] if len(found) > 1 else []
+
+    def _plans(self, problem: Problem) -> dict[str, list[int]]:
+        if problem.op not in (*_CONVS, *_BLOCKS) or _stem_kernel(problem):
+            return {}
+        direct = problem.dtype == torch.float32 or _direct_bfloat16_unsupported(problem) is None
+        return cpu_plan.plans(problem, direct)
+
+    def prepare(self, problem: Problem, folded: Folded, variant: str | None = None) -> Kernel:
+        """The kernel for the problem, by the plan of that name, else by the recorded one, else by the rules' choice."""
+        plans, name = self._plans(problem), variant or records.variant(problem, self.name)
+        plan = plans[name] if name in plans else next(iter(plans.values()), [])
         if problem.op in _BLOCKS:
-            run = self._block(problem, folded)
+            run = self._block(problem, folded, plan)
         elif _stem_kernel(problem):
             run = self._stem(problem, folded)
         else:
-            run = self._conv(problem, folded)
+            run = self._conv(problem, folded, plan)
         if problem.memory_format == torch.channels_last:
             return run
         return lambda x, residual: run(x, residual).contiguous()
 
-    def _conv(self, problem: Problem, folded: Folded) -> Kernel:
+    def _conv(self, problem: Problem, folded: Folded, plan: list[int]) -> Kernel:
         (conv,) = problem.convs
-        plan = [*map(int, cpu_plan.winograd(problem) or ())]
         weight, shift = _packed(folded, conv, problem.dtype, winograd=bool(plan))
         geometry = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
         relu, out_channels = problem.op != "conv2d_bn", conv.out_channels
@@ -170,7 +188,7 @@ class CPU:
 
         return kernel
 
-    def _block(self, problem: Problem, folded: Folded) -> Kernel:
+    def _block(self, problem: Problem, folded: Folded, plan: list[int]) -> Kernel:
         # The parts' own Folded, under the key by which a block composed of its layers finds them.
         parts = [
             folded.pack(("part", i), functools.partial(Folded, (weight,), (shift,)))
@@ -182,7 +200,6 @@ class CPU:
         ]
         weights, shifts = [weight for weight, _ in packed], [shift for _, shift in packed]
         channels = [problem.shape[1], *(conv.out_channels for conv in problem.main_path)]
-        plan = [*cpu_plan.block(problem)]
         run = torch.ops.resnet_fused_cpu.block.default
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:

@@ -88,6 +88,50 @@ def winograd(problem: Problem) -> WinogradPlan | None:
     return None
 
 
+def _winograd_plans(problem: Problem) -> list[WinogradPlan]:
+    """Plans that may be faster than the one of `winograd`, where Winograd can serve a convolution."""
+    (conv,) = problem.convs
+    n, _, h, w = problem.shape
+    if problem.precision != "fast":
+        return []
+    if _unit_stride(conv):
+        tiles = n * _tiles(h, w, 4)
+        by_tiles = [WinogradPlan(4, min(tiles, size), 8, 64, False) for size in (8, 14, 28)]
+        return by_tiles + [WinogradPlan(4, min(tiles, size), 1, 64, True) for size in (32, 64, 128)]
+    if _stride_2(conv) and problem.dtype == torch.float32:
+        tiles = n * _tiles(*conv.output_size(h, w), 5)
+        return [WinogradPlan(5, min(tiles, 9), 4, 64, False), WinogradPlan(5, min(tiles, 72), 1, 64, True)]
+    return []
+
+
+def _block_plans(problem: Problem) -> list[BlockPlan]:
+    """Plans that may be faster than the one of `block`, with one number changed at a time."""
+    strip, parts, panels = block(problem)
+    rows = -(-problem.shape[2] // 4)
+    strips = [BlockPlan(other, parts, panels) for other in (1, 2, 4) if other <= rows]
+    cuts = [BlockPlan(strip, other, panels) for other in (1, 2 * parts, rows) if other <= rows]
+    return [*strips, *cuts, BlockPlan(strip, parts, 2 * panels)]
+
+
+def plans(problem: Problem, direct: bool) -> dict[str, list[int]]:
+    """Names and numbers of the plans that are worth a measurement; the first is the one that is taken without.
+
+    Args:
+        problem: a convolution or a block.
+        direct: whether the direct sum, whose plan is empty, can serve the problem too.
+    """
+    if problem.op in ("basic_block", "bottleneck"):
+        blocks = [block(problem), *_block_plans(problem)]
+        return {f"strip{p.strip}-parts{p.parts}-panels{p.panels}": [*p] for p in blocks}
+    found = [winograd(problem), *_winograd_plans(problem), *([None] if direct else [])]
+    return {"direct" if p is None else _name(p): [*map(int, p or ())] for p in found}
+
+
+def _name(plan: WinogradPlan) -> str:
+    split = "by-panels" if plan.by_panels else f"by-tiles-panels{plan.panels}"
+    return f"winograd{plan.output_tile}-tiles{plan.tiles}-chunk{plan.channel_chunk}-{split}"
+
+
 def block_serves(problem: Problem) -> bool:
     """Whether a block can be computed as a whole: stride 1, its 3×3 layers by Winograd, the others 1×1."""
     convs = problem.main_path

@@ -1,0 +1,124 @@
+"""The plans of the backend "cpu" that rf.tune tries: each is right, and a recorded one is used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import assert_as_good_as_stock
+
+from resnet_fused import backends, trials, tuning
+from resnet_fused.backends import Conv, Problem, cpu_plan, get, records
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def _3x3(channels: int, out: int, stride: int = 1) -> Conv:
+    return Conv(channels, out, (3, 3), (stride, stride), (1, 1))
+
+
+def _1x1(channels: int, out: int) -> Conv:
+    return Conv(channels, out, (1, 1))
+
+
+def posed(op: str, shape: tuple[int, int, int, int], *convs: Conv, dtype: torch.dtype = F32, **more) -> Problem:
+    return Problem(op, shape, dtype, torch.device("cpu"), convs, **more)
+
+
+PROBLEMS = {
+    "3x3": posed("conv2d_bn_add_relu", (2, 32, 19, 23), _3x3(32, 40)),
+    "3x3-few-tiles": posed("conv2d_bn_relu", (1, 80, 5, 6), _3x3(80, 24)),
+    "3x3-bfloat16": posed("conv2d_bn_relu", (1, 32, 14, 14), _3x3(32, 32), dtype=BF16),
+    "3x3-stride": posed("conv2d_bn_relu", (2, 32, 21, 18), _3x3(32, 48, 2)),
+    "basic-block": posed("basic_block", (2, 32, 18, 14), _3x3(32, 32), _3x3(32, 32)),
+    "bottleneck": posed("bottleneck", (1, 64, 17, 21), _1x1(64, 32), _3x3(32, 32), _1x1(32, 64)),
+    "bottleneck-projected": posed(
+        "bottleneck", (2, 32, 3, 5), _1x1(32, 16), _3x3(16, 16), _1x1(16, 64), _1x1(32, 64), shortcut=True
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty folder for the records."""
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
+    records.forget()
+    yield
+    records.forget()
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_every_plan_is_as_exact_as_stock(isa, problem):
+    backend = get("cpu")
+    if backend.unsupported(problem) is not None:
+        pytest.skip("this instruction set doesn't serve it")
+    x, folded, residual = trials.tensors(problem)
+    reference = get("reference")
+    stock = reference.prepare(problem, folded)(x, residual)
+    wide = [t.double() if t is not None else None for t in (x, residual)]
+    exact = type(folded)(tuple(w.double() for w in folded.weights), tuple(s.double() for s in folded.shifts))
+    truth = reference.prepare(
+        posed(problem.op, problem.shape, *problem.convs, dtype=torch.float64, shortcut=problem.shortcut), exact
+    )
+    variants = backend.variants(problem)
+    assert len(variants) > 1
+    for variant in variants:
+        assert_as_good_as_stock(backend.prepare(problem, folded, variant)(x, residual), stock, truth(*wide), winograd=True)
+
+
+def test_plans_are_distinct_and_the_first_is_the_one_taken_without_measuring():
+    for problem in PROBLEMS.values():
+        found = [*cpu_plan.plans(problem, direct=True).values()]
+        assert len({tuple(plan) for plan in found}) == len(found)
+        rule = cpu_plan.block if len(problem.convs) > 1 else cpu_plan.winograd
+        assert found[0] == [*map(int, rule(problem) or ())]
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(posed("conv2d_bn", (1, 16, 8, 8), _1x1(16, 16)), id="1x1"),
+        pytest.param(posed("conv2d_bn_relu", (1, 16, 8, 8), _3x3(16, 16), precision="exact"), id="exact"),
+        pytest.param(posed("conv2d_bn_relu", (1, 3, 32, 32), Conv(3, 64, (7, 7), (2, 2), (3, 3))), id="stem"),
+        pytest.param(posed("bn_relu", (1, 16, 8, 8)), id="norm"),
+    ],
+)
+def test_there_is_no_choice_where_there_is_one_algorithm(problem):
+    assert get("cpu").variants(problem) == []
+
+
+@pytest.mark.parametrize("name", ["3x3", "bottleneck"])
+def test_the_fastest_plan_is_recorded_and_used(name, monkeypatch):
+    problem, backend = PROBLEMS[name], get("cpu")
+    _, folded, _ = trials.tensors(problem)
+    chosen = backend.variants(problem)[-1]
+    timed: list[str] = []
+
+    def measure(calls, device):
+        timed.extend(calls)
+        return {n: [0.1 if n == f"cpu:{chosen}" else 1.0] * 3 for n in calls}
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    result = tuning._tune(tuning._Task(problem, folded, whole=name == "bottleneck"), lambda text: None)
+    tuning._record(result)
+    assert not result.dropped
+    assert {f"cpu:{variant}" for variant in backend.variants(problem)} <= set(timed)
+    assert ("parts" in timed) == (name == "bottleneck")
+
+    used = []
+    for make in ("_conv", "_block"):
+        original = getattr(backend, make)
+        monkeypatch.setattr(backend, make, lambda p, f, plan, original=original: used.append(plan) or original(p, f, plan))
+    assert backends.resolve(problem, "auto") is backend
+    backend.prepare(problem, folded)
+    assert used == [cpu_plan.plans(problem, direct=True)[chosen]]
+
+
+def test_a_recorded_plan_that_is_not_known_gives_way_to_the_rules(monkeypatch):
+    problem, backend = PROBLEMS["3x3"], get("cpu")
+    _, folded, _ = trials.tensors(problem)
+    entry = {"backend": "cpu", "variant": "winograd4-tiles0-chunk7-by-panels"}
+    records.record(problem.device, {records.key(problem): entry})
+    used, conv = [], backend._conv
+    monkeypatch.setattr(backend, "_conv", lambda p, f, plan: used.append(plan) or conv(p, f, plan))
+    backend.prepare(problem, folded)
+    assert used == [[*map(int, cpu_plan.winograd(problem))]]
