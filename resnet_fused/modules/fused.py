@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resnet_fused import ops
 from resnet_fused.backends import Conv, Pool, Precision, Problem
 from resnet_fused.modules.folding import check_conv, fold
-from resnet_fused.ops.common import Runner, plain_eager
+from resnet_fused.ops.common import Runner, autocast_dtype, plain_eager
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,14 +77,12 @@ class FusedModule(nn.Module):
 
     def _run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         weights, shifts = self.folded_parameters()
-        # Asked first for any device, since the question for one takes as long as all else here.
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            # As stock's convolution under autocast, which leaves float64 alone.
-            if weights[0].dtype != torch.float64 and x.dtype != torch.float64:
-                weights, shifts = self._cast_to(dtype, weights, shifts)
-                x = x.to(dtype)
-                residual = residual.to(dtype) if residual is not None else None
+        dtype = autocast_dtype(x.device.type)
+        # As stock's convolution under autocast, which leaves float64 alone.
+        if dtype is not None and weights[0].dtype != torch.float64 and x.dtype != torch.float64:
+            weights, shifts = self._cast_to(dtype, weights, shifts)
+            x = x.to(dtype)
+            residual = residual.to(dtype) if residual is not None else None
         if not plain_eager(x, residual, *weights):
             return self._call_op(x, residual, weights, shifts)
         runner = self._runner

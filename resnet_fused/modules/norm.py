@@ -23,7 +23,7 @@ from torch.nn.modules import module as module_hooks
 from resnet_fused import ops
 from resnet_fused.backends.norm import served
 from resnet_fused.modules.folding import hooks_of
-from resnet_fused.ops.common import plain
+from resnet_fused.ops.common import autocast_dtype, plain
 from resnet_fused.ops.conv2d import served as served_conv2d
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -91,7 +91,7 @@ def conv2d(conv: Any, x: Tensor) -> Tensor:
         isinstance(x, Tensor)
         and _plain_conv(conv, x)
         and conv.bias is None
-        and not torch.is_autocast_enabled(x.device.type)
+        and autocast_dtype(x.device.type) is None
         and (torch.compiler.is_compiling() or (not _transformed() and plain(x)))
         and served_conv2d(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
     ):
@@ -104,8 +104,8 @@ def bn_relu_conv2d(norm: Any, conv: Any, x: Tensor) -> Tensor:
     if not _fusible("bn_relu", norm, x, None) or not _plain_conv(conv, x):
         return conv(bn_relu(norm, x))
     weight, bias = conv.weight, conv.bias
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
     mean, var, group = _statistics(norm, x)
     z, *batch = ops.bn_relu_conv2d(
@@ -124,7 +124,7 @@ def _plain_conv(conv: Any, x: Tensor) -> bool:
         return False
     if not torch.compiler.is_compiling() and not plain(conv.weight, conv.bias):
         return False
-    return conv.weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64)
+    return conv.weight.dtype == x.dtype or (autocast_dtype(x.device.type) is not None and x.dtype != torch.float64)
 
 
 def _run(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -173,6 +173,14 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     return plain(*tensors) and not needs_grad(*tensors)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast casts to on a type of device; None where it is off, or the device has none ("meta")."""
+    # Asked first for any device, since the question for one takes as long as all else before a call.
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def empty_result(problem_shape: Sequence[Any], like: Tensor, format: torch.memory_format) -> Tensor:
     """An uninitialised result, for fake implementations."""
     return like.new_empty(tuple(problem_shape)).contiguous(memory_format=format)

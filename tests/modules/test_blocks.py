@@ -156,6 +156,24 @@ def test_autocast(trained):
         assert_as_good_as_stock(mine(x), other(x), truth)
 
 
+@pytest.mark.parametrize("memory_efficient", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["basic", "bottleneck"])
+def test_meta_tensors(ours, theirs, memory_efficient):
+    """Shapes of large models are tried out on the meta device, in training and inference, with autocast on elsewhere too."""
+    with torch.device("meta"):
+        mine, other = ours(64, 64 // ours.expansion), theirs(64, 64 // ours.expansion)
+        x = torch.empty(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    mine.memory_efficient = memory_efficient
+    for training in (True, False):
+        mine.train(training), other.train(training)
+        for context in (torch.enable_grad(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+            with context:
+                y, want = mine(x), other(x)
+            assert (y.shape, y.stride(), y.dtype, y.device) == (want.shape, want.stride(), want.dtype, want.device)
+        mine(x).sum().backward()
+        assert all(p.grad is not None for p in mine.parameters())
+
+
 def test_copies_and_pickles_leave_the_folded_parameters_behind(trained):
     block = trained(rf.Bottleneck(16, 4))
     x = torch.randn(1, 16, 5, 5)
