@@ -54,8 +54,8 @@ def _fusible(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> bool:
         return False  # a tracer's stand-in
     if type(norm) not in _NORMS or hooks_of(norm) is not None or module_hooks._has_any_global_hook():
         return False
-    if x.dim() != 4 or x.shape[1] != norm.num_features:
-        return False  # stock's forward raises the error that users know
+    if x.layout is not torch.strided or x.dim() != 4 or x.shape[1] != norm.num_features:
+        return False  # oneDNN's own layout runs as in stock, and stock's forward raises the errors that users know
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         return False
     for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
@@ -89,6 +89,7 @@ def conv2d(conv: Any, x: Tensor) -> Tensor:
     """conv(x)."""
     if (
         isinstance(x, Tensor)
+        and x.layout is torch.strided
         and _plain_conv(conv, x)
         and conv.bias is None
         and autocast_dtype(x.device.type) is None

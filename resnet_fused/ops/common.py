@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused import config
-from resnet_fused.backends import Conv, Folded, Kernel, Pool, Precision, Problem, choice, records
+from resnet_fused.backends import BackendError, Conv, Folded, Kernel, Pool, Precision, Problem, choice, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import checks
 
@@ -38,10 +38,28 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
 def memory_format(*tensors: Tensor) -> torch.memory_format:
     """Stock PyTorch's rule for a convolution's result: channels_last if the input or a weight is, else contiguous."""
     for tensor in tensors:
-        # Where both hold (one channel, or 1×1 pixels) stock says contiguous.
-        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        # Where both hold (one channel, or 1×1 pixels) stock says contiguous. Tensors without strides have no format to ask for.
+        if (
+            tensor.layout is torch.strided
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+            and not tensor.is_contiguous()
+        ):
             return torch.channels_last
     return torch.contiguous_format
+
+
+def choice_without_strides(chosen: str) -> str:
+    """The backend for tensors in oneDNN's own layout (`x.to_mkldnn()`), which have no strides and run on stock ops alone.
+
+    Raises:
+        BackendError: another one was chosen explicitly.
+    """
+    if chosen not in ("auto", "reference"):
+        raise BackendError(
+            f"backend {chosen!r} can't serve tensors of layout torch._mkldnn, which only stock ops do. Pass x.to_dense(), or "
+            "choose 'auto' or 'reference'."
+        )
+    return "reference"
 
 
 class _Bound(NamedTuple):
@@ -81,13 +99,14 @@ class Runner:
 
     def __call__(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
         chosen = choice(self.backend)
+        if x.layout is not torch.strided:
+            return self._run(choice_without_strides(chosen), x, residual, weights, shifts)
         try:
             stamp = tuple([number for t in (*weights, *shifts) for number in (t.data_ptr(), t._version)])
         except RuntimeError:
             # Parameters made under inference_mode don't count their changes: nothing about them can be kept.
             _warn_of_inference_tensors()
-            problem = self.problem(x, weights)
-            return bind(problem, Folded(tuple(weights), tuple(shifts)), "reference").kernel(x, residual)
+            return self._run("reference", x, residual, weights, shifts)
         bound = self._bound
         if bound is None or bound.stamp != stamp:
             # Aliases, so that what is kept for a parameter doesn't keep the parameter itself alive.
@@ -105,6 +124,12 @@ class Runner:
                 bound.kernels.pop(next(iter(bound.kernels)), None)
             bound.kernels[key] = kernel
         return kernel(x, residual)
+
+    def _run(
+        self, backend: str, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]
+    ) -> Tensor:
+        """The op by a kernel that isn't kept."""
+        return bind(self.problem(x, weights), Folded(tuple(weights), tuple(shifts)), backend).kernel(x, residual)
 
     def problem(self, x: Tensor, weights: Sequence[Tensor]) -> Problem:
         """The problem that an input like x poses."""

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from plain_resnet import PlainResNet
 from tolerances import assert_as_good_as_stock
+from torch.utils.mkldnn import to_mkldnn
 
 import resnet_fused as rf
 from resnet_fused.modules import FusedBlock, FusedModule, FusedStem
@@ -130,6 +131,24 @@ def test_channels_last_models_and_inputs(trained):
                 got, want = fused(given)["y"], features(given)["y"]
             assert got.is_contiguous(memory_format=torch.channels_last) == want.is_contiguous(memory_format=torch.channels_last)
             assert got.is_contiguous() == want.is_contiguous()
+
+
+@pytest.mark.parametrize("block", [TV_BASIC, TV_BOTTLENECK], ids=["basic", "bottleneck"])
+def test_inputs_in_onednn_layout(block, trained):
+    model = trained(_small(block))
+    features = tv._utils.IntermediateLayerGetter(model, {"layer3": "y"}).eval()
+    x = torch.randn(2, 3, 64, 64)
+    given = x.to_mkldnn()
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(x.double())
+        want = model(given)
+        for fused in (rf.fuse(model), rf.fuse(model, backend="reference"), to_mkldnn(rf.fuse(model))):
+            y = fused(given)
+            assert y.layout == want.layout == torch._mkldnn
+            assert_as_good_as_stock(y.to_dense(), want.to_dense(), truth)
+        torch.testing.assert_close(rf.fuse(features)(given)["y"].to_dense(), features(given)["y"].to_dense())
+    y = rf.fuse(model)(x.to_mkldnn().requires_grad_())  # by the registered operators
+    assert_as_good_as_stock(y.detach().to_dense(), want.to_dense(), truth)
 
 
 def test_copies_pickles_saves_and_moves(trained, tmp_path):

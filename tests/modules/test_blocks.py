@@ -174,6 +174,26 @@ def test_meta_tensors(ours, theirs, memory_efficient):
         assert all(p.grad is not None for p in mine.parameters())
 
 
+@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["basic", "bottleneck"])
+def test_inputs_in_onednn_layout_run_as_in_torchvision(ours, theirs, trained):
+    mine, other = _pair(ours, theirs, trained, planes=64 // ours.expansion)
+    x = torch.randn(2, 64, 8, 8)
+    given = x.to_mkldnn()
+    truth = copy.deepcopy(other).double()(x.double())
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            y, want = mine(given), other(given)
+        assert y.layout == want.layout == torch._mkldnn
+        assert_as_good_as_stock(y.to_dense(), want.to_dense(), truth)
+    mine.train(), other.train()
+    for memory_efficient in (False, True):
+        mine.memory_efficient = memory_efficient
+        with torch.no_grad():
+            torch.testing.assert_close(mine(given).to_dense(), other(given).to_dense())
+    for a, b in zip(mine.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_copies_and_pickles_leave_the_folded_parameters_behind(trained):
     block = trained(rf.Bottleneck(16, 4))
     x = torch.randn(1, 16, 5, 5)

@@ -156,6 +156,19 @@ def test_errors_name_argument_value_rule_and_remedy(call, message):
         call(*Case("").tensors())
 
 
+def test_onednn_layout_runs_on_stock_ops():
+    x, weight, shift = Case("").tensors()
+    residual = torch.randn(2, 24, 9, 9)
+    given = x.to_mkldnn()
+    y = rf.functional.conv2d_bn_add_relu(given, weight, shift, residual.to_mkldnn(), padding=1)
+    want = (F.conv2d(given, weight, shift, padding=1) + residual.to_mkldnn()).relu()
+    assert torch.equal(y.to_dense(), want.to_dense())
+    assert torch.equal(rf.functional.add_relu(given, given).to_dense(), (given + given).relu().to_dense())
+    for call in (lambda: rf.functional.conv2d_bn(given, weight, shift), lambda: rf.functional.add_relu(given, given)):
+        with rf.use_backend("onednn"), pytest.raises(BackendError, match=r"can't serve tensors of layout.*x\.to_dense\(\)"):
+            call()
+
+
 def test_explicit_backend_that_cannot_serve_raises_with_the_reason():
     x, weight, shift = Case("", dtype=torch.float64).tensors()
     with (
