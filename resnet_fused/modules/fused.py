@@ -78,8 +78,8 @@ class FusedModule(nn.Module):
     def _run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         weights, shifts = self.folded_parameters()
         dtype = autocast_dtype(x.device.type)
-        # As stock's convolution under autocast, which leaves float64 alone.
-        if dtype is not None and weights[0].dtype != torch.float64 and x.dtype != torch.float64:
+        # As stock's convolution under autocast, which leaves float64 and what isn't floating-point alone.
+        if dtype is not None and torch.float64 not in (weights[0].dtype, x.dtype) and x.is_floating_point():
             weights, shifts = self._cast_to(dtype, weights, shifts)
             x = x.to(dtype)
             residual = residual.to(dtype) if residual is not None else None

@@ -30,9 +30,11 @@ def check(problem: Problem, x: Tensor, residual: Tensor | None, weights: Sequenc
             )
     for weight in weights:
         if weight.dtype != x.dtype:
+            # A module can't be cast to an integer type, and autocast leaves integers alone.
+            remedy = f"Cast one of them (x.to({weight.dtype}) or module.to({x.dtype})), or use torch.autocast."
             raise ValueError(
                 f"x has dtype {x.dtype} and the weight {weight.dtype}; they must be the same. "
-                f"Cast one of them (x.to({weight.dtype}) or module.to({x.dtype})), or use torch.autocast."
+                f"{remedy if x.is_floating_point() else f'Cast the input: x.to({weight.dtype}).'}"
             )
         if weight.device != x.device:
             raise ValueError(f"x is on {x.device} and the weight on {weight.device}; move one with .to({str(x.device)!r}).")

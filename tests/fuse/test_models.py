@@ -151,6 +151,17 @@ def test_inputs_in_onednn_layout(block, trained):
     assert_as_good_as_stock(y.detach().to_dense(), want.to_dense(), truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.complex64, torch.float64], ids=str)
+def test_autocast_casts_no_more_than_in_stock(dtype, trained):
+    model = trained(_small(TV_BASIC))
+    x = (torch.rand(1, 3, 64, 64) * 255).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            model(x)
+        with pytest.raises(ValueError, match=f"x has dtype {dtype} and the weight torch.float32"):
+            rf.fuse(model)(x)
+
+
 def test_copies_pickles_saves_and_moves(trained, tmp_path):
     fused = rf.fuse(trained(_small(TV_BOTTLENECK)))
     x = torch.randn(1, 3, 64, 64)

@@ -137,6 +137,10 @@ BAD_INPUTS = {
     "x-without-batch": (lambda x, w, s: rf.functional.conv2d_bn(x[0], w, s), r"x has shape \(16, 9, 9\).*unsqueeze"),
     "wrong-channels": (lambda x, w, s: rf.functional.conv2d_bn(x[:, :8], w, s), "x has 8 channels.*takes 16"),
     "mixed-dtypes": (lambda x, w, s: rf.functional.conv2d_bn(x.bfloat16(), w, s), "x has dtype torch.bfloat16.*autocast"),
+    "integers": (
+        lambda x, w, s: rf.functional.conv2d_bn(x.long(), w, s),
+        r"x has dtype torch.int64 .*the same. Cast the input: x.to\(torch.float32\).$",
+    ),
     "shift-too-short": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s[:5]), r"shift is \(5,\).*fold_bn"),
     "stride-0": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, stride=0), "stride is 0.*at least 1"),
     "padding-string": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, padding="same"), "padding is 'same'.*integer"),
