@@ -71,9 +71,13 @@ def fuse(
             raise BackendError(f"backend {backend!r} is not available here: {reason}")
     if tune and example_inputs is None:
         raise ValueError("tune=True needs example_inputs: pass a tensor, or a tuple of the model's arguments, to measure with.")
-    if model.training:
+    # Not asked of the model, since a wrapper around one in eval mode, such as DataParallel, is in training mode itself.
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    training = sum(norm.training for norm in norms)
+    if training:
         config.logger().warning(
-            "rf.fuse: the model is in training mode, and batch norms in training mode are not fused. Call model.eval() first."
+            f"rf.fuse: {training} of the model's {len(norms)} batch norms are in training mode, where they are not fused. "
+            "Call model.eval() first."
         )
     original = model
     # Outside of inference mode, so that parameters, copied and folded, count their changes.

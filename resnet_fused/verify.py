@@ -61,7 +61,8 @@ def verify(stock: nn.Module, fused: nn.Module, inputs: Any) -> Verification:
     Raises:
         ValueError: the models' results differ in structure, or `stock` is in training mode.
     """
-    if stock.training:
+    # Not asked of the model, since a wrapper around one in eval mode, such as DataParallel, is in training mode itself.
+    if any(m.training for m in stock.modules() if not list(m.children())):
         raise ValueError("stock is in training mode, where results depend on the batch; call stock.eval() first.")
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     exact = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in copy.deepcopy(arguments))

@@ -329,6 +329,21 @@ def test_errors(arguments, error, message):
         rf.fuse(**{"model": ConvBN().eval(), **arguments})
 
 
+def test_training_mode_is_asked_of_the_batch_norms(caplog):
+    model = nn.Sequential(ConvBN(), ConvBN())
+    model.eval()[1].bn.train()
+    rf.fuse(model)
+    assert "1 of the model's 2 batch norms are in training mode" in caplog.text
+    with pytest.raises(ValueError, match="stock is in training mode"):
+        rf.verify(model, rf.fuse(model), torch.randn(1, 8, 6, 6))
+    caplog.clear()
+    wrapped = nn.DataParallel(model.eval())
+    assert wrapped.training
+    fused = rf.fuse(wrapped)
+    assert not caplog.text
+    assert rf.verify(wrapped, fused, torch.randn(1, 8, 6, 6)).passed
+
+
 def test_report_of_something_else():
     with pytest.raises(ValueError, match="that rf.fuse didn't make"):
         rf.report(nn.Linear(1, 1))
