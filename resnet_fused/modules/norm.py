@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from resnet_fused import ops
 from resnet_fused.backends.norm import served
 from resnet_fused.modules.folding import hooks_of
-from resnet_fused.ops.common import autocast_dtype, plain
+from resnet_fused.ops.common import autocast_dtype, plain, transformed, update_statistics
 from resnet_fused.ops.conv2d import served as served_conv2d
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -61,16 +60,11 @@ def _fusible(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> bool:
     for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if t is not None and (t.device != x.device or (t.dtype != x.dtype and t.dtype != torch.float32)):
             return False
-    if not torch.compiler.is_compiling() and (_transformed() or not plain(x, residual, norm.weight, norm.bias)):
+    if not torch.compiler.is_compiling() and (transformed() or not plain(x, residual, norm.weight, norm.bias)):
         return False
     if _group(norm) is not None:
         return True
     return x.numel() > 0 and served(op, x)
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, for which stock ops have rules and ours don't."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _group(norm: Any) -> str | None:
@@ -93,7 +87,7 @@ def conv2d(conv: Any, x: Tensor) -> Tensor:
         and _plain_conv(conv, x)
         and conv.bias is None
         and autocast_dtype(x.device.type) is None
-        and (torch.compiler.is_compiling() or (not _transformed() and plain(x)))
+        and (torch.compiler.is_compiling() or (not transformed() and plain(x)))
         and served_conv2d(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
     ):
         return ops.conv2d(x, conv.weight)
@@ -154,14 +148,11 @@ def _update(norm: Any, mean: Tensor, var: Tensor) -> None:
     """In training, moves the running statistics towards the batch's; `var` is unbiased."""
     if not norm.training or not norm.track_running_stats:
         return
-    with torch.no_grad():
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
-            if running is None:
-                continue
-            if norm.momentum is None:  # the mean over all batches; as a tensor, which a GPU needn't be waited for
-                share = norm.num_batches_tracked.to(running.dtype).reciprocal()
-            else:
-                share = norm.momentum
-            running.lerp_(new.to(running.dtype), share)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if norm.momentum is None:  # the mean over all batches; as a tensor, which a GPU needn't be waited for
+        share = norm.num_batches_tracked.reciprocal() if norm.num_batches_tracked is not None else 0.0
+    else:
+        share = norm.momentum
+    update_statistics(norm.running_mean, mean, share)
+    update_statistics(norm.running_var, var, share)

@@ -18,6 +18,15 @@ def check_dims(name: str, tensor: Tensor, dims: int, layout: str) -> None:
         )
 
 
+def check_residual(x: Tensor, residual: Tensor) -> None:
+    """Raises ValueError unless `residual` is as x in shape, dtype and device."""
+    if x.shape != residual.shape or x.dtype != residual.dtype or x.device != residual.device:
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}; it must be as x, {tuple(x.shape)} "
+            f"{x.dtype} on {x.device}. Expand, cast or move it before."
+        )
+
+
 def check(problem: Problem, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor]) -> None:
     """Raises ValueError where an input doesn't fit the problem's parameters, before any backend sees it."""
     if problem.convs:

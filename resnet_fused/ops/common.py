@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -196,6 +197,18 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def plain_eager(*tensors: Tensor | None) -> bool:
     """Whether a call may go to a backend's kernel directly: nothing watches it, not even autograd."""
     return plain(*tensors) and not needs_grad(*tensors)
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which stock ops have rules and batch norms' don't."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def update_statistics(running: Tensor | None, new: Tensor, share: float | Tensor) -> None:
+    """Moves a running statistic of a batch norm towards the batch's, in place: running += share · (new − running)."""
+    if running is not None:
+        with torch.no_grad():
+            running.lerp_(new.to(running.dtype), share.to(running.dtype) if isinstance(share, Tensor) else share)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

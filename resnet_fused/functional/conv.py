@@ -1,13 +1,4 @@
-"""The ops as functions of tensors, for any device, with autograd.
-
-A convolution with a batch norm in inference takes the batch norm *folded* into its parameters, once, by `fold_bn`:
-
-    weight, shift = rf.functional.fold_bn(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-    y = rf.functional.conv2d_bn_relu(x, weight, shift, stride=2, padding=3)
-
-Inputs may be contiguous or channels_last; the result's memory format follows stock PyTorch's rule (channels_last if the input
-or the weight is). Accumulation is in float32. NaN goes through every op, as in stock PyTorch.
-"""
+"""Convolutions with a batch norm folded in, and the whole ops that are made of them."""
 
 from __future__ import annotations
 
@@ -18,9 +9,7 @@ from torch import Tensor
 
 from resnet_fused import ops
 from resnet_fused.backends import Conv
-from resnet_fused.ops.checks import check_dims
-
-__all__ = ["add_relu", "basic_block", "bottleneck", "conv2d_bn", "conv2d_bn_add_relu", "conv2d_bn_relu", "fold_bn", "stem"]
+from resnet_fused.ops.checks import check_dims, check_residual
 
 IntOrPair = int | Sequence[int]
 
@@ -158,11 +147,7 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices differ.
     """
     check_dims("x", x, 4, "(N, C, H, W)")
-    if x.shape != residual.shape or x.dtype != residual.dtype or x.device != residual.device:
-        raise ValueError(
-            f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}; it must be as x, {tuple(x.shape)} "
-            f"{x.dtype} on {x.device}. Expand, cast or move it before."
-        )
+    check_residual(x, residual)
     return ops.add_relu(x, residual)
 
 
