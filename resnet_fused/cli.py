@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from resnet_fused import backends, config
+from resnet_fused.bench import options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        _check_environment()
         return arguments.run(arguments)
-    except _UserError as error:
+    except (options.UserError, backends.BackendError) as error:
         print(f"resnet-fused: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -25,8 +26,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-class _UserError(Exception):
-    """Something the user can put right; printed without a traceback."""
+def _check_environment() -> None:
+    """Raises UserError where an environment variable has no such value, before anything is measured."""
+    try:
+        config.logger()
+        backends.choice()
+    except ValueError as error:
+        raise options.UserError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--device", help="check every kernel of every backend on this device: cuda, cuda:1 or cpu")
     verify.add_argument("--out", type=Path, default=Path("verify-results.json"), help="JSON of --device (%(default)s)")
     verify.add_argument("--models", default="resnet18,resnet50", help="torchvision models, separated by commas (%(default)s)")
-    verify.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(%(default)s)")
+    verify.add_argument("--dtype", default="float32", choices=options.DTYPES, help="(%(default)s)")
     verify.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
     verify.add_argument("--backend", default="auto", help="backend for all ops (%(default)s)")
     verify.set_defaults(run=_verify)
@@ -78,17 +84,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("--models", default="resnet18,resnet50", help="torchvision models, separated by commas (%(default)s)")
-    bench.add_argument("--batches", default="1,8", help="batch sizes, separated by commas (%(default)s)")
-    bench.add_argument("--dtypes", default="float32,bfloat16", help="dtypes, separated by commas (%(default)s)")
-    bench.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
+    # Without a default, so that the command knows what was given: --quick and --training have their own.
+    bench.add_argument("--models", help="torchvision models, separated by commas (resnet18,resnet50; training: resnet50)")
+    bench.add_argument("--batches", help="batch sizes, separated by commas (1,8; training: 16)")
+    bench.add_argument("--dtypes", help="float32, bfloat16, float16, separated by commas (float32,bfloat16)")
+    bench.add_argument("--size", help="pixels: SIZE or HEIGHTxWIDTH (224; training: 160)")
     bench.add_argument("--peers", default="", help="other engines, separated by commas: onnxruntime, openvino")
     bench.add_argument(
         "--layers", action="store_true", help="time every kind of layer by every backend, as a share of the peak"
     )
     bench.add_argument("--training", action="store_true", help="time training steps, with peak memory, instead of inference")
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
-    bench.add_argument("--quick", action="store_true", help="under a minute: ResNet-18 in float32, without torch.compile")
+    bench.add_argument(
+        "--quick", action="store_true", help="under a minute: without torch.compile, and if not given, ResNet-18 in float32"
+    )
     bench.add_argument("--seconds", type=float, default=6.0, help="timing of each workload (%(default)s)")
     bench.add_argument("--threads", type=int, help="CPU threads (PyTorch's default)")
     bench.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for JSON and PNG (%(default)s)")
@@ -102,113 +111,29 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    for package in ("rich", "matplotlib", "torchvision"):
-        if importlib.util.find_spec(package) is None:
-            raise _UserError(f"bench needs {package}, which is not installed; pip install 'resnet_fused[bench]'")
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    options.need("bench", "rich", "matplotlib", "torchvision")
+    from resnet_fused.bench import command
 
-    from resnet_fused.bench import inference, report, variants
-    from resnet_fused.bench.workloads import Workload
-
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise _UserError(f"--threads is {arguments.threads}; it must be at least 1")
-        torch.set_num_threads(arguments.threads)
-    dtypes = ["float32"] if arguments.quick else _names("--dtypes", arguments.dtypes, ("float32", "bfloat16", "float16"))
-    models = ["resnet18"] if arguments.quick else _models(arguments.models)
-    peers = _names("--peers", arguments.peers, variants.PEERS)
-    if arguments.layers and arguments.training:
-        raise _UserError("--layers and --training were both given; choose one")
-    batches = [_positive("--batches", part) for part in arguments.batches.split(",")]
-    seconds = min(arguments.seconds, 4.0) if arguments.quick else arguments.seconds
-    compiled = [] if arguments.quick or arguments.no_compile else [variants.COMPILE]
-    names = [variants.EAGER, variants.CHANNELS_LAST, *compiled, *peers, variants.OURS]
-    workloads = [Workload(m, b, d, _size(arguments.size)) for m in models for d in dtypes for b in batches]
-
-    console = Console()
-    if arguments.layers:
-        return _bench_layers(console, workloads)
-    if arguments.training:
-        return _bench_training(console, arguments)
-    comparisons = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=len(workloads))
-        for i, workload in enumerate(workloads):
-
-            def step(text: str, share: float, i: int = i, workload: Workload = workload) -> None:
-                progress.update(task, completed=i + share, description=f"{workload}: {text}")
-
-            comparisons.append(inference.compare(workload, names, seconds, step))
-    machine = inference.machine()
-    report.print_table(console, comparisons, machine)
-    inference.save_json(arguments.out / "inference.json", comparisons)
-    report.save_chart(arguments.out / "inference.png", comparisons, machine)
-    console.print(f"Saved {arguments.out / 'inference.json'} and {arguments.out / 'inference.png'}", highlight=False)
-    return 0
-
-
-def _bench_layers(console: Any, workloads: list[Any]) -> int:
-    from resnet_fused.bench import layers
-    from resnet_fused.bench.workloads import DTYPES
-
-    peaks = {dtype: layers.measure_peak(DTYPES[dtype]) for dtype in {workload.dtype for workload in workloads}}
-    for workload in workloads:
-        results = []
-        with console.status(str(workload)) as status:
-            for result in layers.run_layers(workload):
-                results.append(result)
-                status.update(f"{workload}: {len(results)} kinds of layers timed")
-        layers.print_layers(console, workload, results, peaks[workload.dtype])
-    return 0
-
-
-def _bench_training(console: Any, arguments: argparse.Namespace) -> int:
-    import json
-    from dataclasses import replace
-
-    from rich.console import Console
-
-    from resnet_fused.bench import inference, training
-
-    names = [name for name in training.VARIANTS if name != training.COMPILE or not (arguments.quick or arguments.no_compile)]
-    workloads = [training.TrainingWorkload(), training.TrainingWorkload(autocast=True)]
-    if arguments.quick:
-        workloads = [replace(workload, model="resnet18", batch=4) for workload in workloads]
-    comparisons = []
-    for workload in workloads:
-        with console.status(str(workload)) as status:
-
-            def step(text: str, share: float, status: Any = status, workload: Any = workload) -> None:
-                status.update(f"{workload}: {text}")
-
-            comparisons.append(training.compare(workload, names, 4 * arguments.seconds, step))
-    machine = inference.machine()
-    (console if console.is_terminal else Console(width=160)).print(training.table(comparisons))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine, "comparisons": [comparison.to_json() for comparison in comparisons]}
-    (arguments.out / "training.json").write_text(json.dumps(content, indent=2) + "\n")
-    console.print(f"Saved {arguments.out / 'training.json'}", highlight=False)
-    return 0
+    return command.run(arguments)
 
 
 def _tune(arguments: argparse.Namespace) -> int:
     import resnet_fused as rf
     from resnet_fused.bench.workloads import Workload
 
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device):
-        raise _UserError(f"--device is {arguments.device!r}; it takes cpu, cuda, or one GPU as cuda:1")
-    if arguments.device != "cpu" and not torch.cuda.is_available():
-        raise _UserError(f"--device is {arguments.device}, and there is no GPU here; --device cpu tunes for the CPU")
-    dtypes = _names("--dtypes", arguments.dtypes, ("float32", "bfloat16", "float16"))
-    for name in _models(arguments.models):
+    device = options.device(arguments.device)
+    if device != "cpu" and not torch.cuda.is_available():
+        raise options.UserError(f"--device is {device}, and there is no GPU here; --device cpu tunes for the CPU")
+    dtypes = options.names("--dtypes", arguments.dtypes, options.DTYPES)
+    batches = options.integers("--batches", arguments.batches)
+    size = options.size(arguments.size)
+    for name in options.models(arguments.models):
         for dtype in dtypes:
-            for batch in (_positive("--batches", part) for part in arguments.batches.split(",")):
-                workload = Workload(name, batch, dtype, _size(arguments.size))
+            for batch in batches:
+                workload = Workload(name, batch, dtype, size)
                 model, x = workload.make()
-                fused = rf.fuse(model.to(arguments.device), inplace=True)
-                print(f"{workload}\n{rf.tune(fused, x.to(arguments.device))}\n")
+                fused = rf.fuse(model.to(device), inplace=True)
+                print(f"{workload}\n{rf.tune(fused, x.to(device))}\n")
     return 0
 
 
@@ -216,51 +141,22 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.device is not None:
         from resnet_fused import acceptance
 
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device):
-            raise _UserError(f"--device is {arguments.device!r}; it takes cpu, cuda, or one GPU as cuda:1")
-        return acceptance.main(arguments.device, arguments.out)
+        device = options.device(arguments.device)
+        options.folder("--out", arguments.out.parent)
+        return acceptance.main(device, arguments.out)
     import resnet_fused as rf
     from resnet_fused.bench.workloads import Workload
 
     passed = True
-    for name in _models(arguments.models):
-        model, x = Workload(name, 2, arguments.dtype, _size(arguments.size)).make()
+    for name in options.models(arguments.models):
+        model, x = Workload(name, 2, arguments.dtype, options.size(arguments.size)).make()
         try:
             result = rf.verify(model, rf.fuse(model, backend=arguments.backend), x)
-        except (rf.BackendError, ValueError) as error:
-            raise _UserError(str(error)) from error
+        except ValueError as error:
+            raise options.UserError(str(error)) from error
         print(f"{name}\n{result}\n")
         passed = passed and result.passed
     return 0 if passed else 1
-
-
-def _names(option: str, given: str, known: tuple[str, ...]) -> list[str]:
-    names = [part.strip() for part in given.split(",") if part.strip()]
-    for name in names:
-        if name not in known:
-            raise _UserError(f"{option} has {name!r}; it takes {', '.join(known)}, separated by commas")
-    return names
-
-
-def _models(given: str) -> list[str]:
-    if importlib.util.find_spec("torchvision") is None:
-        raise _UserError("models come from torchvision, which is not installed; pip install torchvision")
-    import torchvision
-
-    return _names("--models", given, tuple(torchvision.models.list_models(module=torchvision.models)))
-
-
-def _positive(option: str, text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise _UserError(f"{option} has {text!r}; it takes positive integers, separated by commas")
-    return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts: list[Any] = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(p.isdigit() and int(p) >= 32 for p in parts):
-        raise _UserError(f"--size is {text!r}; it takes pixels as SIZE or HEIGHTxWIDTH, at least 32, such as 224 or 256x192")
-    return int(parts[0]), int(parts[-1])
 
 
 if __name__ == "__main__":

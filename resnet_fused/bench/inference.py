@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -122,12 +121,3 @@ def _truth(model: nn.Module, x: Tensor) -> Tensor:
 
 def _error(y: Tensor, truth: Tensor) -> float:
     return float((y[: len(truth)].double() - truth).norm() / truth.norm())
-
-
-def save_json(path: Path, comparisons: list[Comparison]) -> None:
-    """Writes the machine and all results."""
-    import json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "comparisons": [c.to_json() for c in comparisons]}
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -28,6 +28,11 @@ COMPILE = "torch.compile"
 OURS = "resnet_fused"
 MEMORY_EFFICIENT = "resnet_fused, memory_efficient"
 VARIANTS = (STOCK, COMPILE, OURS, MEMORY_EFFICIENT)
+# What both torchvision and this library have.
+MODELS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
+)
 
 # Steps whose losses are compared, and how far they may be apart: variants round differently, and steps amplify it.
 _CHECKED_STEPS = 3
@@ -39,7 +44,7 @@ class TrainingWorkload:
     """One training step: forward, backward, SGD with momentum.
 
     Attributes:
-        model: "resnet18" to "resnet152".
+        model: one of MODELS.
         batch: images.
         size: height and width of the images, pixels.
         autocast: whether the forward pass runs under bfloat16 autocast; otherwise everything is float32.

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from resnet_fused.bench import options
+
+DTYPES = {name: getattr(torch, name) for name in options.DTYPES}
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,34 @@ class Workload:
         return f"{self.model}, batch {self.batch}, {self.dtype}, {size}"
 
     def make(self) -> tuple[nn.Module, Tensor]:
-        """The model in eval mode, with batch-norm statistics as after training, and a batch of noise."""
+        """The model in eval mode, with batch-norm statistics as after training, and a batch of noise.
+
+        Raises:
+            UserError: the model takes no images of this size, or memory doesn't suffice.
+        """
         import torchvision
 
         torch.manual_seed(0)
         model = torchvision.models.get_model(self.model)
-        _settle(model)
         dtype = DTYPES[self.dtype]
-        x = torch.randn(self.batch, 3, *self.size)
-        return model.eval().to(dtype), x.to(dtype)
+        try:
+            _settle(model, self.size)
+            x = torch.randn(self.batch, 3, *self.size)
+            return model.eval().to(dtype), x.to(dtype)
+        # What torchvision's models raise on images that they don't fit, and the allocator where memory doesn't suffice.
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise options.UserError(
+                f"{self.model} can't run on {self.batch} images of {self.size[0]}x{self.size[1]} pixels: "
+                f"{str(error).splitlines()[0]}. Choose another --size, batch or model"
+            ) from error
+
+
+# Pixels of the images that batch norms get their statistics from: 8 images of 112×112.
+_SETTLING_PIXELS = 8 * 112 * 112
 
 
 @torch.no_grad()
-def _settle(model: nn.Module) -> None:
+def _settle(model: nn.Module, size: tuple[int, int]) -> None:
     """Makes a fresh model's batch norms look trained, since without it the results grow out of all bounds.
 
     They get the statistics of what flows through them. The last batch norm of each residual block is weak, as training
@@ -56,4 +73,4 @@ def _settle(model: nn.Module) -> None:
             norm.weight.uniform_(*((0.1, 0.3) if path in last else (0.5, 1.0)))
             norm.bias.normal_(std=0.1)
     model.train()
-    model(torch.randn(8, 3, 112, 112))
+    model(torch.randn(max(2, _SETTLING_PIXELS // (size[0] * size[1])), 3, *size))

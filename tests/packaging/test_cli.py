@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from resnet_fused import cli
 from resnet_fused.bench import timing
@@ -61,29 +62,107 @@ def test_verify_passes(capsys):
     assert "passed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["bench", "--models", "resnet19"], "--models has 'resnet19'; it takes"),
-        (["bench", "--batches", "0"], "--batches has '0'; it takes positive integers"),
-        (["bench", "--dtypes", "float8"], "--dtypes has 'float8'; it takes float32, bfloat16, float16"),
-        (["bench", "--size", "big"], "--size is 'big'; it takes pixels"),
-        (["bench", "--threads", "0"], "--threads is 0; it must be at least 1"),
-        (["bench", "--peers", "tensorrt"], "--peers has 'tensorrt'; it takes onnxruntime, openvino"),
-    ],
-    ids=lambda value: value[1] if isinstance(value, list) else "",
-)
-def test_errors_have_no_traceback(arguments, message, capsys):
+BAD_OPTIONS = [
+    (["bench", "--models", "resnet19"], "--models has 'resnet19'; it takes"),
+    (["bench", "--models", ","], "--models has ','; it takes"),
+    (["bench", "--batches", "0"], "--batches has '0'; it takes positive integers"),
+    (["bench", "--batches", "1,,2"], "--batches has ''; it takes positive integers"),
+    (["bench", "--dtypes", "float8"], "--dtypes has 'float8'; it takes float32, bfloat16, float16"),
+    (["bench", "--dtypes", " "], "--dtypes has ' '; it takes float32, bfloat16, float16"),
+    (["bench", "--size", "big"], "--size is 'big'; it takes pixels"),
+    (["bench", "--size", "0"], "--size is '0'; it takes pixels as SIZE or HEIGHTxWIDTH, at least 32"),
+    (["bench", "--threads", "0"], "--threads is 0; it must be at least 1"),
+    (["bench", "--seconds", "-1"], "--seconds is -1; it must be a number above 0"),
+    (["bench", "--seconds", "nan"], "--seconds is nan; it must be a number above 0"),
+    (["bench", "--peers", "tensorrt"], "--peers has 'tensorrt'; it takes onnxruntime, openvino"),
+    (["bench", "--out", "/proc/nope"], "--out is /proc/nope, where nothing can be written"),
+    (["bench", "--models", "vit_b_16", "--size", "64"], "vit_b_16 can't run on 1 images of 64x64 pixels: Wrong image height!"),
+    (["bench", "--layers", "--training"], "--layers and --training were both given"),
+    (["bench", "--training", "--models", "vgg11"], "--models has 'vgg11'; it takes resnet18"),
+    (["bench", "--training", "--dtypes", "float16"], "--dtypes has 'float16'; it takes float32, bfloat16"),
+    (["bench", "--training", "--size", "64x96"], "--size is 64x96; training takes square images"),
+    (["bench", "--training", "--peers", "openvino"], "other engines don't train"),
+    (["verify", "--size", "10"], "--size is '10'; it takes pixels"),
+    (["verify", "--backend", "cudnnn", "--size", "64"], "backend is 'cudnnn'; it must be 'auto' or one of"),
+    (["verify", "--device", "cpu", "--out", "/proc/nope/v.json"], "--out is /proc/nope, where nothing can be written"),
+    (["tune", "--models", "vit_b_16", "--size", "32"], "vit_b_16 can't run on"),
+    (["tune", "--device", "tpu"], "--device is 'tpu'; it takes cpu, cuda"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_OPTIONS, ids=[" ".join(arguments) for arguments, _ in BAD_OPTIONS])
+def test_errors_have_no_traceback(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("variable, value", [("RESNET_FUSED_BACKEND", "fast"), ("RESNET_FUSED_LOG", "LOUD")])
+def test_environment_is_checked_before_anything_runs(variable, value, monkeypatch, capsys):
+    from resnet_fused import backends
+
+    monkeypatch.setenv(variable, value)
+    backends._environment_choice.cache_clear()
+    try:
+        assert cli.main(["info"]) == 2
+    finally:
+        monkeypatch.undo()
+        backends._environment_choice.cache_clear()
+    assert f"{variable} is {value!r}; it must be" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["bench", "verify"])
+def test_a_backend_that_is_not_available_here(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resnet_fused.backends._environment_choice", lambda: "cuda")
+    arguments = ["--models", "resnet18", "--size", "32"]
+    more = ["--batches", "1", "--dtypes", "float32", "--no-compile"] if command == "bench" else []
+    assert cli.main([command, *arguments, *more]) == 2
+    assert "backend 'cuda' can't serve" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys):
+    from resnet_fused.bench import options, variants
+
+    find = options.importlib.util.find_spec
+    missing = {"rich", "openvino"}
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
+    assert cli.main(["bench"]) == 2
+    assert "bench needs rich, which is not installed; pip install 'resnet_fused[bench]'" in capsys.readouterr().err
+    with pytest.raises(variants.Unavailable, match=r"openvino is not installed; pip install 'resnet_fused\[peers\]'"):
+        variants.make("openvino", torch.nn.Identity(), torch.zeros(1))
+
+
+def test_quick_and_training_have_defaults_that_options_override(monkeypatch, tmp_path):
+    from resnet_fused.bench import inference, training
+
+    seen = []
+
+    def stop(workload, names, seconds, step):
+        seen.append((str(workload), seconds))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "compare", stop)
+    monkeypatch.setattr(training, "compare", stop)
+    for given in (["--quick"], ["--quick", "--models", "resnet34", "--size", "64"], ["--training", "--size", "96"]):
+        assert cli.main(["bench", *given, "--out", str(tmp_path)]) == 130
+    assert seen == [
+        ("resnet18, batch 1, float32, 224×224", 4.0),
+        ("resnet34, batch 1, float32, 64×64", 4.0),
+        ("resnet50, batch 16, float32, 96×96", 24.0),
+    ]
+
+
 def test_help_teaches():
-    run = _run("bench", "--help")
-    assert run.returncode == 0
-    for option in ("--quick", "--peers", "--models", "--out"):
-        assert option in run.stdout
-    assert "Example:" in run.stdout
+    wanted = {
+        "bench": ("--quick", "--peers", "--models", "--out", "Example:"),
+    }
+    for command, words in wanted.items():
+        run = _run(command, "--help")
+        assert run.returncode == 0
+        for word in words:
+            assert word in " ".join(run.stdout.split())
 
 
 def test_interleaving_takes_turns():

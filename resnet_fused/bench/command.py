@@ -1,0 +1,114 @@
+"""`resnet-fused bench`: reads the options, runs the workloads, shows and saves the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from resnet_fused.bench import inference, layers, options, report, training, variants
+from resnet_fused.bench.workloads import DTYPES, Workload
+
+Step = Callable[[str, float], None]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
+    if arguments.layers and arguments.training:
+        raise options.UserError("--layers and --training were both given; choose one")
+    options.set_threads(arguments.threads)
+    options.positive("--seconds", arguments.seconds)
+    if arguments.quick:
+        arguments.seconds = min(arguments.seconds, 4.0)
+    return _training(arguments) if arguments.training else _inference(arguments)
+
+
+def _inference(arguments: argparse.Namespace) -> int:
+    models = options.models(arguments.models or ("resnet18" if arguments.quick else "resnet18,resnet50"))
+    dtypes = options.names(
+        "--dtypes", arguments.dtypes or ("float32" if arguments.quick else "float32,bfloat16"), tuple(DTYPES)
+    )
+    batches = options.integers("--batches", arguments.batches or "1,8")
+    peers = options.names("--peers", arguments.peers, variants.PEERS) if arguments.peers else []
+    size = options.size(arguments.size or "224")
+    out = options.folder("--out", arguments.out)
+    for model in models:
+        Workload(model, 1, "float32", size).make()  # a model that this size doesn't fit should be known of now, not in minutes
+    workloads = [Workload(m, b, d, size) for m in models for d in dtypes for b in batches]
+    console = Console()
+    if arguments.layers:
+        return _layers(console, workloads)
+    compiled = [] if arguments.quick or arguments.no_compile else [variants.COMPILE]
+    names = [variants.EAGER, variants.CHANNELS_LAST, *compiled, *peers, variants.OURS]
+    comparisons = []
+    with _progress(console, len(workloads)) as step_of:
+        for i, workload in enumerate(workloads):
+            comparisons.append(inference.compare(workload, names, arguments.seconds, step_of(i, str(workload))))
+    machine = inference.machine()
+    report.print_table(console, comparisons, machine)
+    _save(console, out / "inference.json", machine, [comparison.to_json() for comparison in comparisons])
+    report.save_chart(out / "inference.png", comparisons, machine)
+    console.print(f"Saved {out / 'inference.png'}", highlight=False)
+    return 0
+
+
+def _layers(console: Console, workloads: list[Workload]) -> int:
+    peaks = {dtype: layers.measure_peak(DTYPES[dtype]) for dtype in {workload.dtype for workload in workloads}}
+    for workload in workloads:
+        results = []
+        with console.status(str(workload)) as status:
+            for result in layers.run_layers(workload):
+                results.append(result)
+                status.update(f"{workload}: {len(results)} kinds of layers timed")
+        if results:
+            layers.print_layers(console, workload, results, peaks[workload.dtype])
+        else:
+            console.print(f"{workload}: rf.fuse found nothing to fuse in it, so there are no layers to time", highlight=False)
+    return 0
+
+
+def _training(arguments: argparse.Namespace) -> int:
+    models = options.names("--models", arguments.models or ("resnet18" if arguments.quick else "resnet50"), training.MODELS)
+    dtypes = options.names("--dtypes", arguments.dtypes or "float32,bfloat16", ("float32", "bfloat16"))
+    batches = options.integers("--batches", arguments.batches or ("4" if arguments.quick else "16"))
+    height, width = options.size(arguments.size or "160")
+    if height != width:
+        raise options.UserError(f"--size is {arguments.size}; training takes square images, such as {height}")
+    if arguments.peers:
+        raise options.UserError(f"--peers is {arguments.peers!r}; other engines don't train. Leave it out with --training")
+    out = options.folder("--out", arguments.out)
+    workloads = [
+        training.TrainingWorkload(m, b, height, autocast=d == "bfloat16") for m in models for b in batches for d in dtypes
+    ]
+    names = [name for name in training.VARIANTS if name != training.COMPILE or not (arguments.quick or arguments.no_compile)]
+    console = Console()
+    comparisons = []
+    with _progress(console, len(workloads)) as step_of:
+        for i, workload in enumerate(workloads):
+            comparisons.append(training.compare(workload, names, 4 * arguments.seconds, step_of(i, str(workload))))
+    (console if console.is_terminal else Console(width=160)).print(training.table(comparisons))
+    _save(console, out / "training.json", inference.machine(), [comparison.to_json() for comparison in comparisons])
+    return 0
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int, str], Step]]:
+    """A progress bar over `total` workloads. Gives, for a workload's number and name, the function that it tells its steps."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=total)
+
+        def step_of(number: int, name: str) -> Step:
+            return lambda text, share: progress.update(task, completed=number + share, description=f"{name}: {text}")
+
+        yield step_of
+
+
+def _save(console: Console, path: Path, machine: dict[str, object], comparisons: list[dict[str, object]]) -> None:
+    path.write_text(json.dumps({"machine": machine, "comparisons": comparisons}, indent=2) + "\n")
+    console.print(f"Saved {path}", highlight=False)
