@@ -1,4 +1,4 @@
-"""resnet-fused: info, bench, verify, tune."""
+"""resnet-fused: info, bench, verify, tune, roofline."""
 
 from __future__ import annotations
 
@@ -80,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
     tune.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     tune.set_defaults(run=_tune)
+
+    roofline = commands.add_parser(
+        "roofline",
+        help="bytes and operations of every layer before and after fusion, and the bound that they set on its time",
+        description="Counts, for each kind of layer that rf.fuse fuses, the convolutions' operations and the bytes that must "
+        "move if every op reads and writes its tensors once: op by op as stock, with each convolution fused, and with the "
+        "whole layer fused. From the machine's peak and memory bandwidth follows a bound on the time. Nothing but these "
+        "two figures is measured, and a bound is no speed.",
+        epilog="For a GPU that isn't at hand, by its data sheet: "
+        "resnet-fused roofline --dtypes float16 --batches 64 --peak 312000 --bandwidth 2000",
+    )
+    _add_roofline_arguments(roofline)
+    roofline.set_defaults(run=_roofline)
     return parser
 
 
@@ -103,6 +116,17 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for JSON and PNG (%(default)s)")
 
 
+def _add_roofline_arguments(roofline: argparse.ArgumentParser) -> None:
+    roofline.add_argument("--models", default="resnet50", help="torchvision models, separated by commas (%(default)s)")
+    roofline.add_argument("--batches", default="1", help="batch sizes, separated by commas (%(default)s)")
+    roofline.add_argument("--dtypes", default="float32", help="dtypes, separated by commas (%(default)s)")
+    roofline.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
+    roofline.add_argument("--peak", type=float, help="arithmetic peak, GFLOP/s (measured on this CPU)")
+    roofline.add_argument("--bandwidth", type=float, help="memory bandwidth, GB/s (measured on this CPU)")
+    roofline.add_argument("--threads", type=int, help="CPU threads to measure with (PyTorch's default)")
+    roofline.add_argument("--plot", type=Path, help="PNG to draw the roofline into, a point for each layer before and after")
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from resnet_fused import env_report
 
@@ -115,6 +139,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     from resnet_fused.bench import command
 
     return command.run(arguments)
+
+
+def _roofline(arguments: argparse.Namespace) -> int:
+    options.need("roofline", "rich", "torchvision", *(("matplotlib",) if arguments.plot else ()))
+    from resnet_fused.bench import roofline
+
+    return roofline.run(arguments)
 
 
 def _tune(arguments: argparse.Namespace) -> int:

@@ -128,7 +128,7 @@ def print_layers(console: Console, workload: Workload, results: list[LayerResult
         chosen = result.chosen if result.chosen in result.milliseconds else fastest
         gflops = result.gflops(chosen)
         table.add_row(
-            _describe(result.problem),
+            describe(result.problem),
             "×".join(map(str, result.problem.shape)),
             str(result.count),
             result.chosen,
@@ -142,7 +142,8 @@ def print_layers(console: Console, workload: Workload, results: list[LayerResult
     console.print(table)
 
 
-def _describe(problem: Problem) -> str:
+def describe(problem: Problem) -> str:
+    """The layer in few words, such as "conv2d_bn_relu(64 3×3/2)"."""
     convs = ", ".join(
         f"{c.out_channels} {c.kernel[0]}×{c.kernel[1]}" + (f"/{c.stride[0]}" if c.stride != (1, 1) else "")
         for c in problem.convs

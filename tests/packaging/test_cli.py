@@ -87,6 +87,9 @@ BAD_OPTIONS = [
     (["verify", "--device", "cpu", "--out", "/proc/nope/v.json"], "--out is /proc/nope, where nothing can be written"),
     (["tune", "--models", "vit_b_16", "--size", "32"], "vit_b_16 can't run on"),
     (["tune", "--device", "tpu"], "--device is 'tpu'; it takes cpu, cuda"),
+    (["roofline", "--peak", "0"], "--peak is 0; it must be a number above 0"),
+    (["roofline", "--bandwidth", "-3"], "--bandwidth is -3; it must be a number above 0"),
+    (["roofline", "--plot", "/proc/nope/r.png"], "--plot is /proc/nope, where nothing can be written"),
 ]
 
 
@@ -157,6 +160,7 @@ def test_quick_and_training_have_defaults_that_options_override(monkeypatch, tmp
 def test_help_teaches():
     wanted = {
         "bench": ("--quick", "--peers", "--models", "--out", "Example:"),
+        "roofline": ("--peak", "--bandwidth", "--plot", "a bound is no speed", "For a GPU that isn't at hand"),
     }
     for command, words in wanted.items():
         run = _run(command, "--help")

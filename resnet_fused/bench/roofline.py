@@ -1,0 +1,225 @@
+"""`resnet-fused roofline`: what each layer must compute and move, before and after fusion, and the bound that follows.
+
+The counts are exact: operations of the convolutions' direct sums, and bytes if every op reads each of its tensors once from
+memory and writes its result once. The time is a bound and no measurement: max(operations / peak, bytes / bandwidth), summed
+over the ops. Two things may beat it: an algorithm with fewer operations than the direct sum (Winograd), and a cache that keeps
+a tensor from one op to the next.
+
+Source: Williams, Waterman and Patterson, Roofline: an insightful visual performance model, 2009.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from resnet_fused.backends.problem import Problem
+from resnet_fused.bench import layers, options
+from resnet_fused.bench.timing import quantile
+from resnet_fused.bench.workloads import DTYPES, Workload
+
+# Larger than any cache by far.
+_COPIED_BYTES = 2**28
+
+
+STOCK, LAYERS, WHOLE = "stock", "layers", "whole"
+
+
+class Work(NamedTuple):
+    """What one op does: floating-point operations of its convolutions, a multiply-add counting as two, and bytes moved."""
+
+    operations: int
+    moved: int
+
+
+def work(problem: Problem) -> dict[str, list[Work]]:
+    """The ops that compute a problem in inference: as stock has them, with each convolution fused, and as a whole.
+
+    Stock: convolution, batch norm, sum, ReLU (both in place) and max-pool are an op each. Layers: a convolution has its batch
+    norm, sum and ReLU with it. Whole: one op, whose results inside are never moved.
+    """
+    n, channels, height, width = problem.shape
+    element = problem.dtype.itemsize
+    found: dict[str, list[Work]] = {STOCK: [], LAYERS: [], WHOLE: []}
+
+    def op(level: str, operations: int, *elements: int) -> None:
+        found[level].append(Work(operations, sum(elements) * element))
+
+    h, w = height, width
+    main = len(problem.main_path)
+    operations = parameters = 0
+    for i, conv in enumerate(problem.convs):
+        source = (h, w) if i < main else (height, width)
+        out_h, out_w = conv.output_size(*source)
+        x, y = n * conv.in_channels * source[0] * source[1], n * conv.out_channels * out_h * out_w
+        taps = conv.in_channels // conv.groups * conv.kernel[0] * conv.kernel[1]
+        weight, own = conv.out_channels * taps, 2 * y * taps
+        relu = i < main and problem.op != "conv2d_bn"
+        added = i == main - 1 and problem.op in ("conv2d_bn_add_relu", "basic_block", "bottleneck")
+        op(STOCK, own, x, weight, y)
+        op(STOCK, 0, y, 4 * conv.out_channels, y)  # batch norm: mean, variance, gamma, beta
+        if added:
+            op(STOCK, 0, y, y, y)
+        if relu:
+            op(STOCK, 0, y, y)
+        op(LAYERS, own, x, weight, conv.out_channels, *((y,) if added else ()), y)
+        operations, parameters = operations + own, parameters + weight + conv.out_channels
+        if i < main:
+            h, w = out_h, out_w
+    result = math.prod(problem.output_shape())
+    if problem.pool is not None:
+        for level in (STOCK, LAYERS):
+            op(level, 0, n * problem.convs[0].out_channels * h * w, result)
+    residual = (result,) if problem.op == "conv2d_bn_add_relu" else ()  # a block's is its input, or stays inside
+    op(WHOLE, operations, n * channels * height * width, *residual, parameters, result)
+    return found
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Arithmetic peak in GFLOP/s and memory bandwidth in GB/s."""
+
+    peak: float
+    bandwidth: float
+
+    def bound(self, ops: list[Work]) -> float:
+        """The least time for ops one after the other, ms."""
+        return sum(max(op.operations / self.peak, op.moved / self.bandwidth) for op in ops) * 1e-6
+
+    def limit(self, op: Work) -> str:
+        """What an op's bound comes from."""
+        return "arithmetic" if op.operations / self.peak >= op.moved / self.bandwidth else "memory"
+
+
+def measure_bandwidth() -> float:
+    """Memory bandwidth of this CPU on PyTorch's threads, GB/s: median of copies, of which each byte is read and written."""
+    source = torch.zeros(_COPIED_BYTES // 4)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * _COPIED_BYTES / quantile(times, 0.5) * 1e-9
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
+    models = options.models(arguments.models)
+    dtypes = options.names("--dtypes", arguments.dtypes, options.DTYPES)
+    batches = options.integers("--batches", arguments.batches)
+    size = options.size(arguments.size)
+    options.set_threads(arguments.threads)
+    for option, value in (("--peak", arguments.peak), ("--bandwidth", arguments.bandwidth)):
+        if value is not None:
+            options.positive(option, value)
+    if arguments.plot is not None:
+        options.folder("--plot", arguments.plot.parent)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    points: dict[str, tuple[Machine, list[Problem]]] = {}
+    bandwidth = arguments.bandwidth or measure_bandwidth()
+    for dtype in dtypes:
+        machine = Machine(arguments.peak or _measured_peak(dtype), bandwidth)
+        for model in models:
+            # The layers are the same for every batch and dtype, so that the model runs on one image in float32.
+            found = layers.problems(Workload(model, 1, "float32", size))
+            for batch in batches:
+                workload = Workload(model, batch, dtype, size)
+                counts = {
+                    replace(problem, shape=(batch, *problem.shape[1:]), dtype=DTYPES[dtype]): count
+                    for problem, count in found.items()
+                }
+                if not counts:
+                    console.print(f"{workload}: rf.fuse found nothing in it to fuse, and so to count", highlight=False)
+                    continue
+                points[str(workload)] = (machine, list(counts))
+                _print(console, workload, machine, counts)
+    if arguments.plot is not None and points:
+        _plot(arguments.plot, points)
+        console.print(f"Saved {arguments.plot}", highlight=False)
+    return 0
+
+
+def _measured_peak(dtype: str) -> float:
+    peak = layers.measure_peak(DTYPES[dtype])
+    if peak is None:
+        raise options.UserError(
+            "the peak can't be measured without the compiled CPU kernels, which are missing here; "
+            "give it in GFLOP/s with --peak"
+        )
+    return peak
+
+
+def _print(console: Console, workload: Workload, machine: Machine, counts: dict[Problem, int]) -> None:
+    console.print(
+        f"{workload}; peak {machine.peak:.0f} GFLOP/s, memory bandwidth {machine.bandwidth:.0f} GB/s\n"
+        "Bounds, not measurements: direct sums, every tensor read and written in memory by each op. Winograd and caches may "
+        "beat them.\nstock: op by op; layers: each convolution with what follows it; whole: the layer as one op.",
+        highlight=False,
+    )
+    table = Table(header_style="bold")
+    levels = (STOCK, LAYERS, WHOLE)
+    numbers = [f"{what}\n{level}" for what in ("MB", "FLOP/B", "bound, ms") for level in levels]
+    for name in ("layer", "input", "×", "GFLOP", *numbers, "whole\nlimited by"):
+        table.add_column(name, justify="left" if name in ("layer", "input", "whole\nlimited by") else "right")
+    every: dict[str, list[Work]] = {level: [] for level in levels}
+    for problem, count in counts.items():
+        ops = work(problem)
+        for level in levels:
+            every[level] += ops[level] * count
+        shape, limit = "×".join(map(str, problem.shape)), machine.limit(ops[WHOLE][0])
+        table.add_row(layers.describe(problem), shape, str(count), *_cells(machine, ops), limit)
+    table.add_section()
+    table.add_row("all of them", "", str(sum(counts.values())), *_cells(machine, every), "", style="bold")
+    console.print(table)
+
+
+def _cells(machine: Machine, ops: dict[str, list[Work]]) -> list[str]:
+    operations = sum(op.operations for op in ops[WHOLE])
+    moved = [sum(op.moved for op in level) for level in ops.values()]
+    return [
+        f"{operations * 1e-9:.3f}",
+        *(f"{count * 1e-6:.2f}" for count in moved),
+        *(f"{operations / count:.1f}" for count in moved),
+        *(f"{machine.bound(level):.3f}" for level in ops.values()),
+    ]
+
+
+def _plot(path: Path, points: dict[str, tuple[Machine, list[Problem]]]) -> None:
+    """Operations a second over operations a byte, both logarithmic: the roof, and each layer before and after fusion."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(1, len(points), figsize=(6.4 * len(points), 4.8), layout="constrained", squeeze=False)
+    for axes, (title, (machine, problems)) in zip(all_axes[0], points.items(), strict=True):
+        ends = [machine.peak / machine.bandwidth]
+        for level, color in ((STOCK, "#9aa5b1"), (LAYERS, "#30638e"), (WHOLE, "#d1495b")):
+            ops = [work(problem)[level] for problem in problems]
+            operations = [sum(op.operations for op in each) for each in ops]
+            intensities = [o / sum(op.moved for op in each) for o, each in zip(operations, ops, strict=True)]
+            rates = [o / machine.bound(each) * 1e-6 for o, each in zip(operations, ops, strict=True)]
+            axes.plot(intensities, rates, "o", label=level, color=color, markersize=5)
+            ends += intensities
+        roof = sorted((min(ends) / 2, machine.peak / machine.bandwidth, max(ends) * 2))
+        axes.plot(roof, [min(machine.peak, i * machine.bandwidth) for i in roof], color="black", linewidth=1, zorder=0)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("FLOP per byte of memory traffic")
+        axes.set_ylabel("bound, GFLOP/s")
+        axes.set_title(f"{title}\nbounds, not measurements", loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
