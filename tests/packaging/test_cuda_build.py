@@ -22,3 +22,19 @@ def test_a_missing_nvcc_is_said_in_one_line(tmp_path: Path) -> None:
     said = [line for line in answer.stderr.splitlines() if line.startswith("resnet_fused:")]
     reason = f"there is no nvcc in CUDA_HOME={tmp_path}; correct or unset it"
     assert said == [f"resnet_fused: the CUDA kernels are not built, since {reason}."]
+
+
+def test_a_missing_library_names_the_compiler_that_pip_can_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fused.backends import library
+    from resnet_fused.backends.cuda import CUDA
+
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    library.load.cache_clear()
+    try:
+        reason = CUDA().unavailable()
+    finally:
+        monkeypatch.undo()
+        library.load.cache_clear()
+    assert reason is not None
+    assert "resnet_fused_cuda.so was not built" in reason
+    assert "must be there before: pip install 'cuda-toolkit[nvcc,cccl]==" in reason
