@@ -109,13 +109,14 @@ Pool& pool() {
 
 }  // namespace
 
-torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const std::array<int64_t, 4> size{n, c, h, w}, stride{c * h * w, 1, w * c, c};
-  const int64_t bytes = n * c * h * w * static_cast<int64_t>(like.element_size());
-  if (bytes < SMALLEST || torch_from_blob == nullptr) {
-    return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                                torch::headeronly::MemoryFormat::ChannelsLast);
-  }
+namespace {
+
+using Sizes = std::array<int64_t, 4>;
+
+// From the pool, uninitialised; null where the tensor is small, or PyTorch can't make tensors of foreign memory.
+std::optional<torch::stable::Tensor> from_pool(const torch::stable::Tensor& like, const Sizes& size, const Sizes& stride) {
+  const int64_t bytes = size[0] * size[1] * size[2] * size[3] * static_cast<int64_t>(like.element_size());
+  if (bytes < SMALLEST || torch_from_blob == nullptr) return std::nullopt;
   int32_t dtype = 0, device_type = 0, layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -126,6 +127,22 @@ torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t
       block->memory, 4, size.data(), stride.data(), 0, dtype, device_type, -1, &tensor, layout, nullptr, 0,
       [](void*, void* context) { pool().give_back(static_cast<Block*>(context)); }, block));
   return torch::stable::Tensor(tensor);
+}
+
+}  // namespace
+
+torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const Sizes size{n, c, h, w};
+  auto pooled = from_pool(like, size, {c * h * w, 1, w * c, c});
+  if (pooled.has_value()) return *pooled;
+  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+torch::stable::Tensor new_activations(const torch::stable::Tensor& like) {
+  const Sizes size{like.size(0), like.size(1), like.size(2), like.size(3)};
+  auto pooled = from_pool(like, size, {like.stride(0), like.stride(1), like.stride(2), like.stride(3)});
+  return pooled.has_value() ? *pooled : torch::stable::empty_like(like);
 }
 
 int64_t release_activations() { return pool().release(); }

@@ -11,6 +11,9 @@ namespace resnet_fused::cpu {
 // An uninitialised channels_last tensor of shape (n, c, h, w) with the dtype of `like`.
 torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w);
 
+// An uninitialised tensor of the shape, strides and dtype of `like`, which is dense and has four dimensions.
+torch::stable::Tensor new_activations(const torch::stable::Tensor& like);
+
 // Gives the kept blocks back to the system; returns how many bytes that were.
 int64_t release_activations();
 

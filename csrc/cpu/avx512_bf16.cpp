@@ -31,12 +31,14 @@ RF_ISA_AVX512_BF16_BEGIN
 #include "direct.h"
 #include "row_buffer.h"
 #include "blocks.h"
+#include "weight_gradient.h"
 
 namespace resnet_fused::cpu {
 
 const Bf16Kernels& avx512_bf16_kernels() {
   using namespace RF_ISA;
-  static const Bf16Kernels kernels{pack_pairs, pointwise, direct, bottleneck, basic_block, multiply_add_loop};
+  static const Bf16Kernels kernels{pack_pairs, pointwise, direct, bottleneck, basic_block, weight_gradient,
+                                   multiply_add_loop};
   return kernels;
 }
 

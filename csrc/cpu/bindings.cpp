@@ -229,6 +229,33 @@ Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool p
   return y;
 }
 
+// Gradient of the weights of conv(x, w) with a square kernel, as float32 [out_channels][kernel][kernel][in_channels].
+Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int64_t pad, bool winograd) {
+  check_cpu_activations(x, "x");
+  check_cpu_activations(dy, "dy");
+  STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type(), "x and dy differ in dtype.");
+  WeightGradientParams p{};
+  p.x = x.const_data_ptr(), p.dy = dy.const_data_ptr();
+  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  p.out_channels = dy.size(1), p.out_height = dy.size(2), p.out_width = dy.size(3);
+  p.kernel = kernel, p.stride = stride, p.pad = pad;
+  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16, p.winograd = winograd;
+  STD_TORCH_CHECK(kernel > 0 && stride > 0 && pad >= 0, "kernel and stride must be positive, pad not negative.");
+  STD_TORCH_CHECK(dy.size(0) == p.batch && p.out_height == (p.height + 2 * pad - kernel) / stride + 1 &&
+                      p.out_width == (p.width + 2 * pad - kernel) / stride + 1 && dy.numel() > 0 && x.numel() > 0,
+                  "dy doesn't have the shape of this convolution's result, or is empty.");
+  STD_TORCH_CHECK(!winograd || (kernel == 3 && stride == 1 && pad == 1),
+                  "Winograd serves 3 x 3 kernels of stride and padding 1.");
+  STD_TORCH_CHECK(winograd || !p.bfloat16 || has_avx512_bf16(),
+                  "the gradient of weights in bfloat16 needs a CPU with AVX512_BF16, or Winograd.");
+  const std::array<int64_t, 4> size{p.out_channels, kernel, kernel, p.in_channels};
+  Tensor dweight = torch::stable::empty({size.data(), size.size()}, ScalarType::Float, std::nullopt, x.device());
+  advise_huge_pages(dweight.mutable_data_ptr(), dweight.numel() * 4);
+  p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
+  p.bfloat16 && !winograd ? avx512_bf16_kernels().weight_gradient(p) : kernels().weight_gradient(p);
+  return dweight;
+}
+
 // The machine's multiply-add peak on the threads at hand, GFLOP/s: the best of a few measurements of some milliseconds.
 double measure_peak(bool bfloat16) {
   STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "the bfloat16 peak needs a CPU with AVX512_BF16.");
@@ -248,6 +275,11 @@ double measure_peak(bool bfloat16) {
     best = std::max(best, static_cast<double>(operations) / seconds * 1e-9);
   }
   return best;
+}
+
+Tensor empty_activations(Tensor like) {
+  STD_TORCH_CHECK(like.is_cpu() && like.dim() == 4, "like must be a CPU tensor with four dimensions, (N, C, H, W).");
+  return new_activations(like);
 }
 
 int64_t isa() { return static_cast<int64_t>(detected_isa()); }
@@ -272,6 +304,8 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> Tensor");
   m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor");
+  m.def("weight_gradient(Tensor x, Tensor dy, int kernel, int stride, int pad, bool winograd) -> Tensor");
+  m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");
   m.def("block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> Tensor");
 }
@@ -288,6 +322,8 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("transform", TORCH_BOX(&transform));
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("stem", TORCH_BOX(&stem));
+  m.impl("weight_gradient", TORCH_BOX(&weight_gradient));
+  m.impl("empty_activations", TORCH_BOX(&empty_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
   m.impl("block", TORCH_BOX(&block));
 }

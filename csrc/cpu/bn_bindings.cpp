@@ -10,7 +10,6 @@
 
 #include "bn_params.h"
 #include "isa.h"
-#include "runtime.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -18,8 +17,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-constexpr int64_t HUGE_RESULT = int64_t{4} << 20;  // bytes: two huge pages
 
 const BnKernels& kernels() {
   switch (detected_isa()) {
@@ -77,14 +74,6 @@ void* like(const BnShape& s, const MaybeTensor& t, const char* name) {
   return t.has_value() ? like(s, *t, name) : nullptr;
 }
 
-// As `like`, for a result: large ones are mostly fresh memory, which costs a page fault every 4 KiB without huge pages.
-void* result(const BnShape& s, const MaybeTensor& t, const char* name) {
-  void* p = like(s, t, name);
-  const int64_t bytes = s.images * s.channels * s.pixels * (s.bfloat16 ? 2 : 4);
-  if (p != nullptr && bytes >= HUGE_RESULT) advise_huge_pages(p, bytes);
-  return p;
-}
-
 float* per_channel(const BnShape& s, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == s.channels && t.is_contiguous(), name,
                   " must be a contiguous float32 CPU tensor with one value for each of the ", s.channels, " channels.");
@@ -114,7 +103,7 @@ void bn_apply(Tensor x, MaybeTensor residual, Tensor mean, Tensor var, MaybeTens
   t.bias = per_channel(s, bias, "bias");
   t.eps = eps;
   t.relu = relu;
-  kernels().apply(s, t, result(s, y, "y"));
+  kernels().apply(s, t, like(s, y, "y"));
 }
 
 void bn_backward_reduce(Tensor dy, Tensor x, MaybeTensor y, Tensor mean, Tensor var, double eps, MaybeTensor masked,
@@ -127,7 +116,7 @@ void bn_backward_reduce(Tensor dy, Tensor x, MaybeTensor y, Tensor mean, Tensor 
   t.mean = per_channel(s, mean, "mean");
   t.var = per_channel(s, var, "var");
   t.eps = eps;
-  kernels().backward_reduce(s, t, result(s, masked, "masked"), per_channel(s, dweight, "dweight"), per_channel(s, dbias, "dbias"));
+  kernels().backward_reduce(s, t, like(s, masked, "masked"), per_channel(s, dweight, "dweight"), per_channel(s, dbias, "dbias"));
 }
 
 void bn_backward_apply(Tensor dy, MaybeTensor x, MaybeTensor y, Tensor mean, Tensor var, MaybeTensor weight, MaybeTensor dweight,
@@ -146,7 +135,7 @@ void bn_backward_apply(Tensor dy, MaybeTensor x, MaybeTensor y, Tensor mean, Ten
   t.dbias = per_channel(s, dbias, "dbias");
   t.count = count;
   t.eps = eps;
-  kernels().backward_apply(s, t, result(s, masked, "masked"), result(s, dx, "dx"));
+  kernels().backward_apply(s, t, like(s, masked, "masked"), like(s, dx, "dx"));
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ struct Kernels {
   void (*stem)(const StemParams&);
   void (*bottleneck)(const BlockParams&);
   void (*basic_block)(const BlockParams&);
+  void (*weight_gradient)(const WeightGradientParams&);
   int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
 };
 
@@ -31,6 +32,7 @@ struct Bf16Kernels {
   void (*direct)(const ConvParams&);
   void (*bottleneck)(const BlockParams&);
   void (*basic_block)(const BlockParams&);
+  void (*weight_gradient)(const WeightGradientParams&);
   int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
 };
 

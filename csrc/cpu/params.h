@@ -24,6 +24,18 @@ struct ConvParams {
   bool bfloat16;
 };
 
+// Gradient of the weights of a convolution of equal kernel, stride and padding in height and width, and no dilation.
+struct WeightGradientParams {
+  const void* x;            // NHWC, like dy
+  const void* dy;
+  float* dweight;           // [out_channels][kernel_h][kernel_w][in_channels]
+  int64_t batch, height, width, in_channels;
+  int64_t out_height, out_width, out_channels;
+  int64_t kernel, stride, pad;
+  bool bfloat16;            // x and dy
+  bool winograd;            // 3 x 3, stride and padding 1
+};
+
 // How a Winograd convolution is cut up; see docs/cpu-kernels.md. Chosen by winograd_plan(), or given by a tuner.
 struct WinogradPlan {
   int64_t output_tile;     // m of F(m x m, 3 x 3): 2 or 4

@@ -22,6 +22,9 @@ class CPUNorm:
 
     def __init__(self) -> None:
         library = torch.ops.resnet_fused_cpu
+        # From the library's pool of kept memory: PyTorch would give large results back to the system, and ask for them page by
+        # page again.
+        self._empty = library.empty_activations.default
         self._statistics = library.bn_statistics.default
         self._apply = library.bn_apply.default
         self._backward_reduce = library.bn_backward_reduce.default
@@ -44,14 +47,14 @@ class CPUNorm:
         eps: float,
         relu: bool,
     ) -> Tensor:
-        y = torch.empty_like(x)
+        y = self._empty(x)
         self._apply(x, residual, mean, var, weight, bias, eps, relu, y)
         return y
 
     def backward_reduce(
         self, dy: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, eps: float, keep_masked: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        masked = torch.empty_like(x) if keep_masked else None
+        masked = self._empty(x) if keep_masked else None
         dweight = torch.empty_like(mean)
         dbias = torch.empty_like(mean)
         self._backward_reduce(dy, x, y, mean, var, eps, masked, dweight, dbias)
@@ -69,8 +72,8 @@ class CPUNorm:
         eps: float,
         keep_masked: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        masked = torch.empty_like(dy) if keep_masked else None
-        dx = torch.empty_like(dy)
+        masked = self._empty(dy) if keep_masked else None
+        dx = self._empty(dy)
         dweight, dbias, count = sums if sums is not None else (None, None, 1.0)
         self._backward_apply(dy, x, y, mean, var, weight, dweight, dbias, count, eps, masked, dx)
         return dx, masked

@@ -152,7 +152,7 @@ class Block(nn.Module):
         if type(downsample) is not nn.Sequential or len(downsample) != 2 or hooks_of(downsample) is not None:
             return downsample(x)
         conv, norm = downsample
-        return bn(norm, conv(x))
+        return bn(norm, conv2d(conv, x))
 
 
 class BasicBlock(Block):

@@ -81,16 +81,15 @@ def _group(norm: Any) -> str | None:
 
 def conv2d(conv: Any, x: Tensor) -> Tensor:
     """conv(x)."""
-    if (
-        isinstance(x, Tensor)
-        and x.layout is torch.strided
-        and _plain_conv(conv, x)
-        and conv.bias is None
-        and autocast_dtype(x.device.type) is None
-        and (torch.compiler.is_compiling() or (not transformed() and plain(x)))
-        and served_conv2d(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
-    ):
-        return ops.conv2d(x, conv.weight)
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or not _plain_conv(conv, x) or conv.bias is not None:
+        return conv(x)
+    if not torch.compiler.is_compiling() and (transformed() or not plain(x)):
+        return conv(x)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        x = x.to(dtype)
+    if served_conv2d(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups):
+        return ops.conv2d(x, conv.weight, conv.stride[0], conv.padding[0])
     return conv(x)
 
 

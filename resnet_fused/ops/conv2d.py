@@ -1,8 +1,8 @@
-"""conv2d: y = conv2d(x, weight) in training, where the compiled CPU kernels compute y and the gradient of x faster.
+"""conv2d: y = conv2d(x, weight) in training, where the compiled CPU kernels compute y or a gradient faster.
 
-They do so by Winograd's algorithm for 3×3 filters of stride 1 on enough pixels; the gradient of x is itself such a convolution,
-of dy with the filters turned round. Weights change with every step, so they are transformed at every call, which is why few
-pixels don't pay. The gradient of the weights is stock PyTorch's.
+Which of the three products they compute, y, the gradient of x and that of the weights, is told by `cpu_conv.products`; the
+others are stock PyTorch's. x may be bfloat16 with float32 weights, as under autocast; the gradient of the weights is then
+float32, not rounded to bfloat16 on its way.
 """
 
 from __future__ import annotations
@@ -10,90 +10,108 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import Conv, Folded, Problem, choice, cpu_plan, resolve
+from resnet_fused.backends import cpu_conv
 from resnet_fused.ops import common
-
-# Where the kernels were measured to be faster than oneDNN, the transform of the weights included: 1.25 times at 1600 pixels of
-# a batch, twice at 6400, but slower at 400 (64 to 512 channels, 2 cores of an EPYC 9004).
-_ENOUGH_PIXELS = 1024
-_ENOUGH_CHANNELS = 64
-_GEOMETRY = [1, 1, 1, 1, 1, 1, 1]  # stride, padding, dilation, groups
 
 
 def served(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether this op serves the convolution, and is faster than stock PyTorch."""
-    if (*stride, *padding, *dilation, groups) != (1,) * 7 or weight.shape[2:] != (3, 3) or x.dim() != 4:
+    if x.dim() != 4 or weight.shape[1] != x.shape[1] or groups != 1 or tuple(dilation) != (1, 1):
         return False
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or x.shape[1] != weight.shape[1]:
+    square = stride[0] == stride[1] and padding[0] == padding[1] and weight.shape[2] == weight.shape[3]
+    if not square or weight.dtype not in (torch.float32, x.dtype):
         return False
-    n, c, h, w = x.shape
-    if min(c, weight.shape[0]) < _ENOUGH_CHANNELS:
-        return False
-    return n * h * w >= _ENOUGH_PIXELS and _serves((n, c, h, w), weight.shape[0])
+    products = cpu_conv.products(x, tuple(weight.shape), stride[0], padding[0])
+    # In contiguous format the layers that save least aren't worth their copies.
+    return products.forward or (products.weight and common.memory_format(x, weight) == torch.channels_last)
 
 
-def _serves(shape: tuple[int, int, int, int], out_channels: int) -> bool:
-    forward, backward = _problem(shape, out_channels), _problem((shape[0], out_channels, *shape[2:]), shape[1])
-    return all(resolve(p, choice()).name == "cpu" and cpu_plan.winograd(p) is not None for p in (forward, backward))
+def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    weight = weight.to(x.dtype)
+    if cpu_conv.products(x, tuple(weight.shape), stride, padding).forward:
+        return cpu_conv.winograd(x, weight).contiguous(memory_format=common.memory_format(x, weight))
+    return F.conv2d(x, weight, None, stride, padding)
 
 
-# As in backends/norm.py: torch.compile takes the result as a constant.
-_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    h, w = ((size + 2 * padding - weight.shape[2]) // stride + 1 for size in x.shape[2:])
+    return common.empty_result((x.shape[0], weight.shape[0], h, w), x, common.memory_format(x, weight))
 
 
-def _problem(shape: tuple[int, int, int, int], out_channels: int, format: torch.memory_format = torch.channels_last) -> Problem:
-    conv = Conv(shape[1], out_channels, (3, 3), (1, 1), (1, 1))
-    return Problem("conv2d_bn", shape, torch.float32, torch.device("cpu"), (conv,), memory_format=format)
+def _geometry(stride: int, padding: int) -> list[int]:
+    return [stride, stride, padding, padding, 1, 1, 1]
 
 
-def _run(x: Tensor, weight: Tensor, format: torch.memory_format) -> Tensor:
-    n, c, h, w = x.shape
-    problem = _problem((n, c, h, w), weight.shape[0], format)
-    folded = Folded((weight,), (weight.new_zeros(weight.shape[0]),))
-    return resolve(problem, "cpu").prepare(problem, folded)(x, None)
+def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """Gradients by x and weight; empty where `needs` says that one isn't needed."""
+    products = cpu_conv.products(x, tuple(weight.shape), stride, padding)
+    format = common.memory_format(x, weight)
+    dx = dweight = None
+    cast = weight.to(x.dtype)
+    if needs[0] and products.input:
+        dx = cpu_conv.winograd(dy, cast.flip(2, 3).transpose(0, 1)).contiguous(memory_format=format)
+    if needs[1] and products.weight:
+        full = cpu_conv.weight_gradient(x, dy, weight.shape[2], stride, padding, products.weight_winograd)
+        # In the weight's own strides, which autograd would otherwise copy it to.
+        if weight.dtype == full.dtype and weight.is_contiguous(memory_format=torch.channels_last):
+            dweight = full.as_strided(weight.shape, weight.stride())
+        else:
+            dweight = torch.empty_like(weight).copy_(full)
+    stock = [needs[0] and dx is None, needs[1] and dweight is None, False]
+    if any(stock):
+        more = common.convolution_backward(dy, x, cast, _geometry(stride, padding), stock)
+        dx = more[0] if dx is None else dx
+        dweight = more[1].to(weight.dtype) if dweight is None and more[1] is not None else dweight
+    return dx if dx is not None else x.new_empty(0), dweight if dweight is not None else weight.new_empty(0)
 
 
-def _eager(x: Tensor, weight: Tensor) -> Tensor:
-    return _run(x, weight, common.memory_format(x, weight))
+def _fake_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    dx = common.empty_result(x.shape, x, common.memory_format(x, weight)) if needs[0] else x.new_empty(0)
+    return dx, torch.empty_like(weight) if needs[1] else weight.new_empty(0)
 
 
-def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    return common.empty_result((x.shape[0], weight.shape[0], *x.shape[2:]), x, common.memory_format(x, weight))
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+    x, weight, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(x, weight)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x, weight = ctx.saved_tensors
-    need_x, need_weight = ctx.needs_input_grad
+    needs = [*ctx.needs_input_grad[:2]]
     if torch.is_grad_enabled():
         # A second derivative is asked for: stock's formula has one.
-        return common.convolution_backward(dy, x, weight, _GEOMETRY, (need_x, need_weight, False))[:2]
-    dx = dweight = None
-    if need_x:
-        turned = weight.flip(2, 3).transpose(0, 1)
-        dx = conv2d(dy, turned)
-    if need_weight:
-        _, dweight, _ = common.convolution_backward(dy, x, weight, _GEOMETRY, (False, True, False))
-    return dx, dweight
+        geometry = _geometry(ctx.stride, ctx.padding)
+        dx, dweight, _ = common.convolution_backward(dy, x, weight.to(x.dtype), geometry, (*needs, False))
+        return dx, dweight.to(weight.dtype) if dweight is not None else None, None, None
+    run = _gradients if common.plain(dy, x, weight) else torch.ops.resnet_fused.conv2d_backward.default
+    dx, dweight = run(dy, x, weight, ctx.stride, ctx.padding, needs)
+    return dx if needs[0] else None, dweight if needs[1] else None, None, None
 
 
-common.register("conv2d(Tensor x, Tensor weight) -> Tensor", _eager, _fake)
+common.register("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _forward, _fake)
+common.register(
+    "conv2d_backward(Tensor dy, Tensor x, Tensor weight, int stride, int padding, bool[] needs) -> (Tensor, Tensor)",
+    _gradients,
+    _fake_gradients,
+)
 common.register_autograd("conv2d", _setup_context, _backward)
 
 
 class _Function(torch.autograd.Function):
-    forward = staticmethod(_eager)
+    forward = staticmethod(_forward)
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
 
-def conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """F.conv2d(x, weight, padding=1) for what `served` says it serves."""
+def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
+    """F.conv2d(x, weight, stride=stride, padding=padding) for what `served` says it serves."""
     if not common.plain(x, weight):
-        return torch.ops.resnet_fused.conv2d.default(x, weight)
-    return _Function.apply(x, weight) if common.needs_grad(x, weight) else _eager(x, weight)
+        return torch.ops.resnet_fused.conv2d.default(x, weight, stride, padding)
+    if not common.needs_grad(x, weight):
+        return _forward(x, weight, stride, padding)
+    return _Function.apply(x, weight, stride, padding)
