@@ -25,6 +25,8 @@ namespace {
 // Smaller results come from PyTorch's allocator, whose free lists keep them.
 constexpr int64_t SMALLEST = int64_t{1} << 20;
 constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
+// Sizes of blocks are multiples of this, and not of a huge page: half of a ResNet's activations would be a quarter longer.
+constexpr int64_t STEP = int64_t{64} << 10;
 // A kept block serves a request of at least this fraction of its size, so that one small result doesn't hold a large block.
 constexpr int64_t LARGEST_WASTE = 4;
 
@@ -49,7 +51,7 @@ class Pool {
       free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(best));
       kept_ -= block->size;
     } else {
-      block = allocate((bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+      block = allocate((bytes + STEP - 1) / STEP * STEP);
     }
     used_ += block->size;
     most_used_ = std::max(most_used_, used_);
