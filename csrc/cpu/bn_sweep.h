@@ -87,12 +87,16 @@ struct InPlanes {
   }
 };
 
-// Runs body(layout, kind, offset, channel, lanes) for every vector of the activations, in parallel.
+// Runs body(layout, kind, offset, channel, lanes) for every vector of the activations, in parallel; the last units first. The
+// reduction before has just read the activations from first to last: their end is still in the cache, and whoever reads the
+// result next begins where this ends.
 template <class Body>
 void for_activations(const BnShape& s, const Body& body) {
   if (s.rows) {
     const int64_t rows = s.per_channel(), step = std::max<int64_t>(1, UNIT_ELEMENTS / s.channels);
-    parallel_units((rows + step - 1) / step, [&](int64_t unit, int64_t) {
+    const int64_t units = (rows + step - 1) / step;
+    parallel_units(units, [&](int64_t done, int64_t) {
+      const int64_t unit = units - 1 - done;
       for (int64_t row = unit * step; row < std::min(rows, (unit + 1) * step); ++row) {
         const int64_t begin = row * s.channels;
         for_vectors(s.channels, [&](auto kind, int64_t c, int lanes) { body(InRows{}, kind, begin + c, c, lanes); });
@@ -100,7 +104,9 @@ void for_activations(const BnShape& s, const Body& body) {
     });
   } else {
     const int64_t planes = s.images * s.channels, step = std::max<int64_t>(1, UNIT_ELEMENTS / s.pixels);
-    parallel_units((planes + step - 1) / step, [&](int64_t unit, int64_t) {
+    const int64_t units = (planes + step - 1) / step;
+    parallel_units(units, [&](int64_t done, int64_t) {
+      const int64_t unit = units - 1 - done;
       for (int64_t plane = unit * step; plane < std::min(planes, (unit + 1) * step); ++plane) {
         const int64_t begin = plane * s.pixels, channel = plane % s.channels;
         for_vectors(s.pixels, [&](auto kind, int64_t i, int lanes) { body(InPlanes{}, kind, begin + i, channel, lanes); });
