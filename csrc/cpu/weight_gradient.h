@@ -98,8 +98,11 @@ void outer_tile(const OuterTile<T>& t) {
   }
 }
 
+template <class T>
+using OuterTileFunction = void (*)(const OuterTile<T>&);
+
 template <class Products, class T, bool TAIL, int... N>
-constexpr std::array<TileFunction<OuterTile<T>>, sizeof...(N)> outer_tiles(std::integer_sequence<int, N...>) {
+constexpr std::array<OuterTileFunction<T>, sizeof...(N)> outer_tiles(std::integer_sequence<int, N...>) {
   return {&outer_tile<Products, T, N + 1, TAIL>...};
 }
 
