@@ -67,17 +67,22 @@ def _products(
     if dtype == torch.bfloat16 and (not library.avx512_bf16() or library.amx_bf16()):
         return NONE
     winograd = kernel == 3 and stride == 1
-    forward = winograd and n * h * w >= _ENOUGH_PIXELS[dtype]
+    # Images smaller than a tile leave most of it empty, and have no plan.
+    forward = winograd and n * h * w >= _ENOUGH_PIXELS[dtype] and _plan(shape, out_channels, dtype) is not None
     tiles = n * -(-h // 4) * -(-w // 4)
     return Products(forward, forward, True, winograd and tiles >= _ENOUGH_TILES[dtype])
 
 
+def _plan(shape: tuple[int, ...], out_channels: int, dtype: torch.dtype) -> cpu_plan.WinogradPlan | None:
+    n, c, h, w = shape
+    conv = Conv(c, out_channels, (3, 3), (1, 1), (1, 1))
+    return cpu_plan.winograd(Problem("conv2d_bn", (n, c, h, w), dtype, torch.device("cpu"), (conv,)))
+
+
 def winograd(x: Tensor, weight: Tensor) -> Tensor:
     """conv2d(x, weight, padding=1) in channels_last, for 3×3 filters."""
-    n, c, h, w = x.shape
     out_channels = weight.shape[0]
-    conv = Conv(c, out_channels, (3, 3), (1, 1), (1, 1))
-    plan = cpu_plan.winograd(Problem("conv2d_bn", (n, c, h, w), x.dtype, x.device, (conv,)))
+    plan = _plan(tuple(x.shape), out_channels, x.dtype)
     assert plan is not None
     library = torch.ops.resnet_fused_cpu
     panel = library.panel()

@@ -130,3 +130,13 @@ def test_a_whole_model_in_bfloat16():
     torch.testing.assert_close(fused.bn_relu(ours, x), theirs(x).relu(), rtol=0.02, atol=0.02)
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("autocast", "n", "pixels"), [(False, 512, 2), (True, 512, 5)])
+def test_images_smaller_than_a_winograd_tile_train(autocast: bool, n: int, pixels: int):
+    block = rf.BasicBlock(64, 64)
+    x = torch.randn(n, 64, pixels, pixels, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = block(x)
+    y.float().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
