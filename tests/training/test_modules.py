@@ -139,4 +139,5 @@ def test_images_smaller_than_a_winograd_tile_train(autocast: bool, n: int, pixel
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = block(x)
     y.float().sum().backward()
-    assert x.grad is not None and x.grad.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
