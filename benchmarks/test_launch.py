@@ -17,7 +17,9 @@ import torch
 
 from resnet_fused.backends.problem import Conv, Folded, Problem
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip(
+    "triton", reason="Triton is not installed; pip install triton (PyTorch for CUDA on Linux brings it)"
+)
 
 F16 = torch.float16
 CASES = ("add_relu", "conv2d_bn_add_relu", "conv2d_bn_add_relu by descriptors")
@@ -94,7 +96,7 @@ def _calls(case, device):
         descriptors = case.endswith("descriptors")
         plans = [plan for plan in configs.plans(problem, chip, False) if plan.splits == 1 and plan.tile.tma == descriptors]
         if not plans:
-            pytest.skip("this GPU has no tensor descriptors")
+            pytest.skip("this GPU has no tensor descriptors; run on one of compute capability 9.0 or newer")
         weight, shift = torch.randn(64, 64, 3, 3, device=device).to(F16) / 24, torch.randn(64, device=device).to(F16)
         tensors = (x, conv2d.pack(weight, conv, plans[0]), shift, residual, y)
         if descriptors:
@@ -138,6 +140,6 @@ def test_launch(benchmark, device, case, variant):
         result = calls[variant]()
         torch.testing.assert_close(y if result is None else result, expected, rtol=1e-3, atol=1e-3)
     elif case.endswith("descriptors") and variant.startswith("3"):
-        pytest.skip("for a CPU the backend prepares no descriptors")
+        pytest.skip("descriptors are prepared on a GPU of compute capability 9.0 or newer only; run on one")
     benchmark.group = f"host's time of a launch: {case}"
     benchmark(calls[variant])

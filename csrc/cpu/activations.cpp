@@ -109,10 +109,6 @@ Pool& pool() {
   return *instance;
 }
 
-}  // namespace
-
-namespace {
-
 using Sizes = std::array<int64_t, 4>;
 
 // From the pool, uninitialised; null where the tensor is small, or PyTorch can't make tensors of foreign memory.

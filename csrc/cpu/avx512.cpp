@@ -32,14 +32,16 @@ RF_ISA_AVX512_BEGIN
 #include "row_buffer.h"
 #include "stem.h"
 #include "blocks.h"
+#include "weight_gradient_tile.h"
+#include "weight_gradient_winograd.h"
 #include "weight_gradient.h"
 
 namespace resnet_fused::cpu {
 
 const Kernels& avx512_kernels() {
   using namespace RF_ISA;
-  static const Kernels kernels{LANES,  pack,       transform_packed, transformed_size, winograd,         pointwise,
-                               direct, stem,       bottleneck,       basic_block,      weight_gradient,  multiply_add_loop};
+  static const Kernels kernels{LANES,  pack, transform_packed, transformed_size, winograd,        pointwise,
+                               direct, stem, bottleneck,       basic_block,      weight_gradient, multiply_add_loop};
   return kernels;
 }
 

@@ -31,6 +31,7 @@ RF_ISA_AVX512_BF16_BEGIN
 #include "direct.h"
 #include "row_buffer.h"
 #include "blocks.h"
+#include "weight_gradient_tile.h"
 #include "weight_gradient.h"
 
 namespace resnet_fused::cpu {

@@ -144,7 +144,10 @@ Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residu
   p.y = y.mutable_data_ptr();
   if (p.batch == 0) return y;
   if (!plan.empty()) {
-    kernels().winograd(p, winograd_plan(p, plan));
+    const WinogradPlan how = winograd_plan(p, plan);
+    STD_TORCH_CHECK(!p.transformed || how.output_tile != 2,
+                    "plan's output tile is 2, but weights are transformed for another; give packed weights.");
+    kernels().winograd(p, how);
     return y;
   }
   STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");

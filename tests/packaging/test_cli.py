@@ -114,7 +114,9 @@ def test_environment_is_checked_before_anything_runs(variable, value, monkeypatc
     assert f"{variable} is {value!r}; it must be" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="it needs a backend that is not available: run without a GPU (CUDA_VISIBLE_DEVICES=)"
+)
 @pytest.mark.parametrize("command", ["bench", "verify"])
 def test_a_backend_that_is_not_available_here(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
