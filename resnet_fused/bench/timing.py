@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+SETTLE_SECONDS = 0.05
+
+
 @dataclass
 class Samples:
     """Times of one variant, milliseconds a call."""
@@ -39,7 +42,8 @@ def interleave(
     """Times the calls in turn until `seconds` have passed, and at least for `rounds` rounds. Each is warmed up before.
 
     Yields the name of the variant just timed and all samples so far, for a progress bar; the last is the result. Every
-    variant is called twice in its turn and the second call is timed, since the first finds the caches full of another's data.
+    variant has the machine to itself for some calls of its turn before the last is timed: the first finds the caches full of
+    another's data, and the threads of other engines go on looking for work for some milliseconds (onnxruntime's for twenty).
     """
     samples = {name: Samples() for name in calls}
     for call in calls.values():
@@ -48,10 +52,14 @@ def interleave(
     done = 0
     while done < rounds or time.perf_counter() - start < seconds:
         for name, call in calls.items():
-            call()
-            if synchronize is not None:
-                synchronize()
-            before = time.perf_counter()
+            turn = time.perf_counter()
+            while True:
+                call()
+                if synchronize is not None:
+                    synchronize()
+                before = time.perf_counter()
+                if before - turn >= SETTLE_SECONDS:
+                    break
             call()
             if synchronize is not None:
                 synchronize()
