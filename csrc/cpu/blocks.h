@@ -35,9 +35,9 @@ struct BlockPart {
   void convolve(const TransformedWeights& weights, const Strip<const Activation>& from,
                 const Strip<const Activation>& residual, const Strip<Activation>& to, int64_t first, int64_t last, Between&& between) const {
     winograd_tiles<F, Activation>(
-        weights, (last - first) * tiles_across, p.panels,
+        weights, TileRuns::all_full((last - first) * tiles_across), p.panels,
         [&](int64_t t) -> TilePlace<Activation> {
-          return {from, residual, to, (first + t / tiles_across) * F::M, t % tiles_across * F::M};
+          return {from, residual, to, (first + t / tiles_across) * F::M, t % tiles_across * F::M, F::M, F::M};
         },
         between);
   }

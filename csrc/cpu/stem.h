@@ -90,9 +90,9 @@ void stem_rows(const StemParams& p, const TransformedWeights& weights, int64_t n
       copy_phases(p, image, s, phases.row(s));
     }
     winograd_tiles<F, float>(
-        weights, across, 2,
+        weights, TileRuns::all_full(across), 2,
         [&](int64_t t) -> TilePlace<float> {
-          return {phases.strip<const float>(), {}, rows.strip<float>(), top, t * F::M};
+          return {phases.strip<const float>(), {}, rows.strip<float>(), top, t * F::M, F::M, F::M};
         },
         [] {});
     rows.grow_to(std::min(top + F::M, height));

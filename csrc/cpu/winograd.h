@@ -3,33 +3,6 @@
 
 namespace resnet_fused::cpu::RF_ISA {
 
-// Output tiles of a batch, numbered row by row, image by image.
-template <class F>
-struct TileGrid {
-  explicit TileGrid(const ConvParams& p)
-      : in_height(p.height),
-        height(p.out_height),
-        down((p.out_height + F::M - 1) / F::M),
-        across((p.out_width + F::M - 1) / F::M),
-        count(p.batch * down * across) {}
-
-  RF_INLINE int64_t image(int64_t tile) const { return tile / (down * across); }
-  RF_INLINE int64_t top(int64_t tile) const { return tile / across % down * F::M; }
-  RF_INLINE int64_t left(int64_t tile) const { return tile % across * F::M; }
-  // Row of results `offset` below the top of a tile, counted through the whole batch and held within the tile's image.
-  RF_INLINE int64_t batch_row(int64_t tile, int64_t offset) const {
-    const int64_t row = top(tile) + offset;
-    return image(tile) * height + (row < height ? row : height);
-  }
-  // The same for the row of x that this row of results begins with.
-  RF_INLINE int64_t x_row(int64_t tile, int64_t offset) const {
-    const int64_t row = (top(tile) + offset) * F::STRIDE;
-    return image(tile) * in_height + (row < in_height ? row : in_height);
-  }
-
-  int64_t in_height, height, down, across, count;
-};
-
 template <class F, class T>
 struct WinogradConv {
   static constexpr int POINTS = F::A * F::A;
@@ -68,7 +41,9 @@ struct WinogradConv {
             result(static_cast<const T*>(p.residual), n),
             result(static_cast<T*>(p.y), n),
             grid.top(tile),
-            grid.left(tile)};
+            grid.left(tile),
+            grid.rows(tile),
+            grid.columns(tile)};
   }
 
   // A thread takes a block of tiles through all stages, everything in its L2. Weights that weren't kept transformed are
@@ -92,8 +67,10 @@ struct WinogradConv {
         const int64_t width = p.width * p.in_channels;
         next_x = Prefetcher(static_cast<const T*>(p.x) + row * width, rows * width, POINTS * panels);
       }
+      Scratch scratch;
+      int64_t* order = scratch.take<int64_t>(tiles);
       winograd_tiles<F, T>(
-          weights, tiles, plan.panels, [&](int64_t t) { return place(begin + t); },
+          weights, sort_tiles(grid, begin, tiles, order), plan.panels, [&](int64_t t) { return place(order[t]); },
           [&] {
             next_x.template advance<false>();
             residual.template advance<false>();
@@ -106,21 +83,74 @@ struct WinogradConv {
   // before their use: for deep layers, whose weights outweigh their pixels. Every thread transforms the tiles for itself: that
   // is faster than reading V from where another core has written it.
   void by_panels() const {
-    const int64_t v_stride = point_stride(F::PHASES * in_vectors * plan.tiles);
+    const bool few = F::PHASES == 1 && grid.count <= FEW_TILES && !p.transformed;
+    const int64_t slots = few ? FEW_TILES : plan.tiles;
     parallel_workers(panels * blocks, [&](Units& units) {
       Scratch scratch;
-      float* v = scratch.take<float>(v_stride * POINTS);
+      int64_t* order = scratch.take<int64_t>(slots);
+      float* v = scratch.take<float>(point_stride(F::PHASES * in_vectors * slots) * POINTS);
       T* zeros = scratch.take<T>(p.in_channels);
       __builtin_memset(zeros, 0, static_cast<size_t>(p.in_channels) * sizeof(T));
+      TileBlock tiles{};
       for (int64_t held = -1; units.take();) {
-        const int64_t block = units.current() / panels, begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-        for (int64_t t = 0; block != held && t < tiles; ++t) {
-          transform_input_phases<F, T>(place(begin + t), zeros, v + t * LANES, v_stride, in_vectors, tiles * LANES);
-        }
+        const int64_t block = units.current() / panels;
+        if (block != held) tiles = transform_input(block, few, order, v, zeros);
         held = block;
-        one_panel(units.current() % panels, block, units.following(), v, v_stride);
+        const int64_t panel = units.current() % panels, next = units.following() < 0 ? -1 : units.following() % panels;
+        if constexpr (F::PHASES == 1) {
+          if (few) {
+            few_tiles_panel(panel, next, tiles);
+            continue;
+          }
+        }
+        one_panel(panel, next, tiles);
       }
     });
+  }
+
+  // Tiles whose V lies in memory, `slots` vectors apart from one vector of channels to the next.
+  struct TileBlock {
+    const int64_t* order;
+    TileRuns runs;
+    const float* v;
+    int64_t v_stride, slots;
+  };
+
+  TileBlock transform_input(int64_t block, bool few, int64_t* order, float* v, const T* zeros) const {
+    const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin, slots = few ? FEW_TILES : tiles;
+    const int64_t v_stride = point_stride(F::PHASES * in_vectors * slots);
+    const TileRuns runs = sort_tiles(grid, begin, tiles, order);
+    // Tiles that don't exist take part in the products of a few.
+    if (tiles < slots) __builtin_memset(v, 0, static_cast<size_t>(v_stride * POINTS) * sizeof(float));
+    for (int64_t t = 0; t < tiles; ++t) {
+      transform_input_phases<F, T>(place(order[t]), zeros, v + t * LANES, v_stride, in_vectors, slots * LANES);
+    }
+    return {order, runs, v, v_stride, slots};
+  }
+
+  void transform_output(int64_t panel, const TileBlock& tiles, const float* m, int64_t m_stride) const {
+    for (int64_t t = 0; t < tiles.runs.count(); ++t) {
+      transform_output_vectors<F, T>(place(tiles.order[t]), m + t * LANES, m_stride, tiles.slots * LANES, p.shift, 2 * panel, 2,
+                                     p.relu);
+    }
+  }
+
+  void few_tiles_panel(int64_t panel, int64_t following, const TileBlock& tiles) const {
+    const int64_t m_stride = point_stride(2 * FEW_TILES);
+    const bool two_by_two_short = tiles.runs.short_of_row == 1 && tiles.runs.full == 1 && tiles.runs.short_of_column == 1;
+    Scratch scratch;
+    float* m = scratch.take<float>(m_stride * POINTS);
+    const T* taps = panel_taps(panel);
+    for (int64_t c = 0; c < p.in_channels; c += FEW_CHANNELS, taps += FEW_CHANNELS * PANEL) {
+      const bool last = c + FEW_CHANNELS >= p.in_channels;
+      const T* next = !last ? taps + FEW_CHANNELS * PANEL : following >= 0 ? panel_taps(following) : taps;
+      for (int64_t half = 0; half < PANEL; half += LANES) {
+        multiply_few_tiles<F, T>({taps + half, half == 0 ? taps + LANES : next, tap_stride(), std::min(FEW_CHANNELS, p.in_channels - c),
+                                  tiles.v + c * FEW_TILES, tiles.v_stride, m + half * FEW_TILES, m_stride, c > 0},
+                                 two_by_two_short);
+      }
+    }
+    transform_output(panel, tiles, m, m_stride);
   }
 
   // A share of the next chunk's taps, `size` elements each, at every point: memory keeps up with an even flow, not with bursts.
@@ -130,9 +160,8 @@ struct WinogradConv {
     Prefetcher(taps + point / SHARES * tap_stride() + begin, end - begin, 1).template advance<false>();
   }
 
-  void one_panel(int64_t panel, int64_t block, int64_t following, const float* v, int64_t v_stride) const {
-    const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
-    const int64_t chunk = std::min(plan.channel_chunk, p.in_channels), m_stride = point_stride(2 * tiles);
+  void one_panel(int64_t panel, int64_t following, const TileBlock& tiles) const {
+    const int64_t chunk = std::min(plan.channel_chunk, p.in_channels), m_stride = point_stride(2 * tiles.slots);
     Scratch scratch;
     float* m = scratch.take<float>(m_stride * POINTS);
     const float* u = kept.u + panel * kept.panel_stride;
@@ -151,24 +180,23 @@ struct WinogradConv {
         transform_weights<F, T>(panel_taps(panel) + c * PANEL, tap_stride(), channels, made, u_stride, u_phase_stride);
         // The next chunk's taps come into L2 while this chunk is multiplied.
         const bool last = c + chunk >= p.in_channels;
-        next = !last ? panel_taps(panel) + (c + chunk) * PANEL : following >= 0 ? panel_taps(following % panels) : nullptr;
+        next = !last ? panel_taps(panel) + (c + chunk) * PANEL : following >= 0 ? panel_taps(following) : nullptr;
         next_size = std::min(chunk, p.in_channels - (last ? 0 : c + chunk)) * PANEL;
       }
       for (int point = 0; point < POINTS; ++point) {
         if (next != nullptr) prefetch_taps(next, next_size, point);
         const PhaseRun phases = F::run(point);
+        const TileRuns::Run run = tiles.runs.template at<F>(point);
         for (int64_t i = 0; i < phases.count; ++i) {
           const int64_t phase = phases.first + i;
-          multiply_rows({v + point * v_stride + (phase * in_vectors * LANES + c) * tiles, tiles * LANES,
-                         u + point * u_stride + phase * u_phase_stride, channels, m + point * m_stride, tiles * LANES,
-                         c > 0 || i > 0},
-                        tiles);
+          const float* v = tiles.v + point * tiles.v_stride + (phase * in_vectors * LANES + c) * tiles.slots;
+          multiply_rows({v + run.first * LANES, tiles.slots * LANES, u + point * u_stride + phase * u_phase_stride, channels,
+                         m + point * m_stride + run.first * LANES, tiles.slots * LANES, c > 0 || i > 0},
+                        run.count);
         }
       }
     }
-    for (int64_t t = 0; t < tiles; ++t) {
-      transform_output_vectors<F, T>(place(begin + t), m + t * LANES, m_stride, tiles * LANES, p.shift, 2 * panel, 2, p.relu);
-    }
+    transform_output(panel, tiles, m, m_stride);
   }
 };
 

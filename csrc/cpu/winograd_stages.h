@@ -22,12 +22,13 @@ RF_INLINE int64_t point_stride(int64_t vectors) {
   return (((vectors * LANES + LINE - 1) / LINE) | 1) * LINE;
 }
 
-// Where a tile reads and writes: strips of one image, and the tile's first output pixel.
+// Where a tile reads and writes: strips of one image, the tile's first output pixel, and how many rows and columns of results it
+// has where the image doesn't end before.
 template <class T>
 struct TilePlace {
   Strip<const T> x, residual;  // residual.data may be null
   Strip<T> y;
-  int64_t top, left;
+  int64_t top, left, rows, columns;
 };
 
 // V = B^T d B of the tile whose first input pixel is (top, left) and whose pixels are F::STRIDE apart, for all channels.
@@ -127,11 +128,11 @@ void transform_weights(const W* packed, int64_t tap_stride, int64_t channels, fl
   }
 }
 
-// Y = A^T M A of one tile and one vector of output channels, + shift + residual, ReLU. `residual` (may be null) and `y` are
-// strips of the same geometry; (top, left) is the first output pixel; pixels outside the image are not written.
+// Y = A^T M A of one tile and one vector of output channels, + shift + residual, ReLU. Pixels outside the image are not
+// written.
 template <class F, class T>
-void transform_output_tile(const float* m, int64_t m_point_stride, const float* shift, const Strip<const T>& residual,
-                           const Strip<T>& y, int64_t top, int64_t left, int64_t channel, bool relu) {
+void transform_output_tile(const float* m, int64_t m_point_stride, const float* shift, const TilePlace<T>& tile,
+                           int64_t channel, bool relu) {
   constexpr int A = F::A, M = F::M;
   vec half[M][A];
   RF_UNROLL(8)
@@ -145,14 +146,16 @@ void transform_output_tile(const float* m, int64_t m_point_stride, const float* 
   }
   const vec shift_vector = load(shift + channel);
   const vec floor = relu ? zero() : splat(-__builtin_inff());
-  const int64_t rows = y.height - top, columns = y.width - left, lanes = y.channels - channel;
+  const Strip<T>& y = tile.y;
+  const int64_t rows = std::min(tile.rows, y.height - tile.top), columns = std::min(tile.columns, y.width - tile.left);
+  const int64_t lanes = y.channels - channel;
   RF_UNROLL(8)
   for (int i = 0; i < M; ++i) {
     if (i >= rows) break;
     vec transformed[M];
     F::output(half[i], transformed);
-    T* out = y.pixel(top + i, left) + channel;
-    const T* add_to = residual.data == nullptr ? nullptr : residual.pixel(top + i, left) + channel;
+    T* out = y.pixel(tile.top + i, tile.left) + channel;
+    const T* add_to = tile.residual.data == nullptr ? nullptr : tile.residual.pixel(tile.top + i, tile.left) + channel;
     RF_UNROLL(8)
     for (int j = 0; j < M; ++j) {
       if (j >= columns) break;
@@ -174,8 +177,7 @@ void transform_output_vectors(const TilePlace<T>& tile, const float* m, int64_t 
   for (int64_t i = 0; i < count; ++i) {
     const int64_t channel = (first + i) * LANES;
     if (channel >= tile.y.channels) return;
-    transform_output_tile<F, T>(m + i * m_vector_stride, m_point_stride, shift, tile.residual, tile.y, tile.top, tile.left,
-                                channel, relu);
+    transform_output_tile<F, T>(m + i * m_vector_stride, m_point_stride, shift, tile, channel, relu);
   }
 }
 
@@ -229,12 +231,12 @@ TransformedWeights layer_weights(Scratch& scratch, const LayerParams& layer, boo
 // Channels summed in one go: sums of sums round less than one long sum (measured: half the error at 256 channels).
 constexpr int64_t LONGEST_SUM = 128;
 
-// Takes `tiles` tiles through input transform, products and output transform, `group` panels at a time. `place(t)` tells
-// where tile t lies; `between()` is called before each product, to prefetch what comes later.
+// Takes tiles through input transform, products and output transform, `group` panels at a time. `place(t)` tells where tile t
+// lies; `between()` is called before each product, to prefetch what comes later.
 template <class F, class T, class Place, class Between>
-void winograd_tiles(const TransformedWeights& w, int64_t tiles, int64_t group, Place&& place, Between&& between) {
+void winograd_tiles(const TransformedWeights& w, const TileRuns& runs, int64_t group, Place&& place, Between&& between) {
   constexpr int POINTS = F::A * F::A;
-  const int64_t panels = panel_count(w.out_channels);
+  const int64_t panels = panel_count(w.out_channels), tiles = runs.count();
   group = std::min(group, panels);
   const int64_t vectors = vector_count(w.in_channels);  // of one phase
   const int64_t v_stride = point_stride(F::PHASES * vectors * tiles), m_stride = point_stride(group * 2 * tiles);
@@ -251,15 +253,16 @@ void winograd_tiles(const TransformedWeights& w, int64_t tiles, int64_t group, P
     const int64_t count = std::min(group, panels - first);
     for (int point = 0; point < POINTS; ++point) {
       const PhaseRun phases = F::run(point);
-      const float* a = v + point * v_stride + phases.first * vectors * tiles * LANES;
+      const TileRuns::Run run = runs.at<F>(point);
+      const float* a = v + point * v_stride + (phases.first * vectors * tiles + run.first) * LANES;
       const float* b = w.u + first * w.panel_stride + point * w.point_stride + phases.first * w.in_channels * PANEL;
       for (int64_t j = 0; j < count; ++j) {
         between();
         for (int64_t c = 0; c < phases.count * w.in_channels; c += LONGEST_SUM) {
           multiply_rows({a + c * tiles, tiles * LANES, b + j * w.panel_stride + c * PANEL,
                          std::min(LONGEST_SUM, phases.count * w.in_channels - c),
-                         m + point * m_stride + j * 2 * tiles * LANES, tiles * LANES, c > 0},
-                        tiles);
+                         m + point * m_stride + (j * 2 * tiles + run.first) * LANES, tiles * LANES, c > 0},
+                        run.count);
         }
       }
     }

@@ -46,6 +46,19 @@ def _tiles(height: int, width: int, m: int) -> int:
     return -(-height // m) * -(-width // m)
 
 
+def _products(height: int, width: int) -> int:
+    """Products for each pair of channels of an image by F(4×4, 3×3), whose tiles may be a row or a column short.
+
+    6 points a line of a tile, 5 for a short one: csrc/cpu/winograd_grid.h.
+    """
+
+    def points(size: int) -> int:
+        tiles = -(-size // 4)
+        return 6 * tiles - min(tiles, 4 * tiles - size)
+
+    return points(height) * points(width)
+
+
 def _unit_stride(conv: Conv) -> bool:
     return conv[2:] == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
@@ -70,10 +83,11 @@ def winograd(problem: Problem) -> WinogradPlan | None:
     n, _, h, w = problem.shape
     if _unit_stride(conv):
         tiles = n * _tiles(h, w, 4)
-        # In products for each pair of channels: 36 a tile and the transform of the weights, against 9 a pixel, which
-        # bfloat16 takes two at a time.
-        transform = 0 if keeps_transformed(conv) else 250
-        if 36 * tiles + transform > (4.5 if problem.dtype == torch.bfloat16 else 9) * n * h * w:
+        bfloat16 = problem.dtype == torch.bfloat16
+        # In products for each pair of channels, against 9 a pixel, which bfloat16 takes two at a time. The transform of a
+        # weight counts as 250; for up to four tiles it is done in registers, from bfloat16 with a conversion at each use.
+        transform = 0 if keeps_transformed(conv) else 250 if tiles > 4 else 100 if bfloat16 else 60
+        if n * _products(h, w) + transform > (4.5 if bfloat16 else 9) * n * h * w:
             return None
         if keeps_transformed(conv):
             return WinogradPlan(4, 14 if conv.in_channels <= 64 else 28, 8, 64, False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
+# A variant runs for so long before it is timed.
 SETTLE_SECONDS = 0.05
 
 
