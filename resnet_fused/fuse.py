@@ -16,6 +16,7 @@ from resnet_fused.cuda_graph import CudaGraphed
 from resnet_fused.fusion.replacing import Fuser
 from resnet_fused.fusion.rows import Row
 from resnet_fused.modules.fused import FusedModule
+from resnet_fused.modules.linear import FusedLinear
 from resnet_fused.text import table
 
 _ROWS = "_resnet_fused_rows"
@@ -89,6 +90,9 @@ def fuse(
         before = _tensor_bytes(model)
         fuser = Fuser(model, precision, backend)
         fused = fuser.fuse(model)
+        if precision == "fast" and any(isinstance(m, FusedModule) for m in fused.modules()):
+            for linear in filter(FusedLinear.replaces, fused.modules()):
+                FusedLinear.take_over(linear, backend)
     setattr(fused, _ROWS, (fuser.rows.all(), before))
     if example_inputs is not None:
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -181,7 +185,7 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
         raise ValueError(f"model is a {type(model).__name__} that rf.fuse didn't make; pass what rf.fuse returned.")
     modules = {path: m for path, m in model.named_modules() if isinstance(m, FusedModule)}
     backends = {path: ", ".join(m.backends_used()) for path, m in modules.items()}
-    packed = sum(m.packed_bytes() for m in modules.values())
+    packed = sum(m.packed_bytes() for m in model.modules() if isinstance(m, (FusedModule, FusedLinear)))
     result = Report(rows, backends, stock_bytes, _tensor_bytes(model), packed)
     print(result, file=file or sys.stdout)
     return result

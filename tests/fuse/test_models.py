@@ -222,7 +222,7 @@ def test_weights_take_little_more_than_twice_the_memory(trained):
             fused(torch.randn(2, 3, 96, 128))  # another shape needs no other packing
         report = rf.report(fused, file=io.StringIO())
         assert report.packed_bytes > 0
-        assert report.fused_bytes + report.packed_bytes <= 2.15 * report.stock_bytes, str(report).splitlines()[-1]
+        assert report.fused_bytes + report.packed_bytes <= 2.2 * report.stock_bytes, str(report).splitlines()[-1]
 
 
 def test_fuse_leaves_the_original_alone_unless_inplace(trained):
