@@ -53,40 +53,47 @@ inline void direct(const ConvParams& p) {
   const int64_t blocks = p.batch * row_blocks;
   const int64_t groups = std::min(panels, (4 * thread_count() + blocks - 1) / blocks);
 
-  parallel_units(blocks * groups, [&](int64_t unit, int64_t) {
-    const int64_t group = unit % groups, n = unit / groups / row_blocks, block = unit / groups % row_blocks;
-    const int64_t o_begin = p.out_height * block / row_blocks, o_end = p.out_height * (block + 1) / row_blocks;
-    const int64_t h_begin = o_begin * p.stride_h - p.pad_h;
-    const int64_t h_count = (o_end - o_begin - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+  parallel_workers(blocks * groups, [&](Units& units) {
     const int64_t channels = layout.channels;
-    const float* image = static_cast<const float*>(p.x) + n * p.height * p.width * channels;
+    const int64_t most_rows = ((p.out_height + row_blocks - 1) / row_blocks - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
     const Activation* residual = static_cast<const Activation*>(p.residual);
     Scratch scratch;
-    float* rows = scratch.take<float>(h_count * layout.row_stride);
+    float* rows = scratch.take<float>(most_rows * layout.row_stride);
     const float** taps = scratch.take<const float*>(taps_count);
-    for (int64_t i = 0; i < h_count; ++i) {
-      const int64_t h = h_begin + i;
-      layout.copy(p, h >= 0 && h < p.height ? image + h * p.width * channels : nullptr, rows + i * layout.row_stride);
-    }
-
-    for (int64_t panel = panels * group / groups; panel < panels * (group + 1) / groups; ++panel) {
-      const int64_t channel = panel * PANEL;
-      for (int64_t o = o_begin; o < o_end; ++o) {
-        for (int64_t kh = 0; kh < p.kernel_h; ++kh) {
-          const float* row = rows + ((o - o_begin) * p.stride_h + kh * p.dilation_h) * layout.row_stride;
-          for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
-            const int64_t column = kw * p.dilation_w;
-            taps[kh * p.kernel_w + kw] =
-                row + column % p.stride_w * layout.phase_stride + column / p.stride_w * LANES;
-          }
+    for (int64_t copied = -1; units.take();) {
+      const int64_t group = units.current() % groups, image_block = units.current() / groups;
+      const int64_t n = image_block / row_blocks, block = image_block % row_blocks;
+      const int64_t o_begin = p.out_height * block / row_blocks, o_end = p.out_height * (block + 1) / row_blocks;
+      if (image_block != copied) {
+        const int64_t h_begin = o_begin * p.stride_h - p.pad_h;
+        const int64_t h_count = (o_end - o_begin - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+        const float* image = static_cast<const float*>(p.x) + n * p.height * p.width * channels;
+        for (int64_t i = 0; i < h_count; ++i) {
+          const int64_t h = h_begin + i;
+          layout.copy(p, h >= 0 && h < p.height ? image + h * p.width * channels : nullptr, rows + i * layout.row_stride);
         }
-        const int64_t at = ((n * p.out_height + o) * p.out_width) * p.out_channels + channel;
-        convolve_rows<LANES>(
-            ConvTile<Activation>{taps, taps_count, LANES, layout.block_stride, channels, 0,
-                            static_cast<const float*>(p.weights) + channel * taps_count * channels, p.shift + channel,
-                            residual == nullptr ? nullptr : residual + at, static_cast<Activation*>(p.y) + at, p.out_channels,
-                            p.out_channels - channel, p.relu},
-            p.out_width);
+        copied = image_block;
+      }
+
+      for (int64_t panel = panels * group / groups; panel < panels * (group + 1) / groups; ++panel) {
+        const int64_t channel = panel * PANEL;
+        for (int64_t o = o_begin; o < o_end; ++o) {
+          for (int64_t kh = 0; kh < p.kernel_h; ++kh) {
+            const float* row = rows + ((o - o_begin) * p.stride_h + kh * p.dilation_h) * layout.row_stride;
+            for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
+              const int64_t column = kw * p.dilation_w;
+              taps[kh * p.kernel_w + kw] =
+                  row + column % p.stride_w * layout.phase_stride + column / p.stride_w * LANES;
+            }
+          }
+          const int64_t at = ((n * p.out_height + o) * p.out_width) * p.out_channels + channel;
+          convolve_rows<LANES>(
+              ConvTile<Activation>{taps, taps_count, LANES, layout.block_stride, channels, 0,
+                              static_cast<const float*>(p.weights) + channel * taps_count * channels, p.shift + channel,
+                              residual == nullptr ? nullptr : residual + at, static_cast<Activation*>(p.y) + at, p.out_channels,
+                              p.out_channels - channel, p.relu},
+              p.out_width);
+        }
       }
     }
   });

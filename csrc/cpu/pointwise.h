@@ -100,24 +100,26 @@ inline void pointwise(const ConvParams& p) {
   const Activation* residual = static_cast<const Activation*>(p.residual);
   Activation* y = static_cast<Activation*>(p.y);
 
-  parallel_units(row_blocks * groups, [&](int64_t unit, int64_t) {
-    const int64_t block = unit / groups, group = unit % groups;
-    const int64_t begin = pixels * block / row_blocks, count = pixels * (block + 1) / row_blocks - begin;
+  parallel_workers(row_blocks * groups, [&](Units& units) {
     Scratch scratch;
-    Rows rows{x + begin * channels, count, channels, blocked};
-    if (blocked) {
-      float* copy = scratch.take<float>(count * vector_count(channels) * LANES);
-      copy_to_blocks(count, channels, copy, [&](int64_t row) {
-        const int64_t pixel = begin + row, n = pixel / (p.out_height * p.out_width);
-        const int64_t h = pixel / p.out_width % p.out_height * p.stride_h, w = pixel % p.out_width * p.stride_w;
-        return x + ((n * p.height + h) * p.width + w) * channels;
-      });
-      rows.data = copy;
+    float* copy = blocked ? scratch.take<float>((pixels / row_blocks + 1) * vector_count(channels) * LANES) : nullptr;
+    for (int64_t copied = -1; units.take();) {
+      const int64_t block = units.current() / groups, group = units.current() % groups;
+      const int64_t begin = pixels * block / row_blocks, count = pixels * (block + 1) / row_blocks - begin;
+      if (blocked && block != copied) {
+        copy_to_blocks(count, channels, copy, [&](int64_t row) {
+          const int64_t pixel = begin + row, n = pixel / (p.out_height * p.out_width);
+          const int64_t h = pixel / p.out_width % p.out_height * p.stride_h, w = pixel % p.out_width * p.stride_w;
+          return x + ((n * p.height + h) * p.width + w) * channels;
+        });
+        copied = block;
+      }
+      const int64_t at = begin * p.out_channels;
+      multiply_pointwise({blocked ? copy : x + begin * channels, count, channels, blocked},
+                         static_cast<const float*>(p.weights), p.shift, panels * group / groups,
+                         panels * (group + 1) / groups, residual == nullptr ? nullptr : residual + at, y + at, p.out_channels,
+                         p.relu);
     }
-    const int64_t at = begin * p.out_channels;
-    multiply_pointwise(rows, static_cast<const float*>(p.weights), p.shift, panels * group / groups,
-                       panels * (group + 1) / groups, residual == nullptr ? nullptr : residual + at, y + at, p.out_channels,
-                       p.relu);
   });
 }
 
