@@ -294,13 +294,11 @@ class FusedBlock(FusedModule):
         for index, conv in enumerate(convs, 1):
             self.add_module(f"conv{index}", conv)
         self.register_module("shortcut", shortcut)
-        self._length = len(convs)
+        self._names = [name for name, conv in self._modules.items() if conv is not None]
 
     def convolutions(self) -> list[FusedConv2d]:
         modules = self._modules
-        found = [modules[f"conv{i}"] for i in range(1, self._length + 1)]
-        shortcut = modules["shortcut"]
-        return [*found, shortcut] if shortcut is not None else found  # type: ignore[return-value, list-item]
+        return [modules[name] for name in self._names]  # type: ignore[misc]
 
     def _new_runner(self) -> Runner:
         convs = tuple(conv.conv for conv in self.convolutions())
