@@ -90,7 +90,7 @@ void stem_rows(const StemParams& p, const TransformedWeights& weights, int64_t n
       copy_phases(p, image, s, phases.row(s));
     }
     winograd_tiles<F, float>(
-        weights, TileRuns::all_full(across), 2,
+        weights, TileRuns::all_full(across), 1,
         [&](int64_t t) -> TilePlace<float> {
           return {phases.strip<const float>(), {}, rows.strip<float>(), top, t * F::M, F::M, F::M};
         },
