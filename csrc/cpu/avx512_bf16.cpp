@@ -24,7 +24,6 @@ RF_ISA_AVX512_BF16_BEGIN
 // simd.h comes first: it defines the vector type that the others use.
 #include "peak.h"
 #include "tile.h"
-#include "pack.h"
 #include "winograd_transforms.h"
 #include "winograd_grid.h"
 #include "winograd_stages.h"
@@ -39,8 +38,7 @@ namespace resnet_fused::cpu {
 
 const Bf16Kernels& avx512_bf16_kernels() {
   using namespace RF_ISA;
-  static const Bf16Kernels kernels{pack_pairs, pointwise, direct, bottleneck, basic_block, weight_gradient,
-                                   multiply_add_loop};
+  static const Bf16Kernels kernels{pointwise, direct, bottleneck, basic_block, weight_gradient, multiply_add_loop};
   return kernels;
 }
 

@@ -37,18 +37,27 @@ const Kernels& kernels() {
   }
 }
 
+int64_t padded_channels(int64_t channels) {
+  const int64_t panel = 2 * kernels().lanes;
+  return (channels + panel - 1) / panel * panel;
+}
+
+// That a tensor is dense in channels_last; the stride of a dimension of size 1 means nothing.
+void check_channels_last(const Tensor& t, const char* name) {
+  const std::array<int64_t, 4> dense{t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
+  for (int64_t d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == dense[static_cast<size_t>(d)], name,
+                    " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
+  }
+}
+
 void check_cpu_activations(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; move it with .cpu().");
   STD_TORCH_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must have four, (N, C, H, W).");
   const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
                   " must be float32 or bfloat16; convert it with .to().");
-  // Dense NHWC; the stride of a dimension of size 1 means nothing.
-  const std::array<int64_t, 4> dense{t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
-  for (int64_t d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == dense[static_cast<size_t>(d)], name,
-                    " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
-  }
+  check_channels_last(t, name);
 }
 
 // kernel, stride, padding and dilation, (height, width) each.
@@ -64,7 +73,7 @@ void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
 
 // Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed.
 void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, const Tensor& shift) {
-  const int64_t panel = 2 * kernels().lanes, padded = (p.out_channels + panel - 1) / panel * panel;
+  const int64_t padded = padded_channels(p.out_channels);
   const int64_t wanted = padded * p.kernel_h * p.kernel_w * p.in_channels;
   p.transformed = p.kernel_h == 3 && p.kernel_w == 3 && weights.scalar_type() == ScalarType::Float &&
                   weights.numel() == kernels().transformed_size(p.in_channels, p.out_channels, p.stride_h);
@@ -75,31 +84,36 @@ void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, co
                   " elements (whole panels); it has ", shift.numel(), ".");
 }
 
+// What is packed of `weight`, which is dense in channels_last; all but where to, and how.
+PackParams pack_params(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_cpu(), "weight must be a CPU tensor of shape (out_channels, in_channels, kh, kw).");
+  PackParams p{};
+  p.weights = weight.const_data_ptr();
+  p.out_channels = weight.size(0), p.in_channels = weight.size(1), p.taps = weight.size(2) * weight.size(3);
+  p.from_bfloat16 = p.to_bfloat16 = weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(p.from_bfloat16 || weight.scalar_type() == ScalarType::Float, "weight must be float32 or bfloat16.");
+  check_channels_last(weight, "weight");
+  return p;
+}
+
 // Packed weights of a convolution; `pairs`: as the bfloat16 direct kernels take them.
 Tensor pack(Tensor weight, bool pairs) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.is_cpu(),
-                  "weight must be a contiguous CPU tensor of shape (out_channels, in_channels, kh, kw).");
-  const bool bfloat16 = weight.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(bfloat16 || weight.scalar_type() == ScalarType::Float, "weight must be float32 or bfloat16.");
-  const int64_t out_channels = weight.size(0), in_channels = weight.size(1), taps = weight.size(2) * weight.size(3);
-  const int64_t panel = 2 * kernels().lanes;
-  const std::array<int64_t, 1> size{(out_channels + panel - 1) / panel * panel * taps * in_channels};
+  PackParams p = pack_params(weight);
+  STD_TORCH_CHECK(!pairs || (p.to_bfloat16 && p.in_channels % 2 == 0 && has_avx512_bf16()),
+                  "pairs need a bfloat16 weight, an even number of input channels, and a CPU with AVX512_BF16.");
+  p.pairs = pairs;
+  const std::array<int64_t, 1> size{padded_channels(p.out_channels) * p.taps * p.in_channels};
   Tensor packed = torch::stable::empty({size.data(), size.size()}, weight.scalar_type(), std::nullopt, weight.device());
   advise_huge_pages(packed.mutable_data_ptr(), size[0] * static_cast<int64_t>(packed.element_size()));
-  if (pairs) {
-    STD_TORCH_CHECK(bfloat16 && in_channels % 2 == 0 && has_avx512_bf16(),
-                    "pairs need a bfloat16 weight, an even number of input channels, and a CPU with AVX512_BF16.");
-    avx512_bf16_kernels().pack_pairs(weight.const_data_ptr(), packed.mutable_data_ptr(), out_channels, in_channels, taps);
-  } else {
-    kernels().pack(weight.const_data_ptr(), packed.mutable_data_ptr(), out_channels, in_channels, taps, bfloat16);
-  }
+  p.packed = packed.mutable_data_ptr();
+  kernels().pack(p);
   return packed;
 }
 
 // Packed weights of a 3 x 3 convolution of stride 1 or 2 as Winograd multiplies them: float32, about four times as large.
 Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64_t stride) {
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride is ", stride, "; Winograd serves strides 1 and 2.");
-  const int64_t panel = 2 * kernels().lanes, wanted = (out_channels + panel - 1) / panel * panel * 9 * in_channels;
+  const int64_t wanted = padded_channels(out_channels) * 9 * in_channels;
   STD_TORCH_CHECK(packed.numel() == wanted, "packed has ", packed.numel(), " elements, the packed weights of this convolution ",
                   wanted, "; make it with resnet_fused_cpu::pack.");
   const std::array<int64_t, 1> size{kernels().transformed_size(in_channels, out_channels, stride)};
@@ -126,6 +140,29 @@ ConvParams conv_params(const Tensor& x, const Tensor& weights, const Tensor& shi
   return p;
 }
 
+// That a convolution without a plan can be computed directly.
+void check_direct(const ConvParams& p) {
+  STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
+  STD_TORCH_CHECK(!p.bfloat16 || (has_avx512_bf16() && p.in_channels % 2 == 0),
+                  "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
+}
+
+// Runs a convolution by a plan of Winograd, or where that is empty, directly.
+void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
+  if (!plan.empty()) {
+    const WinogradPlan how = winograd_plan(p, plan);
+    STD_TORCH_CHECK(!p.transformed || how.output_tile != 2,
+                    "plan's output tile is 2, but weights are transformed for another; give packed weights.");
+    kernels().winograd(p, how);
+    return;
+  }
+  if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
+    p.bfloat16 ? avx512_bf16_kernels().pointwise(p) : kernels().pointwise(p);
+  } else {
+    p.bfloat16 ? avx512_bf16_kernels().direct(p) : kernels().direct(p);
+  }
+}
+
 // y = act(conv(x, w) + shift + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs); otherwise
 // the five numbers of a WinogradPlan.
 Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residual, int64_t out_channels,
@@ -143,21 +180,42 @@ Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residu
   }
   p.y = y.mutable_data_ptr();
   if (p.batch == 0) return y;
-  if (!plan.empty()) {
-    const WinogradPlan how = winograd_plan(p, plan);
-    STD_TORCH_CHECK(!p.transformed || how.output_tile != 2,
-                    "plan's output tile is 2, but weights are transformed for another; give packed weights.");
-    kernels().winograd(p, how);
-    return y;
-  }
-  STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
-  STD_TORCH_CHECK(!p.bfloat16 || (has_avx512_bf16() && p.in_channels % 2 == 0),
-                  "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
-  if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
-    p.bfloat16 ? avx512_bf16_kernels().pointwise(p) : kernels().pointwise(p);
-  } else {
-    p.bfloat16 ? avx512_bf16_kernels().direct(p) : kernels().direct(p);
-  }
+  if (plan.empty()) check_direct(p);
+  run_conv(p, plan);
+  return y;
+}
+
+// y = conv(x, w) with square kernels and the weights of a training step, float32 or in x's dtype, which are packed for this
+// call alone. `turned`: the gradient of a convolution's input from that of its result, which is x (stride 1). `plan` as above.
+Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, bool turned, std::vector<int64_t> plan) {
+  check_cpu_activations(x, "x");
+  PackParams packing = pack_params(weight);
+  const int64_t kernel = weight.size(2), summed = turned ? packing.out_channels : packing.in_channels;
+  ConvParams p{};
+  p.x = x.const_data_ptr();
+  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  p.out_channels = turned ? packing.in_channels : packing.out_channels;
+  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(p.bfloat16 || !packing.from_bfloat16, "weight is bfloat16 where x is float32; convert one with .to().");
+  STD_TORCH_CHECK(p.in_channels == summed, "x has ", p.in_channels, " channels, where weight asks for ", summed, ".");
+  STD_TORCH_CHECK(weight.size(3) == kernel && stride > 0 && pad >= 0 && (!turned || (stride == 1 && pad < kernel)),
+                  "the kernel must be square, stride positive, and pad not negative; turned round, the stride must be 1 and pad "
+                  "less than the kernel.");
+  if (turned) pad = kernel - 1 - pad;
+  set_geometry(p, {kernel, kernel, stride, stride, pad, pad, 1, 1});
+  Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
+  p.y = y.mutable_data_ptr();
+  if (p.batch == 0) return y;
+  Scratch scratch;
+  const int64_t padded = padded_channels(p.out_channels);
+  packing.packed = scratch.take<char>(padded * packing.taps * summed * static_cast<int64_t>(x.element_size()));
+  packing.to_bfloat16 = p.bfloat16, packing.pairs = p.bfloat16 && plan.empty(), packing.turned = turned;
+  float* shift = scratch.take<float>(padded);
+  std::fill(shift, shift + padded, 0.0f);
+  p.weights = packing.packed, p.shift = shift;
+  if (plan.empty()) check_direct(p);
+  kernels().pack(packing);
+  run_conv(p, plan);
   return y;
 }
 
@@ -213,7 +271,7 @@ Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool p
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
                   "x must be float32 or bfloat16; convert it with .to().");
   STD_TORCH_CHECK(relu || !pool, "the pool of a stem follows a ReLU.");
-  const int64_t panel = 2 * kernels().lanes, padded = (out_channels + panel - 1) / panel * panel;
+  const int64_t padded = padded_channels(out_channels);
   STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == padded * 36 * 4 * x.size(1),
                   "weights must be the float32 transformed weights of this stem.");
   STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.numel() == padded, "shift must be float32 with ", padded,
@@ -302,6 +360,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("measure_peak(bool bfloat16) -> float");
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool pairs=False) -> Tensor");
+  m.def("training_conv(Tensor x, Tensor weight, int stride, int pad, bool turned, int[] plan) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
   m.def(
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
@@ -322,6 +381,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("measure_peak", TORCH_BOX(&measure_peak));
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("training_conv", TORCH_BOX(&training_conv));
   m.impl("transform", TORCH_BOX(&transform));
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("stem", TORCH_BOX(&stem));

@@ -8,7 +8,7 @@ namespace resnet_fused::cpu {
 
 struct Kernels {
   int64_t lanes;  // float32 lanes of a vector; a panel of packed weights is two vectors wide
-  void (*pack)(const void* weights, void* packed, int64_t out_channels, int64_t in_channels, int64_t taps, bool bfloat16);
+  void (*pack)(const PackParams&);
   // U of a 3 x 3 layer's packed weights, and its number of elements (in_channels, out_channels, stride).
   void (*transform)(const LayerParams& layer, int64_t stride, bool bfloat16, float* u);
   int64_t (*transformed_size)(int64_t in_channels, int64_t out_channels, int64_t stride);
@@ -27,7 +27,6 @@ const Kernels& avx2_kernels();
 
 // Direct convolutions of bfloat16 activations with an even number of channels by vdpbf16ps, and blocks that contain them.
 struct Bf16Kernels {
-  void (*pack_pairs)(const void* weights, void* packed, int64_t out_channels, int64_t in_channels, int64_t taps);
   void (*pointwise)(const ConvParams&);
   void (*direct)(const ConvParams&);
   void (*bottleneck)(const BlockParams&);

@@ -24,6 +24,16 @@ struct ConvParams {
   bool bfloat16;
 };
 
+// Weights to packed panels: see pack.h.
+struct PackParams {
+  const void* weights;      // [out_channels][taps][in_channels]
+  void* packed;
+  int64_t out_channels, in_channels, taps;
+  bool from_bfloat16, to_bfloat16;
+  bool pairs;
+  bool turned;
+};
+
 // Gradient of the weights of a convolution of equal kernel, stride and padding in height and width, and no dilation.
 struct WeightGradientParams {
   const void* x;            // NHWC, like dy

@@ -61,7 +61,8 @@ def _packed(folded: Folded, conv: Conv, dtype: torch.dtype, winograd: bool) -> t
     pairs = dtype == torch.bfloat16 and not winograd
 
     def pack() -> tuple[Tensor, Tensor]:
-        weight = torch.ops.resnet_fused_cpu.pack(folded.weights[0].detach().contiguous(), pairs)
+        weight = folded.weights[0].detach().contiguous(memory_format=torch.channels_last)
+        weight = torch.ops.resnet_fused_cpu.pack(weight, pairs)
         if transformed:
             weight = torch.ops.resnet_fused_cpu.transform(weight, conv.in_channels, conv.out_channels, conv.stride[0])
         return weight, _padded_shift(folded.shifts[0])

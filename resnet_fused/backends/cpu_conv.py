@@ -16,17 +16,21 @@ from resnet_fused.backends import choice, cpu_plan, get
 from resnet_fused.backends.problem import Conv, Problem
 
 
+Plan = tuple[int, ...]
+
+
 class Products(NamedTuple):
     """Which products our kernels compute.
 
     Attributes:
-        forward, input: y and the gradient of x, by Winograd.
+        forward, input: the plans of y and of the gradient of x, as resnet_fused_cpu::training_conv takes them: empty for the
+            direct sum. None: stock PyTorch's.
         weight: the gradient of the weights.
         weight_winograd: that by Winograd, instead of the plain sum.
     """
 
-    forward: bool = False
-    input: bool = False
+    forward: Plan | None = None
+    input: Plan | None = None
     weight: bool = False
     weight_winograd: bool = False
 
@@ -66,30 +70,41 @@ def _products(
     library = torch.ops.resnet_fused_cpu
     if dtype == torch.bfloat16 and (not library.avx512_bf16() or library.amx_bf16()):
         return NONE
-    winograd = kernel == 3 and stride == 1
-    # Images smaller than a tile leave most of it empty, and have no plan.
-    forward = winograd and n * h * w >= _ENOUGH_PIXELS[dtype] and _plan(shape, out_channels, dtype) is not None
+    if kernel == 1:
+        # The direct sum takes bfloat16 channels in pairs.
+        pairs = dtype == torch.float32 or (in_channels % 2 == 0 and out_channels % 2 == 0)
+        return Products(() if pairs else None, () if pairs and stride == 1 else None, True)
+    if stride == 2:
+        return Products(weight=True)
     tiles = n * -(-h // 4) * -(-w // 4)
-    return Products(forward, forward, True, winograd and tiles >= _ENOUGH_TILES[dtype])
+    by_winograd = n * h * w >= _ENOUGH_PIXELS[dtype]
+    forward, input = (
+        _winograd((n, c, h, w), results, dtype) if by_winograd else None
+        for c, results in ((in_channels, out_channels), (out_channels, in_channels))
+    )
+    return Products(forward, input, True, tiles >= _ENOUGH_TILES[dtype])
 
 
-def _plan(shape: tuple[int, ...], out_channels: int, dtype: torch.dtype) -> cpu_plan.WinogradPlan | None:
-    n, c, h, w = shape
-    conv = Conv(c, out_channels, (3, 3), (1, 1), (1, 1))
-    return cpu_plan.winograd(Problem("conv2d_bn", (n, c, h, w), dtype, torch.device("cpu"), (conv,)))
+def _winograd(shape: tuple[int, int, int, int], out_channels: int, dtype: torch.dtype) -> Plan | None:
+    """The plan of a 3×3 convolution of stride 1; None for images smaller than a tile, which they leave mostly empty."""
+    conv = Conv(shape[1], out_channels, (3, 3), (1, 1), (1, 1))
+    plan = cpu_plan.winograd(Problem("conv2d_bn", shape, dtype, torch.device("cpu"), (conv,)))
+    return None if plan is None else tuple(map(int, plan))
 
 
-def winograd(x: Tensor, weight: Tensor) -> Tensor:
-    """conv2d(x, weight, padding=1) in channels_last, for 3×3 filters."""
-    out_channels = weight.shape[0]
-    plan = _plan(tuple(x.shape), out_channels, x.dtype)
-    assert plan is not None
-    library = torch.ops.resnet_fused_cpu
-    panel = library.panel()
-    shift = torch.zeros(-(-out_channels // panel) * panel)
-    x = x.contiguous(memory_format=torch.channels_last)
-    geometry = [3, 3, 1, 1, 1, 1, 1, 1]
-    return library.conv(x, library.pack(weight.contiguous()), shift, None, out_channels, geometry, False, [*map(int, plan)])
+def convolution(x: Tensor, weight: Tensor, stride: int, padding: int, plan: Plan) -> Tensor:
+    """conv2d(x, weight) in channels_last. Weights may be float32 where x is bfloat16."""
+    return _convolution(x, weight, stride, padding, False, plan)
+
+
+def input_gradient(dy: Tensor, weight: Tensor, padding: int, plan: Plan) -> Tensor:
+    """Gradient of x, in channels_last, for stride 1."""
+    return _convolution(dy, weight, 1, padding, True, plan)
+
+
+def _convolution(x: Tensor, weight: Tensor, stride: int, padding: int, turned: bool, plan: Plan) -> Tensor:
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return torch.ops.resnet_fused_cpu.training_conv(x, weight, stride, padding, turned, plan)
 
 
 def weight_gradient(x: Tensor, dy: Tensor, kernel: int, stride: int, padding: int, by_winograd: bool) -> Tensor:

@@ -25,15 +25,16 @@ def served(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, 
     if not square or weight.dtype not in (torch.float32, x.dtype):
         return False
     products = cpu_conv.products(x, tuple(weight.shape), stride[0], padding[0])
-    # In contiguous format the layers that save least aren't worth their copies.
-    return products.forward or (products.weight and common.memory_format(x, weight) == torch.channels_last)
+    # In contiguous format only what saves most, Winograd, is worth the copies.
+    return bool(products.forward) or (products.weight and common.memory_format(x, weight) == torch.channels_last)
 
 
 def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    weight = weight.to(x.dtype)
-    if cpu_conv.products(x, tuple(weight.shape), stride, padding).forward:
-        return cpu_conv.winograd(x, weight).contiguous(memory_format=common.memory_format(x, weight))
-    return F.conv2d(x, weight, None, stride, padding)
+    plan = cpu_conv.products(x, tuple(weight.shape), stride, padding).forward
+    if plan is None:
+        return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
+    y = cpu_conv.convolution(x, weight, stride, padding, plan)
+    return y.contiguous(memory_format=common.memory_format(x, weight))
 
 
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -50,9 +51,8 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int,
     products = cpu_conv.products(x, tuple(weight.shape), stride, padding)
     format = common.memory_format(x, weight)
     dx = dweight = None
-    cast = weight.to(x.dtype)
-    if needs[0] and products.input:
-        dx = cpu_conv.winograd(dy, cast.flip(2, 3).transpose(0, 1)).contiguous(memory_format=format)
+    if needs[0] and products.input is not None:
+        dx = cpu_conv.input_gradient(dy, weight, padding, products.input).contiguous(memory_format=format)
     if needs[1] and products.weight:
         full = cpu_conv.weight_gradient(x, dy, weight.shape[2], stride, padding, products.weight_winograd)
         # In the weight's own strides, which autograd would otherwise copy it to.
@@ -62,7 +62,7 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int,
             dweight = torch.empty_like(weight).copy_(full)
     stock = [needs[0] and dx is None, needs[1] and dweight is None, False]
     if any(stock):
-        more = common.convolution_backward(dy, x, cast, _geometry(stride, padding), stock)
+        more = common.convolution_backward(dy, x, weight.to(x.dtype), _geometry(stride, padding), stock)
         dx = more[0] if dx is None else dx
         dweight = more[1].to(weight.dtype) if dweight is None and more[1] is not None else dweight
     return dx if dx is not None else x.new_empty(0), dweight if dweight is not None else weight.new_empty(0)

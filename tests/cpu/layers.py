@@ -47,7 +47,7 @@ class Layer:
     def ours(self, plan: list[int]) -> Tensor:
         """By the compiled operator; `plan` as it takes it, empty for direct arithmetic."""
         ops = torch.ops.resnet_fused_cpu
-        packed = ops.pack(self.weight, self.dtype == torch.bfloat16 and not plan)
+        packed = ops.pack(self.weight.contiguous(memory_format=CHANNELS_LAST), self.dtype == torch.bfloat16 and not plan)
         geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
         return ops.conv(self.x, packed, _padded_shift(self.shift), self.added, self.out, geometry, self.relu, plan)
 
@@ -88,6 +88,7 @@ class Block:
     def ours(self, plan: list[int]) -> Tensor:
         """By the compiled operator; `plan`: strip, parts, panels."""
         ops = torch.ops.resnet_fused_cpu
-        packed = [ops.pack(w, self.dtype == torch.bfloat16 and w.shape[2] == 1) for w in self.weights]
+        weights = [w.contiguous(memory_format=CHANNELS_LAST) for w in self.weights]
+        packed = [ops.pack(w, self.dtype == torch.bfloat16 and w.shape[2] == 1) for w in weights]
         shifts = [_padded_shift(s) for s in self.shifts]
         return ops.block(self.x, packed, shifts, self.channels, plan)
