@@ -76,9 +76,9 @@ class Pool {
   }
 
  private:
-  // Together with what is in use, the pool holds a quarter more than was ever in use at once: a network's layers differ in
-  // size, and the largest are wanted again at the next call.
-  int64_t limit() const { return most_used_ + most_used_ / 4 - used_; }
+  // Together with what is in use, the pool holds an eighth more than was ever in use at once: a network's layers differ in
+  // size, and the largest are wanted again at the next call. From the second or third call on nothing is allocated.
+  int64_t limit() const { return most_used_ + most_used_ / 8 - used_; }
 
   // Frees the longest kept blocks until at most `limit` bytes are kept.
   void trim(int64_t limit) {

@@ -27,15 +27,17 @@ constexpr int64_t CACHE_LINE = 64;
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // A stack of chunks. A request that doesn't fit opens a new chunk, since the older ones may be in use; once the stack is
-// empty, several chunks are merged into one of their total size, so that the steady state is a single chunk.
+// empty, several chunks become one as large as the stack ever was, so that the steady state is a single chunk.
 struct Arena {
   struct Chunk {
     char* memory;
     int64_t size;
+    int64_t before;  // bytes of the stack below this chunk
   };
   std::vector<Chunk> chunks;
   size_t current = 0;
   int64_t used = 0;  // of the current chunk
+  int64_t highest = 0;
 
   ~Arena() { release(); }
 
@@ -51,7 +53,7 @@ struct Arena {
     void* memory = std::aligned_alloc(static_cast<size_t>(HUGE_PAGE), static_cast<size_t>(size));
     if (memory == nullptr) throw std::bad_alloc();
     advise_huge_pages(memory, size);
-    chunks.push_back({static_cast<char*>(memory), size});
+    chunks.push_back({static_cast<char*>(memory), size, 0});
     current = chunks.size() - 1;
     used = 0;
   }
@@ -59,21 +61,23 @@ struct Arena {
   void* take(int64_t bytes) {
     bytes = round_up(std::max<int64_t>(bytes, 1), CACHE_LINE);
     if (current == 0 && used == 0 && chunks.size() > 1) {
-      int64_t total = 0;
-      for (const Chunk& chunk : chunks) total += chunk.size;
       release();
-      open(std::max(total, bytes));
+      open(std::max(highest, bytes));
     }
-    while (chunks.empty() || used + bytes > chunks[current].size) {
+    if (chunks.empty()) open(bytes);
+    while (used + bytes > chunks[current].size) {
+      const int64_t below = chunks[current].before + used;
       if (current + 1 < chunks.size()) {
         ++current;
         used = 0;
       } else {
         open(bytes);
       }
+      chunks[current].before = below;
     }
     char* p = chunks[current].memory + used;
     used += bytes;
+    highest = std::max(highest, chunks[current].before + used);
     return p;
   }
 };
