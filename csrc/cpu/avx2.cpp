@@ -31,6 +31,7 @@ RF_ISA_AVX2_BEGIN
 #include "winograd.h"
 #include "pointwise.h"
 #include "direct.h"
+#include "input_gradient.h"
 #include "row_buffer.h"
 #include "stem.h"
 #include "blocks.h"
@@ -43,7 +44,7 @@ namespace resnet_fused::cpu {
 const Kernels& avx2_kernels() {
   using namespace RF_ISA;
   static const Kernels kernels{LANES,  pack, transform_packed, transformed_size, winograd,        pointwise,
-                               direct, stem, bottleneck,       basic_block,      weight_gradient, multiply_add_loop};
+                               direct, stem, bottleneck,       basic_block,      weight_gradient, input_gradient, multiply_add_loop};
   return kernels;
 }
 

@@ -29,6 +29,7 @@ RF_ISA_AVX512_BF16_BEGIN
 #include "winograd_stages.h"
 #include "pointwise.h"
 #include "direct.h"
+#include "input_gradient.h"
 #include "row_buffer.h"
 #include "blocks.h"
 #include "weight_gradient_tile.h"
@@ -38,7 +39,7 @@ namespace resnet_fused::cpu {
 
 const Bf16Kernels& avx512_bf16_kernels() {
   using namespace RF_ISA;
-  static const Bf16Kernels kernels{pointwise, direct, bottleneck, basic_block, weight_gradient, multiply_add_loop};
+  static const Bf16Kernels kernels{pointwise, direct, bottleneck, basic_block, weight_gradient, input_gradient, multiply_add_loop};
   return kernels;
 }
 

@@ -14,12 +14,12 @@
 #include <vector>
 
 #include "activations.h"
+#include "bindings.h"
 #include "kernels.h"
 #include "plan.h"
 #include "runtime.h"
 
 namespace resnet_fused::cpu {
-namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -42,8 +42,8 @@ int64_t padded_channels(int64_t channels) {
   return (channels + panel - 1) / panel * panel;
 }
 
-// That a tensor is dense in channels_last; the stride of a dimension of size 1 means nothing.
-void check_channels_last(const Tensor& t, const char* name) {
+// The stride of a dimension of size 1 means nothing.
+static void check_channels_last(const Tensor& t, const char* name) {
   const std::array<int64_t, 4> dense{t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
   for (int64_t d = 0; d < 4; ++d) {
     STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == dense[static_cast<size_t>(d)], name,
@@ -60,16 +60,54 @@ void check_cpu_activations(const Tensor& t, const char* name) {
   check_channels_last(t, name);
 }
 
-// kernel, stride, padding and dilation, (height, width) each.
+int64_t result_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad) {
+  const int64_t room = size + 2 * pad - kernel;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
 void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
   STD_TORCH_CHECK(geometry.size() == 8, "geometry has ", geometry.size(),
                   " entries; it must hold kernel, stride, padding and dilation, two each.");
   p.kernel_h = geometry[0], p.kernel_w = geometry[1], p.stride_h = geometry[2], p.stride_w = geometry[3];
   p.pad_h = geometry[4], p.pad_w = geometry[5], p.dilation_h = geometry[6], p.dilation_w = geometry[7];
-  p.out_height = (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
-  p.out_width = (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  p.out_height = result_size(p.height, p.dilation_h * (p.kernel_h - 1) + 1, p.stride_h, p.pad_h);
+  p.out_width = result_size(p.width, p.dilation_w * (p.kernel_w - 1) + 1, p.stride_w, p.pad_w);
   STD_TORCH_CHECK(p.out_height > 0 && p.out_width > 0, "x is smaller than the kernel: the result would be empty.");
 }
+
+PackParams pack_params(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_cpu(), "weight must be a CPU tensor of shape (out_channels, in_channels, kh, kw).");
+  PackParams p{};
+  p.weights = weight.const_data_ptr();
+  p.out_channels = weight.size(0), p.in_channels = weight.size(1), p.taps = weight.size(2) * weight.size(3);
+  p.from_bfloat16 = p.to_bfloat16 = weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(p.from_bfloat16 || weight.scalar_type() == ScalarType::Float, "weight must be float32 or bfloat16.");
+  check_channels_last(weight, "weight");
+  return p;
+}
+
+void check_direct(const ConvParams& p) {
+  STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
+  STD_TORCH_CHECK(!p.bfloat16 || (has_avx512_bf16() && p.in_channels % 2 == 0),
+                  "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
+}
+
+void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
+  if (!plan.empty()) {
+    const WinogradPlan how = winograd_plan(p, plan);
+    STD_TORCH_CHECK(!p.transformed || how.output_tile != 2,
+                    "plan's output tile is 2, but weights are transformed for another; give packed weights.");
+    kernels().winograd(p, how);
+    return;
+  }
+  if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
+    p.bfloat16 ? avx512_bf16_kernels().pointwise(p) : kernels().pointwise(p);
+  } else {
+    p.bfloat16 ? avx512_bf16_kernels().direct(p) : kernels().direct(p);
+  }
+}
+
+namespace {
 
 // Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed.
 void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, const Tensor& shift) {
@@ -82,18 +120,6 @@ void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, co
                   " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");
   STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.numel() == padded, "shift must be float32 with ", padded,
                   " elements (whole panels); it has ", shift.numel(), ".");
-}
-
-// What is packed of `weight`, which is dense in channels_last; all but where to, and how.
-PackParams pack_params(const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_cpu(), "weight must be a CPU tensor of shape (out_channels, in_channels, kh, kw).");
-  PackParams p{};
-  p.weights = weight.const_data_ptr();
-  p.out_channels = weight.size(0), p.in_channels = weight.size(1), p.taps = weight.size(2) * weight.size(3);
-  p.from_bfloat16 = p.to_bfloat16 = weight.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(p.from_bfloat16 || weight.scalar_type() == ScalarType::Float, "weight must be float32 or bfloat16.");
-  check_channels_last(weight, "weight");
-  return p;
 }
 
 // Packed weights of a convolution; `pairs`: as the bfloat16 direct kernels take them.
@@ -140,29 +166,6 @@ ConvParams conv_params(const Tensor& x, const Tensor& weights, const Tensor& shi
   return p;
 }
 
-// That a convolution without a plan can be computed directly.
-void check_direct(const ConvParams& p) {
-  STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
-  STD_TORCH_CHECK(!p.bfloat16 || (has_avx512_bf16() && p.in_channels % 2 == 0),
-                  "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
-}
-
-// Runs a convolution by a plan of Winograd, or where that is empty, directly.
-void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
-  if (!plan.empty()) {
-    const WinogradPlan how = winograd_plan(p, plan);
-    STD_TORCH_CHECK(!p.transformed || how.output_tile != 2,
-                    "plan's output tile is 2, but weights are transformed for another; give packed weights.");
-    kernels().winograd(p, how);
-    return;
-  }
-  if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
-    p.bfloat16 ? avx512_bf16_kernels().pointwise(p) : kernels().pointwise(p);
-  } else {
-    p.bfloat16 ? avx512_bf16_kernels().direct(p) : kernels().direct(p);
-  }
-}
-
 // y = act(conv(x, w) + shift + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs); otherwise
 // the five numbers of a WinogradPlan.
 Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residual, int64_t out_channels,
@@ -181,40 +184,6 @@ Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residu
   p.y = y.mutable_data_ptr();
   if (p.batch == 0) return y;
   if (plan.empty()) check_direct(p);
-  run_conv(p, plan);
-  return y;
-}
-
-// y = conv(x, w) with square kernels and the weights of a training step, float32 or in x's dtype, which are packed for this
-// call alone. `turned`: the gradient of a convolution's input from that of its result, which is x (stride 1). `plan` as above.
-Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, bool turned, std::vector<int64_t> plan) {
-  check_cpu_activations(x, "x");
-  PackParams packing = pack_params(weight);
-  const int64_t kernel = weight.size(2), summed = turned ? packing.out_channels : packing.in_channels;
-  ConvParams p{};
-  p.x = x.const_data_ptr();
-  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
-  p.out_channels = turned ? packing.in_channels : packing.out_channels;
-  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(p.bfloat16 || !packing.from_bfloat16, "weight is bfloat16 where x is float32; convert one with .to().");
-  STD_TORCH_CHECK(p.in_channels == summed, "x has ", p.in_channels, " channels, where weight asks for ", summed, ".");
-  STD_TORCH_CHECK(weight.size(3) == kernel && stride > 0 && pad >= 0 && (!turned || (stride == 1 && pad < kernel)),
-                  "the kernel must be square, stride positive, and pad not negative; turned round, the stride must be 1 and pad "
-                  "less than the kernel.");
-  if (turned) pad = kernel - 1 - pad;
-  set_geometry(p, {kernel, kernel, stride, stride, pad, pad, 1, 1});
-  Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
-  p.y = y.mutable_data_ptr();
-  if (p.batch == 0) return y;
-  Scratch scratch;
-  const int64_t padded = padded_channels(p.out_channels);
-  packing.packed = scratch.take<char>(padded * packing.taps * summed * static_cast<int64_t>(x.element_size()));
-  packing.to_bfloat16 = p.bfloat16, packing.pairs = p.bfloat16 && plan.empty(), packing.turned = turned;
-  float* shift = scratch.take<float>(padded);
-  std::fill(shift, shift + padded, 0.0f);
-  p.weights = packing.packed, p.shift = shift;
-  if (plan.empty()) check_direct(p);
-  kernels().pack(packing);
   run_conv(p, plan);
   return y;
 }
@@ -290,33 +259,6 @@ Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool p
   return y;
 }
 
-// Gradient of the weights of conv(x, w) with a square kernel, as float32 [out_channels][kernel][kernel][in_channels].
-Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int64_t pad, bool winograd) {
-  check_cpu_activations(x, "x");
-  check_cpu_activations(dy, "dy");
-  STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type(), "x and dy differ in dtype.");
-  WeightGradientParams p{};
-  p.x = x.const_data_ptr(), p.dy = dy.const_data_ptr();
-  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
-  p.out_channels = dy.size(1), p.out_height = dy.size(2), p.out_width = dy.size(3);
-  p.kernel = kernel, p.stride = stride, p.pad = pad;
-  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16, p.winograd = winograd;
-  STD_TORCH_CHECK(kernel > 0 && stride > 0 && pad >= 0, "kernel and stride must be positive, pad not negative.");
-  STD_TORCH_CHECK(dy.size(0) == p.batch && p.out_height == (p.height + 2 * pad - kernel) / stride + 1 &&
-                      p.out_width == (p.width + 2 * pad - kernel) / stride + 1 && dy.numel() > 0 && x.numel() > 0,
-                  "dy doesn't have the shape of this convolution's result, or is empty.");
-  STD_TORCH_CHECK(!winograd || (kernel == 3 && stride == 1 && pad == 1),
-                  "Winograd serves 3 x 3 kernels of stride and padding 1.");
-  STD_TORCH_CHECK(winograd || !p.bfloat16 || has_avx512_bf16(),
-                  "the gradient of weights in bfloat16 needs a CPU with AVX512_BF16, or Winograd.");
-  const std::array<int64_t, 4> size{p.out_channels, kernel, kernel, p.in_channels};
-  Tensor dweight = torch::stable::empty({size.data(), size.size()}, ScalarType::Float, std::nullopt, x.device());
-  advise_huge_pages(dweight.mutable_data_ptr(), dweight.numel() * 4);
-  p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
-  p.bfloat16 && !winograd ? avx512_bf16_kernels().weight_gradient(p) : kernels().weight_gradient(p);
-  return dweight;
-}
-
 // The machine's multiply-add peak on the threads at hand, GFLOP/s: the best of a few measurements of some milliseconds.
 double measure_peak(bool bfloat16) {
   STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "the bfloat16 peak needs a CPU with AVX512_BF16.");
@@ -360,13 +302,11 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("measure_peak(bool bfloat16) -> float");
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool pairs=False) -> Tensor");
-  m.def("training_conv(Tensor x, Tensor weight, int stride, int pad, bool turned, int[] plan) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
   m.def(
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> Tensor");
   m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor");
-  m.def("weight_gradient(Tensor x, Tensor dy, int kernel, int stride, int pad, bool winograd) -> Tensor");
   m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");
   m.def("block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> Tensor");
@@ -381,11 +321,9 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("measure_peak", TORCH_BOX(&measure_peak));
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
-  m.impl("training_conv", TORCH_BOX(&training_conv));
   m.impl("transform", TORCH_BOX(&transform));
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("stem", TORCH_BOX(&stem));
-  m.impl("weight_gradient", TORCH_BOX(&weight_gradient));
   m.impl("empty_activations", TORCH_BOX(&empty_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
   m.impl("block", TORCH_BOX(&block));

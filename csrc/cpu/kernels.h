@@ -19,6 +19,7 @@ struct Kernels {
   void (*bottleneck)(const BlockParams&);
   void (*basic_block)(const BlockParams&);
   void (*weight_gradient)(const WeightGradientParams&);
+  void (*input_gradient)(const InputGradientParams&);
   int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
 };
 
@@ -32,6 +33,7 @@ struct Bf16Kernels {
   void (*bottleneck)(const BlockParams&);
   void (*basic_block)(const BlockParams&);
   void (*weight_gradient)(const WeightGradientParams&);
+  void (*input_gradient)(const InputGradientParams&);
   int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
 };
 

@@ -31,7 +31,35 @@ struct PackParams {
   int64_t out_channels, in_channels, taps;
   bool from_bfloat16, to_bfloat16;
   bool pairs;
-  bool turned;
+  const int64_t* order;     // turned round: the kernel positions as they are to follow each other; null: as they are
+};
+
+// Runs body(row, column, positions) for each phase of a strided convolution's input, row and column being a pixel's in its
+// cell of stride x stride; positions(visit) runs visit(kh, kw) for the kernel positions that pixels of that phase meet, the
+// last ones first. See input_gradient.h.
+template <class Body>
+void for_each_phase(int64_t kernel, int64_t stride, int64_t pad, Body&& body) {
+  const auto last = [&](int64_t at) { return kernel - 1 - (kernel - 1 - at - pad + stride * (pad + 1)) % stride; };
+  for (int64_t row = 0; row < stride; ++row) {
+    for (int64_t column = 0; column < stride; ++column) {
+      body(row, column, [&](auto&& visit) {
+        for (int64_t kh = last(row); kh >= 0; kh -= stride) {
+          for (int64_t kw = last(column); kw >= 0; kw -= stride) visit(kh, kw);
+        }
+      });
+    }
+  }
+}
+
+// Gradient of the input of a convolution, as in WeightGradientParams.
+struct InputGradientParams {
+  const void* dy;           // NHWC, like dx
+  const void* weights;      // packed turned round, kernel positions phase by phase
+  void* dx;
+  int64_t batch, height, width, in_channels;
+  int64_t out_height, out_width, out_channels;
+  int64_t kernel, stride, pad;
+  bool bfloat16;
 };
 
 // Gradient of the weights of a convolution of equal kernel, stride and padding in height and width, and no dilation.

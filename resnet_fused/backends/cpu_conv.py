@@ -15,7 +15,6 @@ from torch import Tensor
 from resnet_fused.backends import choice, cpu_plan, get
 from resnet_fused.backends.problem import Conv, Problem
 
-
 Plan = tuple[int, ...]
 
 
@@ -23,8 +22,8 @@ class Products(NamedTuple):
     """Which products our kernels compute.
 
     Attributes:
-        forward, input: the plans of y and of the gradient of x, as resnet_fused_cpu::training_conv takes them: empty for the
-            direct sum. None: stock PyTorch's.
+        forward, input: the plans of y and of the gradient of x, as resnet_fused_cpu::training_conv and input_gradient take
+            them: empty for the direct sum. None: stock PyTorch's.
         weight: the gradient of the weights.
         weight_winograd: that by Winograd, instead of the plain sum.
     """
@@ -41,7 +40,7 @@ NONE = Products()
 _ENOUGH_CHANNELS = 64
 # Weights change with every step, so that their transform is part of the time: few pixels don't pay. In bfloat16 the direct
 # sum runs at twice the rate, and it takes more of them.
-_ENOUGH_PIXELS = {torch.float32: 1024, torch.bfloat16: 4096}
+_ENOUGH_PIXELS = {torch.float32: 256, torch.bfloat16: 1024}
 _ENOUGH_TILES = {torch.float32: 128, torch.bfloat16: 256}  # of 4×4 pixels, for the gradient of the weights
 
 
@@ -70,41 +69,37 @@ def _products(
     library = torch.ops.resnet_fused_cpu
     if dtype == torch.bfloat16 and (not library.avx512_bf16() or library.amx_bf16()):
         return NONE
+    # The direct sum takes bfloat16 channels in pairs.
+    direct = () if dtype == torch.float32 or (in_channels % 2 == 0 and out_channels % 2 == 0) else None
     if kernel == 1:
-        # The direct sum takes bfloat16 channels in pairs.
-        pairs = dtype == torch.float32 or (in_channels % 2 == 0 and out_channels % 2 == 0)
-        return Products(() if pairs else None, () if pairs and stride == 1 else None, True)
+        return Products(direct, direct, True)
+    forward = _winograd(shape, Conv(in_channels, out_channels, (3, 3), (stride, stride), (1, 1)), dtype)
     if stride == 2:
-        return Products(weight=True)
+        return Products(forward, direct, True)
     tiles = n * -(-h // 4) * -(-w // 4)
-    by_winograd = n * h * w >= _ENOUGH_PIXELS[dtype]
-    forward, input = (
-        _winograd((n, c, h, w), results, dtype) if by_winograd else None
-        for c, results in ((in_channels, out_channels), (out_channels, in_channels))
-    )
+    input = _winograd((n, out_channels, h, w), Conv(out_channels, in_channels, (3, 3), (1, 1), (1, 1)), dtype)
     return Products(forward, input, True, tiles >= _ENOUGH_TILES[dtype])
 
 
-def _winograd(shape: tuple[int, int, int, int], out_channels: int, dtype: torch.dtype) -> Plan | None:
-    """The plan of a 3×3 convolution of stride 1; None for images smaller than a tile, which they leave mostly empty."""
-    conv = Conv(shape[1], out_channels, (3, 3), (1, 1), (1, 1))
-    plan = cpu_plan.winograd(Problem("conv2d_bn", shape, dtype, torch.device("cpu"), (conv,)))
+def _winograd(shape: tuple[int, ...], conv: Conv, dtype: torch.dtype) -> Plan | None:
+    """The plan of a 3×3 convolution; None where Winograd doesn't pay."""
+    n, c, h, w = shape
+    if n * h * w < _ENOUGH_PIXELS[dtype]:
+        return None
+    plan = cpu_plan.winograd(Problem("conv2d_bn", (n, c, h, w), dtype, torch.device("cpu"), (conv,)))
     return None if plan is None else tuple(map(int, plan))
 
 
 def convolution(x: Tensor, weight: Tensor, stride: int, padding: int, plan: Plan) -> Tensor:
     """conv2d(x, weight) in channels_last. Weights may be float32 where x is bfloat16."""
-    return _convolution(x, weight, stride, padding, False, plan)
-
-
-def input_gradient(dy: Tensor, weight: Tensor, padding: int, plan: Plan) -> Tensor:
-    """Gradient of x, in channels_last, for stride 1."""
-    return _convolution(dy, weight, 1, padding, True, plan)
-
-
-def _convolution(x: Tensor, weight: Tensor, stride: int, padding: int, turned: bool, plan: Plan) -> Tensor:
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    return torch.ops.resnet_fused_cpu.training_conv(x, weight, stride, padding, turned, plan)
+    return torch.ops.resnet_fused_cpu.training_conv(x, weight, stride, padding, plan)
+
+
+def input_gradient(dy: Tensor, weight: Tensor, size: tuple[int, int], stride: int, padding: int, plan: Plan) -> Tensor:
+    """Gradient of x, whose height and width are `size`, in channels_last."""
+    dy, weight = (t.contiguous(memory_format=torch.channels_last) for t in (dy, weight))
+    return torch.ops.resnet_fused_cpu.input_gradient(dy, weight, *size, stride, padding, plan)
 
 
 def weight_gradient(x: Tensor, dy: Tensor, kernel: int, stride: int, padding: int, by_winograd: bool) -> Tensor:

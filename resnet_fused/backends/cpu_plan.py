@@ -98,7 +98,7 @@ def winograd(problem: Problem) -> WinogradPlan | None:
         tiles = n * _tiles(h, w, 5)
         # The transforms of wide layers' weights, or of any layer's for few tiles, take longer than the products saved.
         if conv.in_channels * conv.out_channels <= 128 * 128 and tiles >= 96:
-            return WinogradPlan(5, 9, 4, 64, False)
+            return WinogradPlan(5, 16, 4, 64, False)
     return None
 
 
@@ -114,7 +114,7 @@ def _winograd_plans(problem: Problem) -> list[WinogradPlan]:
         return by_tiles + [WinogradPlan(4, min(tiles, size), 1, 64, True) for size in (32, 64, 128)]
     if _stride_2(conv) and problem.dtype == torch.float32:
         tiles = n * _tiles(*conv.output_size(h, w), 5)
-        return [WinogradPlan(5, min(tiles, 9), 4, 64, False), WinogradPlan(5, min(tiles, 72), 1, 64, True)]
+        return [WinogradPlan(5, min(tiles, 16), 4, 64, False), WinogradPlan(5, min(tiles, 72), 1, 64, True)]
     return []
 
 

@@ -52,7 +52,8 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int,
     format = common.memory_format(x, weight)
     dx = dweight = None
     if needs[0] and products.input is not None:
-        dx = cpu_conv.input_gradient(dy, weight, padding, products.input).contiguous(memory_format=format)
+        size = (x.shape[2], x.shape[3])
+        dx = cpu_conv.input_gradient(dy, weight, size, stride, padding, products.input).contiguous(memory_format=format)
     if needs[1] and products.weight:
         full = cpu_conv.weight_gradient(x, dy, weight.shape[2], stride, padding, products.weight_winograd)
         # In the weight's own strides, which autograd would otherwise copy it to.

@@ -1,0 +1,37 @@
+// What the files of operators share: checks of their arguments, and the run of a convolution.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernels.h"
+
+namespace resnet_fused::cpu {
+
+// The kernels of this CPU.
+const Kernels& kernels();
+
+// Channels up to whole panels.
+int64_t padded_channels(int64_t channels);
+
+// That `t` is float32 or bfloat16, with four dimensions, and dense in channels_last.
+void check_cpu_activations(const torch::stable::Tensor& t, const char* name);
+
+// Height or width of a convolution's result; `kernel` with its dilation.
+int64_t result_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad);
+
+// Sets kernel, stride, padding and dilation, (height, width) each, and the size of the result.
+void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry);
+
+// What is packed of `weight`, which is dense in channels_last; all but where to, and how.
+PackParams pack_params(const torch::stable::Tensor& weight);
+
+// That a convolution without a plan can be computed directly.
+void check_direct(const ConvParams& p);
+
+// Runs a convolution by the five numbers of a WinogradPlan, or where `plan` is empty, directly.
+void run_conv(const ConvParams& p, const std::vector<int64_t>& plan);
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,158 @@
+// Operators of a convolution in training: its result and its two gradients. Kernels are square. Weights change with every step:
+// they come as they are, float32 or in x's dtype, and are packed for one call. resnet_fused/backends/cpu_conv.py is the caller.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "activations.h"
+#include "bindings.h"
+#include "runtime.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check_training(const Tensor& x, const char* name, const Tensor& weight, const PackParams& packing, int64_t channels,
+                    int64_t stride, int64_t pad) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || !packing.from_bfloat16, "weight is bfloat16 where ", name,
+                  " is float32; convert one with .to().");
+  STD_TORCH_CHECK(x.size(1) == channels, name, " has ", x.size(1), " channels, where weight asks for ", channels, ".");
+  STD_TORCH_CHECK(weight.size(2) == weight.size(3), "weight has a kernel of ", weight.size(2), " x ", weight.size(3),
+                  "; it must be square.");
+  STD_TORCH_CHECK(stride > 0 && pad >= 0 && pad < weight.size(2), "stride is ", stride, " and pad ", pad,
+                  "; stride must be positive, and pad not negative and less than the kernel.");
+}
+
+// Packs weights into `scratch`. `order` as in PackParams.
+const void* packed_for_a_call(Scratch& scratch, PackParams packing, bool bfloat16, bool pairs, const int64_t* order) {
+  const int64_t results = order != nullptr ? packing.in_channels : packing.out_channels;
+  const int64_t summed = order != nullptr ? packing.out_channels : packing.in_channels;
+  packing.packed = scratch.take<char>(padded_channels(results) * packing.taps * summed * (bfloat16 ? 2 : 4));
+  packing.to_bfloat16 = bfloat16, packing.pairs = pairs, packing.order = order;
+  kernels().pack(packing);
+  return packing.packed;
+}
+
+const float* no_shift(Scratch& scratch, int64_t channels) {
+  const int64_t padded = padded_channels(channels);
+  float* shift = scratch.take<float>(padded);
+  std::fill(shift, shift + padded, 0.0f);
+  return shift;
+}
+
+// conv(x, w); `plan` as run_conv takes it.
+Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::vector<int64_t> plan) {
+  check_cpu_activations(x, "x");
+  const PackParams packing = pack_params(weight);
+  check_training(x, "x", weight, packing, packing.in_channels, stride, pad);
+  const int64_t kernel = weight.size(2);
+  ConvParams p{};
+  p.x = x.const_data_ptr();
+  p.batch = x.size(0), p.in_channels = packing.in_channels, p.height = x.size(2), p.width = x.size(3);
+  p.out_channels = packing.out_channels;
+  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  set_geometry(p, {kernel, kernel, stride, stride, pad, pad, 1, 1});
+  if (plan.empty()) check_direct(p);
+  Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
+  p.y = y.mutable_data_ptr();
+  if (p.batch == 0) return y;
+  Scratch scratch;
+  p.weights = packed_for_a_call(scratch, packing, p.bfloat16, p.bfloat16 && plan.empty(), nullptr);
+  p.shift = no_shift(scratch, p.out_channels);
+  run_conv(p, plan);
+  return y;
+}
+
+// Gradient of x, which is of this height and width; `plan` as run_conv takes it, for the convolution of dy (stride 1) that it
+// is, or empty.
+Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, int64_t stride, int64_t pad,
+                      std::vector<int64_t> plan) {
+  check_cpu_activations(dy, "dy");
+  const PackParams packing = pack_params(weight);
+  check_training(dy, "dy", weight, packing, packing.out_channels, stride, pad);
+  const int64_t kernel = weight.size(2);
+  InputGradientParams p{};
+  p.dy = dy.const_data_ptr();
+  p.batch = dy.size(0), p.height = height, p.width = width, p.in_channels = packing.in_channels;
+  p.out_channels = packing.out_channels, p.out_height = dy.size(2), p.out_width = dy.size(3);
+  p.kernel = kernel, p.stride = stride, p.pad = pad;
+  p.bfloat16 = dy.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(p.out_height > 0 && p.out_width > 0 && p.out_height == result_size(height, kernel, stride, pad) &&
+                      p.out_width == result_size(width, kernel, stride, pad),
+                  "dy doesn't have the size of the result of this convolution on ", height, " x ", width, " pixels.");
+  STD_TORCH_CHECK(plan.empty() || stride == 1, "plan is for stride 1, not ", stride, ".");
+  ConvParams conv{};
+  conv.x = p.dy;
+  conv.batch = p.batch, conv.in_channels = p.out_channels, conv.height = p.out_height, conv.width = p.out_width;
+  conv.out_channels = p.in_channels;
+  conv.bfloat16 = p.bfloat16;
+  if (plan.empty()) check_direct(conv);
+  Tensor dx = new_activations(dy, p.batch, p.in_channels, height, width);
+  if (p.batch == 0) return dx;
+  p.dx = conv.y = dx.mutable_data_ptr();
+  std::vector<int64_t> order;
+  for_each_phase(kernel, stride, pad, [&](int64_t, int64_t, auto&& positions) {
+    positions([&](int64_t kh, int64_t kw) { order.push_back(kh * kernel + kw); });
+  });
+  Scratch scratch;
+  p.weights = conv.weights = packed_for_a_call(scratch, packing, p.bfloat16, p.bfloat16 && plan.empty(), order.data());
+  if (plan.empty() && (kernel > 1 || stride > 1)) {
+    p.bfloat16 ? avx512_bf16_kernels().input_gradient(p) : kernels().input_gradient(p);
+    return dx;
+  }
+  conv.shift = no_shift(scratch, p.in_channels);
+  set_geometry(conv, {kernel, kernel, 1, 1, kernel - 1 - pad, kernel - 1 - pad, 1, 1});
+  run_conv(conv, plan);
+  return dx;
+}
+
+// Gradient of the weights of conv(x, w) with a square kernel, as float32 [out_channels][kernel][kernel][in_channels].
+Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int64_t pad, bool winograd) {
+  check_cpu_activations(x, "x");
+  check_cpu_activations(dy, "dy");
+  STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type(), "x and dy differ in dtype.");
+  WeightGradientParams p{};
+  p.x = x.const_data_ptr(), p.dy = dy.const_data_ptr();
+  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  p.out_channels = dy.size(1), p.out_height = dy.size(2), p.out_width = dy.size(3);
+  p.kernel = kernel, p.stride = stride, p.pad = pad;
+  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16, p.winograd = winograd;
+  STD_TORCH_CHECK(kernel > 0 && stride > 0 && pad >= 0, "kernel and stride must be positive, pad not negative.");
+  STD_TORCH_CHECK(dy.size(0) == p.batch && p.out_height == result_size(p.height, kernel, stride, pad) &&
+                      p.out_width == result_size(p.width, kernel, stride, pad) && dy.numel() > 0 && x.numel() > 0,
+                  "dy doesn't have the shape of this convolution's result, or is empty.");
+  STD_TORCH_CHECK(!winograd || (kernel == 3 && stride == 1 && pad == 1),
+                  "Winograd serves 3 x 3 kernels of stride and padding 1.");
+  STD_TORCH_CHECK(winograd || !p.bfloat16 || has_avx512_bf16(),
+                  "the gradient of weights in bfloat16 needs a CPU with AVX512_BF16, or Winograd.");
+  const std::array<int64_t, 4> size{p.out_channels, kernel, kernel, p.in_channels};
+  Tensor dweight = torch::stable::empty({size.data(), size.size()}, ScalarType::Float, std::nullopt, x.device());
+  advise_huge_pages(dweight.mutable_data_ptr(), dweight.numel() * 4);
+  p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
+  p.bfloat16 && !winograd ? avx512_bf16_kernels().weight_gradient(p) : kernels().weight_gradient(p);
+  return dweight;
+}
+
+}  // namespace
+}  // namespace resnet_fused::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
+  m.def("training_conv(Tensor x, Tensor weight, int stride, int pad, int[] plan) -> Tensor");
+  m.def("input_gradient(Tensor dy, Tensor weight, int height, int width, int stride, int pad, int[] plan) -> Tensor");
+  m.def("weight_gradient(Tensor x, Tensor dy, int kernel, int stride, int pad, bool winograd) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
+  using namespace resnet_fused::cpu;
+  m.impl("training_conv", TORCH_BOX(&training_conv));
+  m.impl("input_gradient", TORCH_BOX(&input_gradient));
+  m.impl("weight_gradient", TORCH_BOX(&weight_gradient));
+}
