@@ -38,15 +38,15 @@ NONE = Products()
 
 # With fewer channels the transforms outweigh the products, or the register tile isn't filled.
 _ENOUGH_CHANNELS = 64
-# Weights change with every step, so that their transform is part of the time: few pixels don't pay. In bfloat16 the direct
-# sum runs at twice the rate, and it takes more of them.
-_ENOUGH_PIXELS = {torch.float32: 256, torch.bfloat16: 1024}
+# Values of x that make Winograd worth its calls: small layers are done sooner without. (Whether they are worth the transform of
+# the weights is the plan's matter.) In bfloat16 the direct sum runs at twice the rate, and it takes more of them.
+_ENOUGH_VALUES = {torch.float32: 64 * 1024, torch.bfloat16: 256 * 1024}
 _ENOUGH_TILES = {torch.float32: 128, torch.bfloat16: 256}  # of 4×4 pixels, for the gradient of the weights
 
 
 def products(x: Tensor, weight_shape: tuple[int, ...], stride: int, padding: int) -> Products:
     """The products of a convolution without dilation or groups, of square kernel, that our kernels compute."""
-    if x.device.type != "cpu" or x.dtype not in _ENOUGH_PIXELS:
+    if x.device.type != "cpu" or x.dtype not in _ENOUGH_VALUES:
         return NONE
     return _products(tuple(x.shape), weight_shape[0], weight_shape[2], stride, padding, x.dtype, choice())
 
@@ -84,7 +84,7 @@ def _products(
 def _winograd(shape: tuple[int, ...], conv: Conv, dtype: torch.dtype) -> Plan | None:
     """The plan of a 3×3 convolution; None where Winograd doesn't pay."""
     n, c, h, w = shape
-    if n * h * w < _ENOUGH_PIXELS[dtype]:
+    if n * c * h * w < _ENOUGH_VALUES[dtype]:
         return None
     plan = cpu_plan.winograd(Problem("conv2d_bn", (n, c, h, w), dtype, torch.device("cpu"), (conv,)))
     return None if plan is None else tuple(map(int, plan))
