@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -26,14 +27,20 @@ def cache_dir() -> Path:
     """Folder of the tuning cache: RESNET_FUSED_CACHE_DIR, or `resnet_fused` in the system's folder for caches."""
     chosen = os.environ.get("RESNET_FUSED_CACHE_DIR")
     if chosen:
-        return Path(chosen).expanduser()
+        return _expanded(chosen, os.environ.get("HOME"))
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "resnet_fused"
+    return _expanded(os.path.join(base, "resnet_fused"), os.environ.get("HOME"))
+
+
+@functools.lru_cache(maxsize=16)
+def _expanded(folder: str, home: str | None) -> Path:
+    """A folder without ~. Kept, since training asks for the tuning cache at each batch norm; `home` is what it depends on."""
+    return Path(folder).expanduser()
 
 
 def triton_interpreted() -> bool:

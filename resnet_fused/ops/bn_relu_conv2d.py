@@ -92,12 +92,7 @@ common.register(
     _fake,
 )
 common.register_autograd("bn_relu_conv2d", _setup_context, _backward)
-
-
-class _Function(torch.autograd.Function):
-    forward = staticmethod(_eager)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+_Function = common.function("bn_relu_conv2d", _eager, _setup_context, _backward)
 
 
 def bn_relu_conv2d(*args: Any) -> norm.Result:

@@ -36,6 +36,22 @@ def register_autograd(name: str, setup_context: Callable[..., None], backward: C
     torch.library.register_autograd(f"resnet_fused::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
+def function(name: str, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """An autograd.Function of what `register` and `register_autograd` take, for calls that are `plain`.
+
+    Its forward sets up the context itself: where a Function has a setup_context, PyTorch inspects the signature of its forward
+    at every call, for torch.func, whose calls aren't plain.
+    """
+
+    def forward_with_context(ctx: Any, *args: Any) -> Any:
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward_with_context), "backward": staticmethod(backward)}
+    return type(f"{name}_function", (torch.autograd.Function,), members)
+
+
 def memory_format(*tensors: Tensor) -> torch.memory_format:
     """Stock PyTorch's rule for a convolution's result: channels_last if the input or a weight is, else contiguous."""
     for tensor in tensors:

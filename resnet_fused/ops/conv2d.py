@@ -101,12 +101,7 @@ common.register(
     _fake_gradients,
 )
 common.register_autograd("conv2d", _setup_context, _backward)
-
-
-class _Function(torch.autograd.Function):
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+_Function = common.function("conv2d", _forward, _setup_context, _backward)
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:

@@ -293,15 +293,7 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
     common.register(schema, eager, fake)
     common.register_autograd(name, setup_context, derivative)
     operator = getattr(torch.ops.resnet_fused, name).default
-    function: Any = type(
-        f"{name}_function",
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(eager),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(derivative),
-        },
-    )
+    function = common.function(name, eager, setup_context, derivative)
 
     def call(*args: Any) -> Result:
         tensors = args[: first + 4]
