@@ -16,6 +16,7 @@ from torch.utils import _pytree
 
 from resnet_fused import config
 from resnet_fused.backends import choice, records
+from resnet_fused.backends.binding import serving
 
 # The device that graphs are captured on, and the most graphs that a model keeps; the least recently used one goes.
 _DEVICE = "cuda"
@@ -92,7 +93,7 @@ class CudaGraphed(nn.Module):
 
     def _key(self, leaves: list[Any], structure: Any) -> Any:
         """What a graph holds for; None where the call can't be a replay."""
-        if self.training or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if self.training or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or serving():
             return None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or any(type(t) is not Tensor or t.device.type != _DEVICE for t in tensors):

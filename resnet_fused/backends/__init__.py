@@ -31,6 +31,7 @@ __all__ = [
     "Precision",
     "Problem",
     "available_backends",
+    "by_rules",
     "candidates",
     "choice",
     "get",
@@ -169,6 +170,11 @@ def resolve(problem: Problem, chosen: str) -> Backend:
         backend = get(recorded.backend)
         if backend.unavailable() is None and backend.unsupported(problem) is None:
             return backend
+    return by_rules(problem)
+
+
+def by_rules(problem: Problem) -> Backend:
+    """The backend that the automatic choice takes for the problem where nothing was recorded."""
     for name in _AUTOMATIC_ORDER:
         backend = get(name)
         reason = backend.unavailable() or backend.unsupported(problem)

@@ -12,23 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, candidates, get, records, resolve
+from resnet_fused.backends import Kernel, by_rules, candidates, get, records, resolve
 from resnet_fused.backends.problem import Conv, Folded, Problem
 
 _WHOLE_OPS = ("basic_block", "bottleneck", "stem")
 
 
-_watchers: ContextVar[tuple[Callable[[Problem, Folded], object], ...]] = ContextVar("resnet_fused_watchers", default=())
+_Serve = Callable[[Problem, Folded], Kernel | None]
+_serve: ContextVar[_Serve | None] = ContextVar("resnet_fused_serve", default=None)
 
 
 @contextlib.contextmanager
-def watched(watcher: Callable[[Problem, Folded], object]) -> Iterator[None]:
-    """Within the `with` block, every problem that is bound is told to `watcher`, with its parameters."""
-    token = _watchers.set((*_watchers.get(), watcher))
+def served(serve: _Serve) -> Iterator[None]:
+    """Within the `with` block, `serve` is asked first for the kernel of every problem that is left to the automatic choice.
+
+    Where it gives None, the choice is made as ever.
+    """
+    token = _serve.set(serve)
     try:
         yield
     finally:
-        _watchers.reset(token)
+        _serve.reset(token)
+
+
+def serving() -> bool:
+    """Whether this is within `served`, where the kernels may be others at every call."""
+    return _serve.get() is not None
 
 
 class Bound(NamedTuple):
@@ -47,26 +56,43 @@ def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
     Raises:
         BackendError: `chosen` names a backend that can serve neither the op nor its parts.
     """
-    for watch in _watchers.get():
-        watch(problem, folded)
-    if problem.op not in _WHOLE_OPS or problem.convs == ():
+    serve = _serve.get()
+    kernel = serve(problem, folded) if serve is not None and chosen == "auto" else None
+    if kernel is not None:
+        return Bound(kernel, "served")
+    if not is_whole(problem):
         backend = resolve(problem, chosen)
         return Bound(backend.prepare(problem, folded), backend.name)
-    recorded = records.choice(problem) if chosen == "auto" else None
-    if recorded is not None and recorded.backend == records.PARTS:
-        return compose(problem, folded, chosen)
-    if recorded is not None and recorded.backend in candidates(problem):
-        return Bound(get(recorded.backend).prepare(problem, folded), recorded.backend)
-    for name in candidates(problem) if chosen == "auto" else [chosen]:
-        whole = get(name)
-        if name == "reference" and chosen == "auto":
-            # The composition below computes the same, with the best backend for each part.
-            continue
-        if whole.unavailable() is not None or whole.unsupported(problem) is not None:
-            continue
-        if chosen == name or (whole.wins(problem) and records.rejected(problem, name) is None):
-            return Bound(whole.prepare(problem, folded), name)
-    return compose(problem, folded, chosen)
+    name = _backend_of_whole(problem, chosen)
+    return compose(problem, folded, chosen) if name == records.PARTS else Bound(get(name).prepare(problem, folded), name)
+
+
+def rules(problem: Problem) -> str:
+    """The backend that the automatic choice takes where nothing was recorded; `records.PARTS` for a whole op in its parts."""
+    if not is_whole(problem):
+        return by_rules(problem).name
+    for name in candidates(problem):
+        # Composed of its parts an op computes what the reference does, with the best backend for each part.
+        if name != "reference" and get(name).wins(problem) and records.rejected(problem, name) is None:
+            return name
+    return records.PARTS
+
+
+def is_whole(problem: Problem) -> bool:
+    """Whether the op is a whole one, made of others that can take its place."""
+    return problem.op in _WHOLE_OPS and problem.convs != ()
+
+
+def _backend_of_whole(problem: Problem, chosen: str) -> str:
+    """The backend that computes a whole op in one piece; `records.PARTS` for none."""
+    if chosen != "auto":
+        backend = get(chosen)
+        serves = backend.unavailable() is None and backend.unsupported(problem) is None
+        return chosen if serves else records.PARTS
+    recorded = records.choice(problem)
+    if recorded is not None and recorded.backend in (records.PARTS, *candidates(problem)):
+        return recorded.backend
+    return rules(problem)
 
 
 def compose(problem: Problem, folded: Folded, chosen: str) -> Bound:

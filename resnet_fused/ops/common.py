@@ -80,7 +80,7 @@ def choice_without_strides(chosen: str) -> str:
 
 
 class _Bound(NamedTuple):
-    """What a runner keeps for one state of its parameters. Replaced as a whole, so that threads may share a runner."""
+    """What a runner keeps for one state of its parameters and the records. Replaced as a whole: threads may share a runner."""
 
     stamp: tuple[int, ...]
     folded: Folded
@@ -91,7 +91,7 @@ class Runner:
     """Runs one op on one set of folded parameters.
 
     A kernel is bound for each kind of input and kept. All of it is dropped when a parameter was changed in place, loaded,
-    moved or cast, seen by its address and version counter.
+    moved or cast, seen by its address and version counter, and when `rf.tune` changed the records.
 
     Args:
         op, convs, shortcut, pool, precision: as in `Problem`.
@@ -119,7 +119,7 @@ class Runner:
         if x.layout is not torch.strided:
             return self._run(choice_without_strides(chosen), x, residual, weights, shifts)
         try:
-            stamp = tuple([number for t in (*weights, *shifts) for number in (t.data_ptr(), t._version)])
+            stamp = (records.generation(), *[number for t in (*weights, *shifts) for number in (t.data_ptr(), t._version)])
         except RuntimeError:
             # Parameters made under inference_mode don't count their changes: nothing about them can be kept.
             _warn_of_inference_tensors()
@@ -129,8 +129,9 @@ class Runner:
             # Aliases, so that what is kept for a parameter doesn't keep the parameter itself alive.
             folded = Folded(tuple(w.detach() for w in weights), tuple(s.detach() for s in shifts))
             bound = self._bound = _Bound(stamp, folded, {})
+            self.backends_used = {}
         other = None if residual is None else (residual.shape, residual.dtype)
-        key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch._C._get_mkldnn_enabled(), records.generation())
+        key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch._C._get_mkldnn_enabled())
         kernel = bound.kernels.get(key)
         if kernel is None:
             problem = self.problem(x, weights)

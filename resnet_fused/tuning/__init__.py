@@ -1,0 +1,236 @@
+"""rf.tune: measures, for every problem that a model poses, which backend is the fastest on this machine.
+
+For each problem every candidate (a backend, or one of its variants) is first compared with float64, with stock PyTorch
+at the same dtype as the yardstick. A wrong one is dropped, loudly, and recorded, so that it isn't tried again. The
+others are timed in their place in the model. What is taken by rule stays unless another is clearly faster there, and
+the changes are recorded (see `resnet_fused.backends.records`) for the automatic choice only if they make the whole
+model faster.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_fused import config
+from resnet_fused.backends import records
+from resnet_fused.backends.binding import is_whole, parts, served
+from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.text import table
+from resnet_fused.tuning import candidates
+from resnet_fused.tuning.bar import Bar
+from resnet_fused.tuning.candidates import STOCK
+from resnet_fused.tuning.in_model import InModel, Times
+from resnet_fused.tuning.truth import Truth
+
+# Clearly faster: beyond what two measurements of the same kernel in the same place, or of the same model, differ by.
+_GAIN, _GAIN_OF_MODEL = 0.97, 0.99
+
+
+@dataclass
+class Result:
+    """What was measured for one problem.
+
+    Attributes:
+        problem: the problem.
+        chosen: the candidate taken: a backend's name, "backend:variant", or "parts" for a whole op in its parts.
+        ms: median time of each candidate in the model, in ms a call.
+        dropped: why a candidate was dropped, by its name.
+    """
+
+    problem: Problem
+    chosen: str
+    ms: dict[str, float]
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Tuning:
+    """All results of one `rf.tune`, and the file that keeps them; `print` it for a table.
+
+    Attributes:
+        results: one for each problem of the model.
+        model_ms: median time of the model in ms, by what its kernels were: "stock", "by rule" or "tuned".
+        taken: which of these the choices are.
+        path: the file; None where it can't be written.
+    """
+
+    results: list[Result]
+    model_ms: dict[str, float]
+    taken: str
+    path: Path | None
+
+    def __str__(self) -> str:
+        rows = []
+        for result in self.results:
+            stock, best = (result.ms.get(name, float("nan")) for name in (STOCK, result.chosen))
+            notes = f"{len(result.dropped)} dropped" if result.dropped else ""
+            rows.append((str(result.problem), f"{stock:.3f}", result.chosen, f"{best:.3f}", f"{stock / best:.2f}×", notes))
+        model = ", ".join(f"{ms:.3f} ms {name}" for name, ms in self.model_ms.items())
+        return (
+            table(("problem", "stock ms", "chosen", "ms", "ratio", "note"), rows)
+            + f"\nThe model as a whole: {model}. Taken: {self.taken}."
+        )
+
+
+@dataclass
+class _Task:
+    problem: Problem
+    folded: Folded
+    whole: bool
+
+
+@torch.no_grad()
+def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tuning:
+    """Finds the fastest backend for every problem of a model, and keeps it on disk for the automatic choice.
+
+    Takes seconds to minutes, and nothing else should run on the device meanwhile. What is found holds for this device,
+    driver and versions, for this input shape and dtype, and for other models with the same problems. The model is left
+    no slower than it was untuned, and no slower than on stock ops.
+
+    Args:
+        model: what `rf.fuse` gave, or a model of `rf.BasicBlock` and `rf.Bottleneck`, in eval mode. It is run some
+            hundred times.
+        example_inputs: a tensor or a tuple of the model's arguments, as the model will be used.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The results. The choices hold from the model's next call on.
+
+    Raises:
+        ValueError: the model is in training mode, or has nothing to tune.
+        RuntimeError: a candidate left the GPU unusable. It is recorded, and a new process won't try it again.
+    """
+    if model.training:
+        raise ValueError("model is in training mode, where nothing is folded; call model.eval() first.")
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    tasks = _tasks(model, arguments)
+    if not tasks:
+        raise ValueError(
+            "model has no fused op to tune whose backend is chosen automatically; pass what rf.fuse returned, without a "
+            "backend of your choice. See rf.report for what it fused."
+        )
+    bar = Bar(len(tasks), progress)
+    try:
+        results, times, taken = _tune(tasks, lambda: model(*arguments), bar)
+    finally:
+        bar.close()
+        # The model's kernels are bound anew, by the records.
+        records.forget()
+    model_ms = {name: 1e3 * statistics.median(found) for name, found in times.items()}
+    return Tuning(results, model_ms, taken, _record(results))
+
+
+def _tasks(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Task]:
+    """The distinct problems that the model poses, by their keys, those of parts before those of wholes."""
+    found: dict[str, _Task] = {}
+
+    def add(problem: Problem, folded: Folded) -> None:
+        own = parts(problem, folded) if is_whole(problem) else []
+        for part in own:
+            add(*part)
+        if 0 not in (*problem.shape, *problem.output_shape()):
+            found.setdefault(records.key(problem), _Task(problem, folded, bool(own)))
+
+    # Kernels that are bound already are bound anew, and seen.
+    records.forget()
+    with served(add):
+        model(*arguments)
+    records.forget()
+    return dict(sorted(found.items(), key=lambda item: item[1].whole))
+
+
+def _tune(tasks: dict[str, _Task], run: Callable[[], object], bar: Bar) -> tuple[list[Result], Times, str]:
+    """The results, times of the whole model, and which of these choices was taken."""
+    rules, results = {}, {}
+    # While the parts are measured, wholes are composed of them.
+    model = InModel(run, {key: records.PARTS if task.whole else STOCK for key, task in tasks.items()})
+    for whole in (False, True):
+        names, dropped = {}, {}
+        for key, task in tasks.items():
+            if task.whole == whole:
+                with model.serving():
+                    names[key], dropped[key] = _right(task, bar.show)
+                by_rule = candidates.by_rules(task.problem)
+                rules[key] = by_rule if by_rule in names[key] else STOCK
+                bar.done += 1
+        times = model.measure(names, {key: {STOCK, rules[key]} for key in names}, bar.show)
+        for key, found in times.items():
+            ms = {name: 1e3 * statistics.median(own) for name, own in found.items() if own}
+            results[key] = Result(tasks[key].problem, _fastest(found, rules[key], _GAIN), ms, dropped[key])
+            model.chosen[key] = results[key].chosen
+    choices = {"stock": dict.fromkeys(tasks, STOCK), "by rule": rules, "tuned": {key: r.chosen for key, r in results.items()}}
+    model_times = model.compare(choices, bar.show)
+    taken = _fastest(model_times, "by rule", _GAIN_OF_MODEL)
+    for key, result in results.items():
+        result.chosen = choices[taken][key]
+    return list(results.values()), model_times, taken
+
+
+def _right(task: _Task, show: Callable[[str], object]) -> tuple[list[str], dict[str, str]]:
+    """Names of the candidates that compute the problem as they should, and why others were dropped, now or before."""
+    problem = task.problem
+    show(f"{problem}: stock")
+    truth = Truth(problem, task.folded)
+    right, dropped = [STOCK], records.dropped(problem)
+    for name in candidates.names(problem):
+        if name == STOCK or name in dropped:
+            continue
+        show(f"{problem}: {name}")
+        try:
+            reason = truth.fault(candidates.prepare(problem, task.folded, name))
+        except Exception as error:
+            reason = f"it failed: {type(error).__name__}: {error}"
+        if reason is None:
+            right.append(name)
+            continue
+        dropped[name] = reason
+        config.logger().warning("rf.tune drops %s for %s: %s", name, problem, reason)
+        _check_device(problem, dropped)
+    return right, dropped
+
+
+def _fastest(times: Times, base: str, gain: float) -> str:
+    """The name with the shortest times: `base`, unless another takes at most `gain` times as long.
+
+    Times are compared with those of `base` in the same turn, so that another load on the machine weighs less. The last
+    turn may be incomplete.
+    """
+    ratios = {n: statistics.median(a / b for a, b in zip(t, times[base], strict=False)) for n, t in times.items() if t}
+    best = min(ratios, key=ratios.__getitem__, default=base)
+    return best if ratios.get(best, 1.0) <= gain else base
+
+
+def _record(results: list[Result]) -> Path | None:
+    try:
+        for device in {result.problem.device for result in results}:
+            own = [result for result in results if result.problem.device == device]
+            path = records.record(device, {records.key(result.problem): _entry(result) for result in own})
+        return path
+    except OSError as error:
+        # The choice would be lost with the process; that must not lose the measurements of a long run as well.
+        config.logger().warning("rf.tune can't keep its results: %s. Set RESNET_FUSED_CACHE_DIR to a folder of yours.", error)
+        return None
+
+
+def _entry(result: Result) -> dict[str, Any]:
+    backend, _, variant = result.chosen.partition(":")
+    return {"backend": backend, "variant": variant or None, "ms": result.ms, "dropped": result.dropped}
+
+
+def _check_device(problem: Problem, dropped: dict[str, str]) -> None:
+    """Raises if the GPU is of no more use to this process, after recording what was dropped."""
+    if problem.device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(problem.device)
+    except RuntimeError as error:
+        _record([Result(problem, STOCK, {}, dropped)])
+        name = list(dropped)[-1]
+        raise RuntimeError(f"{name} left the GPU unusable for {problem}; it is recorded, start a new process.") from error

@@ -1,0 +1,36 @@
+"""The candidates for a problem by their names: a backend, "backend:variant", or "parts" for a whole op in its parts."""
+
+from __future__ import annotations
+
+from resnet_fused.backends import Kernel, candidates, get, records
+from resnet_fused.backends.binding import compose, is_whole, rules
+from resnet_fused.backends.problem import Folded, Problem
+
+STOCK = "reference"
+
+
+def names(problem: Problem) -> list[str]:
+    """All candidates that can serve the problem."""
+    found = [name for backend in candidates(problem) for name in _names(backend, problem)]
+    return [*found, records.PARTS] if is_whole(problem) else found
+
+
+def by_rules(problem: Problem) -> str:
+    """The candidate that the automatic choice takes where nothing was recorded."""
+    backend = rules(problem)
+    return backend if backend == records.PARTS else _names(backend, problem)[0]
+
+
+def prepare(problem: Problem, folded: Folded, name: str) -> Kernel:
+    """The kernel of a candidate."""
+    if name == records.PARTS:
+        return compose(problem, folded, "auto").kernel
+    backend, _, variant = name.partition(":")
+    arguments = (problem, folded, variant) if variant else (problem, folded)
+    return get(backend).prepare(*arguments)
+
+
+def _names(name: str, problem: Problem) -> list[str]:
+    backend = get(name)
+    variants = backend.variants(problem) if hasattr(backend, "variants") else []
+    return [f"{name}:{variant}" for variant in variants] or [name]
