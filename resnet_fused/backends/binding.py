@@ -26,13 +26,16 @@ _serve: ContextVar[_Serve | None] = ContextVar("resnet_fused_serve", default=Non
 def served(serve: _Serve) -> Iterator[None]:
     """Within the `with` block, `serve` is asked first for the kernel of every problem that is left to the automatic choice.
 
-    Where it gives None, the choice is made as ever.
+    Where it gives None, the choice is made as ever. Kernels that were bound before are bound anew, and those bound here
+    are not used behind it.
     """
     token = _serve.set(serve)
+    records.forget()
     try:
         yield
     finally:
         _serve.reset(token)
+        records.forget()
 
 
 def serving() -> bool:

@@ -116,13 +116,14 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
             "model has no fused op to tune whose backend is chosen automatically; pass what rf.fuse returned, without a "
             "backend of your choice. See rf.report for what it fused."
         )
+    # While the parts are measured, wholes are composed of them.
+    in_model = InModel(lambda: model(*arguments), {k: records.PARTS if task.whole else STOCK for k, task in tasks.items()})
     bar = Bar(len(tasks), progress)
     try:
-        results, times, taken = _tune(tasks, lambda: model(*arguments), bar)
+        with served(in_model.serve):
+            results, times, taken = _tune(tasks, in_model, bar)
     finally:
         bar.close()
-        # The model's kernels are bound anew, by the records.
-        records.forget()
     model_ms = {name: 1e3 * statistics.median(found) for name, found in times.items()}
     return Tuning(results, model_ms, taken, _record(results))
 
@@ -138,25 +139,19 @@ def _tasks(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Task]:
         if 0 not in (*problem.shape, *problem.output_shape()):
             found.setdefault(records.key(problem), _Task(problem, folded, bool(own)))
 
-    # Kernels that are bound already are bound anew, and seen.
-    records.forget()
     with served(add):
         model(*arguments)
-    records.forget()
     return dict(sorted(found.items(), key=lambda item: item[1].whole))
 
 
-def _tune(tasks: dict[str, _Task], run: Callable[[], object], bar: Bar) -> tuple[list[Result], Times, str]:
+def _tune(tasks: dict[str, _Task], model: InModel, bar: Bar) -> tuple[list[Result], Times, str]:
     """The results, times of the whole model, and which of these choices was taken."""
     rules, results = {}, {}
-    # While the parts are measured, wholes are composed of them.
-    model = InModel(run, {key: records.PARTS if task.whole else STOCK for key, task in tasks.items()})
-    for whole in (False, True):
+    for whole in sorted({task.whole for task in tasks.values()}):
         names, dropped = {}, {}
         for key, task in tasks.items():
             if task.whole == whole:
-                with model.serving():
-                    names[key], dropped[key] = _right(task, bar.show)
+                names[key], dropped[key] = _right(task, bar.show)
                 by_rule = candidates.by_rules(task.problem)
                 rules[key] = by_rule if by_rule in names[key] else STOCK
                 bar.done += 1

@@ -8,18 +8,16 @@ measured on the whole model as well.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resnet_fused.backends import Kernel, records
-from resnet_fused.backends.binding import served
 from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.tuning.candidates import prepare
 
@@ -34,7 +32,7 @@ _HOPELESS, _TURNS_OF_HOPE = 1.5, 3
 
 
 class InModel:
-    """A model whose problems are computed by the candidates of one's choice.
+    """A model whose problems are computed, within `served(in_model.serve)`, by the candidates of one's choice.
 
     Args:
         run: calls the model.
@@ -46,11 +44,27 @@ class InModel:
         self._marks: dict[str, list[tuple[Any, Any]]] = {}
         self._devices: set[torch.device] = set()
 
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Within the `with` block, problems are bound to what `chosen` names at each call."""
-        with served(self._serve):
-            yield
+    def serve(self, problem: Problem, folded: Folded) -> Kernel | None:
+        """The kernel that runs, at each call, what `chosen` names then; None for a problem that isn't to be chosen for."""
+        key = records.key(problem)
+        if key not in self.chosen:
+            return None
+        if problem.device.type == "cuda":
+            self._devices.add(problem.device)
+        kernels: dict[str, Kernel] = {}
+
+        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+            name = self.chosen[key]
+            if name not in kernels:
+                kernels[name] = prepare(problem, folded, name)
+            if key not in self._marks:
+                return kernels[name](x, residual)
+            begin = _mark(problem.device)
+            y = kernels[name](x, residual)
+            self._marks[key].append((begin, _mark(problem.device)))
+            return y
+
+        return kernel
 
     def measure(self, names: Mapping[str, list[str]], kept: Mapping[str, set[str]], show: _Show) -> dict[str, Times]:
         """Times each candidate of each problem in runs of the model, without hopeless ones.
@@ -72,8 +86,7 @@ class InModel:
             show(f"measuring in the model: run {runs}")
             self.chosen.update({key: turn.next() for key, turn in turns.items()})
             self._marks = {key: [] for key in turns}
-            with self.serving():
-                self._run()
+            self._run()
             for key, turn in turns.items():
                 turn.add([_seconds(*mark) for mark in self._marks[key]])
         self._marks = {}
@@ -98,35 +111,13 @@ class InModel:
     def _whole_run(self) -> float:
         self._synchronize()
         start = time.perf_counter()
-        with self.serving():
-            self._run()
+        self._run()
         self._synchronize()
         return time.perf_counter() - start
 
     def _synchronize(self) -> None:
         for device in self._devices:
             torch.cuda.synchronize(device)
-
-    def _serve(self, problem: Problem, folded: Folded) -> Kernel | None:
-        key = records.key(problem)
-        if key not in self.chosen:
-            return None
-        if problem.device.type == "cuda":
-            self._devices.add(problem.device)
-        kernels: dict[str, Kernel] = {}
-
-        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-            name = self.chosen[key]
-            if name not in kernels:
-                kernels[name] = prepare(problem, folded, name)
-            if key not in self._marks:
-                return kernels[name](x, residual)
-            begin = _mark(problem.device)
-            y = kernels[name](x, residual)
-            self._marks[key].append((begin, _mark(problem.device)))
-            return y
-
-        return kernel
 
 
 class _Turns:

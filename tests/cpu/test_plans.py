@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tolerances import assert_as_good_as_stock
+from tuning_fakes import fake_times, tune_problem
 
-from resnet_fused import backends, trials, tuning
+from resnet_fused import backends, trials
 from resnet_fused.backends import Conv, Problem, cpu_plan, get, records
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -91,15 +92,8 @@ def test_the_fastest_plan_is_recorded_and_used(name, monkeypatch):
     problem, backend = PROBLEMS[name], get("cpu")
     _, folded, _ = trials.tensors(problem)
     chosen = backend.variants(problem)[-1]
-    timed: list[str] = []
-
-    def measure(calls, device):
-        timed.extend(calls)
-        return {n: [0.1 if n == f"cpu:{chosen}" else 1.0] * 3 for n in calls}
-
-    monkeypatch.setattr(tuning, "_measure", measure)
-    result = tuning._tune(tuning._Task(problem, folded, whole=name == "bottleneck"), lambda text: None)
-    tuning._record(result)
+    timed = fake_times(monkeypatch, {f"cpu:{chosen}": 0.1})
+    result = tune_problem(problem, folded)
     assert not result.dropped
     assert {f"cpu:{variant}" for variant in backend.variants(problem)} <= set(timed)
     assert ("parts" in timed) == (name == "bottleneck")

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused as rf
 from resnet_fused import cuda_graph
+from resnet_fused.backends.binding import served
 from resnet_fused.cuda_graph import CudaGraphed
 
 NAN = float("nan")
@@ -157,6 +158,17 @@ def test_changed_settings_are_seen(graphed, model, emulated):
         for _ in range(3):
             assert graphed(x).dtype == model(x).dtype
     assert len(emulated) == 3
+
+
+def test_nothing_is_captured_while_the_kernels_are_changed_from_call_to_call(graphed, model, emulated):
+    x = image()
+    with served(lambda problem, folded: None):
+        for _ in range(3):
+            torch.testing.assert_close(graphed(x), model(x))
+    assert not emulated
+    for _ in range(2):
+        graphed(x)
+    assert len(emulated) == 1
 
 
 LEFT_ALONE = {

