@@ -47,7 +47,8 @@ def cpu_extension() -> Extension:
         "resnet_fused.lib.resnet_fused_cpu",
         sources("cpu", "*.cpp"),
         depends=sources("cpu", "*.h"),
-        # PyTorch's headers have unused parameters; GCC 12's own _mm512_undefined_ps counts as maybe uninitialised.
+        # PyTorch's headers have unused parameters; GCC 12's own _mm512_undefined_ps counts as maybe uninitialised, a warning
+        # that Clang doesn't know.
         extra_compile_args=[
             "-O3",
             "-fvisibility=hidden",
@@ -55,6 +56,7 @@ def cpu_extension() -> Extension:
             "-Wall",
             "-Wextra",
             "-Wno-unused-parameter",
+            "-Wno-unknown-warning-option",
             "-Wno-maybe-uninitialized",
             STABLE_ABI,
         ],

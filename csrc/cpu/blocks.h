@@ -64,7 +64,8 @@ void for_each_part(const BlockParams& p, Unit&& unit) {
 
 inline void bottleneck(const BlockParams& p) {
   constexpr int64_t M = BlockPart::F::M;
-  const auto& [reduce, spatial, expand] = p.layers;
+  // Clang before 16 captures no structured bindings.
+  const LayerParams &reduce = p.layers[0], &spatial = p.layers[1], &expand = p.layers[2];
   Scratch shared;
   const TransformedWeights weights = layer_weights<BlockPart::F, Activation>(shared, spatial, true);
 
