@@ -10,9 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from resnet_fused.backends import get
+
 # A user's choices and measurements must not reach the tests, nor those of the tests the user.
 os.environ.pop("RESNET_FUSED_BACKEND", None)
 os.environ["RESNET_FUSED_CACHE_DIR"] = tempfile.mkdtemp(prefix="resnet_fused_tests_")
+
+
+# Instruction sets that there are CPU kernels for, by their numbers in csrc/cpu/isa.h.
+ISAS = {"avx2": 1, "avx512": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +47,17 @@ def randomize_norms(model: nn.Module) -> nn.Module:
 def trained() -> Callable[[nn.Module], nn.Module]:
     """Makes a model look trained: its batch norms hold statistics, and it is in eval mode."""
     return lambda model: randomize_norms(model).eval()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once with each instruction set that the CPU kernels are made for."""
+    reason = get("cpu").unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    ops = torch.ops.resnet_fused_cpu
+    if ops.limit_isa(ISAS[request.param]) != ISAS[request.param]:
+        ops.limit_isa(max(ISAS.values()))
+        pytest.skip(f"this CPU has no {request.param}; run the tests on one that has")
+    yield request.param
+    ops.limit_isa(max(ISAS.values()))

@@ -9,25 +9,12 @@ import torch
 
 from resnet_fused.backends import get
 
-ISAS = {"avx2": 1, "avx512": 2}
-
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
     reason = get("cpu").unavailable()
     if reason is not None:
         pytest.skip(reason)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each instruction set that this CPU has kernels for."""
-    ops = torch.ops.resnet_fused_cpu
-    if ops.limit_isa(ISAS[request.param]) != ISAS[request.param]:
-        ops.limit_isa(max(ISAS.values()))
-        pytest.skip(f"this CPU has no {request.param}; run the tests on one that has")
-    yield request.param
-    ops.limit_isa(max(ISAS.values()))
 
 
 @pytest.fixture(autouse=True)
