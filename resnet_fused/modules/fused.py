@@ -22,7 +22,25 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class FusedModule(nn.Module):
+class CountingChanges(nn.Module):
+    """A module whose parameters count their changes, even if it is copied, loaded, moved or cast under inference_mode.
+
+    Otherwise nothing that was derived from them could be kept.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if parameter is not None and parameter.is_inference():
+                    self._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        with torch.inference_mode(False):
+            return super()._apply(fn, recurse)
+
+
+class FusedModule(CountingChanges):
     """Base of the fused modules: runs `op` on the folded parameters of its convolutions.
 
     Args:
@@ -62,18 +80,6 @@ class FusedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # copy, deepcopy and pickle all come through here; the caches are made anew where they are needed.
         return {**self.__dict__, "_runner": None, "_cast": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # Copied or loaded under inference_mode, parameters would not count their changes, and nothing could be kept of them.
-        with torch.inference_mode(False), torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if parameter is not None and parameter.is_inference():
-                    self._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        with torch.inference_mode(False):
-            return super()._apply(fn, recurse)
 
     def _run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         weights, shifts = self.folded_parameters()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.backends import Conv, choice, get
+from resnet_fused.modules.fused import CountingChanges
 from resnet_fused.ops.common import Runner, autocast_dtype, plain_eager
 
 # Stock's product of few rows reads the weights on one thread, or slowly; with more rows than this it is as fast as ours.
@@ -16,7 +17,7 @@ _MOST_ROWS = 128
 _MOST_WEIGHTS = 1 << 22
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(CountingChanges, nn.Linear):
     """y = x Wᵀ + b, as nn.Linear and with its parameters; x of shape (N, in_features), or any that nn.Linear takes.
 
     In inference of up to 128 rows on a CPU that our kernels serve, in float32 and bfloat16, it runs as conv2d_bn on images of

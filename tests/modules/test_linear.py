@@ -137,6 +137,16 @@ def test_it_is_an_nn_linear_with_its_parameters_and_hooks():
     assert type(again) is FusedLinear
 
 
+@needs_kernels
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["copied", "loaded"])
+def test_made_again_under_inference_mode_it_gives_the_same(again):
+    net, x = fused(nn.Linear(24, 10)), torch.randn(2, 24)
+    with torch.inference_mode():
+        other = again(net)
+        assert torch.equal(other(x), net(x))
+        assert "cpu" in other._runner.backends_used
+
+
 @pytest.mark.parametrize("how", ["fx", "compile", "export", "jit"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_tracers_see_stocks_linear(how):
