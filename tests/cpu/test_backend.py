@@ -119,4 +119,4 @@ def test_weights_take_little_more_than_twice_the_memory(name: str, trained):
     packed = sum(runner.packed_bytes() for runner in runners)
     plain, theirs = (sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (model, stock))
     assert packed > plain / 2
-    assert plain + packed <= 2.15 * theirs, f"{plain / 1e6:.1f} + {packed / 1e6:.1f} MB against {theirs / 1e6:.1f} MB"
+    assert plain + packed <= 2.2 * theirs, f"{plain / 1e6:.1f} + {packed / 1e6:.1f} MB against {theirs / 1e6:.1f} MB"

@@ -19,7 +19,7 @@ def test_operations_of_a_projected_block():
 
 def test_every_layer_of_a_model_is_timed_on_every_backend():
     results = list(run_layers(Workload("resnet18", 1, "float32", (32, 32)), seconds=0.0))
-    assert sum(result.count for result in results) == 9  # the stem and eight blocks
+    assert sum(result.count for result in results) == 10  # the stem, eight blocks and the classifier
     for result in results:
         assert {"cpu", "onednn", "reference"} >= set(result.milliseconds) >= {"reference"}
     peak = measure_peak(torch.float32)

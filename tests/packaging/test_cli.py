@@ -171,7 +171,8 @@ def test_help_teaches():
             assert word in " ".join(run.stdout.split())
 
 
-def test_interleaving_takes_turns():
+def test_interleaving_takes_turns(monkeypatch):
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 0.0)
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     for _, result in timing.interleave(calls, seconds=0, rounds=3):
@@ -179,6 +180,16 @@ def test_interleaving_takes_turns():
     assert order[:3] == ["a", "b", "c"]  # warm-up
     assert order[3:] == ["a", "a", "b", "b", "c", "c"] * 3
     assert all(len(s.times) == 3 for s in samples.values())
+
+
+def test_a_variant_has_the_machine_to_itself_before_it_is_timed(monkeypatch):
+    clock = iter(range(1000))  # each look at the clock takes a second
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 4.0)
+    calls = []
+    *_, (_, samples) = timing.interleave({"a": lambda: calls.append(None)}, seconds=0, rounds=1)
+    assert samples["a"].times == [1e3]
+    assert len(calls) == 1 + 4 + 1  # warm-up, the four seconds, the one that is timed
 
 
 def test_median_and_spread():
