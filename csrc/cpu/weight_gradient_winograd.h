@@ -95,17 +95,18 @@ inline void transform_weight_gradient(const WeightGradientParams& p, const float
   });
 }
 
-// Elements of transformed tiles that are held at a time: 8 MiB, within the last-level cache.
-constexpr int64_t LARGEST_ROUND = int64_t{2} << 20;
-
 // All threads transform a round of tiles, [point][tile][channel], then share out the points and output channels.
 template <class T>
 void weight_gradient_by_tiles(const WeightGradientParams& p) {
   constexpr int64_t POINTS = F4::A * F4::A, OUTS = 10, INS = 4;
   const int64_t down = (p.height + F4::M - 1) / F4::M, across = (p.width + F4::M - 1) / F4::M, tiles = p.batch * down * across;
   const int64_t in_row = vector_count(p.in_channels) * LANES, out_row = vector_count(p.out_channels) * LANES;
-  const int64_t rounds = (tiles * POINTS * (in_row + out_row) + LARGEST_ROUND - 1) / LARGEST_ROUND;
-  const int64_t most = (tiles + rounds - 1) / rounds, point = p.out_channels * p.in_channels;
+  const int64_t point = p.out_channels * p.in_channels;
+  // Elements of transformed tiles that are held at a time: a few times the sums, which each round reads and writes, and no more
+  // than 12 MiB, within the last-level cache.
+  const int64_t largest = std::clamp<int64_t>(4 * POINTS * point, int64_t{512} << 10, int64_t{3} << 20);
+  const int64_t rounds = (tiles * POINTS * (in_row + out_row) + largest - 1) / largest;
+  const int64_t most = (tiles + rounds - 1) / rounds;
   const int64_t v_stride = point_stride(most * in_row / LANES), e_stride = point_stride(most * out_row / LANES);
   const int64_t blocks = OutBlocks(p.out_channels).count, panels = panel_count(p.in_channels);
   const int64_t out_groups = (blocks + OUTS - 1) / OUTS, in_groups = (panels + INS - 1) / INS;
