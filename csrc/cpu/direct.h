@@ -55,7 +55,8 @@ inline void direct(const ConvParams& p) {
 
   parallel_workers(blocks * groups, [&](Units& units) {
     const int64_t channels = layout.channels;
-    const int64_t most_rows = ((p.out_height + row_blocks - 1) / row_blocks - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+    const int64_t most_out_rows = (p.out_height + row_blocks - 1) / row_blocks;
+    const int64_t most_rows = (most_out_rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
     const Activation* residual = static_cast<const Activation*>(p.residual);
     Scratch scratch;
     float* rows = scratch.take<float>(most_rows * layout.row_stride);

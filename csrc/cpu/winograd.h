@@ -145,8 +145,9 @@ struct WinogradConv {
       const bool last = c + FEW_CHANNELS >= p.in_channels;
       const T* next = !last ? taps + FEW_CHANNELS * PANEL : following >= 0 ? panel_taps(following) : taps;
       for (int64_t half = 0; half < PANEL; half += LANES) {
-        multiply_few_tiles<F, T>({taps + half, half == 0 ? taps + LANES : next, tap_stride(), std::min(FEW_CHANNELS, p.in_channels - c),
-                                  tiles.v + c * FEW_TILES, tiles.v_stride, m + half * FEW_TILES, m_stride, c > 0},
+        multiply_few_tiles<F, T>({taps + half, half == 0 ? taps + LANES : next, tap_stride(),
+                                  std::min(FEW_CHANNELS, p.in_channels - c), tiles.v + c * FEW_TILES, tiles.v_stride,
+                                  m + half * FEW_TILES, m_stride, c > 0},
                                  two_by_two_short);
       }
     }

@@ -22,8 +22,8 @@ struct FewTilesProduct {
   bool accumulate;          // add to m
 };
 
-// The tiles with products at a point, known when compiling: all, or for SHORT those of an image of two by two tiles whose second
-// row and column are short.
+// The tiles with products at a point, known when compiling: all, or for SHORT those of an image of two by two tiles whose
+// second row and column are short.
 template <class F, bool SHORT>
 constexpr bool has_product(int row, int column, int tile) {
   if (!SHORT) return true;

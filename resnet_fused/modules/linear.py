@@ -11,7 +11,7 @@ from resnet_fused.backends import Conv, choice, get
 from resnet_fused.modules.fused import CountingChanges
 from resnet_fused.ops.common import Runner, autocast_dtype, plain_eager
 
-# Stock reads the weights of few rows on one thread. Ours took 0.35 to 0.9 of its time up to here (512 and 2048 features, 1000
+# Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
 # classes, two cores of a Zen 5); with 256 rows the two are level in bfloat16.
 _MOST_ROWS = 128
 # The packed copy of a larger layer (VGG's have 100 million weights) takes more memory than its speed is worth.
