@@ -17,6 +17,9 @@ from resnet_fused.fusion.replacing import Fuser
 from resnet_fused.fusion.rows import Row
 from resnet_fused.modules.fused import FusedModule
 from resnet_fused.modules.linear import FusedLinear
+from resnet_fused.modules.pool import FusedGlobalAvgPool2d
+from resnet_fused.modules.sequential import FusedSequential
+from resnet_fused.modules.settled import TakingOver
 from resnet_fused.text import table
 
 _ROWS = "_resnet_fused_rows"
@@ -90,9 +93,13 @@ def fuse(
         before = _tensor_bytes(model)
         fuser = Fuser(model, precision, backend)
         fused = fuser.fuse(model)
-        if precision == "fast" and any(isinstance(m, FusedModule) for m in fused.modules()):
-            for linear in filter(FusedLinear.replaces, fused.modules()):
-                FusedLinear.take_over(linear, backend)
+        if any(isinstance(m, FusedModule) for m in fused.modules()):
+            kinds: tuple[type[TakingOver], ...] = (FusedSequential, FusedGlobalAvgPool2d)
+            if precision == "fast":
+                kinds += (FusedLinear,)
+            for kind in kinds:
+                for module in filter(kind.replaces, fused.modules()):
+                    kind.take_over(module, backend)
     setattr(fused, _ROWS, (fuser.rows.all(), before))
     if example_inputs is not None:
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

@@ -34,6 +34,7 @@ RF_ISA_AVX512_BEGIN
 #include "input_gradient.h"
 #include "row_buffer.h"
 #include "stem.h"
+#include "average_pool.h"
 #include "blocks.h"
 #include "weight_gradient_tile.h"
 #include "weight_gradient_winograd.h"
@@ -43,8 +44,8 @@ namespace resnet_fused::cpu {
 
 const Kernels& avx512_kernels() {
   using namespace RF_ISA;
-  static const Kernels kernels{LANES,  pack, transform_packed, transformed_size, winograd,        pointwise,
-                               direct, stem, bottleneck,       basic_block,      weight_gradient, input_gradient, multiply_add_loop};
+  static const Kernels kernels{LANES,        pack,       transform_packed, transformed_size, winograd,       pointwise,        direct, stem,
+                               average_pool, bottleneck, basic_block,      weight_gradient,  input_gradient, multiply_add_loop};
   return kernels;
 }
 

@@ -259,6 +259,20 @@ Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool p
   return y;
 }
 
+// The mean of x over its pixels, (N, C, 1, 1).
+Tensor average_pool(Tensor x) {
+  check_cpu_activations(x, "x");
+  AveragePoolParams p{};
+  p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  STD_TORCH_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
+  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  Tensor y = new_activations(x, p.batch, p.channels, 1, 1);
+  p.x = x.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  if (p.batch > 0) kernels().average_pool(p);
+  return y;
+}
+
 // The machine's multiply-add peak on the threads at hand, GFLOP/s: the best of a few measurements of some milliseconds.
 double measure_peak(bool bfloat16) {
   STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "the bfloat16 peak needs a CPU with AVX512_BF16.");
@@ -307,6 +321,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
       "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> Tensor");
   m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor");
+  m.def("average_pool(Tensor x) -> Tensor");
   m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");
   m.def("block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> Tensor");
@@ -324,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("transform", TORCH_BOX(&transform));
   m.impl("conv", TORCH_BOX(&conv));
   m.impl("stem", TORCH_BOX(&stem));
+  m.impl("average_pool", TORCH_BOX(&average_pool));
   m.impl("empty_activations", TORCH_BOX(&empty_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
   m.impl("block", TORCH_BOX(&block));

@@ -16,6 +16,7 @@ struct Kernels {
   void (*pointwise)(const ConvParams&);
   void (*direct)(const ConvParams&);
   void (*stem)(const StemParams&);
+  void (*average_pool)(const AveragePoolParams&);
   void (*bottleneck)(const BlockParams&);
   void (*basic_block)(const BlockParams&);
   void (*weight_gradient)(const WeightGradientParams&);

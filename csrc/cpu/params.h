@@ -120,4 +120,12 @@ struct StemParams {
   int64_t out_width() const { return pool ? (conv_width() + 1) / 2 : conv_width(); }
 };
 
+// y = mean of x over its pixels; x NHWC, y (batch, channels).
+struct AveragePoolParams {
+  const void* x;
+  void* y;
+  int64_t batch, height, width, channels;
+  bool bfloat16;
+};
+
 }  // namespace resnet_fused::cpu

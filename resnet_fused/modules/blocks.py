@@ -19,7 +19,7 @@ from resnet_fused.backends import Precision
 from resnet_fused.modules.folding import NotFoldable, hooks_of
 from resnet_fused.modules.fused import FusedBlock, FusedConv2d
 from resnet_fused.modules.norm import bn, bn_add_relu, bn_relu, bn_relu_conv2d, conv2d
-from resnet_fused.ops.common import plain_eager
+from resnet_fused.ops.common import plain_eager, stamp
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -96,17 +96,17 @@ class Block(nn.Module):
         if not plain_eager(x, *tensors) or x.layout is not torch.strided:
             return None
         try:
-            stamp = tuple([number for t in tensors for number in (t.data_ptr(), t._version)])
+            now = stamp(tensors)
         except RuntimeError:
             # Parameters made under inference_mode don't count their changes: what was folded could be stale.
             return None
         path = self._path
-        if path is None or path.stamp != stamp:
+        if path is None or path.stamp != now:
             try:
                 block = self.fused(channels_last=False)
             except NotFoldable:
                 block = None
-            path = self._path = _FoldedPath(stamp, block)
+            path = self._path = _FoldedPath(now, block)
         return path.block
 
     def fused(self, precision: Precision = "fast", backend: str = "auto", channels_last: bool = True) -> FusedBlock:

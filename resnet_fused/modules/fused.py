@@ -7,40 +7,20 @@ exported; what backends packed from them is a cache beside, never saved, and dro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused import ops
-from resnet_fused.backends import Conv, Pool, Precision, Problem
+from resnet_fused.backends import Conv, Kernel, Pool, Precision, Problem
 from resnet_fused.modules.folding import check_conv, fold
-from resnet_fused.ops.common import Runner, autocast_dtype, plain_eager
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from resnet_fused.modules.settled import Settling
+from resnet_fused.ops.common import Runner, autocast_dtype, plain, plain_eager, stamp
 
 
-class CountingChanges(nn.Module):
-    """A module whose parameters count their changes, even if it is copied, loaded, moved or cast under inference_mode.
-
-    Otherwise nothing that was derived from them could be kept.
-    """
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        with torch.inference_mode(False), torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if parameter is not None and parameter.is_inference():
-                    self._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=parameter.requires_grad)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        with torch.inference_mode(False):
-            return super()._apply(fn, recurse)
-
-
-class FusedModule(CountingChanges):
+class FusedModule(Settling):
     """Base of the fused modules: runs `op` on the folded parameters of its convolutions.
 
     Args:
@@ -58,6 +38,7 @@ class FusedModule(CountingChanges):
         self.precision: Precision = precision
         self.backend = backend
         self._runner: Runner | None = None
+        self._settled = None
         self._cast: dict[torch.dtype, tuple[Any, list[Tensor], list[Tensor]]] = {}
 
     def convolutions(self) -> list[FusedConv2d]:
@@ -66,7 +47,6 @@ class FusedModule(CountingChanges):
 
     def folded_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and shifts of the convolutions, in the op's order."""
-        # From the dicts, because attribute access on modules is slow and this stands before every call.
         own = [conv._parameters for conv in self.convolutions()]
         return [p["weight"] for p in own], [p["shift"] for p in own]  # type: ignore[misc]
 
@@ -78,10 +58,25 @@ class FusedModule(CountingChanges):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        # copy, deepcopy and pickle all come through here; the caches are made anew where they are needed.
-        return {**self.__dict__, "_runner": None, "_cast": {}}
+        return {**super().__getstate__(), "_runner": None, "_cast": {}}
+
+    def watched(self) -> list[dict[str, Any]]:
+        return [self._modules, *(conv._parameters for conv in self.convolutions())]
+
+    def find_kernel(self, x: Tensor, residual: Tensor | None) -> Kernel | None:
+        weights, shifts = self.folded_parameters()
+        return self._own_runner().kernel(x, residual, weights, shifts) if plain(*weights) else None
+
+    def _own_runner(self) -> Runner:
+        runner = self._runner
+        if runner is None:
+            runner = self._runner = self._new_runner()
+        return runner
 
     def _run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        kernel = self.kernel(x, residual)
+        if kernel is not None:
+            return kernel(x, residual)
         weights, shifts = self.folded_parameters()
         dtype = autocast_dtype(x.device.type)
         # As stock's convolution under autocast, which leaves float64 and what isn't floating-point alone.
@@ -91,22 +86,19 @@ class FusedModule(CountingChanges):
             residual = residual.to(dtype) if residual is not None else None
         if not plain_eager(x, residual, *weights):
             return self._call_op(x, residual, weights, shifts)
-        runner = self._runner
-        if runner is None:
-            runner = self._runner = self._new_runner()
-        return runner(x, residual, weights, shifts)
+        return self._own_runner()(x, residual, weights, shifts)
 
     def _cast_to(self, dtype: torch.dtype, weights: list[Tensor], shifts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if weights[0].dtype == dtype:
             return weights, shifts
         if torch.compiler.is_compiling():
             return [w.to(dtype) for w in weights], [s.to(dtype) for s in shifts]
-        stamp = [(t.data_ptr(), t._version) for t in (*weights, *shifts)]
+        now = stamp((*weights, *shifts))
         kept = self._cast.get(dtype)
-        if kept is None or kept[0] != stamp:
+        if kept is None or kept[0] != now:
             # Outside of inference mode, so that the copies count their changes like all parameters.
             with torch.inference_mode(False), torch.no_grad():
-                kept = (stamp, [w.to(dtype) for w in weights], [s.to(dtype) for s in shifts])
+                kept = (now, [w.to(dtype) for w in weights], [s.to(dtype) for s in shifts])
             self._cast[dtype] = kept
         return kept[1], kept[2]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.backends import Conv, choice, get
-from resnet_fused.modules.fused import CountingChanges
-from resnet_fused.ops.common import Runner, autocast_dtype, plain_eager
+from resnet_fused.backends import Conv, Kernel, choice, get
+from resnet_fused.modules.settled import TakingOver
+from resnet_fused.ops.common import Runner, plain
 
 # Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
 # classes, two cores of a Zen 5); with 256 rows the two are level in bfloat16.
@@ -18,19 +18,17 @@ _MOST_ROWS = 128
 _MOST_WEIGHTS = 1 << 22
 
 
-class FusedLinear(CountingChanges, nn.Linear):
+class FusedLinear(TakingOver, nn.Linear):
     """y = x Wᵀ + b, as nn.Linear and with its parameters; x of shape (N, in_features), or any that nn.Linear takes.
 
     In inference of up to 128 rows on a CPU that our kernels serve, in float32 and bfloat16, it runs as conv2d_bn on images of
     one pixel. In every other case it is nn.Linear.
     """
 
-    backend: str
     _runner: Runner | None
 
     @classmethod
     def replaces(cls, module: nn.Module) -> bool:
-        """Whether a module is a plain nn.Linear that this class can take over."""
         return (
             type(module) is nn.Linear
             and {*module._parameters} == {"weight", "bias"}
@@ -40,39 +38,38 @@ class FusedLinear(CountingChanges, nn.Linear):
 
     @classmethod
     def take_over(cls, module: nn.Module, backend: str) -> None:
-        """Turns a module that it `replaces` into one of this class, in place, so that its parameters and hooks stay."""
-        module.__class__ = cls
-        vars(module).update(backend=backend, _runner=None)
+        super().take_over(module, backend)
+        vars(module).update(_runner=None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runner": None}
+        return {**super().__getstate__(), "_runner": None}
+
+    def watched(self) -> list[dict[str, Any]]:
+        return [self._parameters]
 
     def _serves(self, x: Tensor) -> bool:
         weight, bias = self.weight, self.bias
-        # First what the other questions would break under: fx's proxies are no tensors, and torch.jit.trace records them.
         return (
-            plain_eager(x, weight, bias)
-            and not torch.jit.is_tracing()
+            plain(weight, bias)
             and x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.bfloat16)
             and x.dtype == weight.dtype == bias.dtype
             and x.dim() == 2
             and 0 < x.shape[0] <= _MOST_ROWS
             and x.shape[1] == weight.shape[1]
-            and x.layout is torch.strided
-            and autocast_dtype("cpu") is None
             and choice(self.backend) in ("auto", "cpu")
             and get("cpu").unavailable() is None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def find_kernel(self, x: Tensor, residual: Tensor | None) -> Kernel | None:
         if not self._serves(x):
-            return super().forward(x)
+            return None
         filters = self.weight[:, :, None, None]
         runner = self._runner
         if runner is None:
             runner = self._runner = Runner("conv2d_bn", (Conv.of(filters, (1, 1), (0, 0), (1, 1), 1),), backend=self.backend)
-        return runner(x[:, :, None, None], None, [filters], [self.bias]).flatten(1)
+        on_pixels = runner.kernel(x[:, :, None, None], None, [filters], [self.bias])
+        return lambda x, residual: on_pixels(x[:, :, None, None], None).flatten(1)
 
     def packed_bytes(self) -> int:
         """Bytes of what backends packed from the parameters, beside the parameters themselves."""

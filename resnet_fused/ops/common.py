@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from resnet_fused.ops import checks
 
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
 
-# More input shapes than this are unusual; the oldest kernel is dropped, and its packed weights stay for the others.
-_MAX_KERNELS = 64
+# More input shapes than this are unusual; kernels beyond it are dropped, and their packed weights stay for the others.
+MAX_KERNELS = 64
 
 
 def register(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -79,6 +80,25 @@ def choice_without_strides(chosen: str) -> str:
     return "reference"
 
 
+_version = operator.attrgetter("_version")
+
+
+def stamp(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Addresses and version counters: other ones when a tensor was changed in place, loaded, moved or cast.
+
+    Raises:
+        RuntimeError: a tensor was made under inference_mode and doesn't count its changes.
+    """
+    # By functions that loop in C: this stands before every call.
+    return (*map(Tensor.data_ptr, tensors), *map(_version, tensors))
+
+
+def call_key(x: Tensor, residual: Tensor | None, chosen: str) -> tuple[Any, ...]:
+    """What the kernel of a call with strided tensors depends on, beside the op and its parameters."""
+    other = None if residual is None else (residual.shape, residual.dtype)
+    return x.shape, x.stride(), x.dtype, x.device, other, chosen, torch._C._get_mkldnn_enabled()
+
+
 class _Bound(NamedTuple):
     """What a runner keeps for one state of its parameters and the records. Replaced as a whole: threads may share a runner."""
 
@@ -115,39 +135,39 @@ class Runner:
         self._bound: _Bound | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
+        return self.kernel(x, residual, weights, shifts)(x, residual)
+
+    def kernel(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Kernel:
+        """The kernel that serves such tensors with these parameters."""
         chosen = choice(self.backend)
         if x.layout is not torch.strided:
-            return self._run(choice_without_strides(chosen), x, residual, weights, shifts)
+            return self._unkept(choice_without_strides(chosen), x, weights, shifts)
         try:
-            stamp = (records.generation(), *[number for t in (*weights, *shifts) for number in (t.data_ptr(), t._version)])
+            now = (records.generation(), *stamp((*weights, *shifts)))
         except RuntimeError:
             # Parameters made under inference_mode don't count their changes: nothing about them can be kept.
             _warn_of_inference_tensors()
-            return self._run("reference", x, residual, weights, shifts)
+            return self._unkept("reference", x, weights, shifts)
         bound = self._bound
-        if bound is None or bound.stamp != stamp:
+        if bound is None or bound.stamp != now:
             # Aliases, so that what is kept for a parameter doesn't keep the parameter itself alive.
             folded = Folded(tuple(w.detach() for w in weights), tuple(s.detach() for s in shifts))
-            bound = self._bound = _Bound(stamp, folded, {})
+            bound = self._bound = _Bound(now, folded, {})
             self.backends_used = {}
-        other = None if residual is None else (residual.shape, residual.dtype)
-        key = (x.shape, x.stride(), x.dtype, x.device, other, chosen, torch._C._get_mkldnn_enabled())
+        key = call_key(x, residual, chosen)
         kernel = bound.kernels.get(key)
         if kernel is None:
             problem = self.problem(x, weights)
             checks.check(problem, x, residual, weights)
             kernel, backend = bind(problem, bound.folded, chosen)
             self.backends_used[backend] = problem
-            while len(bound.kernels) >= _MAX_KERNELS:
+            while len(bound.kernels) >= MAX_KERNELS:
                 bound.kernels.pop(next(iter(bound.kernels)), None)
             bound.kernels[key] = kernel
-        return kernel(x, residual)
+        return kernel
 
-    def _run(
-        self, backend: str, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]
-    ) -> Tensor:
-        """The op by a kernel that isn't kept."""
-        return bind(self.problem(x, weights), Folded(tuple(weights), tuple(shifts)), backend).kernel(x, residual)
+    def _unkept(self, backend: str, x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Kernel:
+        return bind(self.problem(x, weights), Folded(tuple(weights), tuple(shifts)), backend).kernel
 
     def problem(self, x: Tensor, weights: Sequence[Tensor]) -> Problem:
         """The problem that an input like x poses."""
