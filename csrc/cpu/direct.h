@@ -78,7 +78,8 @@ inline void direct(const ConvParams& p) {
 
       for (int64_t panel = panels * group / groups; panel < panels * (group + 1) / groups; ++panel) {
         const int64_t channel = panel * PANEL;
-        for (int64_t o = o_begin; o < o_end; ++o) {
+        for (int64_t o = o_begin, lines; o < o_end; o += lines) {
+          lines = p.out_width <= HALF_TILE && o + 1 < o_end ? 2 : 1;
           for (int64_t kh = 0; kh < p.kernel_h; ++kh) {
             const float* row = rows + ((o - o_begin) * p.stride_h + kh * p.dilation_h) * layout.row_stride;
             for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
@@ -88,12 +89,12 @@ inline void direct(const ConvParams& p) {
             }
           }
           const int64_t at = ((n * p.out_height + o) * p.out_width) * p.out_channels + channel;
-          convolve_rows<LANES>(
-              ConvTile<Activation>{taps, taps_count, LANES, layout.block_stride, channels, 0,
-                              static_cast<const float*>(p.weights) + channel * taps_count * channels, p.shift + channel,
-                              residual == nullptr ? nullptr : residual + at, static_cast<Activation*>(p.y) + at, p.out_channels,
-                              p.out_channels - channel, p.relu},
-              p.out_width);
+          const ConvTile<Activation> tile{
+              taps, taps_count, p.stride_h * layout.row_stride, layout.block_stride, channels, 0,
+              static_cast<const float*>(p.weights) + channel * taps_count * channels, p.shift + channel,
+              residual == nullptr ? nullptr : residual + at, static_cast<Activation*>(p.y) + at, p.out_channels,
+              p.out_channels - channel, p.relu};
+          lines == 2 ? convolve_two_lines<LANES>(tile, p.out_width) : convolve_rows<LANES>(tile, p.out_width);
         }
       }
     }

@@ -27,7 +27,7 @@ struct UnitProducts {
 };
 
 // One input channel: acc[r] += rows[r] * (b[0], b[1]).
-template <class Products, int ROWS, int STRIDE>
+template <class Products, int ROWS, int STRIDE, int LINES>
 RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&base)[(MAX_ROWS + 2) / 3], int64_t stride,
                                 int64_t k, const float* b) {
   const vec b_low = load(b), b_high = load(b + LANES);
@@ -35,7 +35,8 @@ RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&ba
   if (PANEL * sizeof(float) > 64) prefetch_l1(b + WEIGHT_PREFETCH + LANES);
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) {
-    const float* a = STRIDE != RUNTIME_STRIDE ? base[0] + r * STRIDE : base[r / 3] + (r % 3) * stride;
+    constexpr int LINE = ROWS / LINES;
+    const float* a = STRIDE != RUNTIME_STRIDE ? base[r / LINE] + (r % LINE) * STRIDE : base[r / 3] + (r % 3) * stride;
     const vec x = splat(a[k]);
     acc.low[r] = Products::add(x, b_low, acc.low[r]);
     acc.high[r] = Products::add(x, b_high, acc.high[r]);
@@ -43,26 +44,28 @@ RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&ba
 }
 
 // acc[r] += sum over `channels` of a[r][k] * b[k][0..PANEL). Channels come in blocks of LANES, `block_stride` apart; rows are
-// STRIDE (or `row_stride`) apart. The activations `ahead` elements further on are prefetched (0: none). Returns the weights
-// after the last ones read.
-template <class Products, int ROWS, int STRIDE>
+// `row_stride` apart, or STRIDE in each of LINES lines that are `row_stride` apart. The activations `ahead` elements further on
+// are prefetched (0: none). Returns the weights after the last ones read.
+template <class Products, int ROWS, int STRIDE, int LINES = 1>
 RF_INLINE const float* multiply(Accumulators<ROWS>& acc, const float* a, int64_t row_stride, int64_t block_stride,
                                 int64_t channels, const float* b, int64_t ahead = 0) {
   const float* base[(MAX_ROWS + 2) / 3];
   RF_UNROLL(8)
-  for (int i = 0; i < (MAX_ROWS + 2) / 3; ++i) base[i] = a + 3 * i * (STRIDE != RUNTIME_STRIDE ? STRIDE : row_stride);
+  for (int i = 0; i < (MAX_ROWS + 2) / 3; ++i) base[i] = a + (STRIDE != RUNTIME_STRIDE ? 1 : 3) * i * row_stride;
   for (; channels >= LANES; channels -= LANES) {
     if (ahead != 0) {
       RF_UNROLL(16)
       for (int r = 0; r < ROWS; ++r) prefetch_l1(base[r / 3] + (r % 3) * row_stride + ahead);
     }
     RF_UNROLL(4)
-    for (int k = 0; k < LANES; ++k) multiply_channel<Products, ROWS, STRIDE>(acc, base, row_stride, k, b + k * PANEL);
+    for (int k = 0; k < LANES; ++k) multiply_channel<Products, ROWS, STRIDE, LINES>(acc, base, row_stride, k, b + k * PANEL);
     b += LANES * PANEL;
     RF_UNROLL(8)
     for (int i = 0; i < (MAX_ROWS + 2) / 3; ++i) base[i] += block_stride;
   }
-  for (int64_t k = 0; k < channels; ++k, b += PANEL) multiply_channel<Products, ROWS, STRIDE>(acc, base, row_stride, k, b);
+  for (int64_t k = 0; k < channels; ++k, b += PANEL) {
+    multiply_channel<Products, ROWS, STRIDE, LINES>(acc, base, row_stride, k, b);
+  }
   return b;
 }
 
@@ -107,7 +110,7 @@ template <class Out>
 struct ConvTile {
   const float* const* taps;
   int64_t tap_count;
-  int64_t row_stride;        // between neighbouring output pixels
+  int64_t row_stride;        // between neighbouring output pixels; between the lines, where a tile has two
   int64_t block_stride;      // between blocks of LANES channels
   int64_t channels;          // summed per tap
   int64_t ahead;             // how far behind these activations lie the next ones to be used, for prefetching; 0: cached
@@ -155,7 +158,7 @@ RF_INLINE void finish_rows(const Accumulators<ROWS>& acc, const Out* residual, O
   }
 }
 
-template <int ROWS, int STRIDE, class Out>
+template <int ROWS, int STRIDE, int LINES, class Out>
 void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
   Out* y = t.y + first_row * t.pixel_stride;
   const Out* residual = t.residual == nullptr ? nullptr : t.residual + first_row * t.pixel_stride;
@@ -172,8 +175,8 @@ void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
   const float* b = t.b;
   const int64_t offset = first_row * (STRIDE != RUNTIME_STRIDE ? STRIDE : t.row_stride);
   for (int64_t tap = 0; tap < t.tap_count; ++tap) {
-    b = multiply<UnitProducts, ROWS, STRIDE>(acc, t.taps[tap] + offset, t.row_stride, t.block_stride, t.channels, b,
-                                             t.ahead);
+    b = multiply<UnitProducts, ROWS, STRIDE, LINES>(acc, t.taps[tap] + offset, t.row_stride, t.block_stride, t.channels,
+                                                    b, t.ahead);
   }
 
   const vec floor = t.relu ? zero() : splat(-__builtin_inff());
@@ -204,7 +207,12 @@ constexpr std::array<TileFunction<ProductTile>, sizeof...(N)> product_tiles(std:
 
 template <int STRIDE, class Out, int... N>
 constexpr std::array<TileFunction<ConvTile<Out>>, sizeof...(N)> conv_tiles(std::integer_sequence<int, N...>) {
-  return {&conv_tile<N + 1, STRIDE, Out>...};
+  return {&conv_tile<N + 1, STRIDE, 1, Out>...};
+}
+
+template <int STRIDE, class Out, int... N>
+constexpr std::array<TileFunction<ConvTile<Out>>, sizeof...(N)> two_line_tiles(std::integer_sequence<int, N...>) {
+  return {&conv_tile<2 * (N + 1), STRIDE, 2, Out>...};
 }
 
 using RowCounts = std::make_integer_sequence<int, MAX_ROWS>;
@@ -232,6 +240,16 @@ template <int STRIDE, class Out>
 RF_INLINE void convolve_rows(const ConvTile<Out>& t, int64_t rows) {
   static constexpr auto tiles = conv_tiles<STRIDE, Out>(RowCounts{});
   for_each_row_tile(rows, [&](int64_t first, int64_t height) { tiles[static_cast<size_t>(height - 1)](t, first); });
+}
+
+// Pixels of a line that go into one tile together with those of the next: each weight is then read for both.
+constexpr int64_t HALF_TILE = MAX_ROWS / 2;
+
+// The convolution of two lines of `width` output pixels, up to HALF_TILE, whose results follow each other.
+template <int STRIDE, class Out>
+RF_INLINE void convolve_two_lines(const ConvTile<Out>& t, int64_t width) {
+  static constexpr auto tiles = two_line_tiles<STRIDE, Out>(std::make_integer_sequence<int, HALF_TILE>{});
+  tiles[static_cast<size_t>(width - 1)](t, 0);
 }
 
 }  // namespace resnet_fused::cpu::RF_ISA

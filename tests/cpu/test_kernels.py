@@ -56,6 +56,8 @@ DIRECT = {
     "1x1, stride 2, odd size": ({"n": 2, "c": 64, "h": 15, "w": 13, "out": 64, "kernel": 1, "padding": 0, "stride": 2}, []),
     "1x1 with padding": ({"n": 1, "c": 16, "h": 5, "w": 5, "out": 16, "kernel": 1, "padding": 1}, []),
     "3x3, stride 2": ({"n": 2, "c": 40, "h": 15, "w": 14, "out": 48, "stride": 2}, []),
+    "3x3, stride 2, two lines a tile and one more": ({"n": 1, "c": 20, "h": 13, "w": 14, "out": 33, "stride": 2}, []),
+    "3x3, stride 2, two lines of three a tile": ({"n": 2, "c": 32, "h": 7, "w": 5, "out": 40, "stride": 2}, []),
     "3x3, dilation 2": ({"n": 1, "c": 20, "h": 9, "w": 11, "out": 33, "padding": 2, "dilation": 2}, []),
     "5x5, stride 3": ({"n": 2, "c": 33, "h": 9, "w": 11, "out": 17, "kernel": 5, "stride": 3}, []),
     "7x7, three channels": ({"n": 1, "c": 3, "h": 17, "w": 19, "out": 40, "kernel": 7, "stride": 2, "padding": 3}, []),
@@ -69,6 +71,7 @@ BFLOAT16_DIRECT = {
     "1x1, rows 4 KiB apart": ({"n": 1, "c": 2048, "h": 5, "w": 5, "out": 40, "kernel": 1, "padding": 0}, []),
     "1x1, stride 2": ({"n": 2, "c": 64, "h": 15, "w": 13, "out": 64, "kernel": 1, "padding": 0, "stride": 2}, []),
     "3x3, stride 2": ({"n": 1, "c": 40, "h": 15, "w": 14, "out": 48, "stride": 2, "residual": False}, []),
+    "3x3, stride 2, two lines a tile and one more": ({"n": 1, "c": 20, "h": 9, "w": 10, "out": 33, "stride": 2}, []),
     "3x3, dilation 2": ({"n": 1, "c": 6, "h": 9, "w": 11, "out": 33, "padding": 2, "dilation": 2}, []),
 }
 
