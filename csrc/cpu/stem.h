@@ -11,17 +11,15 @@ namespace resnet_fused::cpu::RF_ISA {
 // Row `s` of the image of phases: out[w] = x[2s][2w], x[2s][2w + 1], x[2s + 1][2w], x[2s + 1][2w + 1], all channels each.
 template <class T>
 void copy_phases(const StemParams& p, const T* image, int64_t s, float* out) {
-  const int64_t channels = p.in_channels;
-  for (int64_t row = 0; row < 2; ++row) {
-    const T* from = image + (2 * s + row) * p.x_stride_h;
-    for (int64_t w = 0; w < p.conv_width(); ++w) {
-      float* to = out + (w * 4 + row * 2) * channels;
-      for (int64_t column = 0; column < 2; ++column) {
-        const bool inside = 2 * s + row < p.height && 2 * w + column < p.width;
-        for (int64_t c = 0; c < channels; ++c) {
-          to[column * channels + c] = inside ? widen(from[(2 * w + column) * p.x_stride_w + c * p.x_stride_c]) : 0.0f;
-        }
-      }
+  const int64_t channels = p.in_channels, pixel = 4 * channels;
+  for (int64_t phase = 0; phase < 4; ++phase) {
+    const int64_t row = 2 * s + phase / 2, column = phase % 2;
+    const int64_t inside = row < p.height ? (p.width + 1 - column) / 2 : 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* from = image + row * p.x_stride_h + column * p.x_stride_w + c * p.x_stride_c;
+      float* to = out + phase * channels + c;
+      for (int64_t w = 0; w < inside; ++w) to[w * pixel] = widen(from[2 * w * p.x_stride_w]);
+      for (int64_t w = inside; w < p.conv_width(); ++w) to[w * pixel] = 0.0f;
     }
   }
 }
