@@ -111,12 +111,13 @@ Pool& pool() {
 
 using Sizes = std::array<int64_t, 4>;
 
-// From the pool, uninitialised; null where the tensor is small, or PyTorch can't make tensors of foreign memory.
-std::optional<torch::stable::Tensor> from_pool(const torch::stable::Tensor& like, const Sizes& size, const Sizes& stride) {
-  const int64_t bytes = size[0] * size[1] * size[2] * size[3] * static_cast<int64_t>(like.element_size());
+// From the pool, uninitialised, on the device of `like`; null where the tensor is small, or PyTorch can't make tensors of
+// foreign memory.
+std::optional<torch::stable::Tensor> from_pool(const torch::stable::Tensor& like, int32_t dtype, size_t element_size,
+                                               const Sizes& size, const Sizes& stride) {
+  const int64_t bytes = size[0] * size[1] * size[2] * size[3] * static_cast<int64_t>(element_size);
   if (bytes < SMALLEST || torch_from_blob == nullptr) return std::nullopt;
-  int32_t dtype = 0, device_type = 0, layout = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  int32_t device_type = 0, layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
   Block* block = pool().take(bytes);
@@ -127,11 +128,17 @@ std::optional<torch::stable::Tensor> from_pool(const torch::stable::Tensor& like
   return torch::stable::Tensor(tensor);
 }
 
+int32_t dtype_of(const torch::stable::Tensor& like) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return dtype;
+}
+
 }  // namespace
 
 torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
   const Sizes size{n, c, h, w};
-  auto pooled = from_pool(like, size, {c * h * w, 1, w * c, c});
+  auto pooled = from_pool(like, dtype_of(like), like.element_size(), size, {c * h * w, 1, w * c, c});
   if (pooled.has_value()) return *pooled;
   return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               torch::headeronly::MemoryFormat::ChannelsLast);
@@ -139,8 +146,16 @@ torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t
 
 torch::stable::Tensor new_activations(const torch::stable::Tensor& like) {
   const Sizes size{like.size(0), like.size(1), like.size(2), like.size(3)};
-  auto pooled = from_pool(like, size, {like.stride(0), like.stride(1), like.stride(2), like.stride(3)});
+  const Sizes stride{like.stride(0), like.stride(1), like.stride(2), like.stride(3)};
+  auto pooled = from_pool(like, dtype_of(like), like.element_size(), size, stride);
   return pooled.has_value() ? *pooled : torch::stable::empty_like(like);
+}
+
+torch::stable::Tensor new_weight_gradient(const torch::stable::Tensor& like, int64_t o, int64_t k, int64_t i) {
+  const Sizes size{o, k, k, i};
+  auto pooled = from_pool(like, aoti_torch_dtype_float32(), sizeof(float), size, {k * k * i, k * i, i, 1});
+  if (pooled.has_value()) return *pooled;
+  return torch::stable::empty({size.data(), size.size()}, torch::headeronly::ScalarType::Float, std::nullopt, like.device());
 }
 
 int64_t release_activations() { return pool().release(); }

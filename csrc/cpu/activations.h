@@ -14,6 +14,9 @@ torch::stable::Tensor new_activations(const torch::stable::Tensor& like, int64_t
 // An uninitialised tensor of the shape, strides and dtype of `like`, which is dense and has four dimensions.
 torch::stable::Tensor new_activations(const torch::stable::Tensor& like);
 
+// An uninitialised contiguous float32 tensor of shape (o, k, k, i) on the device of `like`.
+torch::stable::Tensor new_weight_gradient(const torch::stable::Tensor& like, int64_t o, int64_t k, int64_t i);
+
 // Gives the kept blocks back to the system; returns how many bytes that were.
 int64_t release_activations();
 

@@ -133,9 +133,7 @@ Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int6
                   "Winograd serves 3 x 3 kernels of stride and padding 1.");
   STD_TORCH_CHECK(winograd || !p.bfloat16 || has_avx512_bf16(),
                   "the gradient of weights in bfloat16 needs a CPU with AVX512_BF16, or Winograd.");
-  const std::array<int64_t, 4> size{p.out_channels, kernel, kernel, p.in_channels};
-  Tensor dweight = torch::stable::empty({size.data(), size.size()}, ScalarType::Float, std::nullopt, x.device());
-  advise_huge_pages(dweight.mutable_data_ptr(), dweight.numel() * 4);
+  Tensor dweight = new_weight_gradient(x, p.out_channels, kernel, p.in_channels);
   p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
   p.bfloat16 && !winograd ? avx512_bf16_kernels().weight_gradient(p) : kernels().weight_gradient(p);
   return dweight;

@@ -4,26 +4,34 @@
 
 namespace resnet_fused::cpu::RF_ISA {
 
-// Pairs of pixels side by side, of blocks [first, last) of output channels: [block][step][LANES].
+// Channels [channel, channel + lanes) of one step: in float32 of one pixel, in bfloat16 of two side by side. `rows` points at
+// the pixels.
+RF_INLINE vec load_step(const float* const* rows, int64_t channel, int lanes) {
+  return lanes >= LANES ? load(rows[0] + channel) : load(rows[0] + channel, lanes);
+}
+
 #if defined(RF_ISA_IS_BF16)
-inline void pack_pixel_pairs(const Bf16* dy, const Bf16* zeros, int64_t pixels, int64_t channels, const OutBlocks& blocks,
-                             int64_t first, int64_t last, float* out, int64_t block_stride) {
-  constexpr int64_t GROUP = 4;  // steps
-  for (int64_t step = 0; 2 * step < pixels; step += GROUP) {
-    const int64_t count = std::min(GROUP, (pixels + 1) / 2 - step);
-    for (int64_t block = first; block < last; ++block) {
-      const int lanes = static_cast<int>(blocks.width(block));
-      const Bf16* row = dy + 2 * step * channels + blocks.begin(block);
-      float* to = out + (block - first) * block_stride + step * LANES;
-      for (int64_t i = 0; i < count; ++i, row += 2 * channels, to += LANES) {
-        const Bf16* other = 2 * (step + i) + 1 < pixels ? row + channels : zeros;
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane_mask(lanes), row));
-        store(to, _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(load(other, lanes)))));
+RF_INLINE vec load_step(const Bf16* const* rows, int64_t channel, int lanes) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane_mask(lanes), rows[0] + channel));
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(load(rows[1] + channel, lanes))));
+}
+#endif
+
+// Blocks of dy's channels as the register tile takes them, [block][step][LANES]. Block i begins at channel begins[i].
+inline void pack_steps(const Activation* const* rows, int64_t steps, const int64_t* begins, int64_t blocks, float* out,
+                       int64_t block_stride) {
+  constexpr int64_t GROUP = 4;  // steps, whose rows stay in L1 while block after block is taken from them
+  for (int64_t step = 0; step < steps; step += GROUP) {
+    const int64_t count = std::min(GROUP, steps - step);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int lanes = static_cast<int>(begins[block + 1] - begins[block]);
+      float* to = out + block * block_stride + step * LANES;
+      for (int64_t i = 0; i < count; ++i) {
+        store(to + i * LANES, load_step(rows + (step + i) * CHANNELS_PER_UNIT, begins[block], lanes));
       }
     }
   }
 }
-#endif
 
 // How the work is cut: into ranges of steps and parts of the weights.
 struct PixelPlan {
@@ -32,7 +40,7 @@ struct PixelPlan {
   int64_t run;                // steps
 
   PixelPlan(const WeightGradientParams& p, int64_t steps) {
-    constexpr int64_t LARGEST_PART = 64 * 1024, RANGE = 1024, UNITS = 24, RUN_ELEMENTS = 64 * 1024;
+    constexpr int64_t LARGEST_PART = 64 * 1024, RANGE = 1024, RUN_ELEMENTS = 64 * 1024;
     const int64_t points = p.kernel * p.kernel, panels = panel_count(p.in_channels), blocks = OutBlocks(p.out_channels).count;
     // Sums of a part stay in L2 while pixels pass. With many pixels each range has sums of its own, to be added up; parts that
     // are strips of rows would read memory in pieces.
@@ -40,24 +48,27 @@ struct PixelPlan {
     ins = std::min<int64_t>(panels, points == 1 ? 16 : 4);
     in_groups = (panels + ins - 1) / ins;
     outs = std::max<int64_t>(1, std::min(blocks, LARGEST_PART / (points * ins * PANEL * MAX_ROWS)));
-    while (outs > 4 && ranges * in_groups * ((blocks + outs - 1) / outs) < UNITS) outs = (outs + 1) / 2;
-    out_groups = (blocks + outs - 1) / outs;
+    // Where sums are cut doesn't depend on the number of threads.
     const int64_t width = outs * MAX_ROWS + ins * PANEL * (points == 1 ? 1 : p.stride * p.stride);
     run = std::max<int64_t>(32, std::min(LONGEST_RUN, RUN_ELEMENTS / width));
+    // Fewer and larger parts pack less, but all threads shall be busy to the end.
+    const int64_t units = 4 * thread_count();
+    while (outs > 4 && ranges * in_groups * ((blocks + outs - 1) / outs) < units) outs = (outs + 1) / 2;
+    out_groups = (blocks + outs - 1) / outs;
   }
 };
 
 // The rows of x that each kernel position puts on the results [begin, begin + count): [point][count].
 inline void find_rows(const WeightGradientParams& p, int64_t begin, int64_t count, const Activation* zeros,
-                      const Activation** rows, int64_t point_stride) {
+                      const Activation** rows) {
   const int64_t pixels = p.batch * p.out_height * p.out_width;
-  for (int64_t point = 0; point < p.kernel * p.kernel; ++point) {
+  for (int64_t point = 0; point < p.kernel * p.kernel; ++point, rows += count) {
     const int64_t h_offset = point / p.kernel - p.pad, w_offset = point % p.kernel - p.pad;
     int64_t n = begin / (p.out_height * p.out_width), h = begin / p.out_width % p.out_height, w = begin % p.out_width;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = h * p.stride + h_offset, column = w * p.stride + w_offset;
       const bool inside = begin + i < pixels && row >= 0 && row < p.height && column >= 0 && column < p.width;
-      rows[point * point_stride + i] =
+      rows[i] =
           inside ? static_cast<const Activation*>(p.x) + ((n * p.height + row) * p.width + column) * p.in_channels : zeros;
       if (++w == p.out_width) {
         w = 0;
@@ -67,42 +78,86 @@ inline void find_rows(const WeightGradientParams& p, int64_t begin, int64_t coun
   }
 }
 
-// One range of steps on one part.
+// The lines of memory that rows' channels [begin, end) lie in, as columns: a line of one row of each step.
+struct LineColumns {
+  static constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(Activation));
+  const Activation* const* rows;
+  int64_t begin, count;
+
+  LineColumns(const Activation* const* all, int64_t first, int64_t end, bool any)
+      : rows(all), begin(first), count(any ? (end - first + LINE - 1) / LINE * CHANNELS_PER_UNIT : 0) {}
+
+  LinesAhead operator[](int64_t i) const {
+    return {reinterpret_cast<const void* const*>(rows + i % CHANNELS_PER_UNIT), CHANNELS_PER_UNIT,
+            (begin + i / CHANNELS_PER_UNIT * LINE) * static_cast<int64_t>(sizeof(Activation))};
+  }
+};
+
+// A run of steps on one part and one kernel position: packed blocks of dy times rows of x.
+struct PixelRun {
+  const float* a;
+  int64_t a_block;               // between blocks
+  const Activation* const* x;
+  int64_t next_x;                // where the rows of the next run are
+  LineColumns next_dy;
+  int64_t steps;
+};
+
+// Adds a run to the sums at `sums`, [o][i]. `panel` holds a panel of x packed by its first tile.
+inline void multiply_run(const PixelRun& run, const Part& part, const WeightGradientParams& p, float* sums, float* panel,
+                         bool accumulate) {
+  static constexpr auto first_tiles = outer_tiles<UnitProducts, true>(RowCounts{});
+  static constexpr auto other_tiles = outer_tiles<UnitProducts, false>(RowCounts{});
+  const OutBlocks blocks(p.out_channels);
+  const int64_t row = p.kernel * p.kernel * p.in_channels;
+  const void* const here[] = {panel};
+  for (int64_t in = part.first_in; in < part.last_in; ++in) {
+    for (int64_t out = part.first_out; out < part.last_out; ++out) {
+      const int64_t block = out - part.first_out;
+      const LinesAhead ahead = in == part.first_in && block < run.next_dy.count ? run.next_dy[block] : LinesAhead{here, 0, 0};
+      const auto& tiles = block == 0 ? first_tiles : other_tiles;
+      tiles[static_cast<size_t>(blocks.width(out) - 1)](
+          {run.a + block * run.a_block, LANES, panel, panel + LANES, PANEL, run.steps,
+           sums + blocks.begin(out) * row + in * PANEL, row, p.in_channels - in * PANEL, accumulate,
+           {run.x, in * PANEL, run.next_x}, ahead});
+    }
+  }
+}
+
+// One range of steps on one part, whose sums lie as dweight does: [o][tap][i].
 inline void sum_pixels(const WeightGradientParams& p, const PixelPlan& plan, const Part& part, int64_t begin, int64_t end,
-                       const Activation* zeros, const Sums& sums) {
+                       const Activation* zeros, float* sums) {
   const int64_t points = p.kernel * p.kernel, pixels = p.batch * p.out_height * p.out_width;
   const int64_t runs = (end - begin + plan.run - 1) / plan.run, longest = (end - begin + runs - 1) / runs;
   const OutBlocks blocks(p.out_channels);
+  const int64_t outs = part.last_out - part.first_out;
+
   Scratch scratch;
-  // One run more than there is, so that rows ahead can be asked for without a look at the end.
-  const int64_t rows_stride = (end - begin + longest) * CHANNELS_PER_UNIT;
-  const Activation** rows = scratch.take<const Activation*>(points * rows_stride);
-  find_rows(p, begin * CHANNELS_PER_UNIT, rows_stride, zeros, rows, rows_stride);
-  const Activation* dy = static_cast<const Activation*>(p.dy);
-#if defined(RF_ISA_IS_BF16)
-  const int64_t block_stride = point_stride(longest);
-  float* pairs = scratch.take<float>(block_stride * (part.last_out - part.first_out));
-#endif
+  // A run more than there is, so that lines ahead can be asked for without a look at the end.
+  const int64_t row_count = (end - begin + longest) * CHANNELS_PER_UNIT;
+  const Activation** x_rows = scratch.take<const Activation*>(points * row_count);
+  find_rows(p, begin * CHANNELS_PER_UNIT, row_count, zeros, x_rows);
+  const Activation** dy_rows = scratch.take<const Activation*>(row_count);
+  for (int64_t i = 0; i < row_count; ++i) {
+    const int64_t pixel = begin * CHANNELS_PER_UNIT + i;
+    dy_rows[i] = pixel < pixels ? static_cast<const Activation*>(p.dy) + pixel * p.out_channels : zeros;
+  }
+  int64_t* out_begins = scratch.take<int64_t>(outs + 1);
+  for (int64_t i = 0; i <= outs; ++i) out_begins[i] = blocks.begin(part.first_out + i);
+  const int64_t stride = point_stride(longest);
+  float* a = scratch.take<float>(outs * stride);
+  float* panel = scratch.take<float>(longest * PANEL);
+
   for (int64_t r = 0; r < runs; ++r) {
-    const int64_t first = begin + (end - begin) * r / runs, last = begin + (end - begin) * (r + 1) / runs;
-    const Activation* now = dy + first * CHANNELS_PER_UNIT * p.out_channels;
-    Run<Activation> run{};
-#if defined(RF_ISA_IS_BF16)
-    pack_pixel_pairs(now, zeros, std::min(2 * last, pixels) - 2 * first, p.out_channels, blocks, part.first_out, part.last_out,
-                     pairs, block_stride);
-    run.a = pairs, run.a_stride = LANES, run.a_block = block_stride;
-#else
-    (void)pixels;
-    run.a = now, run.a_stride = p.out_channels;
-#endif
-    run.steps = last - first;
-    run.next_a = last < end ? dy + last * CHANNELS_PER_UNIT * p.out_channels : nullptr;
-    run.next_a_stride = CHANNELS_PER_UNIT * p.out_channels;
-    run.next_b = longest;
+    const int64_t first = (end - begin) * r / runs, steps = (end - begin) * (r + 1) / runs - first;
+    const int64_t row = first * CHANNELS_PER_UNIT;
+    pack_steps(dy_rows + row, steps, out_begins, outs, a, stride);
     for (int64_t point = 0; point < points; ++point) {
-      run.b = rows + point * rows_stride + (first - begin) * CHANNELS_PER_UNIT;
-      multiply_run<UnitProducts>(run, part, p.out_channels, p.in_channels, sums.data + point * sums.point_stride,
-                                 sums.row_stride, r > 0);
+      // Lines of the next run's dy are fetched along with the first point.
+      const LineColumns next_dy(dy_rows + row + steps * CHANNELS_PER_UNIT, out_begins[0], out_begins[outs],
+                                point == 0 && r + 1 < runs);
+      multiply_run({a, stride, x_rows + point * row_count + row, steps * CHANNELS_PER_UNIT, next_dy, steps}, part, p,
+                   sums + point * p.in_channels, panel, r > 0);
     }
   }
 }
@@ -135,9 +190,7 @@ inline void weight_gradient_by_pixels(const WeightGradientParams& p) {
     const int64_t range = unit / plan.in_groups / plan.out_groups;
     const Part part{blocks * out / plan.out_groups, blocks * (out + 1) / plan.out_groups, panels * in / plan.in_groups,
                     panels * (in + 1) / plan.in_groups};
-    // As dweight lies: [o][tap][i].
-    sum_pixels(p, plan, part, steps * range / plan.ranges, steps * (range + 1) / plan.ranges, zeros,
-               {partial + range * size, p.in_channels, taps * p.in_channels});
+    sum_pixels(p, plan, part, steps * range / plan.ranges, steps * (range + 1) / plan.ranges, zeros, partial + range * size);
   });
   if (plan.ranges > 1) add_ranges(partial, plan.ranges, size, p.dweight);
 }

@@ -95,12 +95,13 @@ inline void transform_weight_gradient(const WeightGradientParams& p, const float
   });
 }
 
-// All threads transform a round of tiles, [point][tile][channel], then share out the points and output channels.
+// All threads transform a round of tiles, V to [point][vector of channels][tile][LANES] and A dY A^T to [point][tile][channel],
+// then share out the points and output channels.
 template <class T>
 void weight_gradient_by_tiles(const WeightGradientParams& p) {
   constexpr int64_t POINTS = F4::A * F4::A, OUTS = 10, INS = 4;
   const int64_t down = (p.height + F4::M - 1) / F4::M, across = (p.width + F4::M - 1) / F4::M, tiles = p.batch * down * across;
-  const int64_t in_row = vector_count(p.in_channels) * LANES, out_row = vector_count(p.out_channels) * LANES;
+  const int64_t in_row = panel_count(p.in_channels) * PANEL, out_row = vector_count(p.out_channels) * LANES;
   const int64_t point = p.out_channels * p.in_channels;
   // Elements of transformed tiles that are held at a time: a few times the sums, which each round reads and writes, and no more
   // than 12 MiB, within the last-level cache.
@@ -114,10 +115,11 @@ void weight_gradient_by_tiles(const WeightGradientParams& p) {
   float* v = scratch.take<float>(POINTS * v_stride);
   float* e = scratch.take<float>(POINTS * e_stride);
   float* du = scratch.take<float>(POINTS * point);
-  const float** rows = scratch.take<const float*>(most);
-  for (int64_t tile = 0; tile < most; ++tile) rows[tile] = v + tile * in_row;
   T* zeros = scratch.take<T>(std::max(in_row, out_row));
   __builtin_memset(zeros, 0, static_cast<size_t>(std::max(in_row, out_row)) * sizeof(T));
+  static constexpr auto product_tiles = outer_tiles<FloatProducts, false>(RowCounts{});
+  const void* const zero_row[] = {zeros};
+  const LinesAhead nothing_ahead{zero_row, 0, 0};
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t begin = tiles * round / rounds, count = tiles * (round + 1) / rounds - begin;
     parallel_units(count, [&](int64_t i, int64_t) {
@@ -126,7 +128,7 @@ void weight_gradient_by_tiles(const WeightGradientParams& p) {
       const T* x = static_cast<const T*>(p.x) + n * p.height * p.width * p.in_channels;
       const T* dy = static_cast<const T*>(p.dy) + n * p.height * p.width * p.out_channels;
       transform_input_tile<F4, T>({x, 0, p.height, p.width, p.in_channels}, top - F4::PAD, left - F4::PAD, zeros,
-                                  v + i * in_row, v_stride, LANES);
+                                  v + i * LANES, v_stride, most * LANES);
       transform_gradient_tile<T>({dy, 0, p.height, p.width, p.out_channels}, top, left, zeros, e + i * out_row, e_stride);
     });
     parallel_units(POINTS * out_groups * in_groups, [&](int64_t unit, int64_t) {
@@ -136,12 +138,17 @@ void weight_gradient_by_tiles(const WeightGradientParams& p) {
       const int64_t runs = (count + LONGEST_RUN - 1) / LONGEST_RUN;
       for (int64_t r = 0; r < runs; ++r) {
         const int64_t first = count * r / runs;
-        Run<float> run{};
-        run.a = e + at * e_stride + first * out_row, run.a_stride = out_row;
-        run.b = rows + first, run.b_offset = at * v_stride;
-        run.steps = count * (r + 1) / runs - first;
-        multiply_run<FloatProducts>(run, part, p.out_channels, p.in_channels, du + at * point, p.in_channels,
-                                    round > 0 || r > 0);
+        const int64_t steps = count * (r + 1) / runs - first;
+        for (int64_t panel = part.first_in; panel < part.last_in; ++panel) {
+          float* b = v + at * v_stride + (2 * panel * most + first) * LANES;
+          for (int64_t block = part.first_out; block < part.last_out; ++block) {
+            const int64_t o = OutBlocks(p.out_channels).begin(block);
+            product_tiles[static_cast<size_t>(OutBlocks(p.out_channels).width(block) - 1)](
+                {e + at * e_stride + first * out_row + o, out_row, b, b + most * LANES, LANES, steps,
+                 du + at * point + o * p.in_channels + panel * PANEL, p.in_channels, p.in_channels - panel * PANEL,
+                 round > 0 || r > 0, {}, nothing_ahead});
+          }
+        }
       }
     });
   }

@@ -71,9 +71,13 @@ def test_by_tiles(isa: str, sizes: tuple[int, ...], dtype: torch.dtype):
     check(sizes, winograd=True, dtype=dtype)
 
 
-@pytest.mark.parametrize("winograd", [False, True], ids=["pixels", "tiles"])
-def test_result_does_not_depend_on_the_number_of_threads(winograd: bool):
-    x, dy, geometry = tensors((3, 48, 40, 40, 64, 3, 1), torch.float32)
+@pytest.mark.parametrize(
+    ("sizes", "winograd"),
+    [((3, 48, 40, 40, 64, 3, 1), False), ((3, 48, 40, 40, 64, 3, 1), True), ((8, 520, 9, 9, 600, 1, 1), False)],
+    ids=["pixels", "tiles", "many weights"],
+)
+def test_result_does_not_depend_on_the_number_of_threads(sizes: tuple[int, ...], winograd: bool):
+    x, dy, geometry = tensors(sizes, torch.float32)
     before = torch.get_num_threads()
     try:
         results = []
@@ -84,6 +88,16 @@ def test_result_does_not_depend_on_the_number_of_threads(winograd: bool):
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_large_gradients_lie_in_kept_memory():
+    x, dy, geometry = tensors((1, 512, 4, 4, 1024, 1, 1), torch.float32)
+    first = torch.ops.resnet_fused_cpu.weight_gradient(x, dy, *geometry, False)
+    expected, address = first.clone(), first.data_ptr()
+    del first
+    second = torch.ops.resnet_fused_cpu.weight_gradient(x, dy, *geometry, False)
+    assert second.data_ptr() == address
+    assert torch.equal(second, expected)
 
 
 def test_wrong_arguments_are_named():
