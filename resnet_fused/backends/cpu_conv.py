@@ -41,6 +41,9 @@ _ENOUGH_CHANNELS = 64
 # Values of x that make Winograd worth its calls: small layers are done sooner without. (Whether they are worth the transform of
 # the weights is the plan's matter.) In bfloat16 the direct sum runs at twice the rate, and it takes more of them.
 _ENOUGH_VALUES = {torch.float32: 64 * 1024, torch.bfloat16: 256 * 1024}
+# Pixels of a result in bfloat16 that make the direct sum of a 3×3 faster than oneDNN's where Winograd doesn't pay: rows
+# that nearly fill a register tile, with stride 2; or few pixels in all.
+_WIDE_ROW, _FEW_PIXELS = 8, 28
 _ENOUGH_TILES = {torch.float32: 128, torch.bfloat16: 256}  # of 4×4 pixels, for the gradient of the weights
 
 
@@ -74,10 +77,16 @@ def _products(
     if kernel == 1:
         return Products(direct, direct, True)
     forward = _winograd(shape, Conv(in_channels, out_channels, (3, 3), (stride, stride), (1, 1)), dtype)
+    out_h, out_w = -(-h // stride), -(-w // stride)
+    few = dtype == torch.bfloat16 and out_h * out_w <= _FEW_PIXELS
+    if forward is None and (few or (dtype == torch.bfloat16 and stride == 2 and out_w >= _WIDE_ROW)):
+        forward = direct
     if stride == 2:
         return Products(forward, direct, True)
     tiles = n * -(-h // 4) * -(-w // 4)
     input = _winograd((n, out_channels, h, w), Conv(out_channels, in_channels, (3, 3), (1, 1), (1, 1)), dtype)
+    if input is None and few:
+        input = direct
     return Products(forward, input, True, tiles >= _ENOUGH_TILES[dtype])
 
 

@@ -60,6 +60,7 @@ DIRECT = {
     "3x3, stride 2, two lines of three a tile": ({"n": 2, "c": 32, "h": 7, "w": 5, "out": 40, "stride": 2}, []),
     "3x3, dilation 2": ({"n": 1, "c": 20, "h": 9, "w": 11, "out": 33, "padding": 2, "dilation": 2}, []),
     "5x5, stride 3": ({"n": 2, "c": 33, "h": 9, "w": 11, "out": 17, "kernel": 5, "stride": 3}, []),
+    "few pixels of many images": ({"n": 9, "c": 37, "h": 5, "w": 6, "out": 50, "stride": 2}, []),
     "7x7, three channels": ({"n": 1, "c": 3, "h": 17, "w": 19, "out": 40, "kernel": 7, "stride": 2, "padding": 3}, []),
     "one pixel": ({"n": 1, "c": 5, "h": 1, "w": 1, "out": 3, "kernel": 1, "padding": 0}, []),
     "empty batch": ({"n": 0, "c": 16, "h": 8, "w": 8, "out": 16}, []),
@@ -73,6 +74,7 @@ BFLOAT16_DIRECT = {
     "3x3, stride 2": ({"n": 1, "c": 40, "h": 15, "w": 14, "out": 48, "stride": 2, "residual": False}, []),
     "3x3, stride 2, two lines a tile and one more": ({"n": 1, "c": 20, "h": 9, "w": 10, "out": 33, "stride": 2}, []),
     "3x3, dilation 2": ({"n": 1, "c": 6, "h": 9, "w": 11, "out": 33, "padding": 2, "dilation": 2}, []),
+    "few pixels of many images": ({"n": 9, "c": 38, "h": 4, "w": 6, "out": 50, "padding": 2, "dilation": 2}, []),
 }
 
 BLOCKS = {

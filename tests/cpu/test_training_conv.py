@@ -54,6 +54,8 @@ CASES = {
     "3x3, stride 2, wide": Case(4, 130, 10, 10, 66, 3, 2, 1),
     "3x3, stride 2, many pixels": Case(5, 32, 41, 40, 34, 3, 2, 1),
     "3x3, stride 2, one pixel": Case(1, 4, 1, 1, 4, 3, 2, 1),
+    "3x3, few pixels of many images": Case(9, 130, 5, 5, 70, 3, 1, 1),
+    "3x3, stride 2, few pixels of many images": Case(9, 134, 9, 10, 70, 3, 2, 1),
     "3x3, stride 4": Case(2, 8, 13, 12, 10, 3, 4, 1),
     "5x5, stride 3, padding 2": Case(2, 34, 9, 11, 18, 5, 3, 2),
     "3x3, Winograd": Case(2, 64, 8, 9, 96, 3, 1, 1, WINOGRAD),
