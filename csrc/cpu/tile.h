@@ -45,10 +45,10 @@ RF_INLINE void multiply_channel(Accumulators<ROWS>& acc, const float* const (&ba
 
 // acc[r] += sum over `channels` of a[r][k] * b[k][0..PANEL). Channels come in blocks of LANES, `block_stride` apart; rows are
 // `row_stride` apart, or STRIDE in each of LINES lines that are `row_stride` apart. The activations `ahead` elements further on
-// are prefetched (0: none). Returns the weights after the last ones read.
-template <class Products, int ROWS, int STRIDE, int LINES = 1>
+// are prefetched (0: none); `between()` is called once a block. Returns the weights after the last ones read.
+template <class Products, int ROWS, int STRIDE, int LINES, class Between>
 RF_INLINE const float* multiply(Accumulators<ROWS>& acc, const float* a, int64_t row_stride, int64_t block_stride,
-                                int64_t channels, const float* b, int64_t ahead = 0) {
+                                int64_t channels, const float* b, int64_t ahead, Between&& between) {
   const float* base[(MAX_ROWS + 2) / 3];
   RF_UNROLL(8)
   for (int i = 0; i < (MAX_ROWS + 2) / 3; ++i) base[i] = a + (STRIDE != RUNTIME_STRIDE ? 1 : 3) * i * row_stride;
@@ -57,6 +57,7 @@ RF_INLINE const float* multiply(Accumulators<ROWS>& acc, const float* a, int64_t
       RF_UNROLL(16)
       for (int r = 0; r < ROWS; ++r) prefetch_l1(base[r / 3] + (r % 3) * row_stride + ahead);
     }
+    between();
     RF_UNROLL(4)
     for (int k = 0; k < LANES; ++k) multiply_channel<Products, ROWS, STRIDE, LINES>(acc, base, row_stride, k, b + k * PANEL);
     b += LANES * PANEL;
@@ -87,7 +88,7 @@ void product_tile(const ProductTile& t, int64_t first_row) {
   Accumulators<ROWS> acc;
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) acc.low[r] = acc.high[r] = zero();
-  multiply<FloatProducts, ROWS, LANES>(acc, t.a + first_row * LANES, LANES, t.a_block_stride, t.channels, t.b);
+  multiply<FloatProducts, ROWS, LANES, 1>(acc, t.a + first_row * LANES, LANES, t.a_block_stride, t.channels, t.b, 0, [] {});
   if (t.accumulate) {
     // After the sum, not before it: sums of sums round less than one long sum.
     RF_UNROLL(16)
@@ -137,15 +138,41 @@ RF_INLINE void finish(vec acc, const Out* residual, Out* y, vec floor, int64_t l
   store(y, max_keeping_nan(floor, acc), n);
 }
 
-template <int ROWS, class Out, class Prefetch>
-RF_INLINE void prefetch_rows(const Out* p, int64_t pixel_stride, Prefetch prefetch) {
-  // Rolled: unrolled, the compiler keeps an address for each row alive across the whole tile.
-  RF_UNROLL(1)
-  for (int r = 0; r < ROWS; ++r, p += pixel_stride) {
-    prefetch(p);
-    if (PANEL * sizeof(Out) > 64) prefetch(p + LANES);
+// The rows of y and of the residual that the tile below will need, fetched a few for each block of channels: all at once they
+// would take every buffer for misses of L1, and the tile's own operands would wait behind them for memory.
+template <int ROWS, class Out>
+class RowsBelow {
+ public:
+  RowsBelow(const ConvTile<Out>& t, const Out* residual, const Out* y)
+      : y_(y + ROWS * t.pixel_stride),
+        residual_(residual == nullptr ? nullptr : residual + ROWS * t.pixel_stride),
+        stride_(t.pixel_stride) {
+    const int64_t blocks = std::max<int64_t>(t.tap_count * t.channels / LANES, 1);
+    share_ = (ROWS + blocks - 1) / blocks;
   }
-}
+
+  RF_INLINE void advance() {
+    for (const int64_t rest = std::max<int64_t>(left_ - share_, 0); left_ > rest; --left_) {
+      fetch<true>(y_);
+      y_ += stride_;
+      if (residual_ == nullptr) continue;
+      fetch<false>(residual_);
+      residual_ += stride_;
+    }
+  }
+
+ private:
+  // Inlined by force: GCC takes a function that only prefetches for one without effect, and leaves its calls out.
+  template <bool WRITE>
+  static RF_INLINE void fetch(const Out* p) {
+    WRITE ? prefetch_for_write(p) : prefetch_l1(p);
+    if (PANEL * sizeof(Out) > 64) WRITE ? prefetch_for_write(p + LANES) : prefetch_l1(p + LANES);
+  }
+
+  const Out *y_, *residual_;
+  const int64_t stride_;
+  int64_t share_, left_ = ROWS;
+};
 
 // The epilogue of a whole panel.
 template <int ROWS, bool RESIDUAL, class Out>
@@ -162,8 +189,6 @@ template <int ROWS, int STRIDE, int LINES, class Out>
 void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
   Out* y = t.y + first_row * t.pixel_stride;
   const Out* residual = t.residual == nullptr ? nullptr : t.residual + first_row * t.pixel_stride;
-  prefetch_rows<ROWS>(y, t.pixel_stride, [](const Out* p) { prefetch_for_write(p); });
-  if (residual != nullptr) prefetch_rows<ROWS>(residual, t.pixel_stride, [](const Out* p) { prefetch_l1(p); });
 
   Accumulators<ROWS> acc;
   const vec shift_low = load(t.shift), shift_high = load(t.shift + LANES);
@@ -174,9 +199,10 @@ void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
   }
   const float* b = t.b;
   const int64_t offset = first_row * (STRIDE != RUNTIME_STRIDE ? STRIDE : t.row_stride);
+  RowsBelow<ROWS, Out> below(t, residual, y);
   for (int64_t tap = 0; tap < t.tap_count; ++tap) {
     b = multiply<UnitProducts, ROWS, STRIDE, LINES>(acc, t.taps[tap] + offset, t.row_stride, t.block_stride, t.channels,
-                                                    b, t.ahead);
+                                                    b, t.ahead, [&] { below.advance(); });
   }
 
   const vec floor = t.relu ? zero() : splat(-__builtin_inff());

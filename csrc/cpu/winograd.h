@@ -156,9 +156,9 @@ struct WinogradConv {
 
   // A share of the next chunk's taps, `size` elements each, at every point: memory keeps up with an even flow, not with bursts.
   RF_INLINE void prefetch_taps(const T* taps, int64_t size, int point) const {
-    constexpr int SHARES = POINTS / 9;
-    const int64_t begin = size * (point % SHARES) / SHARES, end = size * (point % SHARES + 1) / SHARES;
-    Prefetcher(taps + point / SHARES * tap_stride() + begin, end - begin, 1).template advance<false>();
+    constexpr int SHARES = POINTS / 9, LINE = 64 / sizeof(T);
+    const T* begin = taps + point / SHARES * tap_stride() + size * (point % SHARES) / SHARES;
+    for (int64_t i = 0; i < size / SHARES; i += LINE) prefetch_l1(begin + i);
   }
 
   void one_panel(int64_t panel, int64_t following, const TileBlock& tiles) const {
@@ -167,31 +167,39 @@ struct WinogradConv {
     float* m = scratch.take<float>(m_stride * POINTS);
     const float* u = kept.u + panel * kept.panel_stride;
     int64_t u_stride = kept.point_stride, u_phase_stride = p.in_channels * PANEL;
-    float* made = nullptr;
+    float* made = nullptr;  // a row of points
     if (!p.transformed) {
       u_stride = point_stride(F::PHASES * chunk * 2), u_phase_stride = chunk * PANEL;
-      u = made = scratch.take<float>(u_stride * POINTS);
+      made = scratch.take<float>(u_stride * F::A);
     }
 
-    for (int64_t c = 0; c < p.in_channels; c += chunk, u += p.transformed ? chunk * PANEL : 0) {
+    for (int64_t c = 0; c < p.in_channels; c += chunk, u += chunk * PANEL) {
       const int64_t channels = std::min(chunk, p.in_channels - c);
       const T* next = nullptr;
       int64_t next_size = 0;
       if (!p.transformed) {
-        transform_weights<F, T>(panel_taps(panel) + c * PANEL, tap_stride(), channels, made, u_stride, u_phase_stride);
-        // The next chunk's taps come into L2 while this chunk is multiplied.
+        // The next chunk's taps come while this chunk is multiplied.
         const bool last = c + chunk >= p.in_channels;
         next = !last ? panel_taps(panel) + (c + chunk) * PANEL : following >= 0 ? panel_taps(following) : nullptr;
         next_size = std::min(chunk, p.in_channels - (last ? 0 : c + chunk)) * PANEL;
       }
       for (int point = 0; point < POINTS; ++point) {
+        const int column = point % F::A;
+        const float* b = u + point * u_stride;
+        if (!p.transformed) {
+          if (column == 0) {
+            ROW_TRANSFORMS<F, T>[static_cast<size_t>(point / F::A)](panel_taps(panel) + c * PANEL, tap_stride(), channels, made,
+                                                                    u_stride, u_phase_stride);
+          }
+          b = made + column * u_stride;
+        }
         if (next != nullptr) prefetch_taps(next, next_size, point);
         const PhaseRun phases = F::run(point);
         const TileRuns::Run run = tiles.runs.template at<F>(point);
         for (int64_t i = 0; i < phases.count; ++i) {
           const int64_t phase = phases.first + i;
           const float* v = tiles.v + point * tiles.v_stride + (phase * in_vectors * LANES + c) * tiles.slots;
-          multiply_rows({v + run.first * LANES, tiles.slots * LANES, u + point * u_stride + phase * u_phase_stride, channels,
+          multiply_rows({v + run.first * LANES, tiles.slots * LANES, b + phase * u_phase_stride, channels,
                          m + point * m_stride + run.first * LANES, tiles.slots * LANES, c > 0 || i > 0},
                         run.count);
         }

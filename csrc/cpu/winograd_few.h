@@ -46,8 +46,8 @@ void few_tiles_row(const FewTilesProduct<T>& p) {
   const T* taps = p.taps;
   const T* next = p.next + ROW * p.tap_stride;
   for (int64_t c = 0; c < p.channels; ++c, taps += PANEL, next += PANEL) {
-    prefetch_l2(next);
-    if (ROW < 9 - A) prefetch_l2(next + A * p.tap_stride);
+    prefetch_l1(next);
+    if (ROW < 9 - A) prefetch_l1(next + A * p.tap_stride);
     vec lines[3], u[A];
     RF_UNROLL(3)
     for (int j = 0; j < 3; ++j) {

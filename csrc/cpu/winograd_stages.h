@@ -79,52 +79,69 @@ void transform_input_phases(const TilePlace<T>& tile, const T* zeros, float* v, 
   }
 }
 
-// U = G g G^T of `channels` input channels of one panel and one phase. Tap (i, j) lies at taps[i * R + j] (null: zero), U
-// [point][channel][PANEL].
-template <class F, int R, class W>
-void transform_taps(const W* const (&taps)[R * R], int64_t channels, float* u, int64_t u_point_stride) {
-  constexpr int A = F::A;
-  for (int64_t at = 0; at < channels * PANEL; at += LANES) {
-    vec half[A][R];
+// Row ROW of the points of U = G g G^T, for `channels` input channels of one panel and one phase. Taps lie [9][tap_stride], each
+// [channel][PANEL]; U [point of the row][channel][PANEL].
+template <class F, int PHASE, int ROW, class W>
+void transform_phase_row(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride) {
+  constexpr int A = F::A, TAPS = F::TAPS;
+  const W* rows[3] = {packed, packed + 3 * tap_stride, packed + 6 * tap_stride};
+  for (const float* end = u + channels * PANEL; u < end; u += LANES) {
+    vec line[TAPS], transformed[A];
     RF_UNROLL(3)
-    for (int j = 0; j < R; ++j) {
-      vec column[R], transformed[A];
+    for (int j = 0; j < TAPS; ++j) {
+      vec column[TAPS], points[A];
       RF_UNROLL(3)
-      for (int i = 0; i < R; ++i) column[i] = taps[i * R + j] == nullptr ? zero() : load(taps[i * R + j] + at);
-      F::weight(column, transformed);
-      RF_UNROLL(8)
-      for (int i = 0; i < A; ++i) half[i][j] = transformed[i];
+      for (int i = 0; i < TAPS; ++i) {
+        const int kernel_row = F::kernel_row(PHASE, i), kernel_column = F::kernel_column(PHASE, j);
+        column[i] = kernel_row < 0 || kernel_column < 0 ? zero() : load(rows[kernel_row] + kernel_column * tap_stride);
+      }
+      F::weight(column, points);
+      line[j] = points[ROW];
     }
+    RF_UNROLL(3)
+    for (int i = 0; i < 3; ++i) rows[i] += LANES;
+    F::weight(line, transformed);
     RF_UNROLL(8)
-    for (int i = 0; i < A; ++i) {
-      vec transformed[A];
-      F::weight(half[i], transformed);
-      RF_UNROLL(8)
-      for (int j = 0; j < A; ++j) store(u + (i * A + j) * u_point_stride + at, transformed[j]);
-    }
+    for (int j = 0; j < A; ++j) store(u + j * u_point_stride, transformed[j]);
   }
 }
 
-// The same for all phases, from packed taps [9][tap_stride / PANEL][PANEL] to U [point][phase][u_phase_stride].
+// The same for all phases: [point of the row][phase][u_phase_stride].
+template <class F, int ROW, class W>
+void transform_row(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride,
+                   int64_t u_phase_stride) {
+  const auto phase = [&](auto number) {
+    constexpr int PHASE = decltype(number)::value;
+    transform_phase_row<F, PHASE, ROW>(packed, tap_stride, channels, u + PHASE * u_phase_stride, u_point_stride);
+  };
+  phase(std::integral_constant<int, 0>{});
+  if constexpr (F::PHASES == 4) {
+    phase(std::integral_constant<int, 1>{});
+    phase(std::integral_constant<int, 2>{});
+    phase(std::integral_constant<int, 3>{});
+  }
+}
+
+template <class W>
+using RowTransform = void (*)(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride,
+                              int64_t u_phase_stride);
+
+template <class F, class W, int... ROW>
+constexpr std::array<RowTransform<W>, sizeof...(ROW)> row_transforms(std::integer_sequence<int, ROW...>) {
+  return {&transform_row<F, ROW, W>...};
+}
+
+// transform_row() of each row of points.
+template <class F, class W>
+constexpr auto ROW_TRANSFORMS = row_transforms<F, W>(std::make_integer_sequence<int, F::A>{});
+
+// All rows, from packed taps to U [point][phase][u_phase_stride].
 template <class F, class W>
 void transform_weights(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride,
                        int64_t u_phase_stride) {
-  if constexpr (F::PHASES == 1) {
-    const W* taps[9];
-    for (int t = 0; t < 9; ++t) taps[t] = packed + t * tap_stride;
-    transform_taps<F, 3>(taps, channels, u, u_point_stride);
-  } else {
-    for (int phase = 0; phase < F::PHASES; ++phase) {
-      // Kernel rows (columns) of the two taps: 0 and 2 in the odd phase, none and 1 in the even one.
-      const int rows[2] = {F::odd_row(phase) ? 0 : -1, F::odd_row(phase) ? 2 : 1};
-      const int columns[2] = {F::odd_column(phase) ? 0 : -1, F::odd_column(phase) ? 2 : 1};
-      const W* taps[4];
-      for (int t = 0; t < 4; ++t) {
-        const int row = rows[t / 2], column = columns[t % 2];
-        taps[t] = row < 0 || column < 0 ? nullptr : packed + (row * 3 + column) * tap_stride;
-      }
-      transform_taps<F, 2>(taps, channels, u + phase * u_phase_stride, u_point_stride);
-    }
+  for (const RowTransform<W> transform : ROW_TRANSFORMS<F, W>) {
+    transform(packed, tap_stride, channels, u, u_point_stride, u_phase_stride);
+    u += F::A * u_point_stride;
   }
 }
 

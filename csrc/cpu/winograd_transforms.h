@@ -8,7 +8,8 @@
 // Each function transforms one line of vectors; a tile is transformed by its columns, then its rows.
 //
 // Members common to all: M, the output tile; A, the input tile; PAD, how far above and left of its first output it begins;
-// STRIDE of the convolution; PHASES, the images that an image of stride 2 splits into (even and odd rows and columns).
+// STRIDE of the convolution; PHASES, the images that an image of stride 2 splits into (even and odd rows and columns); TAPS of a
+// phase's kernel in a line, and which row and column of the whole kernel each is (-1: none).
 #pragma once
 
 namespace resnet_fused::cpu::RF_ISA {
@@ -23,6 +24,9 @@ struct OnePhase {
   static constexpr int STRIDE = 1;
   static constexpr int PHASES = 1;
   static RF_INLINE PhaseRun run(int) { return {0, 1}; }
+  static constexpr int TAPS = 3;
+  static constexpr int kernel_row(int, int tap) { return tap; }
+  static constexpr int kernel_column(int, int tap) { return tap; }
   static RF_INLINE int64_t first_row(int64_t top, int64_t pad, int) { return top - pad; }
   static RF_INLINE int64_t first_column(int64_t left, int64_t pad, int) { return left - pad; }
 };
@@ -127,8 +131,12 @@ struct Stride2 {
   static constexpr int STRIDE = 2;
   static constexpr int PHASES = 4;
 
-  static RF_INLINE bool odd_row(int phase) { return phase < 2; }                     // odd odd even even
-  static RF_INLINE bool odd_column(int phase) { return phase == 1 || phase == 2; }   // even odd odd even
+  static constexpr int TAPS = 2;
+  static constexpr bool odd_row(int phase) { return phase < 2; }                     // odd odd even even
+  static constexpr bool odd_column(int phase) { return phase == 1 || phase == 2; }   // even odd odd even
+  // The taps are 0 and 2 in the odd phase, none and 1 in the even one.
+  static constexpr int kernel_row(int phase, int tap) { return odd_row(phase) ? 2 * tap : tap == 0 ? -1 : 1; }
+  static constexpr int kernel_column(int phase, int tap) { return odd_column(phase) ? 2 * tap : tap == 0 ? -1 : 1; }
   static RF_INLINE PhaseRun run(int point) {
     if (point == 0) return {1, 1};
     if (point < A) return {0, 2};
