@@ -173,7 +173,7 @@ struct WinogradConv {
       made = scratch.take<float>(u_stride * F::A);
     }
 
-    for (int64_t c = 0; c < p.in_channels; c += chunk, u += chunk * PANEL) {
+    for (int64_t c = 0; c < p.in_channels; c += chunk, u += p.transformed ? chunk * PANEL : 0) {
       const int64_t channels = std::min(chunk, p.in_channels - c);
       const T* next = nullptr;
       int64_t next_size = 0;
@@ -185,14 +185,11 @@ struct WinogradConv {
       }
       for (int point = 0; point < POINTS; ++point) {
         const int column = point % F::A;
-        const float* b = u + point * u_stride;
-        if (!p.transformed) {
-          if (column == 0) {
-            ROW_TRANSFORMS<F, T>[static_cast<size_t>(point / F::A)](panel_taps(panel) + c * PANEL, tap_stride(), channels, made,
-                                                                    u_stride, u_phase_stride);
-          }
-          b = made + column * u_stride;
+        if (!p.transformed && column == 0) {
+          ROW_TRANSFORMS<F, T>[static_cast<size_t>(point / F::A)](panel_taps(panel) + c * PANEL, tap_stride(), channels, made,
+                                                                  u_stride, u_phase_stride);
         }
+        const float* b = p.transformed ? u + point * u_stride : made + column * u_stride;
         if (next != nullptr) prefetch_taps(next, next_size, point);
         const PhaseRun phases = F::run(point);
         const TileRuns::Run run = tiles.runs.template at<F>(point);
