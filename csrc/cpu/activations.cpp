@@ -30,10 +30,7 @@ constexpr int64_t STEP = int64_t{64} << 10;
 // A kept block serves a request of at least this fraction of its size, so that one small result doesn't hold a large block.
 constexpr int64_t LARGEST_WASTE = 4;
 
-struct Block {
-  void* memory;
-  int64_t size;
-};
+using Block = ActivationBlock;
 
 class Pool {
  public:
@@ -157,6 +154,10 @@ torch::stable::Tensor new_weight_gradient(const torch::stable::Tensor& like, int
   if (pooled.has_value()) return *pooled;
   return torch::stable::empty({size.data(), size.size()}, torch::headeronly::ScalarType::Float, std::nullopt, like.device());
 }
+
+void GiveBack::operator()(ActivationBlock* block) const { pool().give_back(block); }
+
+ActivationMemory take_activation_memory(int64_t bytes) { return ActivationMemory(pool().take(bytes)); }
 
 int64_t release_activations() { return pool().release(); }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -16,6 +17,17 @@ torch::stable::Tensor new_activations(const torch::stable::Tensor& like);
 
 // An uninitialised contiguous float32 tensor of shape (o, k, k, i) on the device of `like`.
 torch::stable::Tensor new_weight_gradient(const torch::stable::Tensor& like, int64_t o, int64_t k, int64_t i);
+
+// Memory of activations that no tensor holds, from the same pool, to which it goes back.
+struct ActivationBlock {
+  void* memory;
+  int64_t size;
+};
+struct GiveBack {
+  void operator()(ActivationBlock* block) const;
+};
+using ActivationMemory = std::unique_ptr<ActivationBlock, GiveBack>;
+ActivationMemory take_activation_memory(int64_t bytes);
 
 // Gives the kept blocks back to the system; returns how many bytes that were.
 int64_t release_activations();

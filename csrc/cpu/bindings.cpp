@@ -86,7 +86,13 @@ PackParams pack_params(const Tensor& weight) {
   return p;
 }
 
-void check_direct(const ConvParams& p) {
+void check_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
+  if (!plan.empty()) {
+    const WinogradPlan how = winograd_plan(p, plan);
+    STD_TORCH_CHECK(!p.transformed || how.output_tile != 2,
+                    "plan's output tile is 2, but weights are transformed for another; give packed weights.");
+    return;
+  }
   STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
   STD_TORCH_CHECK(!p.bfloat16 || (has_avx512_bf16() && p.in_channels % 2 == 0),
                   "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
@@ -94,10 +100,7 @@ void check_direct(const ConvParams& p) {
 
 void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
   if (!plan.empty()) {
-    const WinogradPlan how = winograd_plan(p, plan);
-    STD_TORCH_CHECK(!p.transformed || how.output_tile != 2,
-                    "plan's output tile is 2, but weights are transformed for another; give packed weights.");
-    kernels().winograd(p, how);
+    kernels().winograd(p, winograd_plan(p, plan));
     return;
   }
   if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
@@ -108,19 +111,6 @@ void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
 }
 
 namespace {
-
-// Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed.
-void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, const Tensor& shift) {
-  const int64_t padded = padded_channels(p.out_channels);
-  const int64_t wanted = padded * p.kernel_h * p.kernel_w * p.in_channels;
-  p.transformed = p.kernel_h == 3 && p.kernel_w == 3 && weights.scalar_type() == ScalarType::Float &&
-                  weights.numel() == kernels().transformed_size(p.in_channels, p.out_channels, p.stride_h);
-  STD_TORCH_CHECK(p.transformed || weights.scalar_type() == dtype, "weights and x differ in dtype; pack the weights in x's dtype.");
-  STD_TORCH_CHECK(p.transformed || weights.numel() == wanted, "weights has ", weights.numel(),
-                  " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");
-  STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.numel() == padded, "shift must be float32 with ", padded,
-                  " elements (whole panels); it has ", shift.numel(), ".");
-}
 
 // Packed weights of a convolution; `pairs`: as the bfloat16 direct kernels take them.
 Tensor pack(Tensor weight, bool pairs) {
@@ -148,89 +138,6 @@ Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64
   kernels().transform({packed.const_data_ptr(), false, nullptr, in_channels, out_channels}, stride,
                       packed.scalar_type() == ScalarType::BFloat16, static_cast<float*>(u.mutable_data_ptr()));
   return u;
-}
-
-ConvParams conv_params(const Tensor& x, const Tensor& weights, const Tensor& shift, int64_t out_channels,
-                       const std::vector<int64_t>& geometry, bool relu) {
-  check_cpu_activations(x, "x");
-  ConvParams p{};
-  p.x = x.const_data_ptr();
-  p.weights = weights.const_data_ptr();
-  p.shift = static_cast<const float*>(shift.const_data_ptr());
-  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
-  p.out_channels = out_channels;
-  p.relu = relu;
-  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  set_geometry(p, geometry);
-  check_parameters(p, x.scalar_type(), weights, shift);
-  return p;
-}
-
-// y = act(conv(x, w) + shift + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs); otherwise
-// the five numbers of a WinogradPlan.
-Tensor conv(Tensor x, Tensor weights, Tensor shift, std::optional<Tensor> residual, int64_t out_channels,
-            std::vector<int64_t> geometry, bool relu, std::vector<int64_t> plan) {
-  ConvParams p = conv_params(x, weights, shift, out_channels, geometry, relu);
-  Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
-  if (residual.has_value()) {
-    check_cpu_activations(*residual, "residual");
-    STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(), "residual and x differ in dtype.");
-    for (int64_t d = 0; d < 4; ++d) {
-      STD_TORCH_CHECK(residual->size(d) == y.size(d), "residual differs from the result in dimension ", d, ": ",
-                      residual->size(d), " against ", y.size(d), ".");
-    }
-    p.residual = residual->const_data_ptr();
-  }
-  p.y = y.mutable_data_ptr();
-  if (p.batch == 0) return y;
-  if (plan.empty()) check_direct(p);
-  run_conv(p, plan);
-  return y;
-}
-
-LayerParams layer_params(ScalarType dtype, const Tensor& weights, const Tensor& shift, int64_t in_channels,
-                         int64_t out_channels, int64_t kernel) {
-  ConvParams p{};
-  p.in_channels = in_channels, p.out_channels = out_channels, p.kernel_h = p.kernel_w = kernel;
-  p.stride_h = p.stride_w = 1;
-  check_parameters(p, dtype, weights, shift);
-  return {weights.const_data_ptr(), p.transformed, static_cast<const float*>(shift.const_data_ptr()), in_channels, out_channels};
-}
-
-// y = relu(layers(x) + shortcut(x)) of a block of stride 1. `channels`: those of x, then of each layer's result; as many
-// weights and shifts as layers, and one more for a projection shortcut. `plan`: strip, parts, panels of BlockParams.
-Tensor block(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> shifts, std::vector<int64_t> channels,
-             std::vector<int64_t> plan) {
-  check_cpu_activations(x, "x");
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "a bfloat16 block as a whole needs a CPU with AVX512_BF16.");
-  const size_t layers = channels.size() - 1;
-  STD_TORCH_CHECK((layers == 2 || layers == 3) && (weights.size() == layers || weights.size() == layers + 1) &&
-                      shifts.size() == weights.size(),
-                  "channels, weights and shifts don't describe a basic block (two layers) or a bottleneck (three).");
-  STD_TORCH_CHECK(plan.size() == 3 && plan[0] > 0 && plan[1] > 0 && plan[2] > 0,
-                  "plan must hold three positive numbers: strip, parts, panels.");
-  STD_TORCH_CHECK(channels[0] == x.size(1) && (weights.size() > layers || channels[0] == channels[layers]),
-                  "channels don't match x, or the identity shortcut.");
-  BlockParams p{};
-  p.batch = x.size(0), p.height = x.size(2), p.width = x.size(3);
-  for (size_t i = 0; i < layers; ++i) {
-    STD_TORCH_CHECK(!bfloat16 || channels[i] % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", channels[i], ".");
-    const bool pointwise = layers == 3 && i != 1;
-    p.layers[i] = layer_params(x.scalar_type(), weights[i], shifts[i], channels[i], channels[i + 1], pointwise ? 1 : 3);
-  }
-  if (weights.size() > layers) p.shortcut = layer_params(x.scalar_type(), weights[layers], shifts[layers], channels[0], channels[layers], 1);
-  p.strip = plan[0], p.parts = plan[1], p.panels = plan[2];
-  Tensor y = new_activations(x, p.batch, channels[layers], p.height, p.width);
-  p.x = x.const_data_ptr();
-  p.y = y.mutable_data_ptr();
-  if (p.batch == 0) return y;
-  if (layers == 3) {
-    bfloat16 ? avx512_bf16_kernels().bottleneck(p) : kernels().bottleneck(p);
-  } else {
-    bfloat16 ? avx512_bf16_kernels().basic_block(p) : kernels().basic_block(p);
-  }
-  return y;
 }
 
 // y = maxpool(relu(conv(x, w) + shift)), or without the pool; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
@@ -317,14 +224,10 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool pairs=False) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
-  m.def(
-      "conv(Tensor x, Tensor weights, Tensor shift, Tensor? residual, int out_channels, int[] geometry, bool relu, "
-      "int[] plan) -> Tensor");
   m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor");
   m.def("average_pool(Tensor x) -> Tensor");
   m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");
-  m.def("block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
@@ -337,10 +240,8 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("transform", TORCH_BOX(&transform));
-  m.impl("conv", TORCH_BOX(&conv));
   m.impl("stem", TORCH_BOX(&stem));
   m.impl("average_pool", TORCH_BOX(&average_pool));
   m.impl("empty_activations", TORCH_BOX(&empty_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
-  m.impl("block", TORCH_BOX(&block));
 }

@@ -28,8 +28,8 @@ void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry);
 // What is packed of `weight`, which is dense in channels_last; all but where to, and how.
 PackParams pack_params(const torch::stable::Tensor& weight);
 
-// That a convolution without a plan can be computed directly.
-void check_direct(const ConvParams& p);
+// That run_conv can run a convolution, of which all is set but x, residual and y.
+void check_conv(const ConvParams& p, const std::vector<int64_t>& plan);
 
 // Runs a convolution by the five numbers of a WinogradPlan, or where `plan` is empty, directly.
 void run_conv(const ConvParams& p, const std::vector<int64_t>& plan);

@@ -145,7 +145,8 @@ class RowsBelow {
  public:
   RowsBelow(const ConvTile<Out>& t, const Out* residual, const Out* y)
       : y_(y + ROWS * t.pixel_stride),
-        residual_(residual == nullptr ? nullptr : residual + ROWS * t.pixel_stride),
+        // A result that is written over its residual needs one of them.
+        residual_(residual == nullptr || residual == y ? nullptr : residual + ROWS * t.pixel_stride),
         stride_(t.pixel_stride) {
     const int64_t blocks = std::max<int64_t>(t.tap_count * t.channels / LANES, 1);
     share_ = (ROWS + blocks - 1) / blocks;

@@ -60,7 +60,7 @@ Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::
   p.out_channels = packing.out_channels;
   p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   set_geometry(p, {kernel, kernel, stride, stride, pad, pad, 1, 1});
-  if (plan.empty()) check_direct(p);
+  check_conv(p, plan);
   Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
   p.y = y.mutable_data_ptr();
   if (p.batch == 0) return y;
@@ -94,7 +94,7 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
   conv.batch = p.batch, conv.in_channels = p.out_channels, conv.height = p.out_height, conv.width = p.out_width;
   conv.out_channels = p.in_channels;
   conv.bfloat16 = p.bfloat16;
-  if (plan.empty()) check_direct(conv);
+  if (plan.empty()) check_conv(conv, plan);
   Tensor dx = new_activations(dy, p.batch, p.in_channels, height, width);
   if (p.batch == 0) return dx;
   p.dx = conv.y = dx.mutable_data_ptr();

@@ -59,7 +59,7 @@ struct WinogradConv {
       const int64_t first_steps = POINTS * std::min(plan.panels, panels);
       const auto at_output = [&](auto* data) { return data == nullptr ? data : data + out_begin; };
       Prefetcher y(at_output(static_cast<const T*>(p.y)), out_count, first_steps);
-      Prefetcher residual(at_output(static_cast<const T*>(p.residual)), out_count, first_steps);
+      Prefetcher residual(at_output(static_cast<const T*>(p.residual == p.y ? nullptr : p.residual)), out_count, first_steps);
       Prefetcher next_x;
       if (following >= 0) {
         const int64_t first = block_begin(following), last = block_begin(following + 1) - 1;

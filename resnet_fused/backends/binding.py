@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends import Kernel, by_rules, candidates, get, records, resolve
+from resnet_fused.backends.cpu_chain import Chain, ChainKernel
 from resnet_fused.backends.problem import Conv, Folded, Problem
 
 _WHOLE_OPS = ("basic_block", "bottleneck", "stem")
@@ -149,17 +150,23 @@ def _part(problem: Problem, folded: Folded, index: int, op: str, height: int, wi
 
 def _block(problem: Problem, kernels: list[Kernel]) -> Kernel:
     main = len(problem.main_path)
-    *inner, last = kernels[:main]
-    shortcut = kernels[main] if problem.shortcut else None
+    chained = [kernel for kernel in kernels if isinstance(kernel, ChainKernel)]
 
-    def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-        residual = x if shortcut is None else shortcut(x, None)
+    def through(call: Callable[[Any, Any, Any], Any], parts: Sequence[Any], x: Any) -> Any:
+        """The block's result for x, by call(part, x, residual)."""
+        residual = call(parts[main], x, None) if problem.shortcut else x
         y = x
-        for layer in inner:
-            y = layer(y, None)
-        return last(y, residual)
+        for layer in parts[: main - 1]:
+            y = call(layer, y, None)
+        return call(parts[main - 1], y, residual)
 
-    return kernel
+    if len(chained) < len(kernels):
+        return lambda x, residual: through(lambda kernel, *args: kernel(*args), kernels, x)
+
+    def record(chain: Chain, x: int, residual: int | None) -> int:
+        return through(lambda kernel, *args: kernel.record(chain, *args), chained, x)
+
+    return ChainKernel(problem.shape, problem.dtype, record)
 
 
 def _stem(problem: Problem, kernels: list[Kernel]) -> Kernel:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import Kernel, cpu_bn, cpu_plan, library, records
+from resnet_fused.backends.cpu_chain import Chain, ChainKernel
 from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Conv, Folded, Pool, Problem
 
@@ -165,15 +166,13 @@ class CPU:
         weight, shift = _packed(folded, conv, problem.dtype, winograd=bool(plan))
         geometry = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
         relu, out_channels = problem.op != "conv2d_bn", conv.out_channels
-        run = torch.ops.resnet_fused_cpu.conv.default
 
-        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-            x = x.contiguous(memory_format=torch.channels_last)
-            if residual is not None:
-                residual = residual.contiguous(memory_format=torch.channels_last)
-            return run(x, weight, shift, residual, out_channels, geometry, relu, plan)
+        def record(chain: Chain, x: int, residual: int | None) -> int:
+            if problem.op != "conv2d_bn_add_relu":
+                residual = None
+            return chain.conv(x, residual, weight, shift, out_channels, geometry, relu, plan)
 
-        return kernel
+        return ChainKernel(problem.shape, problem.dtype, record)
 
     def _stem(self, problem: Problem, folded: Folded) -> Kernel:
         def pack() -> tuple[Tensor, Tensor]:
@@ -199,13 +198,12 @@ class CPU:
             for part, conv in zip(parts, problem.convs, strict=True)
         ]
         weights, shifts = [weight for weight, _ in packed], [shift for _, shift in packed]
-        channels = [problem.shape[1], *(conv.out_channels for conv in problem.main_path)]
-        run = torch.ops.resnet_fused_cpu.block.default
+        channels = [conv.out_channels for conv in problem.main_path]
 
-        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-            return run(x.contiguous(memory_format=torch.channels_last), weights, shifts, channels, plan)
+        def record(chain: Chain, x: int, residual: int | None) -> int:
+            return chain.block(x, weights, shifts, channels, plan)
 
-        return kernel
+        return ChainKernel(problem.shape, problem.dtype, record)
 
     def norm(self) -> NormKernels:
         return cpu_bn.CPUNorm()

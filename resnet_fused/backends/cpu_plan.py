@@ -10,7 +10,7 @@ from resnet_fused.backends.problem import Conv, Problem
 
 
 class WinogradPlan(NamedTuple):
-    """The numbers that resnet_fused_cpu::conv takes as `plan`.
+    """The numbers that resnet_fused_cpu::chain_conv takes as `plan`.
 
     Attributes:
         output_tile: m of the m×m results of a tile: 2 or 4 for stride 1, 5 for stride 2.
@@ -28,7 +28,7 @@ class WinogradPlan(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-    """The numbers that resnet_fused_cpu::block takes as `plan`.
+    """The numbers that resnet_fused_cpu::chain_block takes as `plan`.
 
     Attributes:
         strip: rows of Winograd tiles that go through the block together.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from resnet_fused.backends import Kernel
+from resnet_fused.backends.cpu_chain import in_a_row
 from resnet_fused.modules.folding import hooks_of
 from resnet_fused.modules.fused import FusedBlock
 from resnet_fused.modules.settled import TakingOver
@@ -57,7 +58,8 @@ class FusedSequential(TakingOver, nn.Sequential):
                 assert own is not None
                 found.append(own)
                 x = own(x, None)
-            kernels = found
+            whole = in_a_row(found)
+            kernels = found if whole is None else [whole]
             return x
 
         return run

@@ -86,7 +86,7 @@ class Settling(nn.Module):
 
     def kernel(self, x: Tensor, residual: Tensor | None = None) -> Kernel | None:
         """The kernel of a call; None where there is none, or something else must see the call: autograd, tracing, autocast."""
-        if not plain(x, residual) or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.jit.is_tracing():
+        if not plain(x, residual) or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             return None
         if x.layout is not torch.strided:
             return None

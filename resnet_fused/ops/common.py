@@ -217,6 +217,8 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
+    if torch._C._is_tracing():  # by torch.jit.trace, which would note down kernels of this process
+        return False
     # A loop, since a generator takes twice as long, and this stands before every call of every op.
     for tensor in tensors:  # noqa: SIM110
         if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:

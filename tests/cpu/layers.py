@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends.cpu import _padded_shift
+from resnet_fused.backends.cpu_chain import Chain
 
 CHANNELS_LAST = torch.channels_last
 
@@ -49,7 +50,10 @@ class Layer:
         ops = torch.ops.resnet_fused_cpu
         packed = ops.pack(self.weight.contiguous(memory_format=CHANNELS_LAST), self.dtype == torch.bfloat16 and not plan)
         geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
-        return ops.conv(self.x, packed, _padded_shift(self.shift), self.added, self.out, geometry, self.relu, plan)
+        chain = Chain(tuple(self.x.shape), self.dtype)
+        residual = Chain.RESIDUAL if self.residual else None
+        chain.conv(Chain.X, residual, packed, _padded_shift(self.shift), self.out, geometry, self.relu, plan)
+        return ops.run_chain(chain.id, self.x, self.added)
 
 
 @dataclass
@@ -91,4 +95,6 @@ class Block:
         weights = [w.contiguous(memory_format=CHANNELS_LAST) for w in self.weights]
         packed = [ops.pack(w, self.dtype == torch.bfloat16 and w.shape[2] == 1) for w in weights]
         shifts = [_padded_shift(s) for s in self.shifts]
-        return ops.block(self.x, packed, shifts, self.channels, plan)
+        chain = Chain(tuple(self.x.shape), self.dtype)
+        chain.block(Chain.X, packed, shifts, self.channels[1:], plan)
+        return ops.run_chain(chain.id, self.x, None)

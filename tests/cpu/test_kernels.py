@@ -31,7 +31,6 @@ WINOGRAD = {
     "2x2 tiles": ({"n": 1, "c": 40, "h": 7, "w": 5, "out": 40}, SMALL_TILES),
     "one pixel, one channel": ({"n": 2, "c": 1, "h": 1, "w": 1, "out": 1}, BY_TILES),
     "one row": ({"n": 1, "c": 16, "h": 1, "w": 30, "out": 16}, BY_PANELS),
-    "empty batch": ({"n": 0, "c": 16, "h": 8, "w": 8, "out": 16}, BY_TILES),
     "no residual, no ReLU": ({"n": 1, "c": 32, "h": 14, "w": 14, "out": 32, "residual": False, "relu": False}, BY_TILES),
     "more input channels than a chunk": ({"n": 1, "c": 100, "h": 6, "w": 6, "out": 32}, BY_PANELS),
     "more tiles than are transformed at once": ({"n": 4, "c": 512, "h": 30, "w": 32, "out": 16}, [4, 32, 1, 64, 1]),
@@ -63,7 +62,6 @@ DIRECT = {
     "few pixels of many images": ({"n": 9, "c": 37, "h": 5, "w": 6, "out": 50, "stride": 2}, []),
     "7x7, three channels": ({"n": 1, "c": 3, "h": 17, "w": 19, "out": 40, "kernel": 7, "stride": 2, "padding": 3}, []),
     "one pixel": ({"n": 1, "c": 5, "h": 1, "w": 1, "out": 3, "kernel": 1, "padding": 0}, []),
-    "empty batch": ({"n": 0, "c": 16, "h": 8, "w": 8, "out": 16}, []),
 }
 
 BFLOAT16_DIRECT = {
@@ -88,7 +86,6 @@ BLOCKS = {
     "basic, projection": ({"n": 1, "c": 32, "h": 13, "w": 11, "width": 48, "out": 64, "basic": True}, [2, 1, 1]),
     "basic in parts": ({"n": 1, "c": 40, "h": 23, "w": 9, "width": 24, "out": 40, "basic": True}, [1, 3, 4]),
     "basic, one strip": ({"n": 1, "c": 32, "h": 7, "w": 7, "width": 32, "out": 32, "basic": True}, [20, 1, 2]),
-    "empty batch": ({"n": 0, "c": 32, "h": 7, "w": 7, "width": 32, "out": 32, "basic": True}, [1, 1, 1]),
 }
 
 

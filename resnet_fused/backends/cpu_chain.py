@@ -1,0 +1,106 @@
+"""Kernels of csrc/cpu: steps prepared natively for inputs of one shape and run by one call, be it one step or a stage."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import Kernel
+
+
+class Chain:
+    """What csrc/cpu/chain.cpp runs by one call.
+
+    Values are numbered: 0 is x, 1 the residual, and each step gives the next.
+
+    Args:
+        shape: of x, (N, C, H, W).
+        dtype: of all activations, float32 or bfloat16.
+    """
+
+    X, RESIDUAL = 0, 1
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        self._library = torch.ops.resnet_fused_cpu
+        self.id = self._library.new_chain(shape, dtype == torch.bfloat16)
+        # Not at the interpreter's exit, where the operator may be gone already.
+        weakref.finalize(self, self._library.delete_chain.default, self.id).atexit = False
+
+    def conv(
+        self,
+        x: int,
+        residual: int | None,
+        weights: Tensor,
+        shift: Tensor,
+        out_channels: int,
+        geometry: list[int],
+        relu: bool,
+        plan: list[int],
+    ) -> int:
+        """Adds y = act(conv2d(x, weights) + shift + residual).
+
+        Args:
+            x, residual: values.
+            weights, shift: packed weights and padded shift.
+            geometry: kernel, stride, padding and dilation, two each.
+            plan: a WinogradPlan's numbers, or empty for the direct sum.
+        """
+        return self._library.chain_conv(self.id, x, residual, weights, shift, out_channels, geometry, relu, plan)
+
+    def block(self, x: int, weights: list[Tensor], shifts: list[Tensor], channels: list[int], plan: list[int]) -> int:
+        """Adds y = relu(layers(x) + shortcut(x)), a residual block as a whole.
+
+        Args:
+            x: a value.
+            weights, shifts: packed weights and padded shifts of the layers, and of a projection shortcut.
+            channels: of each layer's result.
+            plan: a BlockPlan's numbers.
+        """
+        return self._library.chain_block(self.id, x, weights, shifts, channels, plan)
+
+
+Record = Callable[[Chain, int, "int | None"], int]
+"""record(chain, x, residual) adds the steps of a kernel to a chain and gives the number of the result."""
+
+
+class ChainKernel:
+    """A kernel that runs a chain. The chain is made at the first call, since parts of a longer one are never called.
+
+    Args:
+        shape: of x, (N, C, H, W).
+        dtype: of x.
+        record: adds the kernel's steps to a chain.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, record: Record) -> None:
+        self.shape, self.dtype, self.record = shape, dtype, record
+        self._chain: Chain | None = None
+        self._run = torch.ops.resnet_fused_cpu.run_chain.default
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        chain = self._chain
+        if chain is None:
+            chain = Chain(self.shape, self.dtype)
+            self.record(chain, Chain.X, Chain.RESIDUAL)
+            self._chain = chain
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        return self._run(chain.id, x, residual)
+
+
+def in_a_row(kernels: Sequence[Kernel]) -> ChainKernel | None:
+    """The kernels as one, each on the result of the one before it; None if one isn't a `ChainKernel`."""
+    chained = [kernel for kernel in kernels if isinstance(kernel, ChainKernel)]
+    if len(chained) < len(kernels):
+        return None
+
+    def record(chain: Chain, x: int, residual: int | None) -> int:
+        for kernel in chained:
+            x = kernel.record(chain, x, None)
+        return x
+
+    return ChainKernel(chained[0].shape, chained[0].dtype, record)
