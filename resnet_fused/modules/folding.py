@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+_CHUNK = 128 * 1024  # values of a weight that are folded together
+
 
 class NotFoldable(Exception):
     """A convolution or batch norm can't be folded; the message is the reason, as the report prints it."""
@@ -120,9 +122,14 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         raise NotFoldable(f"the batch norm has {scale.numel()} channels and the convolution {conv.out_channels}")
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
-    weight = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype)
-    folded_shift = shift.to(conv.weight.dtype)
-    for folded, exact in ((weight, conv.weight), (folded_shift, shift)):
-        if bool(exact.isfinite().all()) and not bool(folded.isfinite().all()):
+    weight, folded_shift = torch.empty_like(conv.weight), shift.to(conv.weight.dtype)
+    # A few filters at a time: float64 copies of whole weights would be most of what fusing takes in memory.
+    filters = max(_CHUNK // max(conv.weight[0].numel(), 1), 1)
+    folded = [(folded_shift, shift)]
+    for exact, part, factor in zip(conv.weight.split(filters), weight.split(filters), scale.split(filters), strict=True):
+        part.copy_(exact.double() * factor.view(-1, 1, 1, 1))
+        folded.append((part, exact))
+    for rounded, exact in folded:
+        if bool(exact.isfinite().all()) and not bool(rounded.isfinite().all()):
             raise NotFoldable(f"the folded parameters overflow {conv.weight.dtype}")
     return weight, folded_shift

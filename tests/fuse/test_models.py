@@ -11,6 +11,7 @@ import torch
 import torchvision
 from plain_resnet import PlainResNet
 from tolerances import assert_as_good_as_stock
+from torch import nn
 from torch.utils.mkldnn import to_mkldnn
 
 import resnet_fused as rf
@@ -223,6 +224,48 @@ def test_weights_take_little_more_than_twice_the_memory(trained):
         report = rf.report(fused, file=io.StringIO())
         assert report.packed_bytes > 0
         assert report.fused_bytes + report.packed_bytes <= 2.2 * report.stock_bytes, str(report).splitlines()[-1]
+
+
+class Mixed(nn.Module):
+    """Fused and unfused parts, with parameters that are tied, and one that is a view of another's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.bare = nn.Conv2d(8, 8, 1)
+        self.head, self.tied = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied.weight = self.head.weight
+        self.view = nn.Parameter(self.head.bias.detach()[:4])
+        self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bare(self.bn(self.conv(x)).relu()).relu().mean((2, 3))
+        return self.tied(self.head(x) * self.scale) + self.view.sum()
+
+
+def test_a_fused_model_shares_no_memory_with_the_original_and_keeps_ties():
+    model = Mixed().eval()
+    fused = rf.fuse(model)
+    tensors = [{t.untyped_storage().data_ptr() for t in (*m.parameters(), *m.buffers())} for m in (model, fused)]
+    assert not tensors[0] & tensors[1]
+    assert fused.tied.weight is fused.head.weight
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        want = fused(x)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+        torch.testing.assert_close(fused(x), want)
+
+
+def test_fusing_copies_no_weight_that_it_folds(monkeypatch):
+    """The original and the folded weights are in memory at once, and nothing else of their size."""
+    copied = []
+    deepcopy = nn.Parameter.__deepcopy__
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self.shape) or deepcopy(self, memo))
+    model = torchvision.models.resnet18().eval()
+    fused = rf.fuse(model)
+    assert sorted(copied) == sorted(p.shape for p in fused.fc.parameters())
+    assert fused.fc.weight.data_ptr() != model.fc.weight.data_ptr()
 
 
 def test_fuse_leaves_the_original_alone_unless_inplace(trained):
