@@ -21,7 +21,7 @@ from resnet_fused.backends import records
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.problem import Problem
 from resnet_fused.text import table
-from resnet_fused.tolerance import allowed
+from resnet_fused.tolerance import allowed, relative_error
 from resnet_fused.trials import ELEMENTWISE, ENTRIES, Trial, tensors, trials
 
 
@@ -166,11 +166,6 @@ def _fallback(check: Check, device: torch.device) -> str:
     return backends.resolve(Problem(check.op, ELEMENTWISE[0], dtype, device), "auto").name
 
 
-def _relative_error(y: Tensor, truth: Tensor, where: Tensor) -> float:
-    scale = truth[where].norm().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((y.double()[where] - truth[where]).norm() / scale)
-
-
 def _judge(ours: Tensor, stock: Tensor, truth: Tensor) -> tuple[float, float, str]:
     """Errors of ours and of stock's, and why ours fails, or nothing."""
     where = stock.isfinite() & truth.isfinite()
@@ -180,7 +175,7 @@ def _judge(ours: Tensor, stock: Tensor, truth: Tensor) -> tuple[float, float, st
             0.0,
             f"shape and dtype are {tuple(ours.shape)}, {ours.dtype}; stock's {tuple(stock.shape)}, {stock.dtype}",
         )
-    error, yardstick = _relative_error(ours, truth, where & ours.isfinite()), _relative_error(stock, truth, where)
+    error, yardstick = relative_error(ours, truth, where & ours.isfinite()), relative_error(stock, truth, where)
     if (~stock.isfinite() & ours.isfinite()).any():
         return error, yardstick, "a NaN or Inf of stock's disappeared"
     if (where & ~ours.isfinite()).any():

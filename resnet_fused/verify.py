@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.modules.fused import FusedModule
 from resnet_fused.text import table
-from resnet_fused.tolerance import allowed
+from resnet_fused.tolerance import allowed, relative_error
 
 
 @dataclass
@@ -112,6 +112,4 @@ def _results(model: nn.Module, arguments: tuple[Any, ...], watched: list[str]) -
 
 
 def _error(y: Tensor, truth: Tensor) -> float:
-    finite = truth.isfinite() & y.isfinite()
-    difference = (y.double() - truth)[finite].norm()
-    return float(difference / truth[finite].norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return relative_error(y, truth, truth.isfinite() & y.isfinite())

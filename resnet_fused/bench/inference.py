@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from resnet_fused.bench import variants
 from resnet_fused.bench.timing import interleave
 from resnet_fused.bench.workloads import Workload
+from resnet_fused.env_report import cpu_name
+from resnet_fused.tolerance import relative_error
 
 # Images on which results are compared with float64, which takes many times as long.
 _CHECKED = 2
@@ -62,8 +65,6 @@ class Comparison:
 
 def machine() -> dict[str, object]:
     """What the times were measured on."""
-    from resnet_fused.env_report import cpu_name
-
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -95,7 +96,7 @@ def compare(
         comparison.results.append(result)
         try:
             run = variants.make(name, model, x)
-            result.error = _error(run(), truth)
+            result.error = relative_error(run()[: len(truth)], truth)
         except variants.Unavailable as reason:
             result.note = str(reason)
             continue
@@ -114,10 +115,4 @@ def compare(
 
 
 def _truth(model: nn.Module, x: Tensor) -> Tensor:
-    import copy
-
     return copy.deepcopy(model).double()(x[:_CHECKED].double())
-
-
-def _error(y: Tensor, truth: Tensor) -> float:
-    return float((y[: len(truth)].double() - truth).norm() / truth.norm())
