@@ -100,9 +100,8 @@ def _convs(backend: Any, entry: Entry, problem: Problem) -> Iterator[Trial]:
     reference = backends.get("reference")
     x, folded, residual = tensors(problem, entry.special)
     stock = reference.prepare(problem, folded)(x, residual)
-    exact = Folded(tuple(w.double() for w in folded.weights), tuple(s.double() for s in folded.shifts))
     wide = dataclasses.replace(problem, dtype=torch.float64)
-    truth = reference.prepare(wide, exact)(x.double(), None if residual is None else residual.double())
+    truth = reference.prepare(wide, folded.to(torch.float64))(x.double(), None if residual is None else residual.double())
 
     def compute(*variant: str) -> Tensor:
         return backend.prepare(problem, folded, *variant)(x, residual)

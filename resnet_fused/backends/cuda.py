@@ -7,13 +7,12 @@ operators call at every launch and that the tests call as well.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import library, records
+from resnet_fused.backends import Kernel, library, records
 from resnet_fused.backends.cuda_norm import CUDANorm
 from resnet_fused.backends.norm import NORM_OPS
 from resnet_fused.backends.problem import Folded, Problem
@@ -23,15 +22,6 @@ _CONV_OPS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
 _ELEMENTWISE = ("add_relu", "add_relu_backward")
 _FLOAT16, _BFLOAT16, _FLOAT32, _TF32 = range(4)  # ElementType in csrc/cuda/element_type.h
 _TYPES = {torch.float16: _FLOAT16, torch.bfloat16: _BFLOAT16, torch.float32: _FLOAT32}
-
-Kernel = Callable[[Tensor, Tensor | None], Tensor]
-
-
-def tf32_allowed(problem: Problem) -> bool:
-    """Whether the problem may use TF32 now: by torch.backends.cudnn.conv.fp32_precision, and not precision="exact"."""
-    return (
-        problem.dtype == torch.float32 and problem.precision != "exact" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    )
 
 
 def plan_problem(problem: Problem, tf32: bool) -> list[int]:
@@ -133,7 +123,7 @@ class CUDA:
         return lambda x, residual: run(x, residual).contiguous()
 
     def _tf32(self, problem: Problem) -> bool:
-        return tf32_allowed(problem) and device_properties(problem.device)[0] >= 80
+        return problem.tf32_allowed() and device_properties(problem.device)[0] >= 80
 
     def _plan(self, problem: Problem) -> None:
         """Raises RuntimeError with the reason if the planner refuses the problem."""

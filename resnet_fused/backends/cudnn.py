@@ -14,11 +14,12 @@ checked:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import BackendError, Kernel
 from resnet_fused.backends.problem import Folded, Problem
 
 _OLDEST_CUDNN = 8300
@@ -52,7 +53,7 @@ class CuDNN:
             return f"it serves float32, float16 and bfloat16, not {problem.dtype}"
         if not torch.backends.cudnn.enabled:
             return "torch.backends.cudnn.enabled is False"
-        if problem.precision == "exact" and problem.dtype == torch.float32 and _tf32_allowed():
+        if problem.precision == "exact" and replace(problem, precision="fast").tf32_allowed():
             return "precision is 'exact', and torch.backends.cudnn.conv.fp32_precision is 'tf32'; set it to 'ieee'"
         n, c, h, w = problem.shape
         result = torch.Size(problem.output_shape()).numel()
@@ -70,14 +71,12 @@ class CuDNN:
         # Never measured here. A choice that rf.tune recorded is taken before this is asked.
         return False
 
-    def prepare(self, problem: Problem, folded: Folded) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         """The kernel for the problem; runs it once on zeros.
 
         Raises:
             BackendError: cuDNN has no engine for it.
         """
-        from resnet_fused.backends import BackendError
-
         (conv,) = problem.convs
         format = problem.memory_format
         key = ("cudnn", format)
@@ -101,10 +100,6 @@ class CuDNN:
                 reason = f"cuDNN has no fused engine for {problem}: {error}. Choose another backend, or 'auto'."
                 raise BackendError(reason) from error
         return kernel
-
-
-def _tf32_allowed() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 @functools.cache

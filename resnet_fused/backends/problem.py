@@ -107,6 +107,11 @@ class Problem:
             h, w = ((size + 2 * p[i] - k[i]) // s[i] + 1 for i, size in enumerate((h, w)))
         return n, c, h, w
 
+    def tf32_allowed(self) -> bool:
+        """Whether TF32 may be used now: by torch.backends.cudnn.conv.fp32_precision, and not with precision="exact"."""
+        setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return self.dtype == torch.float32 and self.precision != "exact" and setting == "tf32"
+
     def __str__(self) -> str:
         convs = ", ".join(f"{c.in_channels}→{c.out_channels} {c.kernel[0]}×{c.kernel[1]}/{c.stride[0]}" for c in self.convs)
         shape = "×".join(map(str, self.shape))
@@ -134,6 +139,10 @@ class Folded:
             # Two threads may both make it; setdefault lets the first one stand, and the other is dropped.
             found = self.packings.setdefault(key, make())
         return found
+
+    def to(self, dtype: torch.dtype) -> Folded:
+        """The parameters in another dtype, with nothing packed from them."""
+        return Folded(tuple(w.to(dtype) for w in self.weights), tuple(s.to(dtype) for s in self.shifts))
 
     def packed_bytes(self) -> int:
         """Bytes of all packings. Parts that share the plain parameters count only what was packed from them."""

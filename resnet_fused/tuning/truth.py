@@ -21,8 +21,7 @@ class Truth:
     def __init__(self, problem: Problem, folded: Folded) -> None:
         reference = get("reference")
         stock = reference.prepare(problem, folded)
-        wide = Folded(tuple(w.double() for w in folded.weights), tuple(s.double() for s in folded.shifts))
-        self.exact = reference.prepare(replace(problem, dtype=torch.float64), wide)
+        self.exact = reference.prepare(replace(problem, dtype=torch.float64), folded.to(torch.float64))
         x, residual = inputs = _inputs(problem)
         self.cases = [inputs, _with_nan(*inputs)]
         if residual is not None and residual.shape == x.shape:

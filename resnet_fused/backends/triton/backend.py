@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from resnet_fused import config
+from resnet_fused.backends import Kernel
 from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Folded, Problem
 
@@ -67,9 +66,7 @@ class Triton:
 
         return prepare.variants(problem) if problem.op in _CONV_OPS else []
 
-    def prepare(
-        self, problem: Problem, folded: Folded, variant: str | None = None
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def prepare(self, problem: Problem, folded: Folded, variant: str | None = None) -> Kernel:
         """The kernel for the problem, by the plan of that name, or by the most promising one."""
         from resnet_fused.backends.triton import prepare
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from resnet_fused import config
-from resnet_fused.backends import records
+from resnet_fused.backends import Kernel, records
 from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, conv2d_tma, elementwise
 from resnet_fused.backends.triton.launch import aligned
-
-Kernel = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def on(device: torch.device) -> torch.cuda.device:
@@ -23,16 +21,9 @@ def on(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
-def tf32_allowed(problem: Problem) -> bool:
-    """Whether the problem may use TF32 now: by torch.backends.cudnn.conv.fp32_precision, and not precision="exact"."""
-    return (
-        problem.dtype == torch.float32 and problem.precision != "exact" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    )
-
-
 def variants(problem: Problem) -> list[str]:
     """Names of the plans that are worth a measurement for a convolution, the most promising first."""
-    return [plan.name for plan in configs.promising(problem, configs.Chip.of(problem.device), tf32_allowed(problem))]
+    return [plan.name for plan in configs.promising(problem, configs.Chip.of(problem.device), problem.tf32_allowed())]
 
 
 def module_of(plan: configs.Plan) -> ModuleType:
@@ -50,8 +41,7 @@ def prepare(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
 
 def _in_float32(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
     """A bfloat16 problem for Triton's interpreter, whose bfloat16 products and roundings are wrong (3.8)."""
-    wide = Folded(tuple(w.float() for w in folded.weights), tuple(s.float() for s in folded.shifts))
-    kernel = prepare(dataclasses.replace(problem, dtype=torch.float32), wide, variant)
+    kernel = prepare(dataclasses.replace(problem, dtype=torch.float32), folded.to(torch.float32), variant)
     return lambda x, residual: kernel(x.float(), None if residual is None else residual.float()).bfloat16()
 
 
@@ -83,7 +73,7 @@ class Conv2d(_Prepared):
         self.shift = folded.pack(("triton", "shift"), lambda: aligned(folded.shifts[0].detach().contiguous()))
         # By whether TF32 is allowed, which may change from call to call.
         self.kernels: dict[bool, tuple[Callable[..., None], Tensor]] = {}
-        self._bind(tf32_allowed(problem))
+        self._bind(problem.tf32_allowed())
 
     def _bind(self, tf32: bool) -> tuple[Callable[..., None], Tensor]:
         problem, (conv,) = self.problem, self.problem.convs
@@ -102,7 +92,7 @@ class Conv2d(_Prepared):
         return run, weight
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        tf32 = self.float32 and tf32_allowed(self.problem)
+        tf32 = self.float32 and self.problem.tf32_allowed()
         run, weight = self.kernels.get(tf32) or self._bind(tf32)
         y = torch.empty(self.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         x = aligned(x.contiguous(memory_format=torch.channels_last))
