@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import config, tuning
-from resnet_fused.backends import BackendError, Precision, check_name, get
+from resnet_fused.backends import Precision, check_available
 from resnet_fused.cuda_graph import CudaGraphed
 from resnet_fused.fusion.replacing import Fuser
 from resnet_fused.fusion.rows import Row
@@ -70,10 +70,7 @@ def fuse(
         )
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, get_args(Precision)))}.")
-    if check_name(backend, "backend") != "auto":
-        reason = get(backend).unavailable()
-        if reason is not None:
-            raise BackendError(f"backend {backend!r} is not available here: {reason}")
+    check_available(backend, "backend")
     if tune and example_inputs is None:
         raise ValueError("tune=True needs example_inputs: pass a tensor, or a tuple of the model's arguments, to measure with.")
     # Not asked of the model, since a wrapper around one in eval mode, such as DataParallel, is in training mode itself.

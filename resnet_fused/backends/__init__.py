@@ -33,6 +33,7 @@ __all__ = [
     "available_backends",
     "by_rules",
     "candidates",
+    "check_available",
     "choice",
     "get",
     "names",
@@ -86,6 +87,15 @@ def names() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
+def check_available(name: str, argument: str) -> None:
+    """Raises ValueError where no backend has that name, and BackendError where it can't run on this machine."""
+    if check_name(name, argument) != "auto":
+        reason = get(name).unavailable()
+        if reason is not None:
+            remedy = "Choose one of rf.available_backends(), or 'auto'."
+            raise BackendError(f"{argument} is {name!r}, which is not available here: {reason}. {remedy}")
+
+
 def check_name(name: str, argument: str) -> str:
     """`name` if it names a backend or is "auto"; raises ValueError that names the argument otherwise."""
     if name != "auto" and name not in _BACKENDS:
@@ -119,11 +129,7 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no backend has that name.
         BackendError: the backend can't run on this machine; the message says why.
     """
-    check_name(name, "name")
-    if name != "auto":
-        reason = get(name).unavailable()
-        if reason is not None:
-            raise BackendError(f"backend {name!r} is not available here: {reason}")
+    check_available(name, "name")
     token = _context_choice.set(name)
     try:
         yield

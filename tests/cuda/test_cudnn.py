@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import resnet_fused as rf
 from resnet_fused import backends
 from resnet_fused.backends import BackendError, Problem, cudnn
 from resnet_fused.backends.problem import Conv, Folded
@@ -29,8 +30,13 @@ def test_is_unavailable_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert "no GPU" in backends.get("cudnn").unavailable()
-    with pytest.raises(BackendError, match="no GPU"), backends.use_backend("cudnn"):
+    with (
+        pytest.raises(BackendError, match="name is 'cudnn', which is not available here: there is no GPU"),
+        rf.use_backend("cudnn"),
+    ):
         pass
+    with pytest.raises(BackendError, match="backend is 'cudnn'.*Choose one of rf.available_backends"):
+        rf.fuse(torch.nn.Identity(), backend="cudnn")
 
 
 LIMITS = {
