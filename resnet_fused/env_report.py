@@ -5,23 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from pathlib import Path
 
 import torch
 
 from resnet_fused import backends, config
+from resnet_fused.backends import records
 from resnet_fused.text import table
-
-
-def cpu_name() -> str:
-    """The processor's name as its maker gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def versions() -> list[tuple[str, str]]:
@@ -40,7 +29,7 @@ def machine() -> list[tuple[str, str]]:
     lines = [
         ("python", sys.version.split()[0]),
         ("system", platform.platform()),
-        ("CPU", cpu_name()),
+        ("CPU", records.cpu_name()),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("threads", str(torch.get_num_threads())),
         ("CUDA build of torch", str(torch.version.cuda or "no")),

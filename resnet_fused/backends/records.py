@@ -152,12 +152,14 @@ def machine(device: torch.device) -> dict[str, str]:
         found["driver"] = torch.version.hip or _first_line("/proc/driver/nvidia/version")
         found["cudnn"] = str(torch.backends.cudnn.version())
     else:
-        found["device"] = f"{device.type}: {_cpu_name()}"
+        found["device"] = f"{device.type}: {cpu_name()}"
     return found
 
 
-def _cpu_name() -> str:
-    return _first_line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+def cpu_name() -> str:
+    """The processor's name as its maker gives it."""
+    line = _first_line("/proc/cpuinfo", "model name")
+    return line.partition(":")[2].strip() or platform.processor() or platform.machine()
 
 
 def _first_line(path: str, start: str = "") -> str:

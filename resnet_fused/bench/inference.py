@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.backends.records import cpu_name
 from resnet_fused.bench import variants
 from resnet_fused.bench.timing import interleave
 from resnet_fused.bench.workloads import Workload
-from resnet_fused.env_report import cpu_name
 from resnet_fused.tolerance import relative_error
 
 # Images on which results are compared with float64, which takes many times as long.

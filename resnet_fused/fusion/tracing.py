@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from resnet_fused.modules.folding import hooks_of
 
-_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 # What tells the memory format of a tensor, or fails where the format isn't the one that stock's would be.
 _FORMAT_SENSITIVE = ("view", "view_as", "stride", "is_contiguous", "as_strided", "data_ptr", "unfold")
@@ -110,7 +110,7 @@ class Reader:
             called = self.called(node)
             return type(called) is nn.ReLU and hooks_of(called) is None
         if node.op == "call_function":
-            return node.target in _RELU_FUNCTIONS
+            return node.target in RELU_FUNCTIONS
         return node.op == "call_method" and node.target in ("relu", "relu_")
 
     def add_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

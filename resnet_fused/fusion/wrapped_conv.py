@@ -7,14 +7,12 @@ what the module really computes on a small input before it is believed.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.backends import Precision
+from resnet_fused.fusion.tracing import RELU_FUNCTIONS
 from resnet_fused.modules.folding import NotFoldable, hooks_of
 from resnet_fused.modules.fused import FusedConv2d
-
-_RELU = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
 def is_wrapped(module: nn.Module) -> bool:
@@ -37,7 +35,7 @@ def fuse_wrapped(module: nn.Module, precision: Precision, backend: str) -> Fused
     if not isinstance(norm, nn.Module):
         raise NotFoldable("no batch norm follows")
     activation = module.activation
-    relu = activation in _RELU or type(activation) is nn.ReLU
+    relu = activation in RELU_FUNCTIONS or type(activation) is nn.ReLU
     if activation is not None and not relu:
         raise NotFoldable(f"{getattr(activation, '__name__', type(activation).__name__)} follows; only ReLU is fused")
     plain = nn.Conv2d(
