@@ -228,14 +228,14 @@ def fuse(best: Run, data: Data, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> list[Run]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 32, 44, 56])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--data", choices=["digits", "cifar10"], default="digits")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of CIFAR-10")
-    parser.add_argument("--size", type=int, default=16, help="pixels that CIFAR-10 is shrunk to")
-    parser.add_argument("--plot", type=Path, default=Path("bench-results/degradation.png"))
+    parser.add_argument("--depths", type=int, nargs="+", default=[20, 32, 44, 56], help="layers, 6n + 2 (20 32 44 56)")
+    parser.add_argument("--seeds", type=int, default=3, help="networks trained of each kind and depth (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="of each network (%(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="images of a step (%(default)s)")
+    parser.add_argument("--data", choices=["digits", "cifar10"], default="digits", help="what to train on (%(default)s)")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of CIFAR-10, as torchvision lays it out")
+    parser.add_argument("--size", type=int, default=16, help="pixels that CIFAR-10 is shrunk to (%(default)s)")
+    parser.add_argument("--plot", type=Path, default=Path("bench-results/degradation.png"), help="PNG (%(default)s)")
     options = parser.parse_args(arguments)
     if options.data == "digits":
         torch.set_num_threads(1)  # 8×8 pixels are too little work for several

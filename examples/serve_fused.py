@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fuse a torchvision model for serving.")
     parser.add_argument("--model", default="resnet50", help="torchvision model (%(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="state dict of the model; random weights without it")
-    parser.add_argument("--size", type=int, default=224, help="pixels (%(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images, pixels (%(default)s)")
     arguments = parser.parse_args(argv)
 
     model = torchvision.models.get_model(arguments.model)

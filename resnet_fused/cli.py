@@ -11,6 +11,10 @@ import torch
 from resnet_fused import backends, config
 from resnet_fused.bench import options
 
+_MODELS = "torchvision models, separated by commas (%(default)s)"
+_SIZE = "pixels: SIZE or HEIGHTxWIDTH (%(default)s)"
+_DTYPES = f"{', '.join(options.DTYPES)}, separated by commas"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
@@ -43,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="versions, machine, backends and why one is missing: what a bug report needs")
+    about = "versions, machine, backends and why one is missing: what a bug report needs"
+    info = commands.add_parser("info", help=about, description=about[0].upper() + about[1:] + ".")
     info.set_defaults(run=_info)
 
     bench = commands.add_parser(
@@ -61,23 +66,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Compares fused models with their originals, block by block; with --device, runs every kernel on its own.",
         epilog="On a new machine with a GPU: resnet-fused verify --device cuda. Kernels that fail are not used again.",
     )
-    verify.add_argument("--device", help="check every kernel of every backend on this device: cuda, cuda:1 or cpu")
+    verify.add_argument(
+        "--device", help="check every kernel of every backend on this device instead of models: cuda, cuda:1 or cpu"
+    )
     verify.add_argument("--out", type=Path, default=Path("verify-results.json"), help="JSON of --device (%(default)s)")
-    verify.add_argument("--models", default="resnet18,resnet50", help="torchvision models, separated by commas (%(default)s)")
-    verify.add_argument("--dtype", default="float32", choices=options.DTYPES, help="(%(default)s)")
-    verify.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
-    verify.add_argument("--backend", default="auto", help="backend for all ops (%(default)s)")
+    verify.add_argument("--models", default="resnet18,resnet50", help=_MODELS)
+    verify.add_argument("--dtype", default="float32", choices=options.DTYPES, help="of weights and images (%(default)s)")
+    verify.add_argument("--size", default="224", help=_SIZE)
+    verify.add_argument("--backend", default="auto", help=f"for all ops: auto, {', '.join(backends.names())} (%(default)s)")
     verify.set_defaults(run=_verify)
 
     tune = commands.add_parser(
         "tune",
         help="measure which backend is the fastest for every layer of a model, and keep it for the automatic choice",
-        description="Every candidate is checked against float64 before it is timed. Nothing else should run meanwhile.",
+        description="Every candidate is checked against float64 before it is timed. Nothing else should run meanwhile. What is "
+        "found holds for this machine and these shapes, and every process uses it from then on; RESNET_FUSED_CACHE_DIR is the "
+        "folder that keeps it.",
+        epilog="Example: resnet-fused tune --models resnet50 --batches 1,8 --dtypes bfloat16. "
+        "For a model of your own: rf.tune(model, example_inputs).",
     )
-    tune.add_argument("--models", default="resnet50", help="torchvision models, separated by commas (%(default)s)")
-    tune.add_argument("--batches", default="1", help="batch sizes, separated by commas (%(default)s)")
-    tune.add_argument("--dtypes", default="float32", help="dtypes, separated by commas (%(default)s)")
-    tune.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
+    _add_workloads(tune)
     tune.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     tune.set_defaults(run=_tune)
 
@@ -96,11 +104,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_workloads(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--models", default="resnet50", help=_MODELS)
+    command.add_argument("--batches", default="1", help="batch sizes, separated by commas (%(default)s)")
+    command.add_argument("--dtypes", default="float32", help=f"{_DTYPES} (%(default)s)")
+    command.add_argument("--size", default="224", help=_SIZE)
+
+
 def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     # Without a default, so that the command knows what was given: --quick and --training have their own.
     bench.add_argument("--models", help="torchvision models, separated by commas (resnet18,resnet50; training: resnet50)")
     bench.add_argument("--batches", help="batch sizes, separated by commas (1,8; training: 16)")
-    bench.add_argument("--dtypes", help="float32, bfloat16, float16, separated by commas (float32,bfloat16)")
+    bench.add_argument("--dtypes", help=f"{_DTYPES} (float32,bfloat16)")
     bench.add_argument("--size", help="pixels: SIZE or HEIGHTxWIDTH (224; training: 160)")
     bench.add_argument("--peers", default="", help="other engines, separated by commas: onnxruntime, openvino")
     bench.add_argument(
@@ -111,16 +126,18 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--quick", action="store_true", help="under a minute: without torch.compile, and if not given, ResNet-18 in float32"
     )
-    bench.add_argument("--seconds", type=float, default=6.0, help="timing of each workload (%(default)s)")
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        default=6.0,
+        help="of timing for each workload; with --training four times as many (%(default)s)",
+    )
     bench.add_argument("--threads", type=int, help="CPU threads (PyTorch's default)")
     bench.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for JSON and PNG (%(default)s)")
 
 
 def _add_roofline_arguments(roofline: argparse.ArgumentParser) -> None:
-    roofline.add_argument("--models", default="resnet50", help="torchvision models, separated by commas (%(default)s)")
-    roofline.add_argument("--batches", default="1", help="batch sizes, separated by commas (%(default)s)")
-    roofline.add_argument("--dtypes", default="float32", help="dtypes, separated by commas (%(default)s)")
-    roofline.add_argument("--size", default="224", help="pixels: SIZE or HEIGHTxWIDTH (%(default)s)")
+    _add_workloads(roofline)
     roofline.add_argument("--peak", type=float, help="arithmetic peak, GFLOP/s (measured on this CPU)")
     roofline.add_argument("--bandwidth", type=float, help="memory bandwidth, GB/s (measured on this CPU)")
     roofline.add_argument("--threads", type=int, help="CPU threads to measure with (PyTorch's default)")

@@ -162,6 +162,8 @@ def test_quick_and_training_have_defaults_that_options_override(monkeypatch, tmp
 def test_help_teaches():
     wanted = {
         "bench": ("--quick", "--peers", "--models", "--out", "Example:"),
+        "verify": ("instead of models", "auto, reference, onednn", "resnet-fused verify --device cuda"),
+        "tune": ("float32, bfloat16, float16, separated by commas", "RESNET_FUSED_CACHE_DIR", "Example:"),
         "roofline": ("--peak", "--bandwidth", "--plot", "a bound is no speed", "For a GPU that isn't at hand"),
     }
     for command, words in wanted.items():
