@@ -45,6 +45,10 @@ class ResNet(nn.Module):
 
     Shapes: x (N, in_channels, H, W) to (N, num_classes).
 
+    Raises:
+        ValueError: num_classes or in_channels is no positive integer, or there aren't four stages; or, of rf.BasicBlock,
+            groups, width_per_group or dilation is other than 1, 64 and 1.
+
     Source: He et al., Deep Residual Learning for Image Recognition, 2015; torchvision's variant (V1.5) has the stride of a
     bottleneck at its 3×3 convolution.
     """

@@ -37,10 +37,10 @@ def fold_bn(
         eps: added to the variance.
 
     Returns:
-        weight' and shift, in the weight's dtype.
+        weight' and shift, (out_channels,), in the weight's dtype.
 
     Raises:
-        ValueError: a vector doesn't have out_channels elements.
+        ValueError: the weight hasn't four dimensions, or a vector not out_channels elements.
     """
     check_dims("weight", weight, 4, "(out_channels, in_channels / groups, kh, kw)")
     vectors = {"bias": bias, "running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}
@@ -141,10 +141,14 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
 
     Args:
         x: (N, C, H, W), any floating-point dtype.
-        residual: of x's shape, dtype and device.
+        residual: of x's shape, dtype and device; it is not modified.
+
+    Returns:
+        As x; channels_last if one of the two is.
 
     Raises:
         ValueError: shapes, dtypes or devices differ.
+        BackendError: a backend was chosen explicitly and can't serve.
     """
     check_dims("x", x, 4, "(N, C, H, W)")
     check_residual(x, residual)
@@ -158,15 +162,22 @@ def basic_block(
 
         y = relu(conv2(relu(conv1(x))) + shortcut(x))
 
+    Stock equivalent: torchvision.models.resnet.BasicBlock in inference.
+
     Args:
-        x: (N, C, H, W).
-        weights: of conv1 and conv2, and, for a projection shortcut, of its convolution; without it the shortcut is x.
-        shifts: one for each weight.
+        x: (N, C, H, W), dtypes as in `conv2d_bn`.
+        weights: of conv1, (K, C, kh, kw), and conv2, (K, K, kh, kw), folded, of x's dtype; and for a projection shortcut of its
+            convolution, (K, C, 1, 1). Without one the shortcut is x.
+        shifts: (K,) for each weight, folded, of x's dtype.
         stride: of conv1 and of the shortcut.
         padding: of conv1 and conv2.
 
+    Returns:
+        (N, K, H', W'), H' and W' as `conv2d_bn` gives them for conv1 and then conv2.
+
     Raises:
         ValueError: as `conv2d_bn`, or the number of weights or shifts is wrong.
+        BackendError: a backend was chosen explicitly and can't serve the block, nor its parts.
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015.
     """
@@ -188,16 +199,23 @@ def bottleneck(
 
         y = relu(conv3(relu(conv2(relu(conv1(x))))) + shortcut(x)), conv1 and conv3 of 1×1, conv2 of 3×3
 
+    Stock equivalent: torchvision.models.resnet.Bottleneck in inference.
+
     Args:
-        x: (N, C, H, W).
-        weights: of conv1, conv2 and conv3, and, for a projection shortcut, of its convolution.
-        shifts: one for each weight.
+        x: (N, C, H, W), dtypes as in `conv2d_bn`.
+        weights: of conv1, (M, C, 1, 1), conv2, (M, M / groups, 3, 3), and conv3, (K, M, 1, 1), folded, of x's dtype; and for a
+            projection shortcut of its convolution, (K, C, 1, 1). Without one the shortcut is x.
+        shifts: one for each weight, (M,) or (K,), folded, of x's dtype.
         stride: of conv2 and of the shortcut (ResNet V1.5).
         dilation: of conv2, whose padding is the same.
         groups: of conv2 (ResNeXt).
 
+    Returns:
+        (N, K, ceil(H / stride), ceil(W / stride)).
+
     Raises:
         ValueError: as `conv2d_bn`, or the number of weights or shifts is wrong.
+        BackendError: a backend was chosen explicitly and can't serve the block, nor its parts.
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015.
     """
@@ -221,12 +239,22 @@ def stem(
 
         y = max_pool2d(relu(conv2d(x, weight) + shift))
 
-    Stock equivalent: F.max_pool2d(F.relu(bn(F.conv2d(x, …))), 3, 2, 1). Arguments and errors as `conv2d_bn`.
+    Stock equivalent: F.max_pool2d(F.relu(bn(F.conv2d(x, …))), 3, 2, 1). Arguments and errors as `conv2d_bn`, and
+
+    Args:
+        pool_kernel, pool_stride, pool_padding: of the max-pool, an integer or (height, width); the padding is at most half of
+            the kernel.
+
+    Returns:
+        (N, K, H", W") with H" = (H' + 2·pool_padding − pool_kernel) // pool_stride + 1, H' as in `conv2d_bn`.
     """
     geometry = _geometry(x, weight, shift, stride, padding, 1, 1)
     window = [*_pair("pool_kernel", pool_kernel), *_pair("pool_stride", pool_stride), *_pair("pool_padding", pool_padding)]
     if 2 * window[4] > window[0] or 2 * window[5] > window[1]:
-        raise ValueError(f"pool_padding is {pool_padding!r}; it must be at most half of pool_kernel, {pool_kernel!r}.")
+        raise ValueError(
+            f"pool_padding is {pool_padding!r}; it must be at most half of pool_kernel, which is {pool_kernel!r}. Pass less "
+            "padding or a larger kernel."
+        )
     return ops.stem(x, weight, shift, [*geometry[0], *geometry[1], *geometry[2], geometry[3]], window)
 
 

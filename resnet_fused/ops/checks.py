@@ -61,5 +61,6 @@ def check(problem: Problem, x: Tensor, residual: Tensor | None, weights: Sequenc
             )
         if residual.dtype != x.dtype or residual.device != x.device:
             raise ValueError(
-                f"residual is {residual.dtype} on {residual.device} and x {x.dtype} on {x.device}; they must be the same."
+                f"residual is {residual.dtype} on {residual.device} and x {x.dtype} on {x.device}; they must be the same. "
+                "Cast or move one of them with .to()."
             )

@@ -184,3 +184,9 @@ def test_block_with_a_weight_missing_says_so():
     x, weights, shifts = Block("", "bottleneck", (16, 4, 16)).tensors()
     with pytest.raises(ValueError, match="weights has 2 and shifts 2 tensors; bottleneck takes 3 of each, or 4"):
         rf.functional.bottleneck(x, weights[:2], shifts[:2])
+
+
+def test_a_pool_with_too_much_padding_says_how_much_is_allowed():
+    x, weight, shift = torch.randn(1, 3, 16, 16), torch.randn(8, 3, 7, 7), torch.randn(8)
+    with pytest.raises(ValueError, match="pool_padding is 2; it must be at most half of pool_kernel, which is 3. Pass less"):
+        rf.functional.stem(x, weight, shift, pool_padding=2)
