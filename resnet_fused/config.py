@@ -5,6 +5,10 @@
 | RESNET_FUSED_BACKEND | backend for every op, as rf.use_backend names them | auto |
 | RESNET_FUSED_CACHE_DIR | folder of the tuning cache | the user's cache folder, see `cache_dir` |
 | RESNET_FUSED_LOG | level of the logger "resnet_fused": DEBUG, INFO, WARNING, ERROR | WARNING |
+| TRITON_INTERPRET | Triton's own: 1 runs its kernels on CPU tensors, in its interpreter; set before the first import | off |
+
+RESNET_FUSED_BACKEND is read once a process, the others whenever they are needed. Building reads CUDA_HOME and
+TORCH_CUDA_ARCH_LIST as well: docs/cuda-kernels.md.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import sys
 
@@ -56,8 +57,9 @@ def text() -> str:
     """The whole report, as `resnet-fused info` prints it."""
     settings = [
         ("RESNET_FUSED_BACKEND", config.backend()),
-        ("tuning cache", str(config.cache_dir())),
-        ("triton interpreter", "on" if config.triton_interpreted() else "off"),
+        ("RESNET_FUSED_CACHE_DIR", str(config.cache_dir())),
+        ("RESNET_FUSED_LOG", logging.getLevelName(config.logger().getEffectiveLevel())),
+        ("TRITON_INTERPRET", "1" if config.triton_interpreted() else "0"),
     ]
     parts = [
         table(("package", "version"), versions()),

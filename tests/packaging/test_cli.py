@@ -20,7 +20,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_info_tells_what_a_bug_report_needs(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "CPU", "threads", "GPU", "reference", "onednn", "RESNET_FUSED_BACKEND"):
+    for word in ("torch", "CPU", "threads", "GPU", "reference", "onednn", "RESNET_FUSED_BACKEND", "TRITON_INTERPRET"):
         assert word in text
     for line in text.splitlines():
         cells = line.split()

@@ -98,11 +98,10 @@ def test_every_environment_variable_is_documented():
     config = (ROOT / "config.py").read_text()
     documented = ast.get_docstring(ast.parse(config))
     assert documented is not None
-    for name in set(re.findall(r"RESNET_FUSED_[A-Z_]+", config)):
-        assert f"| {name} |" in documented
     readme = (ROOT.parent / "README.md").read_text()
-    for name in re.findall(r"RESNET_FUSED_[A-Z_]+", documented):
-        assert name in readme, f"README doesn't tell of {name}"
+    for name in set(re.findall(r"(?:RESNET_FUSED|TRITON)_[A-Z_]+", config)):
+        assert f"| {name} |" in documented
+        assert f"| `{name}` |" in readme, f"README doesn't tell of {name}"
 
 
 def test_every_public_name_has_a_docstring():
