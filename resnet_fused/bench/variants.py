@@ -24,7 +24,7 @@ PEERS = ("onnxruntime", "openvino")
 
 
 class Unavailable(Exception):
-    """A peer can't run here; the message says why and what to install."""
+    """A variant can't run here; the message says why, and where something is missing, what to install."""
 
 
 def make(name: str, model: nn.Module, x: Tensor) -> Run:
@@ -49,6 +49,11 @@ def _compile(model: nn.Module, x: Tensor) -> Run:
     torch._dynamo.reset()
     compiled = torch.compile(model.to(memory_format=torch.channels_last), options={"freezing": True})
     x = x.contiguous(memory_format=torch.channels_last)
+    try:
+        compiled(x)
+    except Exception as error:  # a C++ compiler that isn't there, say: the other variants can be compared all the same
+        reason = str(error).strip().splitlines() or [""]
+        raise Unavailable(f"torch.compile failed: {type(error).__name__}: {reason[0][:80]}") from error
     return lambda: compiled(x)
 
 

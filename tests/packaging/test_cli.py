@@ -57,6 +57,20 @@ def test_bench_shows_no_time_for_a_wrong_result(tmp_path, monkeypatch, capsys):
     assert ours.calls > 0
 
 
+def test_bench_goes_on_where_torch_compile_fails(monkeypatch):
+    from resnet_fused.bench import inference, variants
+    from resnet_fused.bench.workloads import Workload
+
+    def compiler_missing(x):
+        raise RuntimeError("Failed to find C++ compiler.\nmore")
+
+    monkeypatch.setattr(torch, "compile", lambda model, options: compiler_missing)
+    workload = Workload("resnet18", 1, "float32", (64, 64))
+    compiled, ours = inference.compare(workload, [variants.COMPILE, variants.OURS], 0.1).results
+    assert compiled.note == "torch.compile failed: RuntimeError: Failed to find C++ compiler."
+    assert compiled.calls == 0 < ours.calls
+
+
 def test_verify_passes(capsys):
     assert cli.main(["verify", "--models", "resnet18", "--size", "64"]) == 0
     assert "passed" in capsys.readouterr().out
