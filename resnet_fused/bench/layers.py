@@ -33,7 +33,7 @@ class LayerResult:
         problem: the layer.
         count: how often the model has it.
         chosen: the backend that the automatic choice takes, "a+b" for a block whose layers go to different ones.
-        milliseconds: median time of each backend that can serve it.
+        milliseconds: median time of that choice ("auto"), and of each backend that can serve the layer.
     """
 
     problem: Problem
@@ -41,9 +41,10 @@ class LayerResult:
     chosen: str
     milliseconds: dict[str, float]
 
-    def gflops(self, backend: str) -> float:
-        """Effective GFLOP/s."""
-        return operations(self.problem) / self.milliseconds[backend] * 1e-6
+    @property
+    def gflops(self) -> float:
+        """Effective GFLOP/s of the automatic choice."""
+        return operations(self.problem) / self.milliseconds["auto"] * 1e-6
 
 
 def operations(problem: Problem) -> int:
@@ -97,15 +98,15 @@ def _run_layer(problem: Problem, count: int, seconds: float) -> LayerResult:
     folded = Folded(tuple(weights), tuple(torch.zeros(w.shape[0], dtype=problem.dtype) for w in weights))
     x = _activations(problem, problem.shape)
     residual = _activations(problem, problem.output_shape()) if problem.op == "conv2d_bn_add_relu" else None
-    calls = {}
+    automatic = bind(problem, folded, "auto")
+    calls = {"auto": partial(automatic.kernel, x, residual)}
     for backend in available_backends():
         try:
             calls[backend] = partial(bind(problem, folded, backend).kernel, x, residual)
         except BackendError:
             continue
     samples = {name: s for _, every in interleave(calls, seconds) for name, s in every.items()}
-    chosen = bind(problem, folded, "auto").backend
-    return LayerResult(problem, count, chosen, {name: s.median for name, s in samples.items()})
+    return LayerResult(problem, count, automatic.backend, {name: s.median for name, s in samples.items()})
 
 
 def _activations(problem: Problem, shape: tuple[int, int, int, int]) -> Tensor:
@@ -113,7 +114,7 @@ def _activations(problem: Problem, shape: tuple[int, int, int, int]) -> Tensor:
 
 
 def print_layers(console: Console, workload: Workload, results: list[LayerResult], peak: float | None) -> None:
-    """A row for each kind of layer: the best backend's effective GFLOP/s and share of the peak, and every backend's time."""
+    """A row for each kind of layer: the automatic choice's effective GFLOP/s and share of the peak, and every time."""
     if not console.is_terminal:
         console = Console(width=160)
     threads = torch.get_num_threads()
@@ -125,15 +126,13 @@ def print_layers(console: Console, workload: Workload, results: list[LayerResult
         table.add_column(name, justify="left" if name in ("layer", "input", "chosen") else "right", no_wrap=True)
     for result in results:
         fastest = min(result.milliseconds, key=result.milliseconds.__getitem__)
-        chosen = result.chosen if result.chosen in result.milliseconds else fastest
-        gflops = result.gflops(chosen)
         table.add_row(
             describe(result.problem),
             "×".join(map(str, result.problem.shape)),
             str(result.count),
             result.chosen,
-            f"{gflops:.0f}",
-            f"{gflops / peak:.0%}" if peak else "–",
+            f"{result.gflops:.0f}",
+            f"{result.gflops / peak:.0%}" if peak else "–",
             *(
                 f"[bold]{ms:.2f}[/bold]" if name == fastest else f"{ms:.2f}"
                 for name, ms in ((b, result.milliseconds.get(b, float("nan"))) for b in backends)
