@@ -6,7 +6,6 @@
 #include <array>
 #include <cstdlib>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <vector>
 
@@ -24,7 +23,6 @@ namespace {
 
 // Smaller results come from PyTorch's allocator, whose free lists keep them.
 constexpr int64_t SMALLEST = int64_t{1} << 20;
-constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
 // Sizes of blocks are multiples of this, and not of a huge page: half of a ResNet's activations would be a quarter longer.
 constexpr int64_t STEP = int64_t{64} << 10;
 // A kept block serves a request of at least this fraction of its size, so that one small result doesn't hold a large block.
@@ -48,7 +46,8 @@ class Pool {
       free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(best));
       kept_ -= block->size;
     } else {
-      block = allocate((bytes + STEP - 1) / STEP * STEP);
+      const int64_t size = (bytes + STEP - 1) / STEP * STEP;
+      block = new Block{allocate_huge_pages(size), size};
     }
     used_ += block->size;
     most_used_ = std::max(most_used_, used_);
@@ -86,13 +85,6 @@ class Pool {
       std::free(block->memory);
       delete block;
     }
-  }
-
-  static Block* allocate(int64_t size) {
-    void* memory = std::aligned_alloc(static_cast<size_t>(HUGE_PAGE), static_cast<size_t>(size));
-    if (memory == nullptr) throw std::bad_alloc();
-    advise_huge_pages(memory, size);
-    return new Block{memory, size};
   }
 
   std::mutex mutex_;

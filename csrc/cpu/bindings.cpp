@@ -1,5 +1,5 @@
-// Operators of the namespace resnet_fused_cpu, on PyTorch's stable ABI. They are what resnet_fused/backends/cpu.py calls; the
-// public operators, with fake implementations and autograd, are Python's.
+// Operators of the namespace resnet_fused_cpu, on PyTorch's stable ABI, which the backend "cpu" calls; the public operators, with
+// fake implementations and autograd, are Python's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -42,13 +42,20 @@ int64_t padded_channels(int64_t channels) {
   return (channels + panel - 1) / panel * panel;
 }
 
-// The stride of a dimension of size 1 means nothing.
-static void check_channels_last(const Tensor& t, const char* name) {
-  const std::array<int64_t, 4> dense{t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)};
+bool has_strides(const Tensor& t, const std::array<int64_t, 4>& strides) {
   for (int64_t d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(t.size(d) <= 1 || t.stride(d) == dense[static_cast<size_t>(d)], name,
-                    " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
+    // The stride of a dimension of size 1 means nothing.
+    if (t.size(d) > 1 && t.stride(d) != strides[static_cast<size_t>(d)]) return false;
   }
+  return true;
+}
+
+bool is_channels_last(const Tensor& t) {
+  return has_strides(t, {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)});
+}
+
+static void check_channels_last(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_channels_last(t), name, " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
 }
 
 void check_cpu_activations(const Tensor& t, const char* name) {

@@ -1,6 +1,7 @@
 // What the files of operators share: checks of their arguments, and the run of a convolution.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -15,6 +16,10 @@ const Kernels& kernels();
 
 // Channels up to whole panels.
 int64_t padded_channels(int64_t channels);
+
+// Whether a tensor of four dimensions has these strides, and whether it is dense in channels_last.
+bool has_strides(const torch::stable::Tensor& t, const std::array<int64_t, 4>& strides);
+bool is_channels_last(const torch::stable::Tensor& t);
 
 // That `t` is float32 or bfloat16, with four dimensions, and dense in channels_last.
 void check_cpu_activations(const torch::stable::Tensor& t, const char* name);

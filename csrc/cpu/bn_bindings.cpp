@@ -4,10 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 
+#include "bindings.h"
 #include "bn_params.h"
 #include "isa.h"
 
@@ -18,7 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-const BnKernels& kernels() {
+const BnKernels& bn_kernels() {
   switch (detected_isa()) {
 #if RF_X86_64
     case Isa::avx512:
@@ -31,18 +31,6 @@ const BnKernels& kernels() {
   }
 }
 
-bool has_strides(const Tensor& t, const std::array<int64_t, 4>& strides) {
-  for (int64_t d = 0; d < 4; ++d) {
-    // The stride of a dimension of size 1 means nothing.
-    if (t.size(d) > 1 && t.stride(d) != strides[static_cast<size_t>(d)]) return false;
-  }
-  return true;
-}
-
-bool dense_rows(const Tensor& t) {
-  return has_strides(t, {t.size(1) * t.size(2) * t.size(3), 1, t.size(1) * t.size(3), t.size(1)});
-}
-
 bool dense_planes(const Tensor& t) {
   return has_strides(t, {t.size(1) * t.size(2) * t.size(3), t.size(2) * t.size(3), t.size(3), 1});
 }
@@ -53,7 +41,7 @@ BnShape shape_of(const Tensor& x, const char* name) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
                   " must be float32 or bfloat16; convert it with .to().");
-  const bool rows = dense_rows(x);
+  const bool rows = is_channels_last(x);
   STD_TORCH_CHECK(rows || dense_planes(x), name, " is neither channels_last nor contiguous; call .contiguous() on it.");
   return {x.size(0), x.size(1), x.size(2) * x.size(3), rows, dtype == ScalarType::BFloat16};
 }
@@ -66,7 +54,7 @@ void* like(const BnShape& s, const Tensor& t, const char* name) {
   STD_TORCH_CHECK((t.scalar_type() == ScalarType::BFloat16) == s.bfloat16 &&
                       (s.bfloat16 || t.scalar_type() == ScalarType::Float),
                   name, " must have the dtype of the first activation.");
-  STD_TORCH_CHECK(s.rows ? dense_rows(t) : dense_planes(t), name, " must have the memory format of the first activation.");
+  STD_TORCH_CHECK(s.rows ? is_channels_last(t) : dense_planes(t), name, " must have the memory format of the first activation.");
   return t.mutable_data_ptr();
 }
 
@@ -88,7 +76,7 @@ void bn_statistics(Tensor x, Tensor mean, Tensor var) {
   const BnShape s = shape_of(x, "x");
   BnTensors t;
   t.x = x.const_data_ptr();
-  kernels().statistics(s, t, per_channel(s, mean, "mean"), per_channel(s, var, "var"));
+  bn_kernels().statistics(s, t, per_channel(s, mean, "mean"), per_channel(s, var, "var"));
 }
 
 void bn_apply(Tensor x, MaybeTensor residual, Tensor mean, Tensor var, MaybeTensor weight, MaybeTensor bias, double eps,
@@ -103,7 +91,7 @@ void bn_apply(Tensor x, MaybeTensor residual, Tensor mean, Tensor var, MaybeTens
   t.bias = per_channel(s, bias, "bias");
   t.eps = eps;
   t.relu = relu;
-  kernels().apply(s, t, like(s, y, "y"));
+  bn_kernels().apply(s, t, like(s, y, "y"));
 }
 
 void bn_backward_reduce(Tensor dy, Tensor x, MaybeTensor y, Tensor mean, Tensor var, double eps, MaybeTensor masked,
@@ -116,7 +104,7 @@ void bn_backward_reduce(Tensor dy, Tensor x, MaybeTensor y, Tensor mean, Tensor 
   t.mean = per_channel(s, mean, "mean");
   t.var = per_channel(s, var, "var");
   t.eps = eps;
-  kernels().backward_reduce(s, t, like(s, masked, "masked"), per_channel(s, dweight, "dweight"), per_channel(s, dbias, "dbias"));
+  bn_kernels().backward_reduce(s, t, like(s, masked, "masked"), per_channel(s, dweight, "dweight"), per_channel(s, dbias, "dbias"));
 }
 
 void bn_backward_apply(Tensor dy, MaybeTensor x, MaybeTensor y, Tensor mean, Tensor var, MaybeTensor weight, MaybeTensor dweight,
@@ -135,7 +123,7 @@ void bn_backward_apply(Tensor dy, MaybeTensor x, MaybeTensor y, Tensor mean, Ten
   t.dbias = per_channel(s, dbias, "dbias");
   t.count = count;
   t.eps = eps;
-  kernels().backward_apply(s, t, like(s, masked, "masked"), like(s, dx, "dx"));
+  bn_kernels().backward_apply(s, t, like(s, masked, "masked"), like(s, dx, "dx"));
 }
 
 }  // namespace

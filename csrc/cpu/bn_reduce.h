@@ -134,7 +134,7 @@ void statistics_in_rows(const BnShape& s, const T* x, float* mean, float* var) {
 template <class T>
 void statistics_in_planes(const BnShape& s, const T* x, float* mean, float* var) {
   parallel_units(s.channels, [&](int64_t channel, int64_t) {
-    const float first = to_float(x[channel * s.pixels]);
+    const float first = widen(x[channel * s.pixels]);
     const vec origin = splat(first);
     double count = 0, center = 0, deviations = 0;
     for (int64_t image = 0; image < s.images; ++image) {

@@ -28,14 +28,6 @@ RF_INLINE void put(Part, T* p, vec a, int lanes) {
   store(p, a, lanes);
 }
 
-RF_INLINE float to_float(float a) { return a; }
-RF_INLINE float to_float(Bf16 a) {
-  const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 // dy where y is positive, or NaN as in stock PyTorch; zero elsewhere.
 RF_INLINE vec through_relu(vec y, vec dy) {
 #if defined(RF_ISA_IS_AVX512)

@@ -74,9 +74,9 @@ struct WeightGradientParams {
   bool winograd;            // 3 x 3, stride and padding 1
 };
 
-// How a Winograd convolution is cut up; see docs/cpu-kernels.md. Chosen by winograd_plan(), or given by a tuner.
+// How a Winograd convolution is cut up; see docs/cpu-kernels.md. Chosen by resnet_fused/backends/cpu_plan.py.
 struct WinogradPlan {
-  int64_t output_tile;     // m of F(m x m, 3 x 3): 2 or 4
+  int64_t output_tile;     // m of the m x m results of a tile: 2 or 4 for stride 1, 5 for stride 2
   int64_t tiles;           // tiles that go through the stages together
   int64_t panels;          // output-channel panels multiplied before their output transform (by_tiles)
   int64_t channel_chunk;   // input channels whose weights are transformed at once (by_panels)

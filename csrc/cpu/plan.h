@@ -1,4 +1,4 @@
-// How a Winograd convolution is cut up: the cost rule, and the check of a plan that a tuner gives.
+// The check of a plan, by which a Winograd convolution is cut up. Plans are made by resnet_fused/backends/cpu_plan.py.
 #pragma once
 
 #include <cstdint>

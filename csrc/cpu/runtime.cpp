@@ -50,10 +50,7 @@ struct Arena {
 
   void open(int64_t bytes) {
     const int64_t size = round_up(bytes, HUGE_PAGE);
-    void* memory = std::aligned_alloc(static_cast<size_t>(HUGE_PAGE), static_cast<size_t>(size));
-    if (memory == nullptr) throw std::bad_alloc();
-    advise_huge_pages(memory, size);
-    chunks.push_back({static_cast<char*>(memory), size, 0});
+    chunks.push_back({static_cast<char*>(allocate_huge_pages(size)), size, 0});
     current = chunks.size() - 1;
     used = 0;
   }
@@ -131,6 +128,13 @@ Scratch::~Scratch() {
 }
 
 void* Scratch::take_bytes(int64_t bytes) { return arena.take(bytes); }
+
+void* allocate_huge_pages(int64_t bytes) {
+  void* memory = std::aligned_alloc(static_cast<size_t>(HUGE_PAGE), static_cast<size_t>(bytes));
+  if (memory == nullptr) throw std::bad_alloc();
+  advise_huge_pages(memory, bytes);
+  return memory;
+}
 
 void advise_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__)
