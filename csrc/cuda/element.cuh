@@ -49,6 +49,21 @@ __device__ __forceinline__ T from_float(float v) {
   }
 }
 
+// Sums with an infinity where PyTorch has one: it stores them as T before it adds a residual. They are looked at together, since
+// hardly ever is one beyond float16.
+template <class T, int kCount>
+__device__ __forceinline__ void overflow(float (&v)[kCount]) {
+  if constexpr (std::is_same_v<T, __half>) {
+    constexpr float kInfinite = 65520.0f;  // the smallest number that rounds to infinity
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(v[i]));
+    if (largest < kInfinite) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = fabsf(v[i]) < kInfinite ? v[i] : v[i] * __int_as_float(0x7f800000);
+  }
+}
+
 // 16 bytes of elements of type T, as kCount floats and back with one rounding each.
 template <class T>
 struct Vector16 {

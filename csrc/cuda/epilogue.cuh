@@ -124,6 +124,7 @@ class Epilogue {
       if (add) {
         float r[kVector];
         Vector::unpack(residual[k], r);
+        overflow<T>(v);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) v[e] += r[e];
       }
@@ -143,9 +144,12 @@ class Epilogue {
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
         if (row >= rows || channel_ + e >= p_.out_channels) continue;
-        float sum = v[e] + shift_[e];
-        if (p_.residual != nullptr) sum += to_float(static_cast<const T*>(p_.residual)[offset + e]);
-        static_cast<T*>(p_.y)[offset + e] = from_float<T>(p_.relu ? relu(sum) : sum);
+        float sum[1] = {v[e] + shift_[e]};
+        if (p_.residual != nullptr) {
+          overflow<T>(sum);
+          sum[0] += to_float(static_cast<const T*>(p_.residual)[offset + e]);
+        }
+        static_cast<T*>(p_.y)[offset + e] = from_float<T>(p_.relu ? relu(sum[0]) : sum[0]);
       }
     });
   }

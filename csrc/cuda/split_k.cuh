@@ -12,13 +12,16 @@ __device__ __forceinline__ void store_quad(const Conv2dParams& p, const float (&
     T elements[4];
   };
   Quad residual{}, y;
-  if (p.residual != nullptr) residual = *reinterpret_cast<const Quad*>(static_cast<const T*>(p.residual) + offset);
   const float4 shift = *reinterpret_cast<const float4*>(p.shift + channel);
-  const float shifts[4] = {shift.x, shift.y, shift.z, shift.w};
+  float v[4] = {sum[0] + shift.x, sum[1] + shift.y, sum[2] + shift.z, sum[3] + shift.w};
+  if (p.residual != nullptr) {
+    residual = *reinterpret_cast<const Quad*>(static_cast<const T*>(p.residual) + offset);
+    overflow<T>(v);
+  }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const float v = sum[e] + shifts[e] + to_float(residual.elements[e]);
-    y.elements[e] = from_float<T>(p.relu ? relu(v) : v);
+    const float with_residual = v[e] + to_float(residual.elements[e]);
+    y.elements[e] = from_float<T>(p.relu ? relu(with_residual) : with_residual);
   }
   *reinterpret_cast<Quad*>(static_cast<T*>(p.y) + offset) = y;
 }
@@ -46,9 +49,12 @@ __device__ __forceinline__ void conv2d_reduce_fwd(const Conv2dParams& p) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (channel + e >= p.out_channels) continue;
-        float y = v[e] + p.shift[channel + e];
-        if (p.residual != nullptr) y += to_float(static_cast<const T*>(p.residual)[offset + e]);
-        static_cast<T*>(p.y)[offset + e] = from_float<T>(p.relu ? relu(y) : y);
+        float y[1] = {v[e] + p.shift[channel + e]};
+        if (p.residual != nullptr) {
+          overflow<T>(y);
+          y[0] += to_float(static_cast<const T*>(p.residual)[offset + e]);
+        }
+        static_cast<T*>(p.y)[offset + e] = from_float<T>(p.relu ? relu(y[0]) : y[0]);
       }
     }
   }

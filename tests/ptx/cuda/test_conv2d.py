@@ -145,3 +145,28 @@ def test_nan_and_infinity_stay_where_stock_has_them(case: Case) -> None:
     x[0, 0, 2, 4] = torch.inf  # just behind the window of a pixel of the stem, whose kernel loads it all the same
     residual[0, 0, 0, 1], residual[0, -1, -1, -1] = torch.nan, torch.inf
     case.check((x, weight, shift, residual))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case((1, 64, 3, 3), 64, kernel=(1, 1), padding=(0, 0), options={"splits": 1}), id="vectors"),
+        pytest.param(Case((1, 64, 3, 3), 31, kernel=(1, 1), padding=(0, 0), options={"splits": 1}), id="elements"),
+        pytest.param(Case((1, 256, 3, 3), 64, kernel=(1, 1), padding=(0, 0), options={"splits": 2}), id="split_k"),
+        pytest.param(Case((1, 256, 3, 3), 50, kernel=(1, 1), padding=(0, 0), options={"splits": 2}), id="split_k_elements"),
+    ],
+)
+def test_a_sum_beyond_float16_is_infinite_as_in_stock(case: Case) -> None:
+    """80,000 − 20,000 is within float16, but stock stores the convolution's result before it adds the residual."""
+    x, weight, shift, residual = case.tensors()
+    assert residual is not None
+    x, weight, shift = x.fill_(8.0), weight.fill_(14_336 / (8 * case.shape[1])), shift.fill_(65_472.0)
+    weight[0] *= -1
+    weight[1, 0] = torch.nan
+    shift[2] = 40_000.0
+    residual.fill_(-20_000.0)
+    stock = case.stock(x, weight, shift, residual)
+    assert stock[0, 1].isnan().all()
+    assert stock[0, [0, 2]].isfinite().all()
+    assert stock[0, 3:].isinf().all()
+    torch.testing.assert_close(case.run(x, weight, shift, residual).y, stock, equal_nan=True)
