@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks: results are checked before a time is taken, and shapes stand in one file."""
+"""Every benchmark runs in inference and from the same seed; it checks its result before a time is taken."""
 
 from __future__ import annotations
 

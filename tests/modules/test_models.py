@@ -56,7 +56,7 @@ def test_torchvision_keys_pass_and_foreign_keys_are_named():
     assert rf.convert_state_dict(state) == state
     with pytest.raises(ValueError, match=r"has the key 'stem.conv.weight'"):
         rf.convert_state_dict({"stem.conv.weight": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"has the key 'stacklayers.4.0.body.0.weight'|has the key 'stacklayers.99"):
+    with pytest.raises(ValueError, match=r"has the key 'stacklayers\.99\.weight'"):
         rf.convert_state_dict({"stacklayers.99.weight": torch.ones(1)})
 
 

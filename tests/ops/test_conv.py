@@ -144,7 +144,7 @@ BAD_INPUTS = {
     "shift-too-short": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s[:5]), r"shift is \(5,\).*fold_bn"),
     "stride-0": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, stride=0), "stride is 0.*at least 1"),
     "padding-string": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, padding="same"), "padding is 'same'.*integer"),
-    "groups-3": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, groups=5), "groups is 5.*divisor of the 24"),
+    "groups-5": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, groups=5), "groups is 5.*divisor of the 24"),
     "image-too-small": (lambda x, w, s: rf.functional.conv2d_bn(x[..., :1, :1], w, s), "1×1 pixels.*larger image"),
     "residual-shape": (
         lambda x, w, s: rf.functional.conv2d_bn_add_relu(x, w, s, x, padding=1),

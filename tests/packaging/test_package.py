@@ -81,6 +81,7 @@ def test_import_brings_in_neither_triton_nor_a_compiled_library_nor_a_driver():
     code = (
         "import sys, torch, resnet_fused as rf\n"
         "assert 'triton' not in sys.modules, 'triton was imported'\n"
+        "assert not any(name.startswith('resnet_fused.backends.triton') for name in sys.modules), 'its kernels were loaded'\n"
         "assert not torch.cuda.is_initialized(), 'the CUDA driver was touched'\n"
         "assert not any('resnet_fused' in str(p) for p in torch.ops.loaded_libraries), 'a library was loaded'\n"
         "assert 'torchvision' not in sys.modules and 'rich' not in sys.modules and 'matplotlib' not in sys.modules\n"

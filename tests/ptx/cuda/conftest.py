@@ -1,14 +1,10 @@
-"""Puts tools/ on the path, and skips where there is no CUDA toolkit or the library was not built."""
+"""Skips where there is no CUDA toolkit or the library was not built."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-
 from ptx_executor import ToolkitNotFound, find_toolkit
 
 from resnet_fused.backends import library

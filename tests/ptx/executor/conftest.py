@@ -1,18 +1,15 @@
-"""What the executor's tests share: the package on the path, and CUDA kernels compiled once for each architecture and flags."""
+"""What the executor's tests share: CUDA kernels compiled once for each architecture and flags."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ptx_executor as px
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[2] / "tools"))
-
-import ptx_executor as px  # noqa: E402
 
 
 @functools.cache
