@@ -1,5 +1,5 @@
-// Operators of the namespace resnet_fused_cpu, on PyTorch's stable ABI, which the backend "cpu" calls; the public operators, with
-// fake implementations and autograd, are Python's.
+// Operators of the namespace resnet_fused_cpu, on PyTorch's stable ABI, which the backend "cpu" calls; the public operators,
+// with fake implementations and autograd, are Python's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -83,7 +83,8 @@ void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
 }
 
 PackParams pack_params(const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_cpu(), "weight must be a CPU tensor of shape (out_channels, in_channels, kh, kw).");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_cpu(),
+                  "weight must be a CPU tensor of shape (out_channels, in_channels, kh, kw).");
   PackParams p{};
   p.weights = weight.const_data_ptr();
   p.out_channels = weight.size(0), p.in_channels = weight.size(1), p.taps = weight.size(2) * weight.size(3);

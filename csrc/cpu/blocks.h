@@ -33,7 +33,8 @@ struct BlockPart {
   // The 3 x 3 layer `weights` on rows of tiles [first, last).
   template <class Between>
   void convolve(const TransformedWeights& weights, const Strip<const Activation>& from,
-                const Strip<const Activation>& residual, const Strip<Activation>& to, int64_t first, int64_t last, Between&& between) const {
+                const Strip<const Activation>& residual, const Strip<Activation>& to, int64_t first, int64_t last,
+                Between&& between) const {
     winograd_tiles<F, Activation>(
         weights, TileRuns::all_full((last - first) * tiles_across), p.panels,
         [&](int64_t t) -> TilePlace<Activation> {

@@ -1,5 +1,5 @@
-// Batch norm operators of the namespace resnet_fused_cpu, on PyTorch's stable ABI. They write into tensors that the caller made;
-// resnet_fused/backends/cpu_bn.py is the caller.
+// Batch norm operators of the namespace resnet_fused_cpu, on PyTorch's stable ABI. They write into tensors that the caller,
+// resnet_fused/backends/cpu_bn.py, made.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -54,7 +54,8 @@ void* like(const BnShape& s, const Tensor& t, const char* name) {
   STD_TORCH_CHECK((t.scalar_type() == ScalarType::BFloat16) == s.bfloat16 &&
                       (s.bfloat16 || t.scalar_type() == ScalarType::Float),
                   name, " must have the dtype of the first activation.");
-  STD_TORCH_CHECK(s.rows ? is_channels_last(t) : dense_planes(t), name, " must have the memory format of the first activation.");
+  STD_TORCH_CHECK(s.rows ? is_channels_last(t) : dense_planes(t), name,
+                  " must have the memory format of the first activation.");
   return t.mutable_data_ptr();
 }
 
@@ -104,7 +105,8 @@ void bn_backward_reduce(Tensor dy, Tensor x, MaybeTensor y, Tensor mean, Tensor 
   t.mean = per_channel(s, mean, "mean");
   t.var = per_channel(s, var, "var");
   t.eps = eps;
-  bn_kernels().backward_reduce(s, t, like(s, masked, "masked"), per_channel(s, dweight, "dweight"), per_channel(s, dbias, "dbias"));
+  bn_kernels().backward_reduce(s, t, like(s, masked, "masked"), per_channel(s, dweight, "dweight"),
+                               per_channel(s, dbias, "dbias"));
 }
 
 void bn_backward_apply(Tensor dy, MaybeTensor x, MaybeTensor y, Tensor mean, Tensor var, MaybeTensor weight, MaybeTensor dweight,

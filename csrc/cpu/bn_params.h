@@ -40,7 +40,8 @@ struct BnKernels {
   void (*statistics)(const BnShape&, const BnTensors&, float* mean, float* var);
   // out = act((x - mean) * weight / sqrt(var + eps) + bias + residual)
   void (*apply)(const BnShape&, const BnTensors&, void* out);
-  // g = dy where y is positive or NaN; dbias = sum of g, dweight = sum of g * (x - mean) / sqrt(var + eps); masked = g unless null.
+  // g = dy where y is positive or NaN; dbias = sum of g, dweight = sum of g * (x - mean) / sqrt(var + eps); masked = g unless
+  // null.
   void (*backward_reduce)(const BnShape&, const BnTensors&, void* masked, float* dweight, float* dbias);
   // dx from g, and masked = g unless null. Without dweight and dbias the statistics count as constants.
   void (*backward_apply)(const BnShape&, const BnTensors&, void* masked, void* dx);

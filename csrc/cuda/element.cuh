@@ -49,8 +49,8 @@ __device__ __forceinline__ T from_float(float v) {
   }
 }
 
-// Sums with an infinity where PyTorch has one: it stores them as T before it adds a residual. They are looked at together, since
-// hardly ever is one beyond float16.
+// Sums with an infinity where PyTorch has one: it stores them as T before it adds a residual. They are looked at
+// together, since hardly ever is one beyond float16.
 template <class T, int kCount>
 __device__ __forceinline__ void overflow(float (&v)[kCount]) {
   if constexpr (std::is_same_v<T, __half>) {
