@@ -54,8 +54,8 @@ class Bound(NamedTuple):
 def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
     """The kernel that computes `problem` with the parameters `folded`, on the backend `chosen` or the best one ("auto").
 
-    A whole op (basic_block, bottleneck, stem) goes to a backend that serves it in one piece, and is otherwise composed
-    of the ops that it is made of, each bound by the same choice.
+    A whole op (basic_block, bottleneck, stem) goes to a backend that serves it in one piece, where that wins, and is
+    otherwise composed of the ops that it is made of, each bound by the same choice.
 
     Raises:
         BackendError: `chosen` names a backend that can serve neither the op nor its parts.
@@ -90,9 +90,10 @@ def is_whole(problem: Problem) -> bool:
 def _backend_of_whole(problem: Problem, chosen: str) -> str:
     """The backend that computes a whole op in one piece; `records.PARTS` for none."""
     if chosen != "auto":
+        # Which backend was chosen; whether it computes the op in one piece is its own rule, as ever.
         backend = get(chosen)
         serves = backend.unavailable() is None and backend.unsupported(problem) is None
-        return chosen if serves else records.PARTS
+        return chosen if serves and backend.wins(problem) else records.PARTS
     recorded = records.choice(problem)
     if recorded is not None and recorded.backend in (records.PARTS, *candidates(problem)):
         return recorded.backend
