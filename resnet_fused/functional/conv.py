@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused import ops
+from resnet_fused import folding, ops
 from resnet_fused.backends import Conv
 from resnet_fused.ops.checks import check_dims, check_residual
 
@@ -50,12 +50,10 @@ def fold_bn(
                 f"{name} has shape {tuple(vector.shape)}; it must be ({weight.shape[0]},), one for each output channel of the "
                 f"weight of shape {tuple(weight.shape)}."
             )
-    scale = (running_var.double() + eps).rsqrt()
-    if gamma is not None:
-        scale = scale * gamma.double()
-    centred = -running_mean.double() if bias is None else bias.double() - running_mean.double()
-    shift = centred * scale if beta is None else centred * scale + beta.double()
-    return (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+    scale, shift = folding.affine(running_mean, running_var, gamma, beta, eps)
+    if bias is not None:
+        shift = shift + bias.double() * scale
+    return folding.scale_filters(weight, scale), shift.to(weight.dtype)
 
 
 def conv2d_bn(

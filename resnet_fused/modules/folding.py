@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_CHUNK = 128 * 1024  # values of a weight that are folded together
+from resnet_fused import folding
 
 
 class NotFoldable(Exception):
@@ -71,28 +71,17 @@ def check_norm(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift by channel of a batch norm in inference, float64, shape (C,). Raises NotFoldable."""
     check_norm(norm)
-    mean, var = _vector(norm, "running_mean"), _vector(norm, "running_var")
-    assert mean is not None
-    assert var is not None
+    mean, var, gamma, beta = (getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias"))
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
     # detectron's first FrozenBatchNorm2d had no eps; the probe below tells whether 0 is what it computes with.
-    eps = float(getattr(norm, "eps", 0.0))
-    gamma, beta = _vector(norm, "weight"), _vector(norm, "bias")
-    gamma = torch.ones_like(mean) if gamma is None else gamma
-    beta = torch.zeros_like(mean) if beta is None else beta
-    scale = gamma / (var + eps).sqrt()
-    shift = beta - mean * scale
+    scale, shift = folding.affine(mean, var, gamma, beta, float(getattr(norm, "eps", 0.0)))
     if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         _check_probe(norm, scale, shift)
     return scale, shift
-
-
-def _vector(norm: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer of a batch norm in float64."""
-    value = getattr(norm, name, None)
-    return value.double() if isinstance(value, Tensor) else None
 
 
 def _check_probe(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
@@ -117,19 +106,18 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         NotFoldable: with the reason.
     """
     conv = check_conv(conv)
-    scale, shift = affine(norm)
+    scale, shift = affine_of(norm)
     if scale.numel() != conv.out_channels:
         raise NotFoldable(f"the batch norm has {scale.numel()} channels and the convolution {conv.out_channels}")
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
-    weight, folded_shift = torch.empty_like(conv.weight), shift.to(conv.weight.dtype)
-    # A few filters at a time: float64 copies of whole weights would be most of what fusing takes in memory.
-    filters = max(_CHUNK // max(conv.weight[0].numel(), 1), 1)
-    folded = [(folded_shift, shift)]
-    for exact, part, factor in zip(conv.weight.split(filters), weight.split(filters), scale.split(filters), strict=True):
-        part.copy_(exact.double() * factor.view(-1, 1, 1, 1))
-        folded.append((part, exact))
-    for rounded, exact in folded:
-        if bool(exact.isfinite().all()) and not bool(rounded.isfinite().all()):
+    weight, folded_shift = folding.scale_filters(conv.weight, scale), shift.to(conv.weight.dtype)
+    for folded, exact in ((weight, conv.weight), (folded_shift, shift)):
+        if _is_finite(exact) and not _is_finite(folded):
             raise NotFoldable(f"the folded parameters overflow {conv.weight.dtype}")
     return weight, folded_shift
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # isfinite().all() would make copies of the tensor's size.
+    return all(bool(end.isfinite()) for end in tensor.aminmax())
