@@ -120,12 +120,15 @@ void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
 
 namespace {
 
-// Packed weights of a convolution; `pairs`: as the bfloat16 direct kernels take them.
-Tensor pack(Tensor weight, bool pairs) {
+// Packed weights of a convolution, as the direct kernels take them or as Winograd does.
+Tensor pack(Tensor weight, bool winograd) {
   PackParams p = pack_params(weight);
-  STD_TORCH_CHECK(!pairs || (p.to_bfloat16 && p.in_channels % 2 == 0 && has_avx512_bf16()),
-                  "pairs need a bfloat16 weight, an even number of input channels, and a CPU with AVX512_BF16.");
-  p.pairs = pairs;
+  STD_TORCH_CHECK(!winograd || (weight.size(2) == 3 && weight.size(3) == 3), "weight has a kernel of ", weight.size(2), " x ",
+                  weight.size(3), "; Winograd serves 3 x 3, pack it for the direct kernels.");
+  STD_TORCH_CHECK(winograd || !p.to_bfloat16 || (p.in_channels % 2 == 0 && has_avx512_bf16()),
+                  "a bfloat16 weight of the direct kernels needs an even number of input channels, and a CPU with AVX512_BF16; "
+                  "pack it for Winograd, or in float32.");
+  p.winograd = winograd;
   const std::array<int64_t, 1> size{padded_channels(p.out_channels) * p.taps * p.in_channels};
   Tensor packed = torch::stable::empty({size.data(), size.size()}, weight.scalar_type(), std::nullopt, weight.device());
   advise_huge_pages(packed.mutable_data_ptr(), size[0] * static_cast<int64_t>(packed.element_size()));
@@ -134,7 +137,7 @@ Tensor pack(Tensor weight, bool pairs) {
   return packed;
 }
 
-// Packed weights of a 3 x 3 convolution of stride 1 or 2 as Winograd multiplies them: float32, about four times as large.
+// Weights packed for Winograd, of a 3 x 3 convolution of stride 1 or 2, as it multiplies them: float32, about four times as large.
 Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64_t stride) {
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride is ", stride, "; Winograd serves strides 1 and 2.");
   const int64_t wanted = padded_channels(out_channels) * 9 * in_channels;
@@ -230,7 +233,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("amx_bf16() -> bool");
   m.def("measure_peak(bool bfloat16) -> float");
   m.def("panel() -> int");
-  m.def("pack(Tensor weight, bool pairs=False) -> Tensor");
+  m.def("pack(Tensor weight, bool winograd) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
   m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor");
   m.def("average_pool(Tensor x) -> Tensor");

@@ -1,7 +1,9 @@
-// Packed weights: [panel of PANEL output channels][kernel position][input channel][PANEL], the order in which the register
-// tile reads them. One layout serves the direct kernels and, transformed on the fly, Winograd; it is as large as the plain
-// weights (but for the zeros that fill the last panel). The direct kernels of bfloat16 take pairs of input channels side by
-// side, as vdpbf16ps does: [panel][kernel position][channel pair][PANEL][2].
+// Packed weights: panels of PANEL output channels, each in the order in which it is read, as large as the plain weights (but
+// for the zeros that fill the last panel).
+//
+//   direct, float32   [panel][kernel position][input channel][PANEL]
+//   direct, bfloat16  [panel][kernel position][channel pair][PANEL][2]: what vdpbf16ps takes lies side by side
+//   Winograd          [panel][input channel][kernel position][PANEL]: a transform takes all positions of a channel
 //
 // They are packed from channels_last weights, [out_channel][kernel position][in_channel]; or turned round for the gradient of
 // x, channels in each other's place and kernel positions in an order of their own. Training packs at every step.
@@ -56,37 +58,53 @@ struct PackBlock {
       }
     }
   }
+};
 
-  template <class To>
-  RF_INLINE void write(To* out, int64_t count, bool pairs) const {
+// Where a block goes, by the input channel and kernel position it begins with. `channels` are summed over.
+template <class To>
+struct PackedPanels {
+  To* data;
+  int64_t panel_stride, tap_stride, channel_stride;
+  bool pairs;
+
+  PackedPanels(const PackParams& p, int64_t channels)
+      : data(static_cast<To*>(p.packed)),
+        panel_stride(p.taps * channels * PANEL),
+        tap_stride(p.winograd ? PANEL : channels * PANEL),
+        channel_stride(p.winograd ? p.taps * PANEL : PANEL),
+        pairs(!p.winograd) {}
+
+  RF_INLINE void put(const PackBlock& block, int64_t panel, int64_t tap, int64_t channel, int64_t count) const {
+    To* out = data + panel * panel_stride + tap * tap_stride + channel * channel_stride;
     if constexpr (sizeof(To) < sizeof(float)) {
       if (pairs) {
-        for (int64_t k = 0; k < count; k += 2) put_pair(lines[k], lines[k + 1], out + k * PANEL);
+        for (int64_t k = 0; k < count; k += 2) put_pair(block.lines[k], block.lines[k + 1], out + k * PANEL);
         return;
       }
     }
-    for (int64_t k = 0; k < count; ++k) put_line(lines[k], out + k * PANEL);
+    for (int64_t k = 0; k < count; ++k) put_line(block.lines[k], out + k * channel_stride);
   }
 };
 
 template <class From, class To>
 void pack_plain(const PackParams& p) {
+  const PackedPanels<To> packed(p, p.in_channels);
   const int64_t row = p.taps * p.in_channels;
   parallel_units(panel_count(p.out_channels) * p.taps, [&](int64_t unit, int64_t) {
-    const int64_t tap = unit % p.taps, first = unit / p.taps * PANEL;
+    const int64_t tap = unit % p.taps, panel = unit / p.taps, first = panel * PANEL;
     const From* from = static_cast<const From*>(p.weights) + first * row + tap * p.in_channels;
-    To* out = static_cast<To*>(p.packed) + unit * p.in_channels * PANEL;
     PackBlock block;
     for (int64_t c = 0; c < p.in_channels; c += LANES) {
       const int64_t count = std::min<int64_t>(LANES, p.in_channels - c);
       block.read(from + c, row, std::min<int64_t>(PANEL, p.out_channels - first), count);
-      block.write(out + c * PANEL, count, p.pairs);
+      packed.put(block, panel, tap, c, count);
     }
   });
 }
 
 template <class From, class To>
 void pack_turned(const PackParams& p) {
+  const PackedPanels<To> packed(p, p.out_channels);
   const int64_t row = p.taps * p.in_channels;
   // A few filters at a time: their pages are few.
   parallel_units((p.out_channels + LANES - 1) / LANES, [&](int64_t unit, int64_t) {
@@ -96,7 +114,7 @@ void pack_turned(const PackParams& p) {
     for (int64_t tap = 0; tap < p.taps; ++tap) {
       for (int64_t i = 0; i < p.in_channels; i += PANEL) {
         block.read_turned(from + p.order[tap] * p.in_channels + i, row, p.in_channels - i, count);
-        block.write(static_cast<To*>(p.packed) + (i * p.taps + tap * PANEL) * p.out_channels + c * PANEL, count, p.pairs);
+        packed.put(block, i / PANEL, tap, c, count);
       }
     }
   });

@@ -30,7 +30,7 @@ struct PackParams {
   void* packed;
   int64_t out_channels, in_channels, taps;
   bool from_bfloat16, to_bfloat16;
-  bool pairs;
+  bool winograd;            // for Winograd, not for the direct kernels
   const int64_t* order;     // turned round: the kernel positions as they are to follow each other; null: as they are
 };
 

@@ -32,11 +32,11 @@ void check_training(const Tensor& x, const char* name, const Tensor& weight, con
 }
 
 // Packs weights into `scratch`. `order` as in PackParams.
-const void* packed_for_a_call(Scratch& scratch, PackParams packing, bool bfloat16, bool pairs, const int64_t* order) {
+const void* packed_for_a_call(Scratch& scratch, PackParams packing, bool bfloat16, bool winograd, const int64_t* order) {
   const int64_t results = order != nullptr ? packing.in_channels : packing.out_channels;
   const int64_t summed = order != nullptr ? packing.out_channels : packing.in_channels;
   packing.packed = scratch.take<char>(padded_channels(results) * packing.taps * summed * (bfloat16 ? 2 : 4));
-  packing.to_bfloat16 = bfloat16, packing.pairs = pairs, packing.order = order;
+  packing.to_bfloat16 = bfloat16, packing.winograd = winograd, packing.order = order;
   kernels().pack(packing);
   return packing.packed;
 }
@@ -65,7 +65,7 @@ Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::
   p.y = y.mutable_data_ptr();
   if (p.batch == 0) return y;
   Scratch scratch;
-  p.weights = packed_for_a_call(scratch, packing, p.bfloat16, p.bfloat16 && plan.empty(), nullptr);
+  p.weights = packed_for_a_call(scratch, packing, p.bfloat16, !plan.empty(), nullptr);
   p.shift = no_shift(scratch, p.out_channels);
   run_conv(p, plan);
   return y;
@@ -103,7 +103,7 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
     positions([&](int64_t kh, int64_t kw) { order.push_back(kh * kernel + kw); });
   });
   Scratch scratch;
-  p.weights = conv.weights = packed_for_a_call(scratch, packing, p.bfloat16, p.bfloat16 && plan.empty(), order.data());
+  p.weights = conv.weights = packed_for_a_call(scratch, packing, p.bfloat16, !plan.empty(), order.data());
   if (plan.empty() && (kernel > 1 || stride > 1)) {
     p.bfloat16 ? avx512_bf16_kernels().input_gradient(p) : kernels().input_gradient(p);
     return dx;

@@ -24,9 +24,8 @@ struct WinogradConv {
         blocks((grid.count + how.tiles - 1) / how.tiles) {}
 
   RF_INLINE int64_t block_begin(int64_t block) const { return grid.count * block / blocks; }
-  RF_INLINE int64_t tap_stride() const { return p.in_channels * PANEL; }
   RF_INLINE const T* panel_taps(int64_t panel) const {
-    return static_cast<const T*>(p.weights) + panel * 9 * tap_stride();
+    return static_cast<const T*>(p.weights) + panel * p.in_channels * CHANNEL_TAPS;
   }
   template <class Element>
   RF_INLINE Strip<Element> result(Element* batch, int64_t n) const {
@@ -141,11 +140,11 @@ struct WinogradConv {
     Scratch scratch;
     float* m = scratch.take<float>(m_stride * POINTS);
     const T* taps = panel_taps(panel);
-    for (int64_t c = 0; c < p.in_channels; c += FEW_CHANNELS, taps += FEW_CHANNELS * PANEL) {
+    for (int64_t c = 0; c < p.in_channels; c += FEW_CHANNELS, taps += FEW_CHANNELS * CHANNEL_TAPS) {
       const bool last = c + FEW_CHANNELS >= p.in_channels;
-      const T* next = !last ? taps + FEW_CHANNELS * PANEL : following >= 0 ? panel_taps(following) : taps;
+      const T* next = !last ? taps + FEW_CHANNELS * CHANNEL_TAPS : following >= 0 ? panel_taps(following) : taps;
       for (int64_t half = 0; half < PANEL; half += LANES) {
-        multiply_few_tiles<F, T>({taps + half, half == 0 ? taps + LANES : next, tap_stride(),
+        multiply_few_tiles<F, T>({taps + half, half == 0 ? taps + LANES : next,
                                   std::min(FEW_CHANNELS, p.in_channels - c), tiles.v + c * FEW_TILES, tiles.v_stride,
                                   m + half * FEW_TILES, m_stride, c > 0},
                                  two_by_two_short);
@@ -154,11 +153,10 @@ struct WinogradConv {
     transform_output(panel, tiles, m, m_stride);
   }
 
-  // A share of the next chunk's taps, `size` elements each, at every point: memory keeps up with an even flow, not with bursts.
+  // A share of the next chunk's `size` taps at every point: memory keeps up with an even flow, not with bursts.
   RF_INLINE void prefetch_taps(const T* taps, int64_t size, int point) const {
-    constexpr int SHARES = POINTS / 9, LINE = 64 / sizeof(T);
-    const T* begin = taps + point / SHARES * tap_stride() + size * (point % SHARES) / SHARES;
-    for (int64_t i = 0; i < size / SHARES; i += LINE) prefetch_l1(begin + i);
+    constexpr int LINE = 64 / sizeof(T);
+    for (int64_t i = size * point / POINTS; i < size * (point + 1) / POINTS; i += LINE) prefetch_l1(taps + i);
   }
 
   void one_panel(int64_t panel, int64_t following, const TileBlock& tiles) const {
@@ -180,14 +178,14 @@ struct WinogradConv {
       if (!p.transformed) {
         // The next chunk's taps come while this chunk is multiplied.
         const bool last = c + chunk >= p.in_channels;
-        next = !last ? panel_taps(panel) + (c + chunk) * PANEL : following >= 0 ? panel_taps(following) : nullptr;
-        next_size = std::min(chunk, p.in_channels - (last ? 0 : c + chunk)) * PANEL;
+        next = !last ? panel_taps(panel) + (c + chunk) * CHANNEL_TAPS : following >= 0 ? panel_taps(following) : nullptr;
+        next_size = std::min(chunk, p.in_channels - (last ? 0 : c + chunk)) * CHANNEL_TAPS;
       }
       for (int point = 0; point < POINTS; ++point) {
         const int column = point % F::A;
         if (!p.transformed && column == 0) {
-          ROW_TRANSFORMS<F, T>[static_cast<size_t>(point / F::A)](panel_taps(panel) + c * PANEL, tap_stride(), channels, made,
-                                                                  u_stride, u_phase_stride);
+          ROW_TRANSFORMS<F, T>[static_cast<size_t>(point / F::A)](panel_taps(panel) + c * CHANNEL_TAPS, channels, made, u_stride,
+                                                                  u_phase_stride);
         }
         const float* b = p.transformed ? u + point * u_stride : made + column * u_stride;
         if (next != nullptr) prefetch_taps(next, next_size, point);

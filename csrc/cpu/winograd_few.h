@@ -11,9 +11,8 @@ constexpr int64_t FEW_CHANNELS = 32;
 
 template <class T>
 struct FewTilesProduct {
-  const T* taps;            // [9][tap_stride]: one vector of output channels, input channels PANEL apart
+  const T* taps;            // [channel][9], PANEL apart: one vector of output channels
   const T* next;            // the taps used after these, which are fetched meanwhile
-  int64_t tap_stride;
   int64_t channels;
   const float* v;           // [point][channel block][FEW_TILES][LANES]
   int64_t v_stride;         // between points
@@ -44,14 +43,14 @@ void few_tiles_row(const FewTilesProduct<T>& p) {
   RF_UNROLL(8)
   for (int j = 0; j < A; ++j) points[j] = p.v + (ROW * A + j) * p.v_stride;
   const T* taps = p.taps;
-  const T* next = p.next + ROW * p.tap_stride;
-  for (int64_t c = 0; c < p.channels; ++c, taps += PANEL, next += PANEL) {
+  const T* next = p.next + ROW * PANEL;
+  for (int64_t c = 0; c < p.channels; ++c, taps += CHANNEL_TAPS, next += CHANNEL_TAPS) {
     prefetch_l1(next);
-    if (ROW < 9 - A) prefetch_l1(next + A * p.tap_stride);
+    if (ROW < 9 - A) prefetch_l1(next + A * PANEL);
     vec lines[3], u[A];
     RF_UNROLL(3)
     for (int j = 0; j < 3; ++j) {
-      const vec column[3] = {load(taps + j * p.tap_stride), load(taps + (3 + j) * p.tap_stride), load(taps + (6 + j) * p.tap_stride)};
+      const vec column[3] = {load(taps + j * PANEL), load(taps + (3 + j) * PANEL), load(taps + (6 + j) * PANEL)};
       vec transformed[A];
       F::weight(column, transformed);
       lines[j] = transformed[ROW];

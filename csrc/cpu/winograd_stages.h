@@ -79,40 +79,41 @@ void transform_input_phases(const TilePlace<T>& tile, const T* zeros, float* v, 
   }
 }
 
-// Row ROW of the points of U = G g G^T, for `channels` input channels of one panel and one phase. Taps lie [9][tap_stride], each
-// [channel][PANEL]; U [point of the row][channel][PANEL].
+// Elements of a layer's packed weights for one panel and input channel.
+constexpr int64_t CHANNEL_TAPS = 9 * PANEL;
+
+// Row ROW of the points of U = G g G^T, for `channels` input channels of one panel and one phase. Taps lie [channel][9][PANEL];
+// U [point of the row][channel][PANEL].
 template <class F, int PHASE, int ROW, class W>
-void transform_phase_row(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride) {
+void transform_phase_row(const W* packed, int64_t channels, float* u, int64_t u_point_stride) {
   constexpr int A = F::A, TAPS = F::TAPS;
-  const W* rows[3] = {packed, packed + 3 * tap_stride, packed + 6 * tap_stride};
-  for (const float* end = u + channels * PANEL; u < end; u += LANES) {
-    vec line[TAPS], transformed[A];
-    RF_UNROLL(3)
-    for (int j = 0; j < TAPS; ++j) {
-      vec column[TAPS], points[A];
+  for (int64_t c = 0; c < channels; ++c, packed += CHANNEL_TAPS) {
+    for (const W* taps = packed; taps < packed + PANEL; taps += LANES, u += LANES) {
+      vec line[TAPS], transformed[A];
       RF_UNROLL(3)
-      for (int i = 0; i < TAPS; ++i) {
-        const int kernel_row = F::kernel_row(PHASE, i), kernel_column = F::kernel_column(PHASE, j);
-        column[i] = kernel_row < 0 || kernel_column < 0 ? zero() : load(rows[kernel_row] + kernel_column * tap_stride);
+      for (int j = 0; j < TAPS; ++j) {
+        vec column[TAPS], points[A];
+        RF_UNROLL(3)
+        for (int i = 0; i < TAPS; ++i) {
+          const int row = F::kernel_row(PHASE, i), kernel_column = F::kernel_column(PHASE, j);
+          column[i] = row < 0 || kernel_column < 0 ? zero() : load(taps + (3 * row + kernel_column) * PANEL);
+        }
+        F::weight(column, points);
+        line[j] = points[ROW];
       }
-      F::weight(column, points);
-      line[j] = points[ROW];
+      F::weight(line, transformed);
+      RF_UNROLL(8)
+      for (int j = 0; j < A; ++j) store(u + j * u_point_stride, transformed[j]);
     }
-    RF_UNROLL(3)
-    for (int i = 0; i < 3; ++i) rows[i] += LANES;
-    F::weight(line, transformed);
-    RF_UNROLL(8)
-    for (int j = 0; j < A; ++j) store(u + j * u_point_stride, transformed[j]);
   }
 }
 
 // The same for all phases: [point of the row][phase][u_phase_stride].
 template <class F, int ROW, class W>
-void transform_row(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride,
-                   int64_t u_phase_stride) {
+void transform_row(const W* packed, int64_t channels, float* u, int64_t u_point_stride, int64_t u_phase_stride) {
   const auto phase = [&](auto number) {
     constexpr int PHASE = decltype(number)::value;
-    transform_phase_row<F, PHASE, ROW>(packed, tap_stride, channels, u + PHASE * u_phase_stride, u_point_stride);
+    transform_phase_row<F, PHASE, ROW>(packed, channels, u + PHASE * u_phase_stride, u_point_stride);
   };
   phase(std::integral_constant<int, 0>{});
   if constexpr (F::PHASES == 4) {
@@ -123,8 +124,7 @@ void transform_row(const W* packed, int64_t tap_stride, int64_t channels, float*
 }
 
 template <class W>
-using RowTransform = void (*)(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride,
-                              int64_t u_phase_stride);
+using RowTransform = void (*)(const W* packed, int64_t channels, float* u, int64_t u_point_stride, int64_t u_phase_stride);
 
 template <class F, class W, int... ROW>
 constexpr std::array<RowTransform<W>, sizeof...(ROW)> row_transforms(std::integer_sequence<int, ROW...>) {
@@ -137,10 +137,9 @@ constexpr auto ROW_TRANSFORMS = row_transforms<F, W>(std::make_integer_sequence<
 
 // All rows, from packed taps to U [point][phase][u_phase_stride].
 template <class F, class W>
-void transform_weights(const W* packed, int64_t tap_stride, int64_t channels, float* u, int64_t u_point_stride,
-                       int64_t u_phase_stride) {
+void transform_weights(const W* packed, int64_t channels, float* u, int64_t u_point_stride, int64_t u_phase_stride) {
   for (const RowTransform<W> transform : ROW_TRANSFORMS<F, W>) {
-    transform(packed, tap_stride, channels, u, u_point_stride, u_phase_stride);
+    transform(packed, channels, u, u_point_stride, u_phase_stride);
     u += F::A * u_point_stride;
   }
 }
@@ -227,9 +226,8 @@ void transform_layer(const T* packed, int64_t in_channels, int64_t out_channels,
   const int64_t panels = panel_count(out_channels), chunks = (in_channels + CHUNK - 1) / CHUNK;
   parallel_units(panels * chunks, [&](int64_t unit, int64_t) {
     const int64_t panel = unit / chunks, c = unit % chunks * CHUNK;
-    transform_weights<F, T>(packed + (panel * 9 * in_channels + c) * PANEL, in_channels * PANEL,
-                            std::min(CHUNK, in_channels - c), u + panel * layer.panel_stride + c * PANEL, layer.point_stride,
-                            in_channels * PANEL);
+    transform_weights<F, T>(packed + (panel * in_channels + c) * CHANNEL_TAPS, std::min(CHUNK, in_channels - c),
+                            u + panel * layer.panel_stride + c * PANEL, layer.point_stride, in_channels * PANEL);
   });
 }
 

@@ -59,16 +59,15 @@ def _padded_shift(shift: Tensor) -> Tensor:
 def _packed(folded: Folded, conv: Conv, dtype: torch.dtype, winograd: bool) -> tuple[Tensor, Tensor]:
     """Weights of one convolution as its kernel takes them, and padded shift, made once for all problems that use them."""
     transformed = winograd and cpu_plan.keeps_transformed(conv)
-    pairs = dtype == torch.bfloat16 and not winograd
 
     def pack() -> tuple[Tensor, Tensor]:
         weight = folded.weights[0].detach().contiguous(memory_format=torch.channels_last)
-        weight = torch.ops.resnet_fused_cpu.pack(weight, pairs)
+        weight = torch.ops.resnet_fused_cpu.pack(weight, winograd)
         if transformed:
             weight = torch.ops.resnet_fused_cpu.transform(weight, conv.in_channels, conv.out_channels, conv.stride[0])
         return weight, _padded_shift(folded.shifts[0])
 
-    return folded.pack(("cpu", pairs, transformed), pack)
+    return folded.pack(("cpu", winograd, transformed), pack)
 
 
 def _bfloat16_unsupported(problem: Problem) -> str | None:

@@ -75,6 +75,14 @@ def keeps_transformed(conv: Conv) -> bool:
     return _unit_stride(conv) and conv.in_channels * conv.out_channels <= 128 * 128
 
 
+def _by_panels(tiles: int, size: int, dtype: torch.dtype) -> WinogradPlan:
+    """The plan of F(4×4, 3×3) that splits the work over output channels, `size` tiles at a time."""
+    # A chunk's taps are read once for each row of points: those of 16 float32 channels, or of 32 bfloat16 ones, stay in L1
+    # until then. With more tiles than that the transform counts for less than how often sums are put down and taken up again.
+    narrow = 16 if dtype == torch.float32 else 32
+    return WinogradPlan(4, min(tiles, size), 1, narrow if tiles <= narrow else 64, True)
+
+
 def winograd(problem: Problem) -> WinogradPlan | None:
     """The plan for a problem of one convolution; None where Winograd can't serve it, or where the direct sum is cheaper."""
     if problem.precision != "fast":
@@ -91,7 +99,7 @@ def winograd(problem: Problem) -> WinogradPlan | None:
             return None
         if keeps_transformed(conv):
             return WinogradPlan(4, 14 if conv.in_channels <= 64 else 28, 8, 64, False)
-        return WinogradPlan(4, min(tiles, 64), 1, 64, True)
+        return _by_panels(tiles, 64, problem.dtype)
     # In bfloat16 the direct sum runs at twice the rate of float32 arithmetic: more than Winograd of stride 2 saves.
     if _stride_2(conv) and problem.dtype == torch.float32:
         h, w = conv.output_size(h, w)
@@ -111,7 +119,7 @@ def _winograd_plans(problem: Problem) -> list[WinogradPlan]:
     if _unit_stride(conv):
         tiles = n * _tiles(h, w, 4)
         by_tiles = [WinogradPlan(4, min(tiles, size), 8, 64, False) for size in (8, 14, 28)]
-        return by_tiles + [WinogradPlan(4, min(tiles, size), 1, 64, True) for size in (32, 64, 128)]
+        return by_tiles + [_by_panels(tiles, size, problem.dtype) for size in (32, 64, 128)]
     if _stride_2(conv) and problem.dtype == torch.float32:
         tiles = n * _tiles(*conv.output_size(h, w), 5)
         return [WinogradPlan(5, min(tiles, 16), 4, 64, False), WinogradPlan(5, min(tiles, 72), 1, 64, True)]

@@ -48,7 +48,7 @@ class Layer:
     def ours(self, plan: list[int]) -> Tensor:
         """By the compiled operator; `plan` as it takes it, empty for direct arithmetic."""
         ops = torch.ops.resnet_fused_cpu
-        packed = ops.pack(self.weight.contiguous(memory_format=CHANNELS_LAST), self.dtype == torch.bfloat16 and not plan)
+        packed = ops.pack(self.weight.contiguous(memory_format=CHANNELS_LAST), bool(plan))
         geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
         chain = Chain(tuple(self.x.shape), self.dtype)
         residual = Chain.RESIDUAL if self.residual else None
@@ -93,7 +93,7 @@ class Block:
         """By the compiled operator; `plan`: strip, parts, panels."""
         ops = torch.ops.resnet_fused_cpu
         weights = [w.contiguous(memory_format=CHANNELS_LAST) for w in self.weights]
-        packed = [ops.pack(w, self.dtype == torch.bfloat16 and w.shape[2] == 1) for w in weights]
+        packed = [ops.pack(w, w.shape[2] == 3) for w in weights]
         shifts = [_padded_shift(s) for s in self.shifts]
         chain = Chain(tuple(self.x.shape), self.dtype)
         chain.block(Chain.X, packed, shifts, self.channels[1:], plan)

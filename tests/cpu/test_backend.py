@@ -61,6 +61,20 @@ def test_nan_survives_the_stems_pool(isa):
     assert kernel(x, None)[want.isnan()].isnan().all()
 
 
+def test_one_weight_served_by_winograd_and_directly(isa):
+    """The two take weights in orders of their own, and a layer's input may change its size."""
+    conv = Conv(160, 160, (3, 3), padding=(1, 1))
+    weight, shift = torch.randn(160, 160, 3, 3) / 38, torch.randn(160)
+    folded = Folded((weight,), (shift,))
+    for size, by_winograd in ((8, True), (3, False), (8, True)):
+        x = torch.randn(1, 160, size, size).contiguous(memory_format=torch.channels_last)
+        kind = problem("conv2d_bn", x.shape, conv)
+        assert (cpu_plan.winograd(kind) is not None) == by_winograd
+        y = get("cpu").prepare(kind, folded)(x, None)
+        stock, truth = (F.conv2d(x.to(d), weight.to(d), shift.to(d), padding=1) for d in (torch.float32, torch.float64))
+        assert_as_good_as_stock(y, stock, truth)
+
+
 def test_exact_precision_uses_no_winograd():
     """Products of integers are exact by the direct sum, and rounded in Winograd, whose points are irrational."""
     conv = Conv(16, 16, (3, 3), padding=(1, 1))

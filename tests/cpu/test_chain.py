@@ -34,7 +34,7 @@ class Recorded:
     def conv(self, x: int, residual: int | None = None, kernel: int = 3) -> int:
         weight = torch.randn(32, 32, kernel, kernel) * (32 * kernel**2) ** -0.5
         shift = torch.randn(32)
-        packed = torch.ops.resnet_fused_cpu.pack(weight.contiguous(memory_format=torch.channels_last))
+        packed = torch.ops.resnet_fused_cpu.pack(weight.contiguous(memory_format=torch.channels_last), kernel == 3)
         geometry = [kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1]
         self.steps.append((x, residual, weight, shift))
         plan = BY_TILES if kernel == 3 else []
