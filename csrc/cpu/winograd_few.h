@@ -65,14 +65,21 @@ void few_tiles_row(const FewTilesProduct<T>& p) {
       }
     }
   }
-  RF_UNROLL(8)
-  for (int j = 0; j < A; ++j) {
-    RF_UNROLL(4)
-    for (int t = 0; t < FEW_TILES; ++t) {
-      if (!has_product<F, SHORT>(ROW, j, t)) continue;
-      float* m = p.m + (ROW * A + j) * p.m_stride + t * LANES;
-      store(m, p.accumulate ? add(acc[j][t], load(m)) : acc[j][t]);
+  float* m = p.m + ROW * A * p.m_stride;
+  const int64_t m_stride = p.m_stride;
+  const auto each = [&](auto&& put) {
+    RF_UNROLL(8)
+    for (int j = 0; j < A; ++j) {
+      RF_UNROLL(4)
+      for (int t = 0; t < FEW_TILES; ++t) {
+        if (has_product<F, SHORT>(ROW, j, t)) put(m + j * m_stride + t * LANES, acc[j][t]);
+      }
     }
+  };
+  if (p.accumulate) {
+    each([](float* to, vec sum) { store(to, add(sum, load(to))); });
+  } else {
+    each([](float* to, vec sum) { store(to, sum); });
   }
 }
 
