@@ -38,7 +38,6 @@ class FusedModule(Settling):
         self.precision: Precision = precision
         self.backend = backend
         self._runner: Runner | None = None
-        self._settled = None
         self._cast: dict[torch.dtype, tuple[Any, list[Tensor], list[Tensor]]] = {}
 
     def convolutions(self) -> list[FusedConv2d]:

@@ -18,6 +18,11 @@ _MOST_ROWS = 128
 _MOST_WEIGHTS = 1 << 22
 
 
+def _has_plain_parameters(module: nn.Linear) -> bool:
+    """Whether weight and bias are the module's own parameters, and not computed from others."""
+    return module._parameters.keys() == {"weight", "bias"} and module.bias is not None
+
+
 class FusedLinear(TakingOver, nn.Linear):
     """y = x Wᵀ + b, as nn.Linear and with its parameters; x of shape (N, in_features), or any that nn.Linear takes.
 
@@ -25,21 +30,11 @@ class FusedLinear(TakingOver, nn.Linear):
     one pixel. In every other case it is nn.Linear.
     """
 
-    _runner: Runner | None
+    _runner: Runner | None = None
 
     @classmethod
     def replaces(cls, module: nn.Module) -> bool:
-        return (
-            type(module) is nn.Linear
-            and {*module._parameters} == {"weight", "bias"}
-            and module.bias is not None
-            and 0 < module.weight.numel() <= _MOST_WEIGHTS
-        )
-
-    @classmethod
-    def take_over(cls, module: nn.Module, backend: str) -> None:
-        super().take_over(module, backend)
-        vars(module).update(_runner=None)
+        return type(module) is nn.Linear and _has_plain_parameters(module) and 0 < module.weight.numel() <= _MOST_WEIGHTS
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_runner": None}
@@ -48,6 +43,9 @@ class FusedLinear(TakingOver, nn.Linear):
         return [self._parameters]
 
     def _serves(self, x: Tensor) -> bool:
+        # They may have been pruned, parametrized or replaced since.
+        if not _has_plain_parameters(self):
+            return False
         weight, bias = self.weight, self.bias
         return (
             plain(weight, bias)
@@ -65,9 +63,10 @@ class FusedLinear(TakingOver, nn.Linear):
         if not self._serves(x):
             return None
         filters = self.weight[:, :, None, None]
+        convs = (Conv.of(filters, (1, 1), (0, 0), (1, 1), 1),)
         runner = self._runner
-        if runner is None:
-            runner = self._runner = Runner("conv2d_bn", (Conv.of(filters, (1, 1), (0, 0), (1, 1), 1),), backend=self.backend)
+        if runner is None or runner.convs != convs:
+            runner = self._runner = Runner("conv2d_bn", convs, backend=self.backend)
         on_pixels = runner.kernel(x[:, :, None, None], None, [filters], [self.bias])
         return lambda x, residual: on_pixels(x[:, :, None, None], None).flatten(1)
 

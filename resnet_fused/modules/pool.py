@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from resnet_fused.backends import Kernel, choice, get
 from resnet_fused.modules.settled import TakingOver
 
+_ONE_PIXEL = (1, (1, 1), [1, 1])
+
 
 class FusedGlobalAvgPool2d(TakingOver, nn.AdaptiveAvgPool2d):
     """y = mean of x over its pixels, (N, C, H, W) to (N, C, 1, 1), as nn.AdaptiveAvgPool2d(1).
@@ -20,7 +22,11 @@ class FusedGlobalAvgPool2d(TakingOver, nn.AdaptiveAvgPool2d):
 
     @classmethod
     def replaces(cls, module: nn.Module) -> bool:
-        return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1), [1, 1])
+        return type(module) is nn.AdaptiveAvgPool2d and module.output_size in _ONE_PIXEL
+
+    def kernel(self, x: Tensor, residual: Tensor | None = None) -> Kernel | None:
+        # The size may have been changed since.
+        return super().kernel(x) if self.output_size in _ONE_PIXEL else None
 
     def watched(self) -> list[dict[str, Any]]:
         return []

@@ -38,6 +38,8 @@ class FusedSequential(TakingOver, nn.Sequential):
         if torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks:
             return None
         blocks: list[FusedBlock] = [*self._modules.values()]  # type: ignore[list-item]
+        if not blocks:
+            return None
         for block in blocks:
             if type(block) is not FusedBlock or hooks_of(block) or {"forward", "_compiled_call_impl"} & vars(block).keys():
                 return None

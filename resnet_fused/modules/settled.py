@@ -58,8 +58,9 @@ class Settling(nn.Module):
     was derived from them could be kept.
     """
 
-    backend: str
-    _settled: Settled | None
+    # Defaults for what PyTorch makes of a class by itself, such as a slice of a Sequential.
+    backend: str = "auto"
+    _settled: Settled | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # copy, deepcopy and pickle all come through here; what is kept is found anew where it is needed.
@@ -86,7 +87,7 @@ class Settling(nn.Module):
 
     def kernel(self, x: Tensor, residual: Tensor | None = None) -> Kernel | None:
         """The kernel of a call; None where there is none, or something else must see the call: autograd, tracing, autocast."""
-        if not plain(x, residual) or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        if x is None or not plain(x, residual) or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             return None
         if x.layout is not torch.strided:
             return None
@@ -120,7 +121,7 @@ class TakingOver(Settling):
     def take_over(cls, module: nn.Module, backend: str) -> None:
         """Turns a module that it `replaces` into one of this class, in place."""
         module.__class__ = cls
-        vars(module).update(backend=backend, _settled=None)
+        vars(module)["backend"] = backend
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.kernel(x)

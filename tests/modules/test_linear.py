@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerances import assert_as_good_as_stock
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.models import resnet18
 
 import resnet_fused as rf
@@ -64,6 +64,36 @@ def test_changes_of_the_weight_are_noticed():
         ours.weight.mul_(2)
         ours.bias.mul_(2)
         torch.testing.assert_close(ours(x), 2 * before)
+
+
+def _other_head(fc: nn.Linear) -> None:
+    fc.weight, fc.bias = nn.Parameter(torch.ones(5, 24)), nn.Parameter(torch.ones(5))
+
+
+def _no_bias(fc: nn.Linear) -> None:
+    fc.bias = None
+
+
+def _parametrized(fc: nn.Linear) -> None:
+    parametrize.register_parametrization(fc, "weight", nn.Tanh())
+    fc(torch.zeros(2, 24))
+    fc.parametrizations.weight.original.mul_(2)
+
+
+def _pruned(fc: nn.Linear) -> None:
+    prune.identity(fc, "weight")
+    fc(torch.zeros(2, 24))
+    fc.weight_mask.zero_()
+
+
+@pytest.mark.parametrize("change", [_other_head, _no_bias, _parametrized, _pruned])
+@torch.no_grad()
+def test_other_parameters_than_it_was_fused_with(change):
+    stock, x = nn.Linear(24, 10), torch.randn(2, 24)
+    ours = fused(copy.deepcopy(stock))
+    ours(x)
+    change(stock), change(ours)
+    torch.testing.assert_close(ours(x), stock(x))
 
 
 @pytest.mark.parametrize(

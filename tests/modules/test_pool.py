@@ -99,3 +99,11 @@ def test_a_pool_to_one_pixel_is_taken_over_with_its_hooks(size):
 @pytest.mark.parametrize("size", [2, (1, None), (1, 2)])
 def test_other_pools_are_left_alone(size):
     assert type(pool_of(size)) is nn.AdaptiveAvgPool2d
+
+
+@torch.no_grad()
+def test_a_size_that_was_changed_since_is_stocks():
+    pool, x = pool_of(), torch.randn(2, 8, 4, 4).contiguous(memory_format=channels_last)
+    pool(x)
+    pool.output_size = 2
+    assert pool(x).shape == (2, 8, 2, 2)

@@ -118,6 +118,13 @@ def test_a_change_of_the_stage_is_noticed(stage, x):
     assert torch.equal(stage(x), changed)
 
 
+@pytest.mark.parametrize("part", [slice(2), slice(1, None), slice(0)], ids=["first", "last", "none"])
+@torch.no_grad()
+def test_a_slice_of_a_stage(stage, x, part):
+    x = stage[: part.start or 0](x)
+    assert torch.equal(stage[part](x), one_by_one(stage[part], x))
+
+
 @torch.no_grad()
 def test_functional_call_uses_the_parameters_it_is_given(stage, x):
     plain, doubled = stage(x), {name: 2 * tensor for name, tensor in stage.state_dict().items()}
