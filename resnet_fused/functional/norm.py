@@ -9,7 +9,7 @@ from torch import Tensor
 from resnet_fused import ops
 from resnet_fused.backends.norm import served
 from resnet_fused.ops.checks import check_dims, check_residual
-from resnet_fused.ops.common import plain, transformed, update_statistics
+from resnet_fused.ops.common import plain, stock_only, update_statistics
 
 
 def bn(
@@ -142,6 +142,6 @@ def _serves(op: str, x: Tensor, residual: Tensor | None, *vectors: Tensor | None
         return False
     if any(t is not None and t.dtype not in (x.dtype, torch.float32) for t in vectors):
         return False
-    if not torch.compiler.is_compiling() and (transformed() or not plain(x, residual, *vectors)):
+    if stock_only() or not (torch.compiler.is_compiling() or plain(x, residual, *vectors)):
         return False
     return served(op, x)

@@ -93,7 +93,7 @@ class Block(nn.Module):
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None
         ]
-        if not plain_eager(x, *tensors) or x.layout is not torch.strided:
+        if x is None or not plain_eager(x, *tensors) or x.layout is not torch.strided:
             return None
         try:
             now = stamp(tensors)

@@ -17,6 +17,7 @@ from resnet_fused import ops
 from resnet_fused.backends import Conv, Kernel, Pool, Precision, Problem
 from resnet_fused.modules.folding import check_conv, fold
 from resnet_fused.modules.settled import Settling
+from resnet_fused.ops.checks import check_tensor
 from resnet_fused.ops.common import Runner, autocast_dtype, plain, plain_eager, stamp
 
 
@@ -76,6 +77,7 @@ class FusedModule(Settling):
         kernel = self.kernel(x, residual)
         if kernel is not None:
             return kernel(x, residual)
+        check_tensor("x", x)
         weights, shifts = self.folded_parameters()
         dtype = autocast_dtype(x.device.type)
         # As stock's convolution under autocast, which leaves float64 and what isn't floating-point alone.
@@ -90,7 +92,7 @@ class FusedModule(Settling):
     def _cast_to(self, dtype: torch.dtype, weights: list[Tensor], shifts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if weights[0].dtype == dtype:
             return weights, shifts
-        if torch.compiler.is_compiling():
+        if not plain(*weights):
             return [w.to(dtype) for w in weights], [s.to(dtype) for s in shifts]
         now = stamp((*weights, *shifts))
         kept = self._cast.get(dtype)

@@ -22,7 +22,7 @@ from torch.nn.modules import module as module_hooks
 from resnet_fused import ops
 from resnet_fused.backends.norm import served
 from resnet_fused.modules.folding import hooks_of
-from resnet_fused.ops.common import autocast_dtype, plain, transformed, update_statistics
+from resnet_fused.ops.common import autocast_dtype, plain, stock_only, update_statistics
 from resnet_fused.ops.conv2d import served as served_conv2d
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -60,7 +60,7 @@ def _fusible(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> bool:
     for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if t is not None and (t.device != x.device or (t.dtype != x.dtype and t.dtype != torch.float32)):
             return False
-    if not torch.compiler.is_compiling() and (transformed() or not plain(x, residual, norm.weight, norm.bias)):
+    if stock_only() or not (torch.compiler.is_compiling() or plain(x, residual, norm.weight, norm.bias)):
         return False
     if _group(norm) is not None:
         return True
@@ -83,7 +83,7 @@ def conv2d(conv: Any, x: Tensor) -> Tensor:
     """conv(x)."""
     if not isinstance(x, Tensor) or x.layout is not torch.strided or not _plain_conv(conv, x) or conv.bias is not None:
         return conv(x)
-    if not torch.compiler.is_compiling() and (transformed() or not plain(x)):
+    if stock_only() or not (torch.compiler.is_compiling() or plain(x)):
         return conv(x)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:

@@ -64,4 +64,6 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     """relu(x + residual); see `resnet_fused.functional.add_relu`."""
     if common.plain_eager(x, residual):
         return _eager(x, residual)
+    if common.stock_only():
+        return common.stock("add_relu", (), x, residual)
     return torch.ops.resnet_fused.add_relu.default(x, residual)

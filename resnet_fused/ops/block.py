@@ -72,7 +72,10 @@ def define(name: str, *, main: int) -> Callable[..., Tensor]:
     operator = getattr(torch.ops.resnet_fused, name).default
 
     def call(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
-        direct = common.plain_eager(x, *weights, *shifts)
-        return eager(x, weights, shifts, geometry) if direct else operator(x, weights, shifts, geometry)
+        if common.plain_eager(x, *weights, *shifts):
+            return eager(x, weights, shifts, geometry)
+        if common.stock_only():
+            return common.stock(name, Conv.unflatten(weights, geometry), x, None, weights, shifts, len(weights) > main)
+        return operator(x, weights, shifts, geometry)
 
     return call

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from resnet_fused.backends import Problem
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor, or what stands for one while fx traces."""
+    if not isinstance(value, (Tensor, fx.Proxy)):
+        raise TypeError(
+            f"{name} is {type(value).__name__}; it must be a torch.Tensor. Make one of it with torch.as_tensor, and of a list "
+            "of images with torch.stack."
+        )
 
 
 def check_dims(name: str, tensor: Tensor, dims: int, layout: str) -> None:

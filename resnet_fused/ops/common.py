@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused import config
-from resnet_fused.backends import BackendError, Conv, Folded, Kernel, Pool, Precision, Problem, choice, records
+from resnet_fused.backends import BackendError, Conv, Folded, Kernel, Pool, Precision, Problem, choice, get, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import checks
 
@@ -53,8 +53,17 @@ def function(name: str, forward: Callable[..., Any], setup_context: Callable[...
     return type(f"{name}_function", (torch.autograd.Function,), members)
 
 
+def _vmapped() -> bool:
+    """Whether torch.vmap is at work, perhaps outside of another transform."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in torch._C._functorch.get_interpreter_stack())
+
+
 def memory_format(*tensors: Tensor) -> torch.memory_format:
     """Stock PyTorch's rule for a convolution's result: channels_last if the input or a weight is, else contiguous."""
+    if _vmapped():
+        return torch.contiguous_format  # tensors can't be asked for another
     for tensor in tensors:
         # Where both hold (one channel, or 1×1 pixels) stock says contiguous. Tensors without strides have no format to ask for.
         if (
@@ -211,11 +220,11 @@ def runner_for(weight: Tensor, *static: Any) -> Runner:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd watches a call: eager, plain tensors.
+    """Whether nothing but backward differentiation watches a call: eager, plain tensors.
 
-    Otherwise it goes through the dispatcher, which knows tracing, functional transforms and subclasses.
+    Otherwise it goes through the dispatcher, which knows tracing and subclasses, or is `stock_only`.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transformed():
         return False
     if torch._C._is_tracing():  # by torch.jit.trace, which would note down kernels of this process
         return False
@@ -238,9 +247,32 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     return plain(*tensors) and not needs_grad(*tensors)
 
 
-def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, for which stock ops have rules and batch norms' don't."""
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work; under no_grad, too, which doesn't end them."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def stock_only() -> bool:
+    """Whether a call needs rules that stock ops have and ours don't: torch.func's, forward-mode differentiation's, ONNX's."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return torch.onnx.is_in_onnx_export()
+    return _transformed()
+
+
+def stock(
+    op: str,
+    convs: tuple[Conv, ...],
+    x: Tensor,
+    residual: Tensor | None,
+    weights: Sequence[Tensor] = (),
+    shifts: Sequence[Tensor] = (),
+    shortcut: bool = False,
+    pool: Pool | None = None,
+) -> Tensor:
+    """The op on stock PyTorch, for calls that are `stock_only`; arguments as a `Runner`'s."""
+    n, c, h, w = x.shape
+    problem = Problem(op, (n, c, h, w), x.dtype, x.device, convs, shortcut, pool)
+    return get("reference").prepare(problem, Folded(tuple(weights), tuple(shifts)))(x, residual)
 
 
 def update_statistics(running: Tensor | None, new: Tensor, share: float | Tensor) -> None:

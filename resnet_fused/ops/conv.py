@@ -26,10 +26,12 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Tensor]:
 
     def eager(*args: Any) -> Tensor:
         x, weight, shift, *rest = args[:count]
-        stride, padding, dilation, groups = args[count:]
-        conv = Conv.of(weight, stride, padding, dilation, groups)
-        runner = common.runner_for(weight, name, (conv,))
+        runner = common.runner_for(weight, name, (Conv.of(weight, *args[count:]),))
         return runner(x, rest[0] if rest else None, (weight,), (shift,))
+
+    def stock(*args: Any) -> Tensor:
+        x, weight, shift, *rest = args[:count]
+        return common.stock(name, (Conv.of(weight, *args[count:]),), x, rest[0] if rest else None, (weight,), (shift,))
 
     def fake(*args: Any) -> Tensor:
         x, weight = args[0], args[1]
@@ -57,6 +59,8 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Tensor]:
     operator = getattr(torch.ops.resnet_fused, name).default
 
     def call(*args: Any) -> Tensor:
-        return eager(*args) if common.plain_eager(*args[:count]) else operator(*args)
+        if common.plain_eager(*args[:count]):
+            return eager(*args)
+        return stock(*args) if common.stock_only() else operator(*args)
 
     return call

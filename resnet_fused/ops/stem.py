@@ -60,4 +60,6 @@ def stem(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool
     """
     if common.plain_eager(x, weight, shift):
         return _eager(x, weight, shift, geometry, pool)
+    if common.stock_only():
+        return common.stock("stem", Conv.unflatten([weight], geometry), x, None, [weight], [shift], pool=_pool(pool))
     return torch.ops.resnet_fused.stem.default(x, weight, shift, geometry, pool)
