@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from resnet_fused import config, tuning
 from resnet_fused.backends import Precision, check_available
 from resnet_fused.cuda_graph import CudaGraphed
+from resnet_fused.fusion.copying import copy_of, copy_shared_tensors, tensors_of
 from resnet_fused.fusion.replacing import Fuser
 from resnet_fused.fusion.rows import Row
 from resnet_fused.modules.fused import FusedModule
@@ -85,14 +86,14 @@ def fuse(
     # Outside of inference mode, so that parameters, copied and folded, count their changes.
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
-            model = _copy_sharing_tensors(model)
+            model = copy_of(model, share_tensors=True)
         elif example_inputs is not None:
-            original = _copy_sharing_tensors(model)
+            original = copy_of(model, share_tensors=True)
         before = _tensor_bytes(model)
         fuser = Fuser(model, precision, backend)
         fused = fuser.fuse(model)
         if not inplace:
-            _copy_shared_tensors(fused, original)
+            copy_shared_tensors(fused, original)
         if any(isinstance(m, FusedModule) for m in fused.modules()):
             kinds: tuple[type[TakingOver], ...] = (FusedSequential, FusedGlobalAvgPool2d)
             if precision == "fast":
@@ -112,37 +113,6 @@ def fuse(
     return fused
 
 
-def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """A deep copy that has the model's own parameters and buffers, since most of them are folded into new ones anyway.
-
-    Models that hold computed tensors, as weight_norm and pruning leave them, are copied too, which deepcopy refuses.
-    """
-    computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
-    return copy.deepcopy(model, {**memo, **{id(tensor): tensor for tensor in _tensors(model)}})
-
-
-def _copy_shared_tensors(fused: nn.Module, original: nn.Module) -> None:
-    """Copies the parameters and buffers that the fused model still shares with the original."""
-
-    def memory(tensor: Tensor) -> int:
-        strided = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
-        return (tensor.untyped_storage().data_ptr() if strided else 0) or id(tensor)
-
-    shared = set(map(memory, _tensors(original)))
-    memo: dict[int, Any] = {}
-    for module in fused.modules():
-        places: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for held in places:
-            for name, tensor in held.items():
-                if tensor is not None and memory(tensor) in shared:
-                    held[name] = copy.deepcopy(tensor, memo)
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
 def _agree(original: nn.Module, fused: nn.Module, arguments: tuple[Any, ...]) -> bool:
     """Whether both models give the same on the example, up to rounding: 20 eps^0.8 in relative norm. Logs an error if not."""
     with torch.no_grad():
@@ -160,7 +130,7 @@ def _agree(original: nn.Module, fused: nn.Module, arguments: tuple[Any, ...]) ->
 
 
 def _tensor_bytes(model: nn.Module) -> int:
-    return sum(t.nbytes for t in _tensors(model))
+    return sum(t.nbytes for t in tensors_of(model))
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.fusion.copying import copy_of
 from resnet_fused.modules.fused import FusedModule
 from resnet_fused.text import table
 from resnet_fused.tolerance import allowed, relative_error
@@ -72,7 +73,7 @@ def verify(stock: nn.Module, fused: nn.Module, inputs: Any) -> Verification:
     watched = [path for path in layers if path in names and not isinstance(names[path], nn.Conv2d)]
     truth, by_stock, by_fused = (
         _results(model, given, watched)
-        for model, given in ((copy.deepcopy(stock).double(), exact), (stock, arguments), (fused, arguments))
+        for model, given in ((copy_of(stock).double(), exact), (stock, arguments), (fused, arguments))
     )
     rows = []
     dtype = torch.float32

@@ -13,6 +13,7 @@ from plain_resnet import PlainResNet
 from tolerances import assert_as_good_as_stock
 from torch import nn
 from torch.utils.mkldnn import to_mkldnn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import resnet_fused as rf
 from resnet_fused.modules import FusedBlock, FusedModule, FusedStem
@@ -74,6 +75,18 @@ def test_residual_networks_are_fused_whole(make, blocks, stem, trained):
     assert any(isinstance(m, FusedStem) for m in fused.modules()) == stem
     assert all(row.op for row in _rows(fused)), "a convolution was left as it was"
     assert type(fused) is type(model)
+
+
+def test_a_feature_extractor_keeps_its_mode(trained):
+    """A deepcopy of one comes out in training mode."""
+    model = create_feature_extractor(trained(_small(TV_BASIC)), ["layer2", "layer4"])
+    x = torch.randn(2, 3, 64, 64)
+    fused = rf.fuse(model)
+    with torch.no_grad():
+        want, got = model(x), fused(x)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert all(row.op for row in _rows(fused))
+    assert max(layer.stock for layer in rf.verify(model, fused, x).layers) < 1e-4
 
 
 @pytest.mark.parametrize(
