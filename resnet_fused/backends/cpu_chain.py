@@ -26,8 +26,10 @@ class Chain:
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         self._library = torch.ops.resnet_fused_cpu
         self.id = self._library.new_chain(shape, dtype == torch.bfloat16)
+        # Not through the dispatcher: a chain may be collected while a mode watches or traces another model's operators.
+        delete, keys = self._library.delete_chain.default.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         # Not at the interpreter's exit, where the operator may be gone already.
-        weakref.finalize(self, self._library.delete_chain.default, self.id).atexit = False
+        weakref.finalize(self, delete, keys, self.id).atexit = False
 
     def conv(
         self,

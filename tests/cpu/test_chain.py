@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import assert_as_good_as_stock
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused.backends import Folded, Problem, get
 from resnet_fused.backends.cpu import _padded_shift
@@ -119,13 +120,27 @@ def test_kernels_of_other_kinds_are_left_alone():
     assert in_a_row([_kernel(memory_format=torch.contiguous_format), _kernel()]) is None
 
 
+class Watch(TorchDispatchMode):
+    """Notes the operators that go through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_chain_lives_as_long_as_its_kernel(x: torch.Tensor):
     kernel = _kernel()
     kernel(x, None)
     id = kernel._chain.id
     torch.ops.resnet_fused_cpu.run_chain(id, x, None)
-    del kernel
-    gc.collect()
+    with Watch() as watch:
+        del kernel
+        gc.collect()
+    assert not watch.seen
     with pytest.raises(RuntimeError, match=f"chain is {id}"):
         torch.ops.resnet_fused_cpu.run_chain(id, x, None)
 
