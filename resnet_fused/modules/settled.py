@@ -123,6 +123,6 @@ class TakingOver(Settling):
         module.__class__ = cls
         vars(module)["backend"] = backend
 
-    def forward(self, x: Tensor) -> Tensor:
-        kernel = self.kernel(x)
-        return super().forward(x) if kernel is None else kernel(x, None)
+    def forward(self, input: Tensor) -> Tensor:
+        kernel = self.kernel(input)
+        return super().forward(input) if kernel is None else kernel(input, None)

@@ -152,6 +152,12 @@ def test_exact_precision_leaves_it_alone():
     assert type(rf.fuse(Net(nn.Linear(24, 10)).eval(), precision="exact").fc) is nn.Linear
 
 
+@torch.no_grad()
+def test_the_argument_has_stocks_name():
+    ours, x = fused(nn.Linear(24, 10)), torch.randn(2, 24)
+    assert torch.equal(ours(input=x), ours(x))
+
+
 def test_it_is_an_nn_linear_with_its_parameters_and_hooks():
     net = Net(nn.Linear(24, 10)).eval()
     seen = []
