@@ -54,8 +54,22 @@ def products(x: Tensor, weight_shape: tuple[int, ...], stride: int, padding: int
     return _products(tuple(x.shape), weight_shape[0], weight_shape[2], stride, padding, x.dtype, choice())
 
 
-# As in backends/norm.py: torch.compile takes the result as a constant.
-products._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A batch of a ResNet's training: what is asked for where an input's size isn't known.
+_TYPICAL_BATCH, _TYPICAL_SIZE = 16, 56
+
+
+def products_of_any_size(
+    device_type: str, dtype: torch.dtype, weight_shape: tuple[int, ...], stride: int, padding: int
+) -> Products:
+    """As `products`, for inputs of a size that isn't known yet: as those of a typical one."""
+    if device_type != "cpu" or dtype not in _ENOUGH_VALUES:
+        return NONE
+    shape = (_TYPICAL_BATCH, weight_shape[1], _TYPICAL_SIZE, _TYPICAL_SIZE)
+    return _products(shape, weight_shape[0], weight_shape[2], stride, padding, dtype, choice())
+
+
+# As in backends/norm.py: torch.compile takes the result as a constant. For `products` it would have to compute x.
+products_of_any_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=512)

@@ -24,7 +24,11 @@ def served(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, 
     square = stride[0] == stride[1] and padding[0] == padding[1] and weight.shape[2] == weight.shape[3]
     if not square or weight.dtype not in (torch.float32, x.dtype):
         return False
-    products = cpu_conv.products(x, tuple(weight.shape), stride[0], padding[0])
+    if torch.compiler.is_compiling():
+        # The graph serves inputs of other sizes too; when it runs, the op looks at what it is given.
+        products = cpu_conv.products_of_any_size(x.device.type, x.dtype, tuple(weight.shape), stride[0], padding[0])
+    else:
+        products = cpu_conv.products(x, tuple(weight.shape), stride[0], padding[0])
     # In contiguous format only what saves most, Winograd, is worth the copies.
     return bool(products.forward) or (products.weight and common.memory_format(x, weight) == torch.channels_last)
 

@@ -240,3 +240,15 @@ def test_activations_kept_for_backward():
     ours.memory_efficient = True
     inner = 8 * 16 * 16 * 16 * 4
     assert before - kept(ours, x) == 2 * inner
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiling_runs_nothing(dynamic: bool):
+    """What torch.compile asks of an op isn't answered by computing its input, which would move running statistics twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(64), rf.BasicBlock(64, 64))
+    other, x = copy.deepcopy(model), torch.randn(8, 64, 12, 12)
+    torch.compile(other, fullgraph=True, backend="eager", dynamic=dynamic)(x)
+    model(x)
+    for (name, got), want in zip(other.named_buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(got, want, msg=name)
