@@ -101,6 +101,9 @@ def fuse(
             for kind in kinds:
                 for module in filter(kind.replaces, fused.modules()):
                     kind.take_over(module, backend)
+        for module in fused.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                module._assign_modules_buffers()  # else it would broadcast those of the batch norms that were folded
     setattr(fused, _ROWS, (fuser.rows.all(), before))
     if example_inputs is not None:
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

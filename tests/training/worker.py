@@ -123,6 +123,14 @@ def compiled() -> None:
     compare(gradients(other), gradients(eager))
 
 
+def fused() -> None:
+    """A model that was fused within DistributedDataParallel."""
+    x, _ = batch(1)
+    parts = DistributedDataParallel(model()).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(rf.fuse(parts)(x), parts(x), rtol=1e-4, atol=1e-5)
+
+
 def death() -> None:
     """The last process dies; the others get the group's error."""
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -137,6 +145,7 @@ def everything() -> None:
     uneven()
     unsynchronised()
     compiled()
+    fused()
 
 
 JOBS = {"everything": everything, "death": death}
