@@ -65,7 +65,7 @@ class FusedModule(Settling):
 
     def find_kernel(self, x: Tensor, residual: Tensor | None) -> Kernel | None:
         weights, shifts = self.folded_parameters()
-        return self._own_runner().kernel(x, residual, weights, shifts) if plain(*weights) else None
+        return self._own_runner().kernel(x, residual, weights, shifts) if plain(*weights) and x.dim() != 3 else None
 
     def _own_runner(self) -> Runner:
         runner = self._runner
@@ -78,6 +78,9 @@ class FusedModule(Settling):
         if kernel is not None:
             return kernel(x, residual)
         check_tensor("x", x)
+        if isinstance(x, Tensor) and x.dim() == 3:
+            # An image without its batch is a batch of one behind a FrozenBatchNorm2d, by the broadcasting of its vectors.
+            return self._run(x.unsqueeze(0), residual)
         weights, shifts = self.folded_parameters()
         dtype = autocast_dtype(x.device.type)
         # As stock's convolution under autocast, which leaves float64 and what isn't floating-point alone.

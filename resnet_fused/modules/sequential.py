@@ -35,7 +35,7 @@ class FusedSequential(TakingOver, nn.Sequential):
         return dicts  # type: ignore[return-value]
 
     def find_kernel(self, x: Tensor, residual: Tensor | None) -> Kernel | None:
-        if torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks:
+        if torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks or x.dim() == 3:
             return None
         blocks: list[FusedBlock] = [*self._modules.values()]  # type: ignore[list-item]
         if not blocks:

@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -347,3 +348,16 @@ def test_training_mode_is_asked_of_the_batch_norms(caplog):
 def test_report_of_something_else():
     with pytest.raises(ValueError, match="that rf.fuse didn't make"):
         rf.report(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_an_image_without_its_batch_is_taken_where_stock_takes_it(grad: bool):
+    """nn.BatchNorm2d refuses it, and FrozenBatchNorm2d doesn't."""
+    model = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d).eval()
+    trunk = nn.Sequential(*[*model.children()][:-1])
+    fused, x = rf.fuse(trunk), torch.randn(3, 64, 64)
+    assert sum(isinstance(m, FusedModule) for m in fused.modules()) > 9
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), trunk(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(fused(x[None]), fused(x))
