@@ -120,4 +120,4 @@ def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _is_finite(tensor: Tensor) -> bool:
     # isfinite().all() would make copies of the tensor's size.
-    return all(bool(end.isfinite()) for end in tensor.aminmax())
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())

@@ -361,3 +361,15 @@ def test_an_image_without_its_batch_is_taken_where_stock_takes_it(grad: bool):
         for _ in range(2):
             torch.testing.assert_close(fused(x), trunk(x), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(fused(x[None]), fused(x))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_convolution_without_filters_does_not_keep_the_others_from_being_fused():
+    """Stock makes it, and refuses it only where it is called."""
+    model = nn.Sequential(ConvBN(), nn.Sequential(nn.Conv2d(8, 0, 1), nn.BatchNorm2d(0))).eval()
+    fused, x = rf.fuse(model), torch.randn(1, 8, 6, 6)
+    assert isinstance(fused[0], FusedModule)
+    torch.testing.assert_close(fused[0](x), model[0](x), rtol=1e-4, atol=1e-5)
+    for net in (model, fused):
+        with pytest.raises(RuntimeError, match="at least 1"):
+            net(x)
