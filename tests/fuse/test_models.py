@@ -349,3 +349,15 @@ def test_verify_compares_block_by_block(trained):
     assert not worse.passed
     assert worse.layers[0].fused < 1e-5 < worse.layers[1].fused
     assert "FAILED" in str(worse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_an_empty_batch_gives_an_empty_result(trained, dtype):
+    model = trained(_small(TV_BASIC)).to(dtype)
+    fused, x = rf.fuse(model), torch.randn(2, 3, 64, 64).to(dtype)
+    want = fused(x)
+    empty = fused(x[:0])
+    assert empty.shape == model(x[:0]).shape
+    assert empty.dtype == dtype
+    assert torch.equal(fused(x), want)

@@ -33,7 +33,7 @@ LAYERS = [
     "ops",
     "backends",
 ]
-FOUNDATION = {"config", "text", "tolerance", "env_report"}
+FOUNDATION = {"folding", "config", "text", "tolerance", "env_report"}
 
 
 def _modules() -> list[Path]:
