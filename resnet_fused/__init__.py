@@ -7,7 +7,9 @@ model = torchvision.models.ResNet(rf.Bottleneck, [3, 4, 6, 3])           # drop-
 
 from resnet_fused import functional
 from resnet_fused.backends import BackendError, available_backends, use_backend
-from resnet_fused.fuse import Report, fuse, report
+from resnet_fused.fuse import fuse
+from resnet_fused.fusion.installing import unfuse
+from resnet_fused.fusion.report import Report, report
 from resnet_fused.models import (
     ResNet,
     convert_state_dict,
@@ -48,6 +50,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "tune",
+    "unfuse",
     "use_backend",
     "verify",
     "wide_resnet50_2",

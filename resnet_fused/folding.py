@@ -26,3 +26,8 @@ def scale_filters(weight: Tensor, scale: Tensor) -> Tensor:
     factors = scale.view(-1, *[1] * (weight.dim() - 1)).split(filters)
     parts = zip(weight.split(filters), factors, strict=True)
     return torch.cat([(part.double() * factor).to(weight.dtype) for part, factor in parts])
+
+
+def is_finite(tensor: Tensor) -> bool:
+    # isfinite().all() would make copies of the tensor's size.
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())

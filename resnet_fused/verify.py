@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.fusion.copying import copy_of
-from resnet_fused.modules.fused import FusedModule
+from resnet_fused.fusion.installing import unfuse
+from resnet_fused.fusion.rows import join, path_of
 from resnet_fused.text import table
 from resnet_fused.tolerance import allowed, relative_error
 
@@ -65,15 +66,13 @@ def verify(stock: nn.Module, fused: nn.Module, inputs: Any) -> Verification:
     # Not asked of the model, since a wrapper around one in eval mode, such as DataParallel, is in training mode itself.
     if any(m.training for m in stock.modules() if not list(m.children())):
         raise ValueError("stock is in training mode, where results depend on the batch; call stock.eval() first.")
+    unfused = unfuse(copy_of(stock))
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     exact = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in copy.deepcopy(arguments))
-    layers = [path for path, m in fused.named_modules() if isinstance(m, FusedModule) and path]
-    names = dict(stock.named_modules())
-    # A convolution's fused module computes more than the convolution did, so only whole modules can be compared.
-    watched = [path for path in layers if path in names and not isinstance(names[path], nn.Conv2d)]
+    watched = _blocks(fused)
     truth, by_stock, by_fused = (
-        _results(model, given, watched)
-        for model, given in ((copy_of(stock).double(), exact), (stock, arguments), (fused, arguments))
+        {**_results(model, given, watched), **_results(model, given, [])}
+        for model, given in ((unfused.double(), exact), (stock, arguments), (fused, arguments))
     )
     rows = []
     dtype = torch.float32
@@ -92,6 +91,20 @@ def verify(stock: nn.Module, fused: nn.Module, inputs: Any) -> Verification:
     if not rows:
         raise ValueError("fused and stock give no results to compare; pass a model and what rf.fuse made of it.")
     return Verification(rows, dtype)
+
+
+def _blocks(fused: nn.Module) -> list[str]:
+    """Paths of the residual blocks that are computed as one op."""
+    found = []
+    for path, module in fused.named_modules():
+        fast = path_of(module)
+        built = None if fast is None else fast.trace()
+        for group in built.groups.values() if built is not None else ():
+            names = [unit.name.split(".") for unit in group.units]
+            if len(names) > 1:
+                common = [part for part, *others in zip(*names, strict=False) if others == [part] * len(others)]
+                found.append(join(path, ".".join(common)))
+    return [path for path in dict.fromkeys(found) if path]
 
 
 def _results(model: nn.Module, arguments: tuple[Any, ...], watched: list[str]) -> dict[str, Tensor]:

@@ -146,7 +146,7 @@ def _part(problem: Problem, folded: Folded, index: int, op: str, height: int, wi
     conv: Conv = problem.convs[index]
     shape = (problem.shape[0], conv.in_channels, height, width)
     part = replace(problem, op=op, shape=shape, convs=(conv,), shortcut=False, pool=None)
-    return part, folded.pack(("part", index), lambda: Folded((folded.weights[index],), (folded.shifts[index],)))
+    return part, folded.part(index)
 
 
 def _block(problem: Problem, kernels: list[Kernel]) -> Kernel:

@@ -61,11 +61,11 @@ def _packed(folded: Folded, conv: Conv, dtype: torch.dtype, winograd: bool) -> t
     transformed = winograd and cpu_plan.keeps_transformed(conv)
 
     def pack() -> tuple[Tensor, Tensor]:
-        weight = folded.weights[0].detach().contiguous(memory_format=torch.channels_last)
-        weight = torch.ops.resnet_fused_cpu.pack(weight, winograd)
+        (weight,), (shift,) = folded.tensors()
+        weight = torch.ops.resnet_fused_cpu.pack(weight.detach().contiguous(memory_format=torch.channels_last), winograd)
         if transformed:
             weight = torch.ops.resnet_fused_cpu.transform(weight, conv.in_channels, conv.out_channels, conv.stride[0])
-        return weight, _padded_shift(folded.shifts[0])
+        return weight, _padded_shift(shift)
 
     return folded.pack(("cpu", winograd, transformed), pack)
 
@@ -175,7 +175,8 @@ class CPU:
 
     def _stem(self, problem: Problem, folded: Folded) -> Kernel:
         def pack() -> tuple[Tensor, Tensor]:
-            return _stem_weights(folded.weights[0]), _padded_shift(folded.shifts[0])
+            (weight,), (shift,) = folded.tensors()
+            return _stem_weights(weight), _padded_shift(shift)
 
         weights, shift = folded.pack(("cpu", "stem"), pack)
         out_channels, pool, relu = problem.convs[0].out_channels, problem.pool is not None, problem.op != "conv2d_bn"
@@ -187,14 +188,9 @@ class CPU:
         return kernel
 
     def _block(self, problem: Problem, folded: Folded, plan: list[int]) -> Kernel:
-        # The parts' own Folded, under the key by which a block composed of its layers finds them.
-        parts = [
-            folded.pack(("part", i), functools.partial(Folded, (weight,), (shift,)))
-            for i, (weight, shift) in enumerate(zip(folded.weights, folded.shifts, strict=True))
-        ]
+        # By part, so that a block composed of its layers finds what was packed.
         packed = [
-            _packed(part, conv, problem.dtype, winograd=not conv.pointwise)
-            for part, conv in zip(parts, problem.convs, strict=True)
+            _packed(folded.part(i), conv, problem.dtype, winograd=not conv.pointwise) for i, conv in enumerate(problem.convs)
         ]
         weights, shifts = [weight for weight, _ in packed], [shift for _, shift in packed]
         channels = [conv.out_channels for conv in problem.main_path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -118,19 +118,45 @@ class Problem:
         return f"{self.op}({shape} {str(self.dtype).removeprefix('torch.')} on {self.device}; {convs})"
 
 
-@dataclass
 class Folded:
     """Folded parameters of one op, and what backends packed from them.
 
-    Attributes:
+    Args:
         weights: one per convolution of the problem, in its order; shape (out_channels, in_channels / groups, kh, kw).
         shifts: one per convolution, shape (out_channels,), in the weights' dtype.
+
+    Attributes:
         packings: each backend's packed form, made once and shared by the problems (input shapes) that can share it.
     """
 
-    weights: tuple[Tensor, ...]
-    shifts: tuple[Tensor, ...]
-    packings: dict[Hashable, Any] = field(default_factory=dict)
+    def __init__(self, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
+        self._tensors = tuple(weights), tuple(shifts)
+        self.packings: dict[Hashable, Any] = {}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Folded]) -> Folded:
+        """Those of several convolutions, each with its own, as the parameters of one op."""
+        return parts[0] if len(parts) == 1 else _Joined(parts)
+
+    def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Weights and shifts."""
+        return self._tensors
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.tensors()[0]
+
+    @property
+    def shifts(self) -> tuple[Tensor, ...]:
+        return self.tensors()[1]
+
+    def plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Weights and shifts for a kernel that uses them as they are, and keeps them."""
+        return self.tensors()
+
+    def part(self, index: int) -> Folded:
+        """Those of one convolution, with what was packed from them."""
+        return self.pack(("part", index), lambda: Folded(self.weights[index : index + 1], self.shifts[index : index + 1]))
 
     def pack(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The packing of that key, made by `make` at the first call. Keys start with the backend's name."""
@@ -142,11 +168,55 @@ class Folded:
 
     def to(self, dtype: torch.dtype) -> Folded:
         """The parameters in another dtype, with nothing packed from them."""
-        return Folded(tuple(w.to(dtype) for w in self.weights), tuple(s.to(dtype) for s in self.shifts))
+        weights, shifts = self.tensors()
+        return Folded([w.to(dtype) for w in weights], [s.to(dtype) for s in shifts])
 
     def packed_bytes(self) -> int:
         """Bytes of all packings. Parts that share the plain parameters count only what was packed from them."""
         return sum(_bytes(value) for value in self.packings.values())
+
+
+class FoldedLater(Folded):
+    """Folded parameters of one convolution that are made each time they are asked for, and kept by nobody.
+
+    Args:
+        make: gives weight and shift.
+        stamp: the state of what they are made from.
+    """
+
+    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]], stamp: tuple[int, ...]) -> None:
+        super().__init__((), ())
+        self._make, self.stamp = make, stamp
+
+    def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        with torch.inference_mode(False), torch.no_grad():
+            weight, shift = self._make()
+        return (weight,), (shift,)
+
+    def plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return self.pack(("plain",), self.tensors)
+
+    def part(self, index: int) -> Folded:
+        return self
+
+
+class _Joined(Folded):
+    """The parameters of several convolutions, each with its own packings."""
+
+    def __init__(self, parts: Sequence[Folded]) -> None:
+        super().__init__((), ())
+        self._parts = tuple(parts)
+
+    def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        found = [part.tensors() for part in self._parts]
+        return tuple(w for weights, _ in found for w in weights), tuple(s for _, shifts in found for s in shifts)
+
+    def plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        found = [part.plain() for part in self._parts]
+        return tuple(w for weights, _ in found for w in weights), tuple(s for _, shifts in found for s in shifts)
+
+    def part(self, index: int) -> Folded:
+        return self._parts[index]
 
 
 def _bytes(value: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,9 +19,11 @@ def conv2d(x: Tensor, weight: Tensor, shift: Tensor, conv: Conv) -> Tensor:
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def basic_block(x: Tensor, folded: Folded, convs: tuple[Conv, ...], shortcut: bool) -> Tensor:
+def basic_block(
+    x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], convs: tuple[Conv, ...], shortcut: bool
+) -> Tensor:
     """relu(conv_n(… relu(conv_1(x)) …) + shortcut(x)), for any number of convolutions on the main path."""
-    layers = list(zip(folded.weights, folded.shifts, convs, strict=True))
+    layers = list(zip(weights, shifts, convs, strict=True))
     residual = x
     if shortcut:
         residual = conv2d(x, *layers.pop())
@@ -46,6 +50,7 @@ class Reference:
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         op, convs = problem.op, problem.convs
+        weights, shifts = folded.plain()
 
         def add_relu(x: Tensor, residual: Tensor | None) -> Tensor:
             assert residual is not None
@@ -53,15 +58,15 @@ class Reference:
 
         def conv2d_bn_add_relu(x: Tensor, residual: Tensor | None) -> Tensor:
             assert residual is not None
-            return conv2d(x, folded.weights[0], folded.shifts[0], convs[0]).add_(residual).relu_()
+            return conv2d(x, weights[0], shifts[0], convs[0]).add_(residual).relu_()
 
         if op == "add_relu":
             return add_relu
         if op == "add_relu_backward":
             return lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0)
         if op in ("basic_block", "bottleneck"):
-            return lambda x, residual: basic_block(x, folded, convs, problem.shortcut)
-        weight, shift, conv = folded.weights[0], folded.shifts[0], convs[0]
+            return lambda x, residual: basic_block(x, weights, shifts, convs, problem.shortcut)
+        weight, shift, conv = weights[0], shifts[0], convs[0]
         if op == "conv2d_bn":
             return lambda x, residual: conv2d(x, weight, shift, conv)
         if op == "conv2d_bn_relu":

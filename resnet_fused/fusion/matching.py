@@ -1,45 +1,49 @@
-"""Matches Conv-BN, Conv-BN-ReLU, Conv-BN-add-ReLU, stems and whole residual blocks in the graph of one module."""
+"""Matches Conv-BN, Conv-BN-ReLU, Conv-BN-add-ReLU, stems and whole residual blocks in a trace."""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from resnet_fused.backends import Pool, Precision
-from resnet_fused.fusion.tracing import Reader
-from resnet_fused.modules.folding import NotFoldable, check_conv, is_norm
-from resnet_fused.modules.fused import FusedBlock, FusedConv2d, FusedConv2dAdd, FusedModule, FusedStem
+from resnet_fused.backends import Pool
+from resnet_fused.fusion.folding import NotFoldable, check_overflow
+from resnet_fused.fusion.layers import Convolution, Norm, convolution, get, norm
+from resnet_fused.fusion.tracing import has_hooks, is_layer
+
+_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_PLAIN_LAYERS = "torch.nn.modules"
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """One convolution with all that is fused into it.
 
     Attributes:
         conv: the convolution's node.
-        name: path of the convolution inside the traced module.
-        fused: its fused module, without ReLU until `finish`, unless it was fused before.
-        covered: nodes whose work the fused module does, the convolution first, in order.
+        name: its name in the report.
+        layer, norm: where its tensors are.
+        covered: nodes whose work it does, the convolution first, in order.
         add, residual: the sum's node and the operand that is not this convolution, if a sum is fused.
+        relu: whether ReLU follows.
         pool: the max-pool that follows, if it can be fused into a stem.
         note: why no more than this was fused, for the report.
-        was_fused: whether the convolution and its batch norm had been fused in an inner module before.
     """
 
     conv: fx.Node
     name: str
-    fused: FusedConv2d
+    layer: Convolution
+    norm: Norm
     covered: list[fx.Node] = field(default_factory=list)
     add: fx.Node | None = None
     residual: fx.Node | None = None
     relu: bool = False
-    pool: nn.MaxPool2d | None = None
+    pool: Pool | None = None
     note: str = ""
-    was_fused: bool = False
 
     @property
     def last(self) -> fx.Node:
@@ -51,18 +55,6 @@ class Unit:
         assert isinstance(source, fx.Node)
         return source
 
-    def drop_tail(self, note: str) -> None:
-        """Leaves the sum, ReLU and pool as they are, where only convolution and batch norm can be fused."""
-        del self.covered[1 if self.was_fused else 2 :]
-        self.add = self.residual = self.pool = None
-        self.relu, self.note = self.fused.relu, note
-
-    @property
-    def changes(self) -> bool:
-        """Whether there is anything to do that an inner module's fusion didn't do before."""
-        more = self.relu != self.fused.relu or self.residual is not None or self.pool is not None
-        return more or not self.was_fused
-
     @property
     def op(self) -> str:
         if self.pool is not None:
@@ -71,93 +63,106 @@ class Unit:
             return "conv2d_bn_add_relu"
         return "conv2d_bn_relu" if self.relu else "conv2d_bn"
 
-    def finish(self) -> FusedModule:
-        """The fused module with what the match found behind the convolution."""
-        fused = self.fused
-        if self.relu != fused.relu or self.residual is not None:
-            kind = FusedConv2dAdd if self.residual is not None else FusedConv2d
-            fused = kind.like(fused, relu=self.relu)
-        return FusedStem(fused, pool_geometry(self.pool)) if self.pool is not None else fused
+
+@dataclass
+class Group:
+    """What is computed as one op: a unit, or the units of a residual block, the main path first, then the shortcut."""
+
+    op: str
+    units: list[Unit]
+    shortcut: bool = False
+
+    @property
+    def last(self) -> fx.Node:
+        return self.units[-2 if self.shortcut else -1].last
+
+    @property
+    def input(self) -> fx.Node:
+        return self.units[0].input
+
+    @property
+    def position(self) -> fx.Node:
+        """The node in whose place the op stands: where a residual is read, or where the convolution was."""
+        return self.last if len(self.units) > 1 or self.units[0].residual is not None else self.units[0].conv
 
 
 class Matcher:
-    """Finds the units of one graph. `reasons` tells, by path of the convolution, why one was not fused."""
+    """Finds the groups of one trace. `reasons` tells, by the name of a convolution, why it is in none."""
 
-    def __init__(self, reader: Reader, shared: set[int], precision: Precision, backend: str) -> None:
-        self.reader, self.shared = reader, shared
-        self.precision, self.backend = precision, backend
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.module, self.graph = module, graph
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.reasons: dict[str, str] = {}
         self.units: list[Unit] = []
-        for node in reader.graph.nodes:
+        for node in graph.nodes:
             unit = self._unit(node)
             if unit is not None:
                 self.units.append(unit)
         self.by_last = {unit.last: unit for unit in self.units}
-        for node in list(reader.graph.nodes):
+        for node in graph.nodes:
             self._match_sum(node)
         for unit in self.units:
             self._match_tail(unit)
         self.by_last = {unit.last: unit for unit in self.units}
+        self.groups = self._groups()
+
+    # ---- one convolution with its batch norm --------------------------------------------------------------------------
 
     def _unit(self, node: fx.Node) -> Unit | None:
-        called = self.reader.called(node)
-        if isinstance(called, FusedConv2d) and not isinstance(called, FusedConv2dAdd):
-            return Unit(node, str(node.target), called, [node], relu=called.relu, was_fused=True)
-        conv, name = self._convolution(node, called)
-        if conv is None:
-            return None
+        name = self._name(node)
         try:
-            norm_node, norm = self._norm_behind(node, conv, name)
-            fused = FusedConv2d.of(conv, norm, False, self.precision, self.backend)
+            layer = convolution(self.module, node)
+            if layer is None:
+                return None
+            if not isinstance(node.args[0], fx.Node):
+                raise NotFoldable("its input is no tensor of the forward's")
+            following = self.next_reader(node)
+            if following is None:
+                readers = len(node.users)
+                raise NotFoldable(
+                    f"its output has {readers} readers, not one batch norm alone" if readers else "its output is not used"
+                )
+            found = norm(self.module, following)
+            if found is None:
+                raise NotFoldable(f"no batch norm follows, but {self.describe(following)}")
+            weight, var = get(self.module, layer.weight), get(self.module, found.var)
+            if var.numel() != weight.shape[0]:
+                raise NotFoldable(f"the batch norm has {var.numel()} channels and the convolution {weight.shape[0]}")
+            gamma, bias = (None if path is None else get(self.module, path) for path in (found.gamma, layer.bias))
+            check_overflow(weight, (bias, get(self.module, found.mean)), var, gamma, found.eps)
         except NotFoldable as reason:
             self.reasons[name] = str(reason)
             return None
-        return Unit(node, name, fused, [node, norm_node])
+        return Unit(node, name, layer, found, [node, following])
 
-    def _convolution(self, node: fx.Node, called: nn.Module | None) -> tuple[nn.Conv2d | None, str]:
-        """The convolution that a node computes, by a module or by F.conv2d on the traced module's own parameters."""
-        if isinstance(called, nn.Conv2d):
-            return called, str(node.target)
-        if node.op == "call_function" and node.target in (F.conv2d, torch.conv2d):
-            return _functional_conv(self.reader.module, node), ""
-        return None, ""
+    def _name(self, node: fx.Node) -> str:
+        """Name of a convolution in the report: its path, or for F.conv2d that of the weight's owner."""
+        if node.op == "call_module":
+            return str(node.target)
+        weights = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a.op == "get_attr"]
+        return str(weights[0].target).rpartition(".")[0] if weights else ""
 
-    def _norm_behind(self, node: fx.Node, conv: nn.Conv2d, name: str) -> tuple[fx.Node, nn.Module]:
-        check_conv(conv)
-        if name and self.reader.calls[name] > 1:
-            raise NotFoldable("the convolution is called more than once in one forward")
-        if id(conv.weight) in self.shared:
-            raise NotFoldable("the convolution's weight is shared with another module")
-        following = self.reader.next_reader(node)
-        if following is None:
-            readers = len(node.users)
-            raise NotFoldable(
-                f"its output has {readers} readers, not one batch norm alone" if readers else "its output is not used"
-            )
-        norm = self.reader.called(following)
-        if norm is None or not is_norm(norm):
-            raise NotFoldable(f"no batch norm follows, but {self.reader.describe(following)}")
-        return following, norm
+    # ---- what follows ------------------------------------------------------------------------------------------------
 
     def _match_sum(self, node: fx.Node) -> None:
         """Conv-BN-add-ReLU: gives the sum to one of its operands if that is a unit which nothing else reads."""
-        operands = self.reader.add_operands(node)
+        operands = self.add_operands(node)
         if operands is None:
             return
-        relu = self.reader.next_reader(node)
+        relu = self.next_reader(node)
         best: tuple[int, Unit, fx.Node] | None = None
         for own, other in (operands, operands[::-1]):
-            unit = self.by_last.get(self.reader.producer(own))
-            if unit is None or unit.relu or unit.add is not None or self.reader.next_reader(unit.last) is not node:
+            unit = self.by_last.get(self.producer(own))
+            if unit is None or unit.relu or unit.add is not None or self.next_reader(unit.last) is not node:
                 continue
-            if relu is None or not self.reader.is_relu(relu):
-                unit.note = f"the sum behind it is not followed by ReLU alone, but by {self.reader.describe(relu)}"
+            if relu is None or not self.is_relu(relu):
+                unit.note = f"the sum behind it is not followed by ReLU alone, but by {self.describe(relu)}"
                 continue
             if own is other or not self._may_skip_write(node, own, other):
                 unit.note = "the sum behind it overwrites a tensor that others read"
                 continue
-            if self._input_overwritten(unit, node):
-                unit.note = "its input is overwritten before the sum, where a fused op would read it"
+            if self._written_between(unit.conv, node, {unit}):
+                unit.note = "a tensor is overwritten before the sum, where a fused op would read its input"
                 continue
             depth = self._depth(unit)
             if best is None or depth > best[0]:
@@ -169,21 +174,22 @@ class Matcher:
 
     def _may_skip_write(self, node: fx.Node, own: fx.Node, other: fx.Node) -> bool:
         """Whether nobody sees that the fused op doesn't write the sum into its first operand, as the traced one may do."""
-        if not self.reader.overwrites_first(node) or node.args[0] is own:
+        if node.target not in (operator.iadd, "add_", "__iadd__") or node.args[0] is own:
             return True
-        return other.op == "call_module" and len(other.users) == 1
+        return other in self.by_last and len(other.users) == 1
 
-    def _input_overwritten(self, unit: Unit, until: fx.Node) -> bool:
-        """Whether the convolution's input may be written to between the convolution and the sum.
+    def _written_between(self, first: fx.Node, last: fx.Node, units: set[Unit] | list[Unit]) -> bool:
+        """Whether a tensor may be written to between two nodes, by other nodes than those that some units cover."""
+        covered = {node for unit in units for node in unit.covered}
+        inside = (n for n, at in self.order.items() if self.order[first] < at < self.order[last] and n not in covered)
+        return any(self.may_write(n) and not self._writes_own(n) for n in inside)
 
-        The fused op reads its input where the sum stands, since the residual may come no earlier.
-        """
-        node = unit.conv.next
-        while node is not until:
-            if unit.input in node.all_input_nodes and self.reader.may_write(node):
-                return True
-            node = node.next
-        return False
+    def _writes_own(self, node: fx.Node) -> bool:
+        """Whether a node writes only into a fresh result that nothing else reads: a ReLU in place, behind a batch norm."""
+        source = node.args[0] if node.args else None
+        if not self.is_relu(node) or not isinstance(source, fx.Node) or len(source.users) != 1:
+            return False
+        return source in {unit.covered[1] for unit in self.units} or self.add_operands(source) is not None
 
     def _depth(self, unit: Unit) -> int:
         """Length of the chain of units that ends with this one: the main path of a block is longer than its shortcut."""
@@ -193,95 +199,149 @@ class Matcher:
         return depth
 
     def _before(self, unit: Unit) -> fx.Node:
-        source = self.reader.producer(unit.input)
+        source = self.producer(unit.input)
         # A ReLU that isn't given to its unit yet stands between the units.
-        if self.reader.is_relu(source) and isinstance(source.args[0], fx.Node):
-            return self.reader.producer(source.args[0])
+        if self.is_relu(source) and isinstance(source.args[0], fx.Node):
+            return self.producer(source.args[0])
         return source
 
     def _match_tail(self, unit: Unit) -> None:
         """Conv-BN-ReLU, and the max-pool of a stem."""
         if unit.add is None and not unit.relu:
-            following = self.reader.next_reader(unit.last)
-            if following is not None and self.reader.is_relu(following):
+            following = self.next_reader(unit.last)
+            if following is not None and self.is_relu(following):
                 unit.relu = True
                 unit.covered.append(following)
             elif following is None and len(unit.last.users) > 1:
                 unit.note = unit.note or "its batch norm's output has several readers, so nothing more is fused"
-            elif following is not None and following.op == "call_module" and self.reader.add_operands(following) is None:
-                unit.note = unit.note or f"{self.reader.describe(following)} follows; only ReLU is fused"
-        if unit.relu and unit.add is None and not unit.fused.pad:
-            following = self.reader.next_reader(unit.last)
+            elif following is not None and following.op == "call_module" and self.add_operands(following) is None:
+                unit.note = unit.note or f"{self.describe(following)} follows; only ReLU is fused"
+        if unit.relu and unit.add is None and not unit.layer.pad:
+            following = self.next_reader(unit.last)
             if following is not None:
-                unit.pool = self.reader.pool_of(following)
+                unit.pool = self._pool(following)
                 if unit.pool is not None:
                     unit.covered.append(following)
 
-    def block(self) -> tuple[FusedBlock, list[Unit]] | None:
-        """The whole graph as one residual block, if that is what it is, with its units in the block's order."""
-        nodes = list(self.reader.graph.nodes)
-        inputs = [node for node in nodes if node.op == "placeholder"]
-        (end,) = (node for node in nodes if node.op == "output")
-        if len(inputs) != 1 or not isinstance(end.args[0], fx.Node):
+    def _pool(self, node: fx.Node) -> Pool | None:
+        """The max-pool that a node calls, if it has the form that a stem takes."""
+        called = self.called(node)
+        if type(called) is not nn.MaxPool2d or called.dilation not in (1, (1, 1)) or called.ceil_mode or called.return_indices:
             return None
-        last = self.by_last.get(self.reader.producer(end.args[0]))
-        if last is None or last.residual is None:
+        pair = torch.nn.modules.utils._pair
+        return Pool(pair(called.kernel_size), pair(called.stride), pair(called.padding))
+
+    # ---- blocks ------------------------------------------------------------------------------------------------------
+
+    def _groups(self) -> list[Group]:
+        """All units, those of a residual block together, in the order in which they are computed."""
+        groups, taken = [], set()
+        for unit in self.units:
+            block = self._block(unit)
+            if block is not None:
+                groups.append(block)
+                taken.update(map(id, block.units))
+        groups += [Group(unit.op, [unit]) for unit in self.units if id(unit) not in taken]
+        return sorted(groups, key=lambda group: self.order[group.position])
+
+    def _block(self, last: Unit) -> Group | None:
+        """The residual block that ends with a unit; None if none does."""
+        if last.residual is None:
             return None
+        residual = self.producer(last.residual)
+        shortcut = self.by_last.get(residual)
+        if shortcut is not None and (shortcut.relu or shortcut.residual is not None or len(shortcut.last.users) != 1):
+            shortcut = None
         chain = [last]
-        while (source := self.reader.producer(chain[0].input)) is not inputs[0]:
+        while len(chain) <= 3:
+            source = self.producer(chain[0].input)
+            projected = shortcut is not None and self.producer(shortcut.input) is source
+            if source is residual or projected:
+                break
             previous = self.by_last.get(source)
-            if previous is None or not previous.relu or previous.add is not None or len(source.users) != 1:
+            if previous is None or not previous.relu or previous.add is not None or previous.pool is not None:
+                return None
+            if len(source.users) != 1:
                 return None
             chain.insert(0, previous)
-        shortcut: Unit | None = None
-        residual = self.reader.producer(last.residual)
-        if residual is not inputs[0]:
-            shortcut = self.by_last.get(residual)
-            if shortcut is None or shortcut.relu or self.reader.producer(shortcut.input) is not inputs[0]:
-                return None
-        units = [*chain, *([shortcut] if shortcut else [])]
-        covered = {node for unit in units for node in unit.covered}
-        rest = [n for n in nodes if n not in covered and n not in (inputs[0], end) and not self.reader.is_identity(n)]
-        plain = all(not unit.fused.pad and unit.pool is None for unit in units)
-        if rest or len(chain) not in (2, 3) or not plain:
+        if len(chain) not in (2, 3):
             return None
-        return FusedBlock([unit.fused for unit in chain], shortcut.fused if shortcut else None), units
-
-
-def _functional_conv(module: nn.Module, node: fx.Node) -> nn.Conv2d | None:
-    """nn.Conv2d that computes F.conv2d(x, self.weight, self.bias, …) of the traced module, or None if it isn't that."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    tensors: dict[str, Any] = {}
-    for name in ("weight", "bias"):
-        value = given.get(name)
-        if value is None and name == "bias":
-            tensors[name] = None
-        elif isinstance(value, fx.Node) and value.op == "get_attr":
-            owner, _, attribute = str(value.target).rpartition(".")
-            tensors[name] = getattr(module.get_submodule(owner), attribute)
-        else:
+        units = [*chain, shortcut] if projected and shortcut is not None else chain
+        if any(unit.layer.pad for unit in units):
             return None
-    if not isinstance(given.get("input"), fx.Node) or not node.args or tensors["weight"].dim() != 4:
-        return None
-    geometry = {k: given[k] for k in ("stride", "padding", "dilation", "groups") if k in given}
-    if any(isinstance(v, fx.Node) for v in fx.node.map_arg(tuple(geometry.values()), lambda n: n) if v is not None):
-        return None
-    out_channels, per_group, *kernel = tensors["weight"].shape
-    conv = nn.Conv2d(
-        per_group * geometry.get("groups", 1),
-        out_channels,
-        tuple(kernel),
-        bias=tensors["bias"] is not None,
-        device="meta",
-        **geometry,
-    )
-    for name, tensor in tensors.items():
-        setattr(conv, name, tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False))
-    return conv
+        first = min((unit.conv for unit in units), key=self.order.__getitem__)
+        if self._written_between(first, last.last, units):
+            return None
+        return Group({2: "basic_block", 3: "bottleneck"}[len(chain)], units, len(units) > len(chain))
+
+    # ---- reading nodes -----------------------------------------------------------------------------------------------
+
+    def called(self, node: fx.Node) -> nn.Module | None:
+        """The layer that a node calls, if it is such a call with one argument, and nobody's hook sees it."""
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        module = self.module.get_submodule(str(node.target))
+        return None if has_hooks(module) or "forward" in vars(module) else module
+
+    def is_identity(self, node: fx.Node) -> bool:
+        called = self.called(node)
+        if isinstance(called, (nn.Dropout, nn.Dropout2d)):
+            return not called.training
+        return type(called) is nn.Identity
+
+    def is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self.called(node)) is nn.ReLU
+        if node.op == "call_function":
+            return node.target in _RELU_FUNCTIONS
+        return node.op == "call_method" and node.target in ("relu", "relu_")
+
+    def add_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """Both operands of a plain sum of two nodes, None for any other node."""
+        function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
+        method = node.op == "call_method" and node.target in ("add", "add_", "__add__", "__iadd__")
+        if not (function or method) or len(node.args) != 2 or node.kwargs:
+            return None
+        a, b = node.args
+        return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
+
+    def may_write(self, node: fx.Node) -> bool:
+        """Whether a node may write to its inputs: in-place functions and methods, and modules that aren't known not to."""
+        if node.op == "call_module":
+            called = self.module.get_submodule(str(node.target))
+            known = is_layer(called) and type(called).__module__.startswith(_PLAIN_LAYERS)
+            return not known or bool(getattr(called, "inplace", False)) or has_hooks(called)
+        if node.op not in ("call_function", "call_method"):
+            return False
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.kwargs.get("inplace") or node.kwargs.get("out") is not None or (name in _WITH_INPLACE and True in node.args[1:]):
+            return True
+        return name.endswith("_") and not name.endswith("__") or name in _WRITING
+
+    def next_reader(self, node: fx.Node) -> fx.Node | None:
+        """The only reader of a node's result, seen through identities; None if there is none or several."""
+        users = list(node.users)
+        if len(users) != 1:
+            return None
+        return self.next_reader(users[0]) if self.is_identity(users[0]) else users[0]
+
+    def producer(self, node: fx.Node) -> fx.Node:
+        """The node whose result `node` is, seen back through identities."""
+        while self.is_identity(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node
+
+    def describe(self, node: fx.Node | None) -> str:
+        """A node in the words of the report."""
+        if node is None:
+            return "several readers"
+        if node.op == "call_module":
+            return type(self.module.get_submodule(str(node.target))).__name__
+        if node.op == "output":
+            return "the end of forward"
+        return str(getattr(node.target, "__name__", node.target))
 
 
-def pool_geometry(pool: nn.MaxPool2d) -> Pool:
-    """Geometry of a max-pool module."""
-    pair = torch.nn.modules.utils._pair
-    return Pool(pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
+_WRITING = ("iadd", "isub", "imul", "itruediv", "setitem", "__iadd__", "__setitem__")
+_WITH_INPLACE = ("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh")
+_WITH_INPLACE += ("dropout", "dropout2d", "threshold", "rrelu", "alpha_dropout")

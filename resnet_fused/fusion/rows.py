@@ -6,56 +6,94 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from resnet_fused.fusion.path import FastPath
+
 
 @dataclass
 class Row:
-    """One convolution of the original model.
+    """One convolution of the model.
 
     Attributes:
-        conv: its path in the original model.
+        conv: its path in the model.
         shape: such as "64→128 3×3/2".
-        op: the op that computes it now, or "" if it is as it was.
-        module: path of the fused module in the fused model.
-        note: why it is not fused, or not further.
+        op: the op that computes it, or "" where stock does.
+        path: path of the module whose forward has the program with that op; "" is the model itself.
+        backends: those that served it so far, such as "cpu" or "cpu, reference".
+        note: why it is not fused, or not further; or why the last call ran as stock.
     """
 
     conv: str
     shape: str
     op: str = ""
-    module: str | None = None
+    path: str | None = None
+    backends: str = ""
     note: str = "forward doesn't call it"
 
 
-class Rows:
-    """The rows of a model, by the path of the convolution."""
+def path_of(module: nn.Module) -> FastPath | None:
+    """The fast path that was installed at a module's forward."""
+    own = vars(module)
+    for name in ("forward", "_path"):
+        found = own.get(name)
+        if isinstance(found, FastPath) and found.module is module:
+            return found
+    return None
 
-    def __init__(self, model: nn.Module) -> None:
-        self._rows = {
-            path: Row(path, _shape(module)) for path, module in model.named_modules() if isinstance(module, nn.Conv2d)
-        }
 
-    def all(self) -> list[Row]:
-        return list(self._rows.values())
+def rows_of(model: nn.Module) -> list[Row]:
+    """A row for each convolution of a model, as it is now."""
+    rows = {p: Row(p, _shape(m)) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Conv2d)}
+    _explain(model, "", rows)
+    served = _backends(model)
+    for row in rows.values():
+        row.backends = ", ".join(sorted(served.get(row.conv, ())))
+    return [*rows.values()]
 
-    def mark(self, conv: str, op: str, module: str, note: str) -> None:
-        """The convolution at path `conv`, or the one that was fused into the module at this path before, is fused now."""
-        row = next((r for r in self._rows.values() if r.module == conv), None) or self._rows.get(conv)
-        if row is None:
-            # F.conv2d on a parameter: known by the path of the module whose forward calls it.
-            row = self._rows[conv] = Row(conv, "")
-        row.op, row.module, row.note = op, module, note
 
-    def note(self, conv: str, reason: str) -> None:
-        """Why the convolution at path `conv` is not fused."""
-        row = self._rows.get(conv)
-        if row is not None and not row.op:
+def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
+    fast = path_of(module)
+    built = None if fast is None else fast.trace()
+    if fast is None or built is None:
+        for name, child in module.named_children():
+            own = rows.get(join(path, name))
+            if own is not None and not own.op and fast is not None:
+                own.note = fast.untraceable
+            _explain(child, join(path, name), rows)
+        if fast is not None and path in rows:
+            rows[path].note = fast.untraceable
+        return
+    for group in built.groups.values():
+        for unit in group.units:
+            row = rows.setdefault(join(path, unit.name), Row(join(path, unit.name), ""))
+            row.op, row.path, row.note = group.op, path, unit.note
+            if fast.reason and fast.reason != "not called yet":
+                row.note = f"the last call ran as stock: {fast.reason}"
+    for name, reason in built.reasons.items():
+        row = rows.setdefault(join(path, name), Row(join(path, name), ""))
+        if not row.op:
             row.note = reason
+    for name, reason in built.trace.opaque.items():
+        child = module.get_submodule(name)
+        for inner, conv in child.named_modules():
+            row = rows.get(join(join(path, name), inner)) if isinstance(conv, nn.Conv2d) else None
+            if row is not None and not row.op and row.note == Row.note:
+                row.note = reason
+        _explain(child, join(path, name), rows)
 
-    def explain(self, module: nn.Module, path: str, reason: str, direct: bool = False) -> None:
-        """The same reason for every convolution in the module at `path`, or for its direct children only."""
-        for name, child in module.named_modules():
-            if isinstance(child, nn.Conv2d) and not (direct and "." in name):
-                self.note(join(path, name), reason)
+
+def _backends(model: nn.Module) -> dict[str, set[str]]:
+    """Backends that served each convolution, in programs of whichever module."""
+    found: dict[str, set[str]] = {}
+    for path, module in model.named_modules():
+        fast = path_of(module)
+        if fast is None or fast.built is None:
+            continue
+        for run in fast.runs():
+            for number, (_, backend) in run.problems.items():
+                group = fast.built.groups.get(number)
+                for unit in group.units if group is not None else ():
+                    found.setdefault(join(path, unit.name), set()).add(backend)
+    return found
 
 
 def join(path: str, name: str) -> str:

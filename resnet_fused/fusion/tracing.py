@@ -1,39 +1,128 @@
-"""Traces the forward of one module, its children as opaque calls, and reads the traced nodes."""
+"""Records what a module's forward does as a graph: calls of layers, functions and methods, through all modules in it.
+
+The forward runs in a sandbox (`sandbox.py`) on stand-ins for its tensors, under a screen (`screening.py`) that ends the trace
+before anything has an effect. Layers of PyTorch's own, and modules whose forward can't be traced, are one call each.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import itertools
 import operator
+import types
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute, TracerBase
+from torch.overrides import TorchFunctionMode
 
-from resnet_fused.modules.folding import hooks_of
+from resnet_fused.fusion.folding import is_norm
+from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable
+from resnet_fused.fusion.screening import CannotTrace, Screen, Watched
 
-RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-# What tells the memory format of a tensor, or fails where the format isn't the one that stock's would be.
-_FORMAT_SENSITIVE = ("view", "view_as", "stride", "is_contiguous", "as_strided", "data_ptr", "unfold")
+# What may be asked of a parameter while tracing: it doesn't change without the parameter.
+_METADATA = ("shape", "size", "dim", "ndim", "dtype", "device", "numel", "is_cuda", "is_floating_point", "is_complex", "layout")
+_METADATA += ("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size")
+_TENSOR_NAMES = frozenset(dir(Tensor))
+_IMAGE_FUNCTIONS = ("conv2d", "batch_norm", "relu", "relu_", "add", "iadd", "max_pool2d", "avg_pool2d", "silu", "hardswish", "mul")
 
 
-class CannotTrace(Exception):
-    """A module's forward can't be traced; the message is the reason, as the report prints it."""
+def own_forward(module: nn.Module, name: str = "plain_forward") -> Callable[..., Any]:
+    """The forward that a module has without the library: of its class, or its own.
+
+    Args:
+        module: the module.
+        name: of the method that stands for forward in the library's own blocks, whose forward takes the fast path itself.
+    """
+    forward = vars(module).get("forward")
+    if forward is not None and not hasattr(forward, "previous"):
+        return forward
+    if forward is not None and forward.previous is not None:
+        return forward.previous
+    kind = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return types.MethodType(vars(kind).get(name, vars(kind)["forward"]), module)
 
 
-def is_inlined(module: nn.Module) -> bool:
-    """Whether a call of the module is traced through: a plain Sequential, which only calls its children in order."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not hooks_of(module)
+def has_hooks(module: nn.Module) -> bool:
+    return any(vars(module).get(name) for name in HOOKS)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a call of the module is one node: a layer of PyTorch's own, or a batch norm that is known by its name."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return False
+    return type(module).__module__.startswith("torch.") or is_norm(module) or isinstance(module, torch.jit.ScriptModule)
+
+
+@dataclass
+class Trace:
+    """What a forward does.
+
+    Attributes:
+        graph: its nodes; `call_module` and `get_attr` nodes are named by paths inside of the module.
+        inlined: paths of the modules whose forward was traced through, the module itself ("") first.
+        opaque: paths of modules that are called as a whole though they are no layers, and why.
+        watched: global names that must keep their values.
+        structure: the result, with fx nodes in the place of tensors.
+        arguments: names of forward's arguments that are tensors.
+        images: those of them that forward was told to have four dimensions.
+    """
+
+    graph: fx.Graph
+    inlined: list[str] = field(default_factory=list)
+    opaque: dict[str, str] = field(default_factory=dict)
+    watched: list[Watched] = field(default_factory=list)
+    structure: Any = None
+    arguments: tuple[str, ...] = ()
+    images: set[str] = field(default_factory=set)
 
 
 class _Proxy(fx.Proxy):
-    """Records augmented assignments as such. fx's own proxies have no `__iadd__`, so `x += y` would look like `x = x + y`."""
+    """A stand-in for a tensor that passes for one where it is asked what it is."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _TENSOR_NAMES:
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        if name == "ndim":
+            return self.dim()
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):
+            raise CannotTrace(f"assigns the attribute {name!r} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def dim(self) -> Any:
+        return 4 if self.tracer.is_image(self.node) else _Attribute(self, "dim")()  # type: ignore[attr-defined]
+
+    def numel(self) -> Any:
+        return _Count(self.tracer.create_node("call_method", "numel", (self.node,), {}), self.tracer)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise CannotTrace("writes into elements of a tensor")
+
+    def __bool__(self) -> bool:
+        raise CannotTrace("branches on a tensor's values or size")
+
+    def __iter__(self) -> Any:
+        try:
+            return super().__iter__()
+        except (fx.proxy.TraceError, AssertionError, IndexError) as error:
+            raise CannotTrace("iterates over a tensor") from error
 
     def _in_place(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
+    # fx's own stand-ins have none of these, so that `x += y` would look like `x = x + y`.
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.iadd, other)
 
@@ -47,141 +136,230 @@ class _Proxy(fx.Proxy):
         return self._in_place(operator.itruediv, other)
 
 
-class _Tracer(fx.Tracer):
+class _Attribute(_Proxy, Attribute):  # type: ignore[misc]
+    """An attribute of a stand-in, or a method of it that is about to be called."""
+
+    __init__ = Attribute.__init__
+    node = Attribute.node
+    __call__ = Attribute.__call__  # type: ignore[assignment]
+
+
+class _Count(_Proxy):
+    """A number of elements. Programs serve tensors that have some."""
+
+    def __eq__(self, other: object) -> Any:
+        return False if other == 0 else super().__eq__(other)
+
+    def __ne__(self, other: object) -> Any:
+        return True if other == 0 else super().__ne__(other)
+
+    def __gt__(self, other: Any) -> Any:
+        return True if other == 0 else super().__gt__(other)  # type: ignore[operator]
+
+    __hash__ = object.__hash__
+
+
+class _NoArithmetic(TorchFunctionMode):
+    """Ends the trace where a forward computes with anything but its stand-ins: the recording would freeze the result."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        if name in _METADATA or name in ("_assert", "is_tensor", "is_storage", "compile") or not isinstance(name, str):
+            return func(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise CannotTrace(f"computes with its parameters by itself ({name})")
+        raise CannotTrace(f"makes a tensor or asks PyTorch by itself ({name})")
+
+
+class _Tracer(TracerBase):
+    def __init__(self, module: nn.Module, opaque: dict[str, str]) -> None:
+        self.trace = Trace(fx.Graph(), opaque=dict(opaque))
+        self.graph = self.trace.graph
+        self.module = module
+        self.sandbox = Sandbox(module)
+        self.paths = {id(self.sandbox.shadow(m)): path for path, m in module.named_modules()}
+        self.tensors: dict[int, str] = {}
+        for path, owner in module.named_modules():
+            for name, tensor in itertools.chain(owner._parameters.items(), owner._buffers.items()):
+                if tensor is not None:
+                    self.tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
+        self.mode = self._mode()
+        for original, shadow in self.sandbox.shadows():
+            vars(shadow)["forward"] = self._recorder(original, shadow)
+
+    @staticmethod
+    def _mode() -> tuple[bool, ...]:
+        return torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), torch.is_inference_mode_enabled()
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not is_inlined(m)
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> fx.Node:
+        if self._mode() != self.mode:
+            raise CannotTrace("switches autograd or autocast")
+        return self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            path = self.tensors.get(id(a))
+            if path is None:
+                raise CannotTrace("uses a tensor that is no parameter or buffer")
+            return self.create_node("get_attr", path, (), {})
+        if isinstance(a, nn.Module) or callable(a):
+            raise CannotTrace(f"passes {type(a).__name__} as an argument")
+        return super().create_arg(a)
+
+    def is_image(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            self.trace.images.add(str(node.target))
+            return True
+        if node.op == "call_module":
+            kind = type(self.module.get_submodule(str(node.target)))
+            return issubclass(kind, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)) or is_norm(
+                self.module.get_submodule(str(node.target))
+            )
+        name = str(getattr(node.target, "__name__", node.target))
+        source = node.args[0] if node.args else None
+        if name == "conv2d":
+            return True
+        return name in _IMAGE_FUNCTIONS and isinstance(source, fx.Node) and self.is_image(source)
+
+    def _recorder(self, original: nn.Module, shadow: Any) -> Callable[..., Any]:
+        """The forward of a shadow: traced through, or one call."""
+        path = self.paths[id(shadow)]
+
+        def call_whole(args: Any, kwargs: Any) -> Any:
+            return self.create_proxy("call_module", path, args, kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if path and (is_layer(original) or path in self.trace.opaque):
+                return call_whole(args, kwargs)
+            last = next(iter(reversed(self.graph.nodes)), None)
+            inlined = len(self.trace.inlined)
+            self.trace.inlined.append(path)
+            try:
+                function = own_forward(original)
+                if not isinstance(function, types.MethodType) or function.__self__ is not original:
+                    raise CannotTrace("is a function that was put into the module")
+                result = function.__func__(shadow, *args, **kwargs)
+                return result
+            except (Exception, CannotTrace) as error:
+                reason = _reason(original, error)
+                if not path or _holds_containers(args, kwargs):
+                    raise CannotTrace(reason) from error
+                # Not traced through, but called as a whole: what was recorded of it is taken back.
+                del self.trace.inlined[inlined:]
+                while (node := next(iter(reversed(self.graph.nodes)), None)) is not last and node is not None:
+                    self.graph.erase_node(node)
+                self.trace.opaque[path] = reason
+                return call_whole(args, kwargs)
+
+        return forward
+
+    def run(self) -> Trace:
+        trace, module = self.trace, self.module
+        function = own_forward(module)
+        names, defaults = _arguments(module, function)
+        trace.arguments = tuple(names)
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        screen = Screen()
+        try:
+            # Under the mode, PyTorch's functions tell of themselves; the screen sees all others.
+            with _NoArithmetic(), screen.active():
+                result = self.sandbox.root.forward(*proxies, **defaults)
+        finally:
+            trace.watched = screen.watched
+        self.results: list[fx.Node] = []
+        trace.structure = self._structure(result)
+        self.graph.output(tuple(self.results))
+        return trace
+
+    def _structure(self, value: Any) -> Any:
+        """The result with nodes in the place of stand-ins."""
+        if issubclass(type(value), fx.Proxy):
+            self.results.append(value.node)
+            return value.node
+        if is_immutable(value) and type(value) is not tuple:
+            return value
+        if self.sandbox.holds(value):
+            raise CannotTrace(f"forward of {type(self.module).__name__} returns a {type(value).__name__} that it keeps")
+        if isinstance(value, tuple):
+            items = [self._structure(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if type(value) is list:
+            return [self._structure(item) for item in value]
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, self._structure(item)) for key, item in value.items())
+        if dataclasses.is_dataclass(value) and not isinstance(value, (type, dict)):
+            for name, item in vars(value).items():
+                object.__setattr__(value, name, self._structure(item))
+            return value
+        raise CannotTrace(f"forward of {type(self.module).__name__} returns a {type(value).__name__}")
 
 
-def trace(module: nn.Module) -> fx.Graph:
-    """The graph of the module's forward, with every child but plain Sequentials as one node.
+def _arguments(module: nn.Module, function: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
+    """Names of the arguments that must be given, and the values of those that needn't."""
+    names, defaults = [], {}
+    for p in inspect.signature(function).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        if p.default is p.empty:
+            if p.kind is p.KEYWORD_ONLY:
+                raise CannotTrace(f"forward of {type(module).__name__} has the keyword argument {p.name!r}")
+            names.append(p.name)
+        elif is_immutable(p.default):
+            defaults[p.name] = p.default
+        else:
+            raise CannotTrace(f"forward of {type(module).__name__} has the optional argument {p.name!r}, which may change")
+    if not names:
+        raise CannotTrace(f"forward of {type(module).__name__} has no argument that must be given")
+    return names, {name: value for name, value in defaults.items() if name}
+
+
+def _holds_containers(args: Any, kwargs: Any) -> bool:
+    """Whether a call passes something that the callee may have changed before it failed."""
+    return any(isinstance(a, (list, dict, set)) for a in (*args, *kwargs.values()))
+
+
+def _reason(module: nn.Module, error: BaseException) -> str:
+    """Why a forward can't be traced, as the report prints it."""
+    message = str(error).strip().splitlines()
+    text = message[0] if message else type(error).__name__
+    if isinstance(error, CannotTrace):
+        return text if text.startswith("forward of ") else f"forward of {type(module).__name__} {text}"
+    return f"forward of {type(module).__name__} can't be traced: {text}"
+
+
+def trace(module: nn.Module) -> Trace:
+    """What the module's forward does, with its layers, and what can't be traced through, as calls of a whole.
 
     Raises:
-        CannotTrace: if forward branches on values, takes optional arguments, or changes the module.
+        CannotTrace: the module's own forward can't be traced; the message is the reason.
     """
-    parameters = inspect.signature(module.forward).parameters.values()
-    for p in parameters:
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty:
-            raise CannotTrace(f"forward of {type(module).__name__} has the optional argument {p.name!r}")
-    before = {k: id(v) for k, v in vars(module).items()}
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # forward is the user's code and may raise anything on a proxy
-        message = str(error).strip().splitlines()
-        reason = message[0] if message else type(error).__name__
-        raise CannotTrace(f"forward of {type(module).__name__} can't be traced: {reason}") from error
-    finally:
-        constants = [k for k in vars(module) if k.startswith("_tensor_constant") and k not in before]
-        for name in constants:
-            delattr(module, name)
-    if constants:
-        raise CannotTrace(f"forward of {type(module).__name__} makes a tensor of its own, which a trace would freeze")
-    if {k: id(v) for k, v in vars(module).items()} != before:
-        raise CannotTrace(f"forward of {type(module).__name__} changes the module")
-    return graph
+    if torch.nn.modules.module._has_any_global_hook():
+        raise CannotTrace("hooks for all modules are registered")
+    opaque = {p: f"{type(m).__name__} has hooks" for p, m in module.named_modules() if p and has_hooks(m)}
+    # A module that its own forward changes, which is seen only afterwards, is called as a whole at the next attempt.
+    for _ in range(1 + sum(1 for _ in module.modules())):
+        tracer = _Tracer(module, opaque)
+        found = tracer.run()
+        changing = [(p, tracer.sandbox.changed(module.get_submodule(p))) for p in dict.fromkeys(found.inlined)]
+        changed = {p: f"forward of {_kind(module, p)} changes its attribute {name!r}" for p, name in changing if name}
+        if "" in changed:
+            raise CannotTrace(changed[""])
+        if not changed:
+            return found
+        opaque |= changed
+    raise AssertionError("a trace with every module called as a whole changes nothing")
 
 
-class Reader:
-    """Reads the nodes of one module's graph."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        self.module, self.graph = module, graph
-        self.calls: dict[str, int] = {}
-        for node in graph.nodes:
-            if node.op == "call_module":
-                self.calls[node.target] = self.calls.get(node.target, 0) + 1
-
-    def called(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, if it is such a call with one argument."""
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-            return None
-        return self.module.get_submodule(str(node.target))
-
-    def is_identity(self, node: fx.Node) -> bool:
-        called = self.called(node)
-        if isinstance(called, (nn.Dropout, nn.Dropout2d)):
-            return not called.training and hooks_of(called) is None
-        return type(called) is nn.Identity and hooks_of(called) is None
-
-    def is_relu(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            called = self.called(node)
-            return type(called) is nn.ReLU and hooks_of(called) is None
-        if node.op == "call_function":
-            return node.target in RELU_FUNCTIONS
-        return node.op == "call_method" and node.target in ("relu", "relu_")
-
-    def add_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """Both operands of a plain sum of two nodes, None for any other node."""
-        function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
-        method = node.op == "call_method" and node.target in ("add", "add_", "__add__", "__iadd__")
-        if not (function or method) or len(node.args) != 2 or node.kwargs:
-            return None
-        a, b = node.args
-        return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
-
-    def overwrites_first(self, node: fx.Node) -> bool:
-        """Whether a sum is written into its first operand."""
-        return node.target in (operator.iadd, "add_", "__iadd__")
-
-    def may_write(self, node: fx.Node) -> bool:
-        """Whether a node may write to its inputs: in-place functions and methods, and modules that aren't known not to."""
-        if node.op == "call_module":
-            called = self.module.get_submodule(str(node.target))
-            known = type(called).__module__.startswith(("torch.nn.modules", "resnet_fused.modules"))
-            return not known or bool(getattr(called, "inplace", False)) or hooks_of(called) is not None
-        name = str(getattr(node.target, "__name__", node.target))
-        return name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv", "setitem", "__iadd__")
-
-    def pool_of(self, node: fx.Node) -> nn.MaxPool2d | None:
-        """The max-pool that a node calls, if it has the form that a stem takes."""
-        called = self.called(node)
-        if type(called) is not nn.MaxPool2d or hooks_of(called) is not None:
-            return None
-        dilated = called.dilation not in (1, (1, 1))
-        return None if dilated or called.ceil_mode or called.return_indices else called
-
-    def next_reader(self, node: fx.Node) -> fx.Node | None:
-        """The only reader of a node's result, seen through identities; None if there is none or several."""
-        users = list(node.users)
-        if len(users) != 1:
-            return None
-        return self.next_reader(users[0]) if self.is_identity(users[0]) else users[0]
-
-    def producer(self, node: fx.Node) -> fx.Node:
-        """The node whose result `node` is, seen back through identities that are its only readers."""
-        while self.is_identity(node) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return node
-
-    def describe(self, node: fx.Node | None) -> str:
-        """A node in the words of the report."""
-        if node is None:
-            return "several readers"
-        if node.op == "call_module":
-            return type(self.module.get_submodule(str(node.target))).__name__
-        if node.op == "output":
-            return "the end of forward"
-        return str(getattr(node.target, "__name__", node.target))
-
-    def format_sensitive_sources(self) -> list[str]:
-        """Paths of the modules whose results reach, through functions only, an operation that depends on the memory format."""
-        found: list[str] = []
-        for node in self.graph.nodes:
-            sensitive = node.op == "call_method" and node.target in _FORMAT_SENSITIVE
-            if sensitive or (node.op == "call_function" and node.target is torch.as_strided):
-                self._sources(node.args[0], found, set())
-        return found
-
-    def _sources(self, value: Any, found: list[str], seen: set[fx.Node]) -> None:
-        if not isinstance(value, fx.Node) or value in seen:
-            return
-        seen.add(value)
-        if value.op == "call_module":
-            if str(value.target) not in found:
-                found.append(str(value.target))
-            return
-        for argument in value.all_input_nodes:
-            self._sources(argument, found, seen)
+def _kind(module: nn.Module, path: str) -> str:
+    return type(module.get_submodule(path)).__name__

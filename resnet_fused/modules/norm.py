@@ -21,7 +21,7 @@ from torch.nn.modules import module as module_hooks
 
 from resnet_fused import ops
 from resnet_fused.backends.norm import served
-from resnet_fused.modules.folding import hooks_of
+from resnet_fused.fusion.folding import hooks_of
 from resnet_fused.ops.common import autocast_dtype, plain, stock_only, update_statistics
 from resnet_fused.ops.conv2d import served as served_conv2d
 

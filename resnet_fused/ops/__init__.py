@@ -13,6 +13,8 @@ from resnet_fused.ops.conv2d_bn_add_relu import conv2d_bn_add_relu
 from resnet_fused.ops.conv2d_bn_relu import conv2d_bn_relu
 from resnet_fused.ops.stem import stem
 
+import resnet_fused.ops.program  # noqa: E402, F401, I001 — after those that it is made of
+
 __all__ = [
     "add_relu",
     "basic_block",

@@ -6,6 +6,8 @@ scale = gamma / sqrt(var + eps)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -71,17 +73,34 @@ def check_norm(norm: nn.Module) -> nn.Module:
     return norm
 
 
-def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift by channel of a batch norm in inference, float64, shape (C,). Raises NotFoldable."""
-    check_norm(norm)
+def probe(norm: nn.Module) -> None:
+    """Compares a batch norm that is known only by its name with what is read from its attributes, on a few values.
+
+    Raises:
+        NotFoldable: it computes something else.
+    """
+    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return
     mean, var, gamma, beta = (getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias"))
-    assert isinstance(mean, Tensor)
-    assert isinstance(var, Tensor)
-    # detectron's first FrozenBatchNorm2d had no eps; the probe below tells whether 0 is what it computes with.
-    scale, shift = folding.affine(mean, var, gamma, beta, float(getattr(norm, "eps", 0.0)))
-    if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        _check_probe(norm, scale, shift)
-    return scale, shift
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        raise NotFoldable(f"{type(norm).__name__} has no running statistics")
+    _check_probe(norm, *folding.affine(mean, var, gamma, beta, float(getattr(norm, "eps", 0.0))))
+
+
+def check_overflow(weight: Tensor, shift: Sequence[Tensor | None], var: Tensor, gamma: Tensor | None, eps: float) -> None:
+    """Raises NotFoldable where folded parameters overflow float16, whose range stock's batch norm, in float32, doesn't know.
+
+    Args:
+        weight: of the convolution.
+        shift: the vectors that the batch norm's scale multiplies: the convolution's bias and the mean.
+        var, gamma, eps: of the batch norm.
+    """
+    if weight.dtype != torch.float16 or weight.numel() == 0:
+        return
+    scale = ((var.double() + eps).rsqrt() * (1 if gamma is None else gamma.double())).abs()
+    largest = [weight.detach().double().abs().amax(dim=(1, 2, 3)), *(t.detach().double().abs() for t in shift if t is not None)]
+    if folding.is_finite(weight) and not all(bool((t * scale <= torch.finfo(weight.dtype).max).all()) for t in largest):
+        raise NotFoldable(f"the folded parameters overflow {weight.dtype}")
 
 
 def _check_probe(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
@@ -96,28 +115,3 @@ def _check_probe(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
     size = (x.double() * scale.view(1, -1, 1, 1)).abs() + shift.abs().view(1, -1, 1, 1) + 1
     if got.shape != want.shape or not bool(((got - want).abs() <= tolerance * size).all()):
         raise NotFoldable(f"{type(norm).__name__} computes something else than (x − mean) · weight / sqrt(var + eps) + bias")
-
-
-@torch.no_grad()
-def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Folded weight and shift of bn(conv(x)), in the convolution's dtype and memory format, computed in float64.
-
-    Raises:
-        NotFoldable: with the reason.
-    """
-    conv = check_conv(conv)
-    scale, shift = affine_of(norm)
-    if scale.numel() != conv.out_channels:
-        raise NotFoldable(f"the batch norm has {scale.numel()} channels and the convolution {conv.out_channels}")
-    if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
-    weight, folded_shift = folding.scale_filters(conv.weight, scale), shift.to(conv.weight.dtype)
-    for folded, exact in ((weight, conv.weight), (folded_shift, shift)):
-        if _is_finite(exact) and not _is_finite(folded):
-            raise NotFoldable(f"the folded parameters overflow {conv.weight.dtype}")
-    return weight, folded_shift
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # isfinite().all() would make copies of the tensor's size.
-    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())

@@ -1,0 +1,194 @@
+"""Makes a program of a trace: the groups that were matched as steps, everything else as calls."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from resnet_fused.fusion.layers import Convolution, Norm
+from resnet_fused.fusion.matching import Group, Matcher, Unit
+from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
+from resnet_fused.runtime.program import NONE, Call, Layer, Program, Step, Value
+
+# Layers and functions that compute the same of either memory format, and whose result has that of their input.
+_TRANSPARENT_LAYERS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.Tanh, nn.ELU),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Identity),
+)
+_TRANSPARENT_FUNCTIONS = {
+    *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh, F.max_pool2d),
+    *(F.avg_pool2d, operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul),
+}
+_TRANSPARENT_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_"}
+
+
+@dataclass
+class Built:
+    """The program of a module's forward, and what it was made from.
+
+    Attributes:
+        program: the program.
+        parameters: paths of the tensors that its layers' `tensors` number.
+        absorbed: paths of the modules whose own call the program replaces.
+        trace: the trace.
+        groups: by the number of a step's value, what it computes.
+        reasons: why convolutions are in no step, by their names.
+    """
+
+    program: Program
+    parameters: list[str]
+    absorbed: list[str]
+    trace: Trace
+    groups: dict[int, Group] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def build(module: nn.Module) -> Built:
+    """The program of a module's forward.
+
+    Raises:
+        CannotTrace: the forward can't be traced, or replaying it could have another effect; the message is the reason.
+    """
+    # While torch.jit.trace is at work, sizes are tensors.
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with torch.no_grad():
+            found = trace(module)
+            matcher = Matcher(module, found.graph)
+        return _Builder(module, found, matcher).build()
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+class _Builder:
+    def __init__(self, module: nn.Module, found: Trace, matcher: Matcher) -> None:
+        self.module, self.trace, self.matcher = module, found, matcher
+        self.numbers: dict[fx.Node, int] = {}
+        self.parameters: dict[str, int] = {}
+
+    def build(self) -> Built:
+        matcher, nodes = self.matcher, list(self.trace.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        self.numbers.update((node, i) for i, node in enumerate(inputs))
+        groups = {group.position: group for group in matcher.groups}
+        covered = {node for group in matcher.groups for unit in group.units for node in unit.covered}
+        identities = {node for node in nodes if matcher.is_identity(node) and self._bypassed(node)}
+        items: list[Step | Call] = []
+        made: dict[int, Group] = {}
+        absorbed: list[str] = []
+        for node in nodes:
+            group = groups.get(node)
+            if group is not None:
+                number = len(inputs) + len(items)
+                items.append(self._step(group))
+                self.numbers[group.last] = number
+                made[number] = group
+                absorbed += [str(n.target) for unit in group.units for n in unit.covered if n.op == "call_module"]
+            elif node in identities:
+                absorbed.append(str(node.target))
+            elif node not in covered and node.op not in ("placeholder", "output") and (node.users or matcher.may_write(node)):
+                if node.op == "get_attr" and not self._used(node, covered):
+                    continue
+                if matcher.may_write(node) and self._writes_input(node):
+                    raise CannotTrace(f"forward of {type(self.module).__name__} writes into its input")
+                call = self._call(node)
+                self.numbers[node] = len(inputs) + len(items)
+                items.append(call)
+                if call.fast:
+                    absorbed.append(str(node.target))
+                    for name, parameter in self.module.get_submodule(str(node.target))._parameters.items():
+                        if parameter is not None:
+                            self._parameter(f"{node.target}.{name}")
+        program = Program(len(inputs), tuple(items), self._template(self.trace.structure))
+        names = [*dict.fromkeys([*self.trace.inlined, *absorbed])]
+        return Built(program, [*self.parameters], names, self.trace, made, matcher.reasons)
+
+    def _bypassed(self, node: fx.Node) -> bool:
+        """Whether nothing but steps sees an identity, so that it needn't be called: it is part of no result."""
+        return all(self.matcher.is_identity(u) or any(u in unit.covered for unit in self.matcher.units) for u in node.users)
+
+    def _used(self, node: fx.Node, covered: set[fx.Node]) -> bool:
+        return any(user not in covered for user in node.users)
+
+    def _writes_input(self, node: fx.Node) -> bool:
+        """Whether what a node writes to may be the memory of an input: then it couldn't be begun twice."""
+        source = node.args[0] if node.args else None
+        while isinstance(source, fx.Node):
+            if source in {unit.last for unit in self.matcher.units} | {u.covered[1] for u in self.matcher.units}:
+                return False
+            if source.op == "placeholder" or not source.args:
+                return True
+            if source.op == "call_module" and not self.matcher.may_write(source):
+                called = self.module.get_submodule(str(source.target))
+                if is_layer(called) and not isinstance(called, (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten)):
+                    return False
+            source = source.args[0]
+        return True
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def _step(self, group: Group) -> Step:
+        last = group.units[-2 if group.shortcut else -1]
+        pool = last.pool
+        layers = tuple(map(self._layer, group.units))
+        residual = NONE if len(group.units) > 1 or last.residual is None else self._number(last.residual)
+        return Step(group.op, layers, group.shortcut, pool, self._number(group.input), residual)
+
+    def _layer(self, unit: Unit) -> Layer:
+        layer: Convolution = unit.layer
+        norm: Norm = unit.norm
+        names = (layer.weight, layer.bias, norm.mean, norm.var, norm.gamma, norm.beta)
+        tensors = tuple(NONE if name is None else self._parameter(name) for name in names)
+        return Layer(layer.conv, layer.pad, layer.pad_mode, norm.eps, tensors)
+
+    def _parameter(self, path: str) -> int:
+        return self.parameters.setdefault(path, len(self.parameters))
+
+    def _number(self, node: fx.Node) -> int:
+        while node not in self.numbers and self.matcher.is_identity(node):
+            node = node.args[0]  # type: ignore[assignment]
+        return self.numbers[node]
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    def _call(self, node: fx.Node) -> Call:
+        args, kwargs = self._template(tuple(node.args)), self._template(dict(node.kwargs))
+        reads = tuple(dict.fromkeys(self._number(source) for source in node.all_input_nodes))
+        fast = type(matcher_called) in _FAST_LAYERS if (matcher_called := self.matcher.called(node)) is not None else False
+        return Call(node.target, node.op, args, kwargs, reads, self._is_transparent(node), fast)
+
+    def _is_transparent(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            called = self.matcher.called(node)
+            return isinstance(called, _TRANSPARENT_LAYERS) and not called.training
+        if node.op == "call_function":
+            return node.target in _TRANSPARENT_FUNCTIONS
+        return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
+
+    def _template(self, value: Any) -> Any:
+        """A structure of nodes as one of values."""
+        if isinstance(value, fx.Node):
+            return Value(self._number(value))
+        if isinstance(value, tuple):
+            items = [self._template(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if isinstance(value, list):
+            return [self._template(item) for item in value]
+        if isinstance(value, dict):
+            kind = dict if type(value).__module__.startswith("torch.fx") else type(value)
+            return kind((key, self._template(item)) for key, item in value.items())
+        if isinstance(value, slice):
+            return slice(*(self._template(part) for part in (value.start, value.stop, value.step)))
+        if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+            for name, item in vars(value).items():
+                object.__setattr__(value, name, self._template(item))
+        return value
+
+
+_FAST_LAYERS = (nn.Linear, nn.AdaptiveAvgPool2d)

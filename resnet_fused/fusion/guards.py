@@ -1,0 +1,132 @@
+"""Whether a module is as it was when its forward was traced: its submodules, their attributes and hooks, names that code reads.
+
+That is asked before every call, when nothing of the model is in the caches. So dictionaries are first compared by the version
+that Python, or PyTorch for newer Pythons, keeps for each of them, and looked into only when that has changed. Hooks are looked
+at only when the process has registered any since.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from resnet_fused.fusion.sandbox import HOOKS, class_containers, is_immutable, is_object
+from resnet_fused.fusion.screening import Watched
+from resnet_fused.fusion.tracing import has_hooks
+
+_STANDARD = frozenset(vars(nn.Module()))
+
+
+def _find_dict_version() -> Callable[[dict[str, Any]], int] | None:
+    """PyTorch's function that tells the version of a dict, which its own guards use; None where there is none."""
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    return getattr(guards, "dict_version", None)
+
+
+_dict_version = _find_dict_version()
+
+
+class Structure:
+    """What a program relies on beside the values of parameters.
+
+    Args:
+        module: the module whose forward was traced.
+        inlined: paths of the modules that were traced through, itself first.
+        absorbed: paths of all modules whose own call the program replaces, those included.
+        watched: global names that the traced code read.
+    """
+
+    def __init__(self, module: nn.Module, inlined: list[str], absorbed: list[str], watched: list[Watched]) -> None:
+        self._modules = [module.get_submodule(path) for path in absorbed]
+        # Those of the module itself have been called before its forward is.
+        self._hooks = [vars(m)[name] for m in self._modules[1:] for name in HOOKS]
+        self._hooked = [m for m in module.modules() if m is not module and has_hooks(m)]
+        self._watched = [w for w in watched if not is_constant_name(w)]
+        kinds = {type(m) for m in self._modules}
+        self._forwards = [(kind, kind.forward) for kind in kinds]
+        self._dicts: list[dict[Any, Any]] = []
+        self._sequences: list[Any] = []
+        through = {*inlined}
+        for path, m in zip(absorbed, self._modules, strict=True):
+            self._dicts += (vars(m), m._parameters, m._buffers)
+            if path in through:
+                self._dicts.append(m._modules)
+                self._watch_containers(m)
+        self._versions = self._now_versions()
+        self._handles = RemovableHandle.next_id
+        self._values = self._look()
+
+    def _watch_containers(self, module: nn.Module) -> None:
+        """Adds the lists, dicts and objects that a module holds as attributes, and what is in them."""
+        seen: set[int] = set()
+        held = [value for name, value in vars(module).items() if name not in _STANDARD and name != "forward"]
+        held += class_containers(type(module)).values()
+        while held:
+            value = held.pop()
+            if is_immutable(value) or isinstance(value, (Tensor, nn.Module)) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, dict):
+                self._dicts.append(value)
+                held += value.values()
+            elif isinstance(value, (list, tuple, set, frozenset, deque)):
+                self._sequences.append(value)
+                held += value
+            elif is_object(value):
+                self._dicts.append(vars(value))
+                held += vars(value).values()
+
+    def _now_versions(self) -> list[int] | None:
+        return None if _dict_version is None else [*map(_dict_version, self._dicts)]
+
+    def _look(self) -> list[Any]:
+        """All that the watched containers hold now."""
+        values = [*itertools.chain.from_iterable(map(dict.values, self._dicts))]
+        values += itertools.chain.from_iterable(self._sequences)
+        return [*values, *map(len, self._dicts), *map(len, self._sequences)]
+
+    def fault(self) -> str | None:
+        """What has changed; None if nothing has."""
+        if RemovableHandle.next_id != self._handles:
+            if any(self._hooks):
+                return "a layer has hooks"
+            self._handles = RemovableHandle.next_id
+        if not all(map(has_hooks, self._hooked)):
+            return "hooks were removed"
+        if torch.nn.modules.module._has_any_global_hook():
+            return "hooks for all modules are registered"
+        for kind, forward in self._forwards:
+            if kind.forward is not forward:
+                return f"another forward was put into the class {kind.__name__}"
+        for names, name, value in self._watched:
+            if names.get(name) is not value:
+                return f"the global {name!r} has another value"
+        for sequence in self._sequences:
+            if sequence:
+                return self._compare()
+        versions = self._now_versions()
+        return self._compare() if versions is None or versions != self._versions else None
+
+    def _compare(self) -> str | None:
+        versions, now = self._now_versions(), self._look()
+        if len(now) != len(self._values) or not all(map(_is, now, self._values)):
+            return "a module, parameter or attribute was replaced"
+        self._versions = versions
+        return None
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is int and type(b) is int and a == b)
+
+
+def is_constant_name(watched: Watched) -> bool:
+    """Whether a name is one of PyTorch's, Python's or a class's or function's, which nobody gives another value."""
+    return isinstance(watched.value, type(torch)) or getattr(watched.value, "__module__", "").startswith("torch")
+
+

@@ -1,0 +1,165 @@
+"""Puts fast paths into a model, compares the result with stock on an example, and takes them out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import config
+from resnet_fused.backends import Precision, check_available
+from resnet_fused.fusion.copying import copy_of
+from resnet_fused.fusion.path import FastPath, Fusion, paths_off
+from resnet_fused.fusion.rows import path_of, rows_of
+from resnet_fused.fusion.tracing import is_layer
+from resnet_fused.runtime.executor import Settings
+from resnet_fused.tolerance import difference
+
+
+def install(model: nn.Module, precision: Precision, backend: str) -> Fusion:
+    """Puts fast paths into a model, at the forward of each module with a convolution in it."""
+    unfuse(model)
+    fusion = Fusion(Settings(precision, backend))
+    for module in model.modules():
+        if module is model or _may_have_path(module):
+            FastPath(module, fusion, module is model).install()
+    with torch.no_grad():
+        fusion.rows = rows_of(model)
+    return fusion
+
+
+def _may_have_path(module: nn.Module) -> bool:
+    if is_layer(module) or isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module) and _is_bound(module):
+        return False
+    if type(module).forward is nn.Module.forward:
+        return False  # of a ModuleList, say
+    return any(p is not None and p.dim() == 4 for m in module.modules() for p in m._parameters.values())
+
+
+def _is_bound(module: nn.Module) -> bool:
+    """Whether a module's own forward is a function that knows the module otherwise than as its first argument."""
+    forward = vars(module)["forward"]
+    return getattr(forward, "__self__", None) is not module and not isinstance(forward, FastPath)
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Takes the fast paths out of a model that rf.fuse made; it is as it was before, and returned.
+
+    Args:
+        model: a result of `rf.fuse`, or any module, which stays as it is.
+    """
+    for module in model.modules():
+        path = path_of(module)
+        if path is not None:
+            path.remove()
+    return model
+
+
+def install_checked(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    backend: str = "auto",
+    precision: Precision = "fast",
+    example_inputs: Any = None,
+) -> tuple[nn.Module, bool]:
+    """The fused model, and True; or the model as it was, and False, where it gives wrong results on `example_inputs`.
+
+    Arguments as `rf.fuse`.
+    """
+    _check(model, precision, backend)
+    _warn_of_training(model)
+    original = model
+    # Outside of inference mode, so that copied parameters count their changes.
+    with torch.inference_mode(False), torch.no_grad():
+        if not inplace:
+            try:
+                model = copy_of(model)
+            except Exception as error:
+                raise TypeError(
+                    f"model can't be copied ({error}), since something in it can't; pass inplace=True, which changes the model "
+                    "itself, and rf.unfuse(model) to undo it."
+                ) from error
+        install(model, precision, backend)
+    if example_inputs is not None:
+        arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        fault = _fault(model, arguments)
+        if fault is not None:
+            config.logger().error(
+                "rf.fuse: the fused model is wrong on example_inputs, so the original is returned: %s. Please report this model.",
+                fault,
+            )
+            return (unfuse(model) if inplace else original), False
+    return model, True
+
+
+def _check(model: object, precision: str, backend: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is {type(model).__name__}; it must be a torch.nn.Module. Pass the model itself, not its output."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model is a TorchScript module, whose forward can't be changed. Fuse the eager model before scripting it."
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model has the parameter {name!r} of a lazy module, which has no shape yet; call the model once before fusing it."
+            )
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, get_args(Precision)))}.")
+    check_available(backend, "backend")
+
+
+def _warn_of_training(model: nn.Module) -> None:
+    # Not asked of the model, since a wrapper around one in eval mode, such as DataParallel, is in training mode itself.
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    training = sum(norm.training for norm in norms)
+    if training:
+        config.logger().warning(
+            f"rf.fuse: {training} of the model's {len(norms)} batch norms are in training mode, where they are not fused. "
+            "Call model.eval() first."
+        )
+
+
+@torch.no_grad()
+def _fault(model: nn.Module, arguments: tuple[Any, ...]) -> str | None:
+    """What is wrong with a fused model's result on an example; None if it is as good as stock's."""
+    state = torch.get_rng_state()
+
+    def run(call: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        torch.set_rng_state(state)
+        return call(*given)
+
+    with paths_off():
+        want = run(model, copy.deepcopy(arguments))
+        truth = _truth(model, arguments, run)
+    torch.set_rng_state(state)
+    try:
+        got = run(model, copy.deepcopy(arguments))
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {error}"
+    return difference(got, want, truth)
+
+
+def _truth(model: nn.Module, arguments: tuple[Any, ...], run: Callable[..., Any]) -> Any:
+    """The model's result in float64; None where it can't be computed so."""
+
+    def wide(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    tensors = {name: wide(t.detach()) for name, t in _named_tensors(model)}
+    given = torch.utils._pytree.tree_map(wide, copy.deepcopy(arguments))
+    try:
+        return run(lambda *args: torch.func.functional_call(model, tensors, args), given)
+    except Exception:  # tensors that are no parameters, operators without float64
+        return None
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

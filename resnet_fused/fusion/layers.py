@@ -1,0 +1,137 @@
+"""Reads convolutions and batch norms from the nodes of a trace: their geometry, and the names of their tensors."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from resnet_fused.backends import Conv
+from resnet_fused.fusion.folding import NotFoldable, check_conv, check_norm, is_norm, probe
+
+_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+class Convolution(NamedTuple):
+    """A convolution without what follows it.
+
+    Attributes:
+        conv: its geometry.
+        pad, pad_mode: what F.pad must add before (left, right, top, bottom), for padding modes and uneven padding.
+        weight, bias: paths of its tensors in the traced module.
+    """
+
+    conv: Conv
+    pad: tuple[int, ...]
+    pad_mode: str
+    weight: str
+    bias: str | None
+
+
+class Norm(NamedTuple):
+    """A batch norm in inference: paths of its tensors, and eps."""
+
+    mean: str
+    var: str
+    gamma: str | None
+    beta: str | None
+    eps: float
+
+
+def get(module: nn.Module, path: str) -> Any:
+    """What stands at a path of attributes inside of a module."""
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def convolution(module: nn.Module, node: fx.Node) -> Convolution | None:
+    """The convolution that a node computes; None if it computes something else.
+
+    Raises:
+        NotFoldable: it is one that can't be served; the message is the reason.
+    """
+    if node.op == "call_module":
+        called = module.get_submodule(str(node.target))
+        if not isinstance(called, nn.Conv2d):
+            return None
+        conv = check_conv(called)
+        if len(node.args) != 1 or node.kwargs:
+            raise NotFoldable("it is called with more than its input")
+        path = str(node.target)
+        bias = None if conv.bias is None else _join(path, "bias")
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        return _convolution(conv.weight, _join(path, "weight"), bias, *geometry, conv.padding_mode)
+    if node.op != "call_function" or node.target not in (F.conv2d, torch.conv2d):
+        return None
+    given = {**dict(zip(_CONV_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    weight, bias = _attribute(given.get("weight")), _attribute(given.get("bias"))
+    if weight is None or (bias is None and given.get("bias") is not None) or not node.args:
+        raise NotFoldable("F.conv2d is called with a weight that is no parameter")
+    defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    geometry = tuple(given.get(name, value) for name, value in defaults.items())
+    if any(isinstance(value, fx.Node) for value in itertools.chain(*(g if isinstance(g, (tuple, list)) else (g,) for g in geometry))):
+        raise NotFoldable("F.conv2d is called with a geometry that depends on its input")
+    tensor = get(module, weight)
+    if tensor.dim() != 4 or not tensor.is_floating_point() or tensor.is_meta:
+        raise NotFoldable("its weight is no floating-point tensor of four dimensions")
+    return _convolution(tensor, weight, bias, *geometry, "zeros")
+
+
+def _attribute(value: Any) -> str | None:
+    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def _convolution(
+    tensor: Tensor, weight: str, bias: str | None, stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str
+) -> Convolution:
+    pair = torch.nn.modules.utils._pair
+    stride, dilation = pair(stride), pair(dilation)
+    kernel = tensor.shape[2:]
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+        # As stock: an odd number puts the extra pixel behind.
+        sides = [(t // 2, t - t // 2) for t in total]
+    else:
+        sides = [(int(p), int(p)) for p in pair(padding)]
+    (top, bottom), (left, right) = sides
+    if padding_mode == "zeros" and top == bottom and left == right:
+        return Convolution(Conv.of(tensor, stride, (top, left), dilation, groups), (), "constant", weight, bias)
+    pad = (left, right, top, bottom) if any(map(sum, sides)) else ()
+    mode = "constant" if padding_mode == "zeros" else padding_mode
+    return Convolution(Conv.of(tensor, stride, (0, 0), dilation, groups), pad, mode, weight, bias)
+
+
+def norm(module: nn.Module, node: fx.Node) -> Norm | None:
+    """The batch norm that a node computes; None if it computes something else.
+
+    Raises:
+        NotFoldable: it is one that can't be folded; the message is the reason.
+    """
+    if node.op == "call_module":
+        called = module.get_submodule(str(node.target))
+        if not is_norm(called) or len(node.args) != 1 or node.kwargs:
+            return None
+        check_norm(called)
+        probe(called)
+        names = {n: _join(str(node.target), n) for n in ("running_mean", "running_var", "weight", "bias")}
+        gamma, beta = (names[n] if getattr(called, n, None) is not None else None for n in ("weight", "bias"))
+        # detectron's first FrozenBatchNorm2d had no eps; the probe tells whether 0 is what it computes with.
+        return Norm(names["running_mean"], names["running_var"], gamma, beta, float(getattr(called, "eps", 0.0)))
+    if node.op != "call_function" or node.target is not F.batch_norm:
+        return None
+    given = {**dict(zip(_NORM_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    mean, var, gamma, beta = (_attribute(given.get(n)) for n in _NORM_ARGUMENTS[1:5])
+    if given.get("training", False) is not False or mean is None or var is None:
+        raise NotFoldable("the batch norm is in training mode; call model.eval() first")
+    for name, path in (("weight", gamma), ("bias", beta)):
+        if path is None and given.get(name) is not None:
+            raise NotFoldable(f"the batch norm's {name} is no parameter")
+    return Norm(mean, var, gamma, beta, float(given.get("eps", 1e-5)))

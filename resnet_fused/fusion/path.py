@@ -1,0 +1,398 @@
+"""The fast path at a module's forward: fused kernels where everything is as it was when the forward was traced.
+
+A fast path stands in the instance's attribute `forward`. A call that its guards hold for runs the program of kernels; every other
+call runs the module's own forward, in which the fast paths of its children still serve.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import config
+from resnet_fused.backends import BackendError, Declined, choice, records
+from resnet_fused.fusion.building import Built, build
+from resnet_fused.fusion.folding import NotFoldable
+from resnet_fused.fusion.graph import GraphProgram
+from resnet_fused.fusion.guards import Structure
+from resnet_fused.fusion.layers import get
+from resnet_fused.fusion.screening import CannotTrace
+from resnet_fused.fusion.tracing import own_forward
+from resnet_fused.ops.common import MAX_KERNELS, autocast_dtype, plain
+from resnet_fused.runtime.executor import Run, Settings, settle
+from resnet_fused.runtime.parameters import Look, Parameters, Unservable
+
+_STOCK: Any = object()  # what `_serve` gives where the module's own forward must run
+_requires_grad = operator.attrgetter("requires_grad")
+# Traces that a path makes at once when its module changes; later ones wait for ever more calls, so that a module that changes
+# at every call isn't traced at every call.
+_PROMPT_TRACES, _LONGEST_WAIT = 4, 10
+# Calls in a row whose values were left to stock's arithmetic, after which the path computes directly, without Winograd.
+_MOST_DECLINED = 8
+_CALLS_BEFORE_WARNING = 10
+
+_off: ContextVar[bool] = ContextVar("resnet_fused_paths_off", default=False)
+
+
+@contextmanager
+def paths_off() -> Iterator[None]:
+    """Within the `with` block, modules of this thread run their own forwards."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+class Fusion:
+    """What the fast paths of one model share.
+
+    Args:
+        settings: as `rf.fuse` was given them.
+
+    Attributes:
+        rows: the report's, as of rf.fuse.
+        served, stock: calls of the model in which a fast path served, and in which none did.
+        reason: why the last call of the model ran as stock.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.parameters = Parameters()
+        self.rows: list[Any] = []
+        self.served = self.calls_served = self.calls_stock = 0
+        self.reason = ""
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self.settings, "rows": self.rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["settings"])  # type: ignore[misc]
+        self.rows = state["rows"]
+
+    def count(self, served: bool, reason: str) -> None:
+        """Notes a call of the model, and warns once where most run as stock."""
+        if served:
+            self.calls_served += 1
+            return
+        self.calls_stock += 1
+        self.reason = reason
+        if not self._warned and self.calls_stock > max(_CALLS_BEFORE_WARNING, self.calls_served):
+            self._warned = True
+            config.logger().warning(
+                "a model fused by rf.fuse ran as stock in %d of %d calls: %s. See rf.report.",
+                self.calls_stock,
+                self.calls_stock + self.calls_served,
+                reason,
+            )
+
+
+class _Traced:
+    """What a path holds for one structure of its module."""
+
+    def __init__(self, module: nn.Module, built: Built) -> None:
+        self.built = built
+        trace = built.trace
+        self.structure = Structure(module, trace.inlined, built.absorbed, trace.watched)
+        self.tensors: list[Tensor] = [get(module, path) for path in built.parameters]
+        self.differentiable = [p for p in module.parameters() if p is not None]
+        self.kinds = [(t.shape, t.dtype) for t in self.tensors]
+        self.runs: dict[Any, Run] = {}
+        self.look = Look(self.tensors)
+
+    def values_changed(self) -> bool:
+        """Takes the parameters' values as they are now; False if they aren't of the traced shapes and dtypes any more."""
+        self.look = Look(self.tensors)
+        self.runs = {}
+        return self.kinds == [(t.shape, t.dtype) for t in self.tensors]
+
+
+class FastPath:
+    """The forward of a fused module.
+
+    Args:
+        module: the module.
+        fusion: what it shares with the other paths of the model.
+        root: whether it is the model that was fused.
+
+    Attributes:
+        previous: the module's own forward, where it had one that isn't of its class.
+        reason: why the last call ran the module's own forward; "" if it didn't.
+    """
+
+    def __init__(self, module: nn.Module, fusion: Fusion, root: bool = False) -> None:
+        self.module, self.fusion, self.root = module, fusion, root
+        previous = vars(module).get("forward")
+        self.previous = getattr(previous, "previous", previous)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.reason = "not called yet"
+        self._traced: _Traced | None = None
+        self._untraceable = ""
+        self._attempts = self._wait = self._declined = 0
+        self._settings = self.fusion.settings
+        self.graph: GraphProgram | None = None
+
+    def __reduce__(self) -> Any:
+        # copy, deepcopy and pickle all come through here; what is kept is found anew where it is needed.
+        return _restore, (self.module, self.fusion, self.root, self.previous)
+
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The forward that the module has without this path."""
+        return own_forward(self.module, "unfused_forward") if self.previous is None else self.previous
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """For inspect.signature."""
+        return self.own_forward
+
+    @property
+    def __code__(self) -> Any:
+        """For torch.export, which asks a forward where it is written."""
+        return self.own_forward.__code__
+
+    @property
+    def built(self) -> Built | None:
+        """The program of the module's forward, as traced last; None if it can't be traced."""
+        traced = self._traced
+        return None if traced is None else traced.built
+
+    @property
+    def untraceable(self) -> str:
+        """Why the module's forward can't be traced; "" if it can."""
+        return self._untraceable
+
+    def runs(self) -> list[Run]:
+        """What served so far."""
+        return [] if self._traced is None else [*self._traced.runs.values()]
+
+    def install(self) -> None:
+        """Puts the path into the module."""
+        own = vars(self.module)
+        if self.previous is None and "_path" in own and own_forward(self.module).__name__ == "plain_forward":
+            own["_path"] = self  # which one of the library's own blocks takes by itself
+            return
+        own["forward"] = self
+        own["_replicate_for_data_parallel"] = self.replicate
+        if self.root:
+            own["extra_repr"] = self.extra_repr
+
+    def remove(self) -> None:
+        """Takes the path out of the module."""
+        own = vars(self.module)
+        if own.get("_path") is self:
+            own["_path"] = None
+        if own.get("forward") is self:
+            del own["forward"]
+            if self.previous is not None:
+                own["forward"] = self.previous
+        for name in ("_replicate_for_data_parallel", "extra_repr"):
+            if getattr(own.get(name), "__self__", None) is self:
+                del own[name]
+
+    def replicate(self) -> nn.Module:
+        """A replica for nn.DataParallel: it has its parameters on another device, and runs its own forward."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        for name in ("forward", "_replicate_for_data_parallel", "extra_repr"):
+            vars(replica).pop(name, None)
+        if isinstance(self.previous, type(self.replicate)):
+            vars(replica)["forward"] = type(self.replicate)(self.previous.__func__, replica)
+        elif self.previous is not None:
+            vars(replica)["forward"] = self.previous
+        return replica
+
+    def extra_repr(self) -> str:
+        own = type(self.module).extra_repr(self.module)
+        rows = self.fusion.rows
+        mark = f"fused by resnet_fused: {sum(bool(row.op) for row in rows)} of {len(rows)} convolutions"
+        return f"{own}\n{mark}" if own else mark
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._in_graph(args, kwargs)
+        if not self.root:
+            result = self._serve(args, kwargs)
+            return self.own_forward(*args, **kwargs) if result is _STOCK else result
+        served = self.fusion.served
+        result = self._serve(args, kwargs)
+        if result is not _STOCK:
+            self.fusion.calls_served += 1
+            return result
+        reason = self.reason
+        result = self.own_forward(*args, **kwargs)
+        if not self.module.training:
+            self.fusion.count(self.fusion.served != served, reason)
+        return result
+
+    def _not(self, reason: str) -> Any:
+        self.reason = reason
+        return _STOCK
+
+    def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result by the program of kernels, or `_STOCK`."""
+        if self.module.training:
+            return self._not("the module is in training mode; call model.eval()")
+        if _off.get():
+            return self._not("fast paths are switched off")
+        traced = self._traced
+        if traced is None or traced.structure.fault() is not None:
+            traced = self._trace()
+            if traced is None:
+                return self._not(self._untraceable)
+        arguments = traced.built.trace.arguments
+        if kwargs or len(args) != len(arguments):
+            bound = self._bind(args, kwargs, arguments)
+            if bound is None:
+                return self._not(f"it was called in another way than with {', '.join(arguments)}")
+            args = bound
+        for x in args:
+            if not isinstance(x, Tensor):
+                return self._not(f"an argument is {type(x).__name__}, not a tensor")
+        if not plain(*args):
+            if torch._C._is_tracing() and not torch.onnx.is_in_onnx_export():
+                return self._record(traced, args)
+            return self._not("it is traced, transformed, or called with a subclass of Tensor")
+        if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
+            return self._not("a derivative may be asked for; call it under torch.no_grad() or torch.inference_mode()")
+        if not traced.look.unchanged():
+            if not self._values_changed(traced):
+                return self._not(self._untraceable)
+        key = self._key(args)
+        run = traced.runs.get(key)
+        try:
+            if run is None:
+                result = self._settle(traced, key, args)
+            else:
+                result = run(args)
+        except Declined:
+            self._declined += 1
+            if self._declined == _MOST_DECLINED and self._settings.precision == "fast":
+                self._settings = Settings("exact", self._settings.backend)
+                traced.runs = {}
+                config.logger().info("%s gets large values again and again; it is computed directly", type(self.module).__name__)
+            return self._not("its values are too large for Winograd, so stock computes them")
+        except Unservable as reason:
+            return self._not(str(reason))
+        self._declined = 0
+        self.fusion.served += 1
+        self.reason = ""
+        return result
+
+    def _key(self, args: tuple[Any, ...]) -> Any:
+        """What kernels are chosen by."""
+        kinds = [(x.shape, x.stride(), x.dtype, x.device, x.layout) for x in args]
+        dtype = autocast_dtype(args[0].device.type)
+        settings = (choice(self._settings.backend), records.generation(), dtype, torch._C._get_mkldnn_enabled())
+        return (*kinds, *settings, torch.get_num_threads())
+
+    def _settle(self, traced: _Traced, key: Any, args: tuple[Any, ...]) -> Any:
+        """Runs the program for the first time on this kind of input."""
+        for name, x in zip(traced.built.trace.arguments, args, strict=True):
+            if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
+                raise Unservable("an input is empty, or has no batch, or no strides")
+        try:
+            run, result = settle(
+                traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module
+            )
+        except (BackendError, Declined, Unservable):
+            raise
+        except Exception as error:
+            # The module's own forward raises the error that users know, or there is something that only it can do.
+            raise Unservable(f"running the fused kernels failed: {type(error).__name__}: {error}") from error
+        while len(traced.runs) >= MAX_KERNELS:
+            traced.runs.pop(next(iter(traced.runs)), None)
+        traced.runs[key] = run
+        return result
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...] | None:
+        """The arguments by their places; None where others are given than those that the trace was made with."""
+        signature = inspect.signature(self.own_forward)
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return None
+        if {*given} != {*names}:
+            return None
+        return tuple(given[name] for name in names)
+
+    def _values_changed(self, traced: _Traced) -> bool:
+        try:
+            if traced.look.only_memory_changed():
+                self.fusion.parameters.forget()
+            same = traced.values_changed()
+        except Unservable as reason:
+            self._untraceable = str(reason)
+            return False
+        if same:
+            return True
+        self._traced = None
+        self._untraceable = "its parameters have other shapes or dtypes than before; the next call serves them"
+        return False
+
+    def _trace(self) -> _Traced | None:
+        """Traces the module's forward as it is now. None, with `_untraceable`, where there is nothing to serve."""
+        if self._wait > 0:
+            self._wait -= 1
+            return None
+        self._attempts += 1
+        self._wait = 2 ** min(self._attempts - _PROMPT_TRACES, _LONGEST_WAIT) if self._attempts > _PROMPT_TRACES else 0
+        self._traced = None
+        try:
+            built = build(self.module)
+            if not built.groups:
+                raise Unservable(_nothing(built))
+            traced = _Traced(self.module, built)
+        except (CannotTrace, NotFoldable, Unservable) as reason:
+            self._untraceable = str(reason)
+            self.graph = None
+            self._wait = max(self._wait, 2 ** min(self._attempts, _LONGEST_WAIT))
+            return None
+        self._traced, self._untraceable = traced, ""
+        self.graph = GraphProgram.of(built, self._settings)
+        return traced
+
+    def trace(self) -> Built | None:
+        """The program of the module's forward as it is now; None, with `untraceable`, if there is nothing to serve."""
+        traced = self._traced
+        if traced is None or traced.structure.fault() is not None:
+            traced = self._trace()
+        return None if traced is None else traced.built
+
+    # ---- graphs ------------------------------------------------------------------------------------------------------
+
+    def _record(self, traced: _Traced, args: tuple[Any, ...]) -> Any:
+        """The program as registered operators, for torch.jit.trace."""
+        if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
+            return self._not("a derivative may be asked for")
+        assert self.graph is not None
+        return self.graph.run(self.module, args)
+
+    def _in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """For torch.compile and torch.export: the program as registered operators, or the module's own forward."""
+        graph = self.graph
+        if graph is not None and not kwargs and len(args) == graph.inputs and graph.serves(self.module, args):
+            return graph.run(self.module, args)
+        return self.own_forward(*args, **kwargs)
+
+
+def _nothing(built: Built) -> str:
+    return next(iter({**built.trace.opaque, **built.reasons}.values()), "it has no convolution that a batch norm follows")
+
+
+def _restore(module: nn.Module, fusion: Fusion, root: bool, previous: Any) -> FastPath:
+    path = FastPath.__new__(FastPath)
+    path.module, path.fusion, path.root, path.previous = module, fusion, root, previous
+    path._reset()
+    return path

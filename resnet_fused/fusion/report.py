@@ -1,0 +1,77 @@
+"""rf.report: what rf.fuse did to a model, convolution by convolution, and why not more."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import IO
+
+from torch import nn
+
+from resnet_fused.fusion.copying import tensors_of
+from resnet_fused.fusion.path import FastPath
+from resnet_fused.fusion.rows import Row, path_of, rows_of
+from resnet_fused.text import table
+
+
+@dataclass
+class Report:
+    """What rf.fuse did to a model.
+
+    Attributes:
+        rows: one for each convolution of the model.
+        parameter_bytes: parameters and buffers of the model.
+        packed_bytes: what backends packed from the parameters beside them, so far.
+        calls_fused, calls_stock: calls of the model in which a fast path served, and in which none did.
+        reason: why the last of the latter ran as stock.
+    """
+
+    rows: list[Row]
+    parameter_bytes: int
+    packed_bytes: int
+    calls_fused: int
+    calls_stock: int
+    reason: str
+
+    def __str__(self) -> str:
+        rows = [(row.conv or "(model)", row.shape, row.op or "stock", row.backends, row.note) for row in self.rows]
+        count = sum(bool(row.op) for row in self.rows)
+        backends = "" if any(row.backends for row in self.rows) else " Backends are chosen at the first call."
+        total = (self.parameter_bytes + self.packed_bytes) / max(self.parameter_bytes, 1)
+        calls = f"{self.calls_fused} calls fused, {self.calls_stock} as stock"
+        return (
+            table(("convolution", "shape", "fused into", "backend", "note"), rows)
+            + f"\n{count} of {len(self.rows)} convolutions fused.{backends} {calls}{': ' + self.reason if self.reason else ''}.\n"
+            + f"Weights: {self.parameter_bytes / 2**20:.1f} MiB, and {self.packed_bytes / 2**20:.1f} MiB packed for the kernels: "
+            + f"{total:.2f}× in all."
+        )
+
+
+def report(model: nn.Module, file: IO[str] | None = None) -> Report:
+    """Prints a row for each convolution of a fused model: into which op it was fused, by which backend, and why not.
+
+    Args:
+        model: a result of `rf.fuse`. Run it once before, and the report names the backends that were chosen.
+        file: where to print; standard output by default.
+
+    Returns:
+        What was printed, as a `Report`.
+
+    Raises:
+        ValueError: `model` is no result of rf.fuse.
+    """
+    path = fused_path(model)
+    if path is None:
+        raise ValueError(f"model is a {type(model).__name__} that rf.fuse didn't make; pass what rf.fuse returned.")
+    fusion, fused = path.fusion, path.module
+    parameter_bytes = sum(t.nbytes for t in tensors_of(fused))
+    packed = fusion.parameters.packed_bytes()
+    result = Report(rows_of(fused), parameter_bytes, packed, fusion.calls_served, fusion.calls_stock, fusion.reason)
+    print(result, file=file or sys.stdout)
+    return result
+
+
+def fused_path(model: nn.Module) -> FastPath | None:
+    """The path of the model that rf.fuse was given, if it is `model`, or what a wrapper of the library's holds."""
+    path = path_of(getattr(model, "model", model)) if "_graphs" in vars(model) else path_of(model)
+    return path if path is not None and path.root else None

@@ -1,0 +1,392 @@
+"""Runs programs: finds the kernels for a kind of input at its first call, and then runs them one after the other.
+
+Inside of a program results of steps are channels_last, the kernels' own format. What is called beside them, and what is given to
+the caller, has the strides that it would have in stock PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fused.backends import Conv, Folded, Kernel, Precision, Problem, choice, get
+from resnet_fused.backends.binding import bind
+from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
+from resnet_fused.ops.common import autocast_dtype
+from resnet_fused.runtime.parameters import Parameters, Unservable
+from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, stock_format
+
+# Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
+# classes, two cores of a Zen 5); with 256 rows the two are level in bfloat16.
+_MOST_ROWS = 128
+# The packed copy of a larger layer (VGG's have 100 million weights) takes more memory than its speed is worth.
+_MOST_WEIGHTS = 1 << 22
+
+
+@dataclass
+class Settings:
+    """What the choice of kernels follows, beside the input. `backend`: a backend's name, or "auto"."""
+
+    precision: Precision = "fast"
+    backend: str = "auto"
+
+
+@dataclass
+class _Operation:
+    """What a run does in one go: values[writes] = run(*values of reads); then `frees` aren't needed any more.
+
+    `chain`: the kernel, where it can be joined with the next one's.
+    """
+
+    run: Callable[..., Any]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    chain: ChainKernel | None = None
+    frees: list[int] = field(default_factory=list)
+
+
+class Run:
+    """A program's kernels for one kind of input.
+
+    Attributes:
+        problems: by the number of a step, its problem and the name of the backend that serves it.
+        folded: what was packed for the kernels, kept as long as the run.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.problems: dict[int, tuple[Problem, str]] = {}
+        self.folded: list[Folded] = []
+        self._operations: list[_Operation] = []
+        self._count = 0
+        self._single = type(program.outputs) is Value
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        values: list[Any] = [*inputs, *(None,) * (self._count - len(inputs))]
+        for operation in self._operations:
+            result = operation.run(*[values[number] for number in operation.reads])
+            for number in operation.writes:
+                values[number] = result
+            for number in operation.frees:
+                values[number] = None
+        if self._single:
+            return values[self.program.outputs.number]
+        return fill(self.program.outputs, values.__getitem__)
+
+    def finish(self, operations: list[_Operation], kept: set[int], count: int) -> None:
+        """Joins kernels in a row and notes from when on values aren't needed.
+
+        Args:
+            operations: what the first call did.
+            kept: values of the result.
+            count: of values.
+        """
+        self._count = count
+        readers: dict[int, int] = {}
+        for operation in operations:
+            for number in operation.reads:
+                readers[number] = readers.get(number, 0) + 1
+        joined: list[list[_Operation]] = []
+        for operation in operations:
+            before = joined[-1][-1] if joined else None
+            follows = (
+                before is not None
+                and before.chain is not None
+                and operation.chain is not None
+                and operation.reads == before.writes
+                and readers[before.writes[0]] == 1
+                and before.writes[0] not in kept
+            )
+            if follows:
+                joined[-1].append(operation)
+            else:
+                joined.append([operation])
+        self._operations = [_join(row) for row in joined]
+        last: dict[int, _Operation] = {}
+        for operation in self._operations:
+            for number in (*operation.reads, *operation.writes):
+                last[number] = operation
+        for number, operation in last.items():
+            if number not in kept and number >= self.program.inputs:
+                operation.frees.append(number)
+
+
+def _join(row: list[_Operation]) -> _Operation:
+    if len(row) == 1:
+        return row[0]
+    chain = in_a_row([operation.chain for operation in row if operation.chain is not None])
+    assert chain is not None
+    return _Operation(_without_residual(chain), row[0].reads, row[-1].writes)
+
+
+def _without_residual(kernel: Kernel) -> Callable[[Tensor], Tensor]:
+    return lambda x: kernel(x, None)
+
+
+def settle(
+    program: Program,
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    folded: Parameters,
+    settings: Settings,
+    module: nn.Module | None = None,
+) -> tuple[Run, Any]:
+    """Runs a program for the first time on inputs of a kind, and gives the run for all later ones, and this one's result.
+
+    Args:
+        program: the program.
+        inputs: its inputs.
+        parameters: what its layers' `tensors` number.
+        folded: where folded and packed parameters are kept.
+        settings: of the model.
+        module: the module whose forward it is, for its calls.
+
+    Raises:
+        Unservable: this kind of input isn't served.
+        BackendError: an explicitly chosen backend can't serve a step.
+    """
+    return _Settling(program, inputs, parameters, folded, settings, module).run()
+
+
+class _Settling:
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        folded: Parameters,
+        settings: Settings,
+        module: nn.Module | None,
+    ) -> None:
+        self.program, self.parameters, self.folded, self.settings, self.module = program, parameters, folded, settings, module
+        self.values: list[Any] = [*inputs, *(None,) * len(program.items)]
+        # The format that stock's tensor has; None where this one is as in stock.
+        self.formats: list[torch.memory_format | None] = [None] * len(self.values)
+        self.operations: list[_Operation] = []
+        self.made = Run(program)
+
+    def run(self) -> tuple[Run, Any]:
+        for index, item in enumerate(self.program.items):
+            number = self.program.inputs + index
+            if isinstance(item, Step):
+                self._step(item, number)
+            else:
+                self._call(item, number)
+            value = self.values[number]
+            if isinstance(value, Tensor) and value.layout is torch.strided and value.numel() == 0:
+                raise Unservable("a result on the way is empty")
+        kept: set[int] = set()
+
+        def result(number: int) -> Any:
+            self._as_stock(number)
+            kept.add(number)
+            return self.values[number]
+
+        output = fill(self.program.outputs, result)
+        self.made.finish(self.operations, kept, len(self.values))
+        return self.made, output
+
+    def _do(self, operation: _Operation) -> None:
+        result = operation.run(*[self.values[number] for number in operation.reads])
+        for number in operation.writes:
+            self.values[number] = result
+        self.operations.append(operation)
+
+    def _as_stock(self, number: int) -> None:
+        """Gives a value the strides that it has in stock, wherever it is known by another number too."""
+        format, value = self.formats[number], self.values[number]
+        if format is None or not isinstance(value, Tensor):
+            return
+        same = tuple(i for i, other in enumerate(self.values) if other is value)
+        if in_format(value, format) is value:
+            # Of a size for which the formats are the same.
+            for i in same:
+                self.formats[i] = None
+            return
+        self._do(_Operation(lambda y: in_format(y, format), (number,), same))
+        for i in same:
+            self.formats[i] = None
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: Step, number: int) -> None:
+        reads = step.reads
+        x = self.values[step.x]
+        if not isinstance(x, Tensor) or x.layout is not torch.strided:
+            raise Unservable("a convolution's input is no strided tensor")
+        if x.dim() != 4:
+            raise Unservable(f"a convolution's input has {x.dim()} dimensions, not four")
+        weight = self.parameters[step.layers[0].tensors[0]]
+        if x.shape[1] != step.layers[0].conv.in_channels:
+            raise Unservable("a convolution's input has another number of channels than its weight takes")
+        format = stock_format(x, self.formats[step.x], weight)
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype):
+            if x.dtype != dtype:
+                self.values.append(None)  # the input itself stays for its other readers
+                self.formats.append(self.formats[step.x])
+                cast = len(self.values) - 1
+                self._do(_Operation(lambda x: x.to(dtype), (step.x,), (cast,)))
+                reads = (cast, *reads[1:])
+                x = self.values[cast]
+        elif weight.dtype != x.dtype:
+            raise Unservable(f"the input is {x.dtype} and the weight {weight.dtype}")
+        if weight.device != x.device:
+            raise Unservable(f"the input is on {x.device} and the weight on {weight.device}")
+        (layer, *_others) = step.layers
+        if layer.pad:
+            self.values.append(None)
+            self.formats.append(self.formats[step.x])
+            padded, source = len(self.values) - 1, reads[0]
+            pad, mode = list(layer.pad), layer.pad_mode
+            self._do(_Operation(lambda x: F.pad(x, pad, mode), (source,), (padded,)))
+            reads = (padded, *reads[1:])
+            x = self.values[padded]
+        problem = self._problem(step, x)
+        residual = self.values[step.residual] if len(reads) > 1 else None
+        self._check_residual(step, problem, residual, format)
+        folded = self.folded.step(step.layers, self.parameters, x.dtype)
+        kernel, backend = bind(problem, folded, choice(self.settings.backend))
+        self.made.problems[number] = (problem, backend)
+        self.made.folded.append(folded)
+        run: Callable[..., Any] = kernel if residual is not None else _without_residual(kernel)
+        chain = kernel if isinstance(kernel, ChainKernel) and residual is None else None
+        self._do(_Operation(run, reads, (number,), chain))
+        self.formats[number] = format
+
+    def _problem(self, step: Step, x: Tensor) -> Problem:
+        n, c, h, w = x.shape
+        convs = tuple(layer.conv for layer in step.layers)
+        format = torch.channels_last
+        return Problem(step.op, (n, c, h, w), x.dtype, x.device, convs, step.shortcut, step.pool, format, self.settings.precision)
+
+    def _check_residual(self, step: Step, problem: Problem, residual: Any, format: torch.memory_format) -> None:
+        """Raises Unservable where stock's sum is more than one of equal tensors, or its format isn't that of the convolution."""
+        own = residual
+        if step.op in ("basic_block", "bottleneck") and not step.shortcut:
+            own = self.values[step.x]
+            if own.dtype != problem.dtype:
+                raise Unservable(f"a residual is {own.dtype} and what it is added to {problem.dtype}")
+        if own is None:
+            return
+        if not isinstance(own, Tensor) or own.shape != problem.output_shape() or own.dtype != problem.dtype:
+            raise Unservable("a residual differs in shape or dtype from what it is added to")
+        if own.device != problem.device or own.layout is not torch.strided:
+            raise Unservable("a residual is on another device than what it is added to")
+        given = self.formats[step.x if residual is None else step.residual]
+        given = given or _format_of(own)
+        if given is not None and given != format and not _same_in_both(own):
+            raise Unservable("a residual has another memory format than what it is added to")
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+
+    def _call(self, call: Call, number: int) -> None:
+        transparent = call.transparent and self._keeps_format(call)
+        if not transparent:
+            for read in call.reads:
+                self._as_stock(read)
+        format = next((f for read in call.reads if (f := self.formats[read]) is not None), None)
+        replaced = self._fast_layer(call, number)
+        operation = replaced or _Operation(_caller(call, self.module), call.reads, (number,))
+        self._do(operation)
+        value = self.values[number]
+        if replaced is None and transparent and isinstance(value, Tensor) and value.dim() == 4:
+            self.formats[number] = format
+
+    def _keeps_format(self, call: Call) -> bool:
+        """Whether a call that doesn't depend on the format has a result in that of its inputs, in stock as here."""
+        tensors = [(self.values[r], self.formats[r]) for r in call.reads if isinstance(self.values[r], Tensor)]
+        whole = [format for value, format in tensors if value.dim() == 4 and not _same_in_both(value)]
+        if not whole or None in whole:
+            return False
+        return len({*whole}) == 1 and all(value.dim() in (0, 4) for value, _ in tensors)
+
+    def _fast_layer(self, call: Call, number: int) -> _Operation | None:
+        """Our kernel for a layer that isn't fused with another: the average pool before the classifier, and the classifier."""
+        if not call.fast or self.module is None or len(call.reads) != 1 or self.settings.precision != "fast":
+            return None
+        layer, x = self.module.get_submodule(call.target), self.values[call.reads[0]]
+        served = (
+            isinstance(x, Tensor)
+            and x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and x.layout is torch.strided
+            and autocast_dtype("cpu") is None
+            and choice(self.settings.backend) in ("auto", "cpu")
+            and get("cpu").unavailable() is None
+        )
+        if not served:
+            return None
+        if type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in (1, (1, 1), [1, 1]):
+            return self._average_pool(x, call, number)
+        return self._linear(layer, x, call, number) if type(layer) is nn.Linear else None
+
+    def _average_pool(self, x: Tensor, call: Call, number: int) -> _Operation | None:
+        if x.dim() != 4 or x.shape[2:].numel() <= 1 or not x.is_contiguous(memory_format=torch.channels_last):
+            return None
+        if x.is_contiguous():
+            return None  # of one channel: as quick in stock
+        self.formats[number] = self.formats[call.reads[0]] or torch.channels_last
+        return _Operation(torch.ops.resnet_fused_cpu.average_pool.default, call.reads, (number,))
+
+    def _linear(self, layer: nn.Linear, x: Tensor, call: Call, number: int) -> _Operation | None:
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is None or bias is None or weight.numel() > _MOST_WEIGHTS or weight.numel() == 0 or x.dim() != 2:
+            return None
+        if not x.dtype == weight.dtype == bias.dtype or not 0 < x.shape[0] <= _MOST_ROWS or x.shape[1] != weight.shape[1]:
+            return None
+        folded = self.folded.linear(weight, bias)
+        conv = Conv(weight.shape[1], weight.shape[0], (1, 1))
+        problem = Problem("conv2d_bn", (*x.shape, 1, 1), x.dtype, x.device, (conv,))  # type: ignore[arg-type]
+        kernel, backend = bind(problem, folded, choice(self.settings.backend))
+        self.made.problems[number] = (problem, backend)
+        self.made.folded.append(folded)
+        return _Operation(lambda x: kernel(x[:, :, None, None], None).flatten(1), call.reads, (number,))
+
+
+def _format_of(x: Tensor) -> torch.memory_format | None:
+    """The memory format of a tensor as a result of stock's would have it; None if it has neither."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def _same_in_both(x: Tensor) -> bool:
+    """Whether a tensor's sizes make contiguous and channels_last the same."""
+    return x.dim() == 4 and (x.shape[1] == 1 or (x.shape[2] == 1 and x.shape[3] == 1))
+
+
+def _caller(call: Call, module: nn.Module | None) -> Callable[..., Any]:
+    """The call as a function of the values that it reads."""
+    target, kind, args, kwargs = call.target, call.kind, call.args, call.kwargs
+    places = {number: place for place, number in enumerate(call.reads)}
+    if kind == "get_attr":
+        owner, _, name = target.rpartition(".")
+        assert module is not None
+        held = module.get_submodule(owner)
+        return lambda: getattr(held, name)
+    function: Any = target
+    if kind == "call_module":
+        assert module is not None
+        function = module.get_submodule(target)
+    elif kind == "call_method":
+
+        def function(x: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(x, target)(*args, **kwargs)
+
+    if not kwargs and args == tuple(map(Value, call.reads)):
+        return function  # its arguments are the values as they are
+
+    def call_with(*values: Any) -> Any:
+        def value_of(number: int) -> Any:
+            return values[places[number]]
+
+        return function(*fill(args, value_of), **fill(kwargs, value_of))
+
+    return call_with
+

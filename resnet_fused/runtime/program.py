@@ -1,0 +1,171 @@
+"""Programs: what a forward computes, as steps on numbered values.
+
+Values are numbered: first the inputs, then the result of each item. A program of steps alone can be written as text, by which a
+registered operator carries it through graphs and files.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import Conv, Pool
+from resnet_fused.ops.common import memory_format
+
+NONE = -1
+
+
+class Layer(NamedTuple):
+    """One convolution with its batch norm.
+
+    Attributes:
+        conv: geometry.
+        pad, pad_mode: what F.pad adds before (left, right, top, bottom), for padding modes and uneven padding.
+        eps: of the batch norm.
+        tensors: numbers of weight, bias, mean, var, gamma and beta among the program's parameters; NONE where there is none.
+    """
+
+    conv: Conv
+    pad: tuple[int, ...]
+    pad_mode: str
+    eps: float
+    tensors: tuple[int, ...]
+
+
+class Step(NamedTuple):
+    """One fused op.
+
+    Attributes:
+        op: its name, as in `Problem`.
+        layers: its convolutions in the op's order.
+        shortcut: whether the last of them is a projection shortcut.
+        pool: the max-pool of a stem.
+        x, residual: numbers of the values that it reads; NONE where it adds no residual.
+    """
+
+    op: str
+    layers: tuple[Layer, ...]
+    shortcut: bool
+    pool: Pool | None
+    x: int
+    residual: int = NONE
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.x,) if self.residual == NONE else (self.x, self.residual)
+
+
+class Call(NamedTuple):
+    """A call of something that isn't fused.
+
+    Attributes:
+        target: a module's path, a function, or the name of a method.
+        kind: "call_module", "call_function", "call_method" or "get_attr", as fx has them.
+        args, kwargs: with `Value` in the place of values.
+        reads: numbers of the values among them.
+        transparent: whether what it computes, and the format of its result, don't depend on its input's memory format.
+        fast: whether it is a layer, without hooks, that a kernel of ours may take over.
+    """
+
+    target: Any
+    kind: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: tuple[int, ...]
+    transparent: bool
+    fast: bool = False
+
+
+class Value(NamedTuple):
+    """A value among the arguments of a call, or in a result."""
+
+    number: int
+
+
+class Program(NamedTuple):
+    """What a forward computes.
+
+    Attributes:
+        inputs: how many.
+        items: steps and calls in their order.
+        outputs: the result: `Value` in tuples, lists, dicts, dataclasses.
+    """
+
+    inputs: int
+    items: tuple[Step | Call, ...]
+    outputs: Any
+
+
+def to_text(inputs: int, steps: Sequence[Step], outputs: Sequence[int]) -> str:
+    """A program of steps as text; `outputs` are numbers of values."""
+    return json.dumps([inputs, steps, outputs], separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=256)
+def from_text(text: str) -> Program:
+    """Inverse of `to_text`."""
+    inputs, steps, outputs = json.loads(text)
+    return Program(inputs, tuple(map(_step, steps)), tuple(map(Value, outputs)))
+
+
+def _step(fields: Sequence[Any]) -> Step:
+    op, layers, shortcut, pool, x, residual = fields
+    return Step(op, tuple(map(_layer, layers)), shortcut, None if pool is None else Pool(*map(_pair, pool)), x, residual)
+
+
+def _layer(fields: Sequence[Any]) -> Layer:
+    conv, pad, pad_mode, eps, tensors = fields
+    in_channels, out_channels, *pairs, groups = conv
+    return Layer(Conv(in_channels, out_channels, *map(_pair, pairs), groups), tuple(pad), pad_mode, eps, tuple(tensors))
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def fill(template: Any, value_of: Callable[[int], Any]) -> Any:
+    """A structure with its `Value`s replaced; containers are new ones."""
+    if type(template) is Value:
+        return value_of(template.number)
+    if isinstance(template, tuple):
+        items = [fill(item, value_of) for item in template]
+        return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
+    if type(template) is list:
+        return [fill(item, value_of) for item in template]
+    if isinstance(template, dict):
+        return type(template)((key, fill(item, value_of)) for key, item in template.items())
+    if isinstance(template, slice):
+        return slice(*(fill(part, value_of) for part in (template.start, template.stop, template.step)))
+    if hasattr(template, "__dataclass_fields__") and not isinstance(template, type):
+        made = object.__new__(type(template))
+        for name, item in vars(template).items():
+            object.__setattr__(made, name, fill(item, value_of))
+        return made
+    return template
+
+
+def stock_format(x: Tensor, format: torch.memory_format | None, weight: Tensor) -> torch.memory_format:
+    """The memory format that stock's convolution gives its result. `format`: of x in stock; None: that which x has."""
+    if format is None:
+        return memory_format(x, weight)
+    # Where both formats hold, stock says contiguous.
+    ambiguous = x.shape[1] == 1 or (x.shape[2] == 1 and x.shape[3] == 1)
+    return format if format == torch.channels_last and not ambiguous else memory_format(weight)
+
+
+def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:
+    """y with exactly the strides of a new tensor of the format; y itself where it has them, or `format` is None."""
+    if format is None or y.dim() != 4:
+        return y
+    n, c, h, w = y.shape
+    strides = (c * h * w, 1, w * c, c) if format == torch.channels_last else (c * h * w, h * w, w, 1)
+    if y.stride() == strides:
+        return y
+    if y.is_contiguous(memory_format=format):
+        return y.as_strided(y.shape, strides)  # they differ only where a size is 1
+    return torch.empty_like(y, memory_format=format).copy_(y)
