@@ -6,6 +6,7 @@ import argparse
 import collections
 import faulthandler
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -17,6 +18,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # for `fuzz`, when this folder is run as a script
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != FOLDER]
 
+os.environ.setdefault("RESNET_FUSED_LOG", "ERROR")  # rf.fuse warns of batch norms in training mode, of which there are many
 PROGRESS_SECONDS = 5.0
 
 
@@ -30,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--self", action="store_true", dest="itself", help="stock against a copy of itself: tests the harness")
     p.add_argument("--ignore", default="", help="kinds of differences to leave out, such as stride,alias")
     p.add_argument("--show", type=int, default=20, help="print this many failing trials in full")
+    p.add_argument("--shrink", action="store_true", help="with --only: make the failing trial smaller before it is printed")
     p.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return p
 
@@ -108,6 +111,10 @@ def main() -> int:
 
         single_thread()
         trial = run_trial(options.seed, options.only, options.itself, frozenset(filter(None, options.ignore.split(","))))
+        if options.shrink and trial.differences:
+            from fuzz.shrink import shrink
+
+            trial = shrink(trial, options.itself, frozenset(filter(None, options.ignore.split(","))))
         print(trial)
         print(f"{trial.fused} of {trial.convs} convolutions fused; {len(trial.differences)} differences")
         return int(bool(trial.differences))

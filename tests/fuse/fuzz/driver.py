@@ -123,6 +123,7 @@ class Driver:
             "cast": self.cast,
             "at": lambda model, path: model.get_submodule(path),
             "record": self.record,
+            "channels": channels,
             "keep": self.handles.append,
             "handles": self.handles,
         }
@@ -170,10 +171,10 @@ class Driver:
     def record(self, label: str, value: Any) -> None:
         self.add(label, flatten(value, label))
 
-    def image(self, n: int = 1, form: str = "plain", h: int = 0, w: int = 0, k: int = 0) -> Any:
+    def image(self, n: int = 1, form: str = "plain", h: int = 0, w: int = 0, k: int = 0, c: int = 0) -> Any:
         """An image of the model's shape, or of another height and width, in one of many forms."""
-        c, height, width = self.program.shape
-        h, w = h or height, w or width
+        channels, height, width = self.program.shape
+        c, h, w = c or channels, h or height, w or width
         generator = torch.Generator().manual_seed(self.seed * 31 + k)
         dtype = torch.float64 if self.double else torch.float32
 
@@ -216,6 +217,8 @@ class Driver:
             x = x.double()
         elif form == "bfloat16":
             x = x.bfloat16().double() if self.double else x.bfloat16()
+        elif form == "subclass":
+            x = x.as_subclass(self.module.Tagged)
         elif form == "int":
             x = (x * 5).int()
         elif form == "list":
@@ -309,6 +312,11 @@ class Driver:
         """To a dtype; the float64 side takes over only its rounding."""
         model.to(dtype)
         return model.double() if self.double else model
+
+
+def channels(module: nn.Module) -> int:
+    """Input channels of a module's first convolution."""
+    return next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
 def fused_rows(model: nn.Module) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from fuzz import tensors, units
+from fuzz import idioms, tensors, units
 from fuzz.prelude import HEAD, HOOKS, with_classes
 from fuzz.writer import Writer
 
@@ -29,6 +29,11 @@ UNITS: list[tuple[float, units.Unit]] = [
     (2, tensors.dropout),
     (5, tensors.parallel),
     (3, tensors.tap),
+    (4, idioms.method),
+    (3, idioms.named_layers),
+    (2, idioms.context),
+    (3, idioms.global_setting),
+    (3, idioms.odd_layer),
 ]
 
 
@@ -171,9 +176,15 @@ def text(w: Writer, result: str, inputs: int, variadic: bool) -> str:
     init = "\n".join(f"        {line}" for line in ["super().__init__()", *w.init])
     extra, build = variant(w, ", ".join(a.split("=")[0] for a in arguments[1:]))
     names = w.classes & {c for c in w.classes if f"{c}(" in init + forward or f"={c}" in init}
+    members = "".join(f"{member}\n\n" for member in w.members)
+    name = "forward"
+    if w.chance(0.15):  # as torchvision's
+        name = "_forward_impl"
+        passed = [a if a.startswith("*") else a.split("=")[0] for a in arguments[1:]]
+        forward += f"\n\n    def forward({', '.join(arguments)}):\n        return self._forward_impl({', '.join(passed)})"
     return (
-        f"{HEAD}{HOOKS}\n{with_classes(names)}\n\nclass Model(nn.Module):\n    def __init__(self):\n{init}\n\n"
-        f"    def forward({', '.join(arguments)}):\n{forward}\n{extra}\n\ndef build():\n{build}\n"
+        f"{HEAD}{HOOKS}\n{with_classes(names)}\n\nclass Model(nn.Module):\n    def __init__(self):\n{init}\n\n{members}"
+        f"    def {name}({', '.join(arguments)}):\n{forward}\n{extra}\n\ndef build():\n{build}\n"
     )
 
 

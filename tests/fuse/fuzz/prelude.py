@@ -8,6 +8,7 @@ from __future__ import annotations
 HEAD = """
 import collections
 import dataclasses
+import functools
 import operator
 import types
 import typing
@@ -21,6 +22,8 @@ import resnet_fused as rf
 LOG = []
 COUNTS = {"calls": 0}
 SEEN = []
+GAIN = 1.0
+ON = True
 """
 
 # Hook functions stand in the generated module, so that a model with hooks can be pickled. What they see goes into SEEN.
@@ -61,6 +64,10 @@ def doubles_in_place(module, args, out):
         out.mul_(2)
 
 
+class Tagged(Tensor):
+    pass
+
+
 def halves_pre(module, args):
     SEEN.append("halves")
     return (args[0] * 0.5, *args[1:]) if args and isinstance(args[0], Tensor) else None
@@ -87,6 +94,34 @@ class FrozenBatchNorm2d(nn.Module):
         scale = w * (rv + self.eps).rsqrt()
         bias = b - rm * scale
         return x * scale + bias
+""",
+        (),
+    ),
+    "PlainConv": (
+        """
+class PlainConv(nn.Conv2d):
+    pass
+""",
+        (),
+    ),
+    "WSConv": (
+        """
+class WSConv(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+""",
+        (),
+    ),
+    "NormAct": (
+        """
+class NormAct(nn.BatchNorm2d):
+    def __init__(self, n, act=True):
+        super().__init__(n)
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
 """,
         (),
     ),

@@ -7,66 +7,8 @@ import random
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fuzz.choices import CALLS, CHANGES, FORMS, HOOKS, MODES, REPLACE
 from fuzz.grammar import Program
-
-MODES = [
-    (9, "with torch.no_grad():"),
-    (5, "with torch.inference_mode():"),
-    (3, ""),
-    (2, "with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):"),
-    (1, "with torch.enable_grad():"),
-    (1, "with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):"),
-]
-FORMS = [
-    (30, "plain"),
-    (8, "channels_last"),
-    (3, "expanded"),
-    (3, "sliced"),
-    (2, "channels"),
-    (2, "strided"),
-    (3, "flipped"),
-    (4, "requires_grad"),
-    (1, "nonleaf"),
-    (1, "parameter"),
-    (3, "unbatched"),
-    (2, "double"),
-    (2, "bfloat16"),
-    (1, "int"),
-    (1, "inference"),
-    (2, "numpy"),
-    (3, "nan"),
-    (2, "inf"),
-    (1, "nans"),
-    (2, "huge"),
-    (1, "list"),
-    (1, "none"),
-]
-HOOKS = [
-    (4, "register_forward_hook(g.see)"),
-    (2, "register_forward_pre_hook(g.see_pre)"),
-    (2, "register_forward_hook(g.doubles)"),
-    (1, "register_forward_hook(g.doubles_in_place)"),
-    (1, "register_forward_pre_hook(g.halves_pre)"),
-    (1, "register_forward_hook(g.see_kwargs, with_kwargs=True)"),
-    (1, "register_full_backward_hook(g.see_backward)"),
-    (1, "register_forward_hook(g.see, always_call=True)"),
-]
-CHANGES = [
-    (5, "values"),
-    (3, "hook"),
-    (3, "setting"),
-    (3, "mode"),
-    (2, "structure"),
-    (2, "copying"),
-    (2, "conversion"),
-    (1, "reparametrize"),
-    (1, "method"),
-]
-# Sets a module whose parameters are the same on every side.
-REPLACE = """new = {new}
-for i, p in enumerate(new.parameters()):
-    p.data = fresh(p, i)
-setattr({owner}, {name!r}, new)"""
 
 
 class ScriptWriter:
@@ -85,7 +27,8 @@ class ScriptWriter:
         self.convs_with_bias = [n for n in self.convs if named[n].bias is not None]
         self.affine = [n for n in self.norms if named[n].weight is not None]
         self.tracked = [n for n in self.norms if named[n].running_var is not None]
-        self.random = bool(self.drops) or "F.dropout" in program.source
+        self.parents = [n for n, m in named.items() if n and any(isinstance(c, nn.Conv2d) for c in m.modules())]
+        self.globals = [n for n in ("GAIN", "ON") if program.source.count(n) > 1]
         self.inputs = 0
 
     def pick(self, choices: list[str]) -> str:
@@ -110,7 +53,8 @@ class ScriptWriter:
         if form != "plain":
             parts.append(repr(form))
         if self.chance(0.12):
-            parts.append(f"h={self.rng.randrange(5, 18)}, w={self.rng.randrange(5, 18)}")
+            least = 1 if self.chance(0.15) else 5
+            parts.append(f"h={self.rng.randrange(least, 18)}, w={self.rng.randrange(least, 18)}")
         return f"image({', '.join(parts)}, k={self.inputs})"
 
     def arguments(self, form: str | None = None) -> str:
@@ -127,9 +71,7 @@ class ScriptWriter:
         return ", ".join(sorted(parts, key=lambda p: p.split("(")[0].find("=") > 0))
 
     def call(self) -> str:
-        kind = self.weighted(
-            [(20, "call"), (3, "grads"), (2, "twice"), (1, "threads"), (1, "functional"), (1, "same"), (1, "train"), (1, "mc")]
-        )
+        kind = self.weighted(CALLS)
         if kind == "grads":
             form = self.weighted([(4, "requires_grad"), (1, "plain"), (1, "channels_last"), (1, "nonleaf")])
             return f"x = {self.image(form)}\ngrads(m, {self.filled('x')})"
@@ -146,8 +88,12 @@ class ScriptWriter:
         lines = [f"call(m, {self.arguments()})"]
         if kind == "twice":
             lines = [f"x = {self.image('plain')}", *[f"call(m, {self.filled('x')})"] * self.rng.choice([2, 3])]
-        elif kind == "same":  # the result goes in again where it fits
-            lines = [f"y = call(m, {self.arguments('plain')})", f"call(m, {self.arguments()})"]
+        elif kind == "again":  # a result may not be overwritten by the next call
+            lines = [f"y = call(m, {self.arguments('plain')})", f"call(m, {self.arguments()})", "record('y', y)"]
+        elif kind == "inside":
+            lines = [self.inside()]
+        elif kind == "transform":
+            return self.transform()
         elif kind == "functional":
             lines = [f"call(functional(m, {self.inputs + 50}), {self.arguments('plain')})"]
         elif kind == "mc" and self.drops:
@@ -156,6 +102,34 @@ class ScriptWriter:
         if not mode:
             return "\n".join(lines)
         return "\n".join([mode, *[f"    {line}" for line in lines]])
+
+    def inside(self) -> str:
+        """Calls a method or a child by itself, or children in another order of things."""
+        choices = [f"call(m.forward, {self.arguments('plain')})"]
+        choices += [f"call(nn.Sequential(*list(m.children())[:{self.rng.randrange(1, 6)}]), {self.image()})"] * 2
+        if "_forward_impl" in self.program.source and not self.program.root:
+            choices += [f"call(m._forward_impl, {self.arguments('plain')})"] * 2
+        if self.parents:
+            child = self.at(self.parents)
+            image = self.image(self.pick(["plain", "plain", "channels_last", "requires_grad"]))
+            choices += [f"call({child}, {image.removesuffix(')')}, c=channels({child})))"] * 5
+        return self.pick(choices)
+
+    def transform(self) -> str:
+        """Calls through a transform of torch.func, a trace or a checkpoint."""
+        x = self.image("plain")
+        total = "lambda x: sum(t.sum() for t in torch.utils._pytree.tree_leaves(m(x)) if isinstance(t, torch.Tensor))"
+        return self.pick(
+            [
+                f"with torch.no_grad():\n    call(torch.func.vmap(m), torch.stack([{x}] * 2))",
+                f"call(torch.func.grad({total}), {x})",
+                f"call(torch.func.jvp, m, ({x},), ({x},))",
+                f"with torch.no_grad():\n    x = {x}\n    call(torch.jit.trace(m, x, check_trace=False), x)",
+                f"with torch.no_grad():\n    call(torch.fx.symbolic_trace(m), {x})",
+                f"grads(lambda x: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False), {self.image('requires_grad')})",
+                f"call(torch.func.functional_call, m, dict(m.named_parameters()), ({x},))",
+            ]
+        )
 
     def filled(self, x: str) -> str:
         """Positional arguments from one image."""
@@ -180,6 +154,12 @@ class ScriptWriter:
         root = f"at(m, {self.program.root!r})" if self.program.root else "m"
         choices = [f"{root}.{name} = {self.pick(['0.25', '3.0', '1', '-1.0'])}" for name in self.program.floats] * 3
         choices += [f"{root}.{name} = not {root}.{name}" for name in self.program.flags] * 3
+        for name in self.globals:
+            choices += ["g.GAIN = 0.5" if name == "GAIN" else "g.ON = not g.ON"] * 4
+        if "class ScaledBasic" in self.program.source:
+            choices += ["g.ScaledBasic.scale = 2.0"] * 3
+        if "class Basic" in self.program.source:
+            choices += ["g.Basic.forward = lambda self, x: self.bn2(self.conv2(self.bn1(self.conv1(x))))"]
         if self.convs:
             conv = self.at(self.convs)
             choices += [
@@ -238,6 +218,10 @@ class ScriptWriter:
                 f"{norm}.reset_running_stats()",
                 f"{norm}.running_mean = None\n{norm}.running_var = None",
             ]
+        choices.append(
+            "v = torch.nn.utils.parameters_to_vector(m.parameters()).detach()\n"
+            "torch.nn.utils.vector_to_parameters(v * 0.5, m.parameters())"
+        )
         return self.pick([c for c in choices if c])
 
     def mode(self) -> str:

@@ -95,19 +95,24 @@ class Aliases:
         return same, alias
 
 
-def tensor_leaf(tensor: Tensor, same: str = "", alias: str = "") -> TensorLeaf:
-    return TensorLeaf(
-        type(tensor).__name__,
-        tensor.dtype,
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
-        tensor.requires_grad,
-        tensor.is_leaf,
-        tensor.is_inference(),
-        tensor.detach().clone(),
-        alias,
-        same,
-    )
+def tensor_leaf(tensor: Tensor, same: str = "", alias: str = "") -> TensorLeaf | str:
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            value = tensor.detach().clone().as_subclass(Tensor)
+        return TensorLeaf(
+            type(tensor).__name__,
+            tensor.dtype,
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            tensor.requires_grad,
+            tensor.is_leaf,
+            tensor.is_inference(),
+            value,
+            alias,
+            same,
+        )
+    except (RuntimeError, NotImplementedError):  # left over from a transform that has ended
+        return "a tensor that can't be read"
 
 
 def flatten(value: Any, path: str, aliases: Aliases | None = None) -> Leaves:
@@ -157,6 +162,7 @@ def modes() -> Leaves:
         "inference mode": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "deterministic": torch.are_deterministic_algorithms_enabled(),

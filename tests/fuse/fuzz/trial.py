@@ -37,8 +37,8 @@ class Trial:
 
     seed: int
     number: int
-    program: Program | None = None
-    steps: list[str] = field(default_factory=list)
+    program: Program
+    steps: list[str]
     differences: list[Difference] = field(default_factory=list)
     convs: int = 0
     fused: int = 0
@@ -48,7 +48,6 @@ class Trial:
     detail: str = ""
 
     def __str__(self) -> str:
-        assert self.program is not None
         source = self.program.source.replace(HOOKS, "").replace(HEAD, "")
         where = "" if self.program.has_source else "  # inspect finds no source"
         steps = "\n".join(f"--- step {i}\n{text}" for i, text in enumerate(self.steps))
@@ -74,10 +73,14 @@ def stock_fuse(model: nn.Module, inplace: bool = False, **_: object) -> nn.Modul
 def run_trial(seed: int, number: int, itself: bool = False, ignored: frozenset[str] = frozenset()) -> Trial:
     """Runs one trial; with `itself`, stock takes the part of the fused model, and any difference is the harness's fault."""
     rng = random.Random(f"{seed}-{number}")
-    trial = Trial(seed, number)
-    trial.program = generate(rng)
-    probe = Driver(trial.program, "probe", 0, stock_fuse)
-    trial.steps = scenario(rng, trial.program, probe.model)
+    program = generate(rng)
+    probe = Driver(program, "probe", 0, stock_fuse)
+    return judge(Trial(seed, number, program, scenario(rng, program, probe.model)), itself, ignored)
+
+
+def judge(trial: Trial, itself: bool = False, ignored: frozenset[str] = frozenset()) -> Trial:
+    """Runs the trial that was made, and writes into it what came of it."""
+    seed, number = trial.seed, trial.number
     for attempt in range(DATA_SEEDS):
         differences = _attempt(trial, (abs(hash((seed, number))) + attempt) % 2**20, itself, ignored)
         if attempt == 0:
@@ -93,7 +96,6 @@ def run_trial(seed: int, number: int, itself: bool = False, ignored: frozenset[s
 
 def _attempt(trial: Trial, data_seed: int, itself: bool, ignored: frozenset[str]) -> list[Difference]:
     program = trial.program
-    assert program is not None
 
     def our_fuse(model: nn.Module, **options: object) -> nn.Module:
         fused = rf.fuse(model, **options)  # type: ignore[arg-type]

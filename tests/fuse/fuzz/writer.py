@@ -38,6 +38,7 @@ class Writer:
         self.flags: list[str] = []
         self.options: list[tuple[str, str, str]] = []  # keyword arguments of forward: name, default, a value to pass
         self.taps: list[str] = []
+        self.members: list[str] = []  # methods beside __init__ and forward
         self.stateful = False  # forward changes something, so that calls from several threads have no one result
         self.picklable = True
         self.root = ""
@@ -116,16 +117,25 @@ class Writer:
         if self.chance(0.7 if plain else 0.5):
             parts.append("bias=False")
         self.resize((kh, kw), stride, pad, dilation)
-        return f"nn.Conv2d({', '.join(parts)})"
+        kind = "nn.Conv2d"
+        if not plain and self.chance(0.08):
+            kind = self.use(self.pick("PlainConv", "PlainConv", "WSConv"))
+        return f"{kind}({', '.join(parts)})"
 
     def norm(self, c: int, plain: bool = False) -> str:
-        kind = "bn" if plain else self.weighted([(80, "bn"), (6, "frozen"), (4, "sync"), (3, "none"), (2, "group"), (1, "in")])
+        kind = (
+            "bn"
+            if plain
+            else self.weighted([(80, "bn"), (6, "frozen"), (4, "sync"), (3, "none"), (3, "act"), (2, "group"), (1, "in")])
+        )
         if kind == "frozen":
             return f"{self.use('FrozenBatchNorm2d')}({c})"
         if kind == "sync":
             return f"nn.SyncBatchNorm({c})"
         if kind == "none":
             return "nn.Identity()"
+        if kind == "act":
+            return f"{self.use('NormAct')}({c}{self.pick('', ', act=False')})"
         if kind == "group":
             return f"nn.GroupNorm(1, {c})"
         if kind == "in":
