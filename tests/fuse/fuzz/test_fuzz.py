@@ -1,0 +1,40 @@
+"""Random models and scenarios: what rf.fuse returns can't be told from stock.
+
+The seed is that of the day unless RESNET_FUSED_FUZZ_SEED gives one; a failure prints it and how to run its trial again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fuzz.trial import run_trial
+
+CHUNKS, TRIALS = 10, 30
+SEED = int(os.environ.get("RESNET_FUSED_FUZZ_SEED") or datetime.date.today().strftime("%Y%m%d"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_fused_is_as_stock(chunk: int) -> None:
+    trials = [run_trial(SEED, number) for number in range(chunk * TRIALS, (chunk + 1) * TRIALS)]
+    failed = [trial for trial in trials if trial.differences]
+    assert sum(trial.fused for trial in trials) > 0, f"seed {SEED}: no convolution was fused"
+    numbers = [trial.number for trial in failed]
+    assert not failed, f"seed {SEED}: {len(failed)} of {TRIALS} trials failed: {numbers}\n\n" + "\n".join(map(str, failed[:3]))
+
+
+def test_harness_finds_nothing_between_stock_and_itself() -> None:
+    failed = [trial for trial in (run_trial(SEED, number, itself=True) for number in range(20)) if trial.differences]
+    assert not failed, f"seed {SEED}:\n" + "\n".join(map(str, failed[:3]))
