@@ -18,7 +18,7 @@ from resnet_fused.runtime.program import NONE, Call, Layer, Program, Step, Value
 # Layers and functions that compute the same of either memory format, and whose result has that of their input.
 _TRANSPARENT_LAYERS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.Tanh, nn.ELU),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Identity),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d),
 )
 _TRANSPARENT_FUNCTIONS = {
     *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh, F.max_pool2d),
@@ -48,8 +48,8 @@ class Built:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def build(module: nn.Module) -> Built:
-    """The program of a module's forward.
+def build(module: nn.Module, alone: frozenset[str] = frozenset()) -> Built:
+    """The program of a module's forward. `alone`: as `Matcher` takes it.
 
     Raises:
         CannotTrace: the forward can't be traced, or replaying it could have another effect; the message is the reason.
@@ -60,7 +60,7 @@ def build(module: nn.Module) -> Built:
     try:
         with torch.no_grad():
             found = trace(module)
-            matcher = Matcher(module, found.graph)
+            matcher = Matcher(module, found.graph, alone)
         return _Builder(module, found, matcher).build()
     finally:
         torch._C._set_tracing_state(state)
@@ -145,7 +145,9 @@ class _Builder:
         norm: Norm = unit.norm
         names = (layer.weight, layer.bias, norm.mean, norm.var, norm.gamma, norm.beta)
         tensors = tuple(NONE if name is None else self._parameter(name) for name in names)
-        return Layer(layer.conv, layer.pad, layer.pad_mode, norm.eps, tensors)
+        if norm.count is not None:
+            self._parameter(norm.count)
+        return Layer(layer.conv, layer.pad, layer.pad_mode, norm.eps, tensors, norm.promotes)
 
     def _parameter(self, path: str) -> int:
         return self.parameters.setdefault(path, len(self.parameters))

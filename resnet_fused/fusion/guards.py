@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from resnet_fused.fusion.sandbox import HOOKS, class_containers, is_immutable, is_object
+from resnet_fused.fusion.sandbox import HOOKS, class_containers, is_immutable, is_object, is_own
 from resnet_fused.fusion.screening import Watched
 from resnet_fused.fusion.tracing import has_hooks
 
@@ -69,7 +69,7 @@ class Structure:
         held += class_containers(type(module)).values()
         while held:
             value = held.pop()
-            if is_immutable(value) or isinstance(value, (Tensor, nn.Module)) or id(value) in seen:
+            if is_immutable(value) or isinstance(value, (Tensor, nn.Module)) or is_own(value) or id(value) in seen:
                 continue
             seen.add(id(value))
             if isinstance(value, dict):

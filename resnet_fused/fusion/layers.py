@@ -33,13 +33,19 @@ class Convolution(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A batch norm in inference: paths of its tensors, and eps."""
+    """A batch norm in inference: paths of its tensors, and eps.
+
+    `promotes`: whether its result has the wider of its input's dtype and its own, as plain arithmetic gives it. `count`: path of
+    the number of its training steps; they move mean and variance without their version counters.
+    """
 
     mean: str
     var: str
     gamma: str | None
     beta: str | None
     eps: float
+    promotes: bool = False
+    count: str | None = None
 
 
 def get(module: nn.Module, path: str) -> Any:
@@ -63,6 +69,8 @@ def convolution(module: nn.Module, node: fx.Node) -> Convolution | None:
         if not isinstance(called, nn.Conv2d):
             return None
         conv = check_conv(called)
+        if "forward" in vars(conv):
+            raise NotFoldable("the convolution has a forward of its own")
         if len(node.args) != 1 or node.kwargs:
             raise NotFoldable("it is called with more than its input")
         path = str(node.target)
@@ -120,11 +128,16 @@ def norm(module: nn.Module, node: fx.Node) -> Norm | None:
         if not is_norm(called) or len(node.args) != 1 or node.kwargs:
             return None
         check_norm(called)
+        if "forward" in vars(called):
+            raise NotFoldable("the batch norm has a forward of its own")
         probe(called)
         names = {n: _join(str(node.target), n) for n in ("running_mean", "running_var", "weight", "bias")}
         gamma, beta = (names[n] if getattr(called, n, None) is not None else None for n in ("weight", "bias"))
         # detectron's first FrozenBatchNorm2d had no eps; the probe tells whether 0 is what it computes with.
-        return Norm(names["running_mean"], names["running_var"], gamma, beta, float(getattr(called, "eps", 0.0)))
+        counted = getattr(called, "num_batches_tracked", None) is not None
+        count = _join(str(node.target), "num_batches_tracked") if counted else None
+        promotes = not isinstance(called, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        return Norm(names["running_mean"], names["running_var"], gamma, beta, float(getattr(called, "eps", 0.0)), promotes, count)
     if node.op != "call_function" or node.target is not F.batch_norm:
         return None
     given = {**dict(zip(_NORM_ARGUMENTS, node.args, strict=False)), **node.kwargs}

@@ -87,10 +87,20 @@ class Group:
 
 
 class Matcher:
-    """Finds the groups of one trace. `reasons` tells, by the name of a convolution, why it is in none."""
+    """Finds the groups of one trace.
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        self.module, self.graph = module, graph
+    Args:
+        module: the traced module.
+        graph: its nodes.
+        alone: names of convolutions whose sum is left to stock, since its operands turned out to be no equals.
+
+    Attributes:
+        groups: in the order in which they are computed.
+        reasons: by the name of a convolution, why it is in none.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, alone: frozenset[str] = frozenset()) -> None:
+        self.module, self.graph, self.alone = module, graph, alone
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.reasons: dict[str, str] = {}
         self.units: list[Unit] = []
@@ -157,6 +167,9 @@ class Matcher:
                 continue
             if relu is None or not self.is_relu(relu):
                 unit.note = f"the sum behind it is not followed by ReLU alone, but by {self.describe(relu)}"
+                continue
+            if unit.name in self.alone or other.op == "get_attr":
+                unit.note = "the sum behind it is one of tensors that differ in shape, dtype or format"
                 continue
             if own is other or not self._may_skip_write(node, own, other):
                 unit.note = "the sum behind it overwrites a tensor that others read"
@@ -278,7 +291,7 @@ class Matcher:
 
     def called(self, node: fx.Node) -> nn.Module | None:
         """The layer that a node calls, if it is such a call with one argument, and nobody's hook sees it."""
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return None
         module = self.module.get_submodule(str(node.target))
         return None if has_hooks(module) or "forward" in vars(module) else module

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,10 +26,10 @@ from resnet_fused.fusion.graph import GraphProgram
 from resnet_fused.fusion.guards import Structure
 from resnet_fused.fusion.layers import get
 from resnet_fused.fusion.screening import CannotTrace
-from resnet_fused.fusion.tracing import own_forward
+from resnet_fused.fusion.tracing import class_forward, own_forward
 from resnet_fused.ops.common import MAX_KERNELS, autocast_dtype, plain
 from resnet_fused.runtime.executor import Run, Settings, settle
-from resnet_fused.runtime.parameters import Look, Parameters, Unservable
+from resnet_fused.runtime.parameters import Look, Parameters, UnequalSum, Unservable
 
 _STOCK: Any = object()  # what `_serve` gives where the module's own forward must run
 _requires_grad = operator.attrgetter("requires_grad")
@@ -37,6 +39,9 @@ _PROMPT_TRACES, _LONGEST_WAIT = 4, 10
 # Calls in a row whose values were left to stock's arithmetic, after which the path computes directly, without Winograd.
 _MOST_DECLINED = 8
 _CALLS_BEFORE_WARNING = 10
+
+# Who calls a module's forward, with the module as `self`.
+_MODULE_CALLS = (nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__)
 
 _off: ContextVar[bool] = ContextVar("resnet_fused_paths_off", default=False)
 
@@ -136,9 +141,11 @@ class FastPath:
 
     def _reset(self) -> None:
         self.reason = "not called yet"
+        self.removed = False
         self._traced: _Traced | None = None
         self._untraceable = ""
         self._attempts = self._wait = self._declined = 0
+        self._alone: frozenset[str] = frozenset()
         self._settings = self.fusion.settings
         self.graph: GraphProgram | None = None
 
@@ -149,7 +156,7 @@ class FastPath:
     @property
     def own_forward(self) -> Callable[..., Any]:
         """The forward that the module has without this path."""
-        return own_forward(self.module, "unfused_forward") if self.previous is None else self.previous
+        return class_forward(self.module, "unfused_forward") if self.previous is None else self.previous
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -183,12 +190,12 @@ class FastPath:
             own["_path"] = self  # which one of the library's own blocks takes by itself
             return
         own["forward"] = self
-        own["_replicate_for_data_parallel"] = self.replicate
         if self.root:
             own["extra_repr"] = self.extra_repr
 
     def remove(self) -> None:
-        """Takes the path out of the module."""
+        """Takes the path out of the module, and out of use where someone's own forward still calls it."""
+        self.removed = True
         own = vars(self.module)
         if own.get("_path") is self:
             own["_path"] = None
@@ -196,20 +203,8 @@ class FastPath:
             del own["forward"]
             if self.previous is not None:
                 own["forward"] = self.previous
-        for name in ("_replicate_for_data_parallel", "extra_repr"):
-            if getattr(own.get(name), "__self__", None) is self:
-                del own[name]
-
-    def replicate(self) -> nn.Module:
-        """A replica for nn.DataParallel: it has its parameters on another device, and runs its own forward."""
-        replica = type(self.module)._replicate_for_data_parallel(self.module)
-        for name in ("forward", "_replicate_for_data_parallel", "extra_repr"):
-            vars(replica).pop(name, None)
-        if isinstance(self.previous, type(self.replicate)):
-            vars(replica)["forward"] = type(self.replicate)(self.previous.__func__, replica)
-        elif self.previous is not None:
-            vars(replica)["forward"] = self.previous
-        return replica
+        if getattr(own.get("extra_repr"), "__self__", None) is self:
+            del own["extra_repr"]
 
     def extra_repr(self) -> str:
         own = type(self.module).extra_repr(self.module)
@@ -222,6 +217,12 @@ class FastPath:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._in_graph(args, kwargs)
+        caller = sys._getframe(1)
+        if caller.f_code in _MODULE_CALLS:
+            called = caller.f_locals["self"]
+            if called is not self.module:
+                # A shallow copy, such as a replica of nn.DataParallel's: it has the path, but not its module.
+                return self._forward_of(called)(*args, **kwargs)
         if not self.root:
             result = self._serve(args, kwargs)
             return self.own_forward(*args, **kwargs) if result is _STOCK else result
@@ -236,6 +237,11 @@ class FastPath:
             self.fusion.count(self.fusion.served != served, reason)
         return result
 
+    def _forward_of(self, module: nn.Module) -> Callable[..., Any]:
+        """The own forward of a shallow copy of the module."""
+        own = self.own_forward
+        return types.MethodType(own.__func__, module) if isinstance(own, types.MethodType) else own
+
     def _not(self, reason: str) -> Any:
         self.reason = reason
         return _STOCK
@@ -244,7 +250,7 @@ class FastPath:
         """The result by the program of kernels, or `_STOCK`."""
         if self.module.training:
             return self._not("the module is in training mode; call model.eval()")
-        if _off.get():
+        if self.removed or _off.get():
             return self._not("fast paths are switched off")
         traced = self._traced
         if traced is None or traced.structure.fault() is not None:
@@ -283,6 +289,11 @@ class FastPath:
                 traced.runs = {}
                 config.logger().info("%s gets large values again and again; it is computed directly", type(self.module).__name__)
             return self._not("its values are too large for Winograd, so stock computes them")
+        except UnequalSum as reason:
+            group = traced.built.groups[reason.step]
+            self._alone |= {unit.name for unit in group.units}
+            self._traced, self._attempts, self._wait = None, self._attempts - 1, 0
+            return self._serve(args, kwargs)
         except Unservable as reason:
             return self._not(str(reason))
         self._declined = 0
@@ -350,7 +361,7 @@ class FastPath:
         self._wait = 2 ** min(self._attempts - _PROMPT_TRACES, _LONGEST_WAIT) if self._attempts > _PROMPT_TRACES else 0
         self._traced = None
         try:
-            built = build(self.module)
+            built = build(self.module, self._alone)
             if not built.groups:
                 raise Unservable(_nothing(built))
             traced = _Traced(self.module, built)

@@ -36,6 +36,11 @@ def is_object(value: Any) -> bool:
     return hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, *_CODE, *_IMMUTABLE))
 
 
+def is_own(value: Any) -> bool:
+    """Whether a value is the library's: a fast path that stands in a module."""
+    return type(getattr(value, "__self__", value)).__module__.startswith("resnet_fused.fusion")
+
+
 def class_containers(kind: type) -> dict[str, Any]:
     """Lists, dicts and sets that a class and its bases hold, by name."""
     found: dict[str, Any] = {}
@@ -98,7 +103,7 @@ class Sandbox:
             return self._shadow(value)
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self._shadow(value.__self__))
-        if is_immutable(value) or isinstance(value, (Tensor, *_CODE)):
+        if is_immutable(value) or isinstance(value, (Tensor, *_CODE)) or is_own(value):
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]

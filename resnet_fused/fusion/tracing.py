@@ -42,8 +42,11 @@ def own_forward(module: nn.Module, name: str = "plain_forward") -> Callable[...,
     forward = vars(module).get("forward")
     if forward is not None and not hasattr(forward, "previous"):
         return forward
-    if forward is not None and forward.previous is not None:
-        return forward.previous
+    return forward.previous if forward is not None and forward.previous is not None else class_forward(module, name)
+
+
+def class_forward(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The forward of a module's class; `name` as in `own_forward`."""
     kind = next(base for base in type(module).__mro__ if "forward" in vars(base))
     return types.MethodType(vars(kind).get(name, vars(kind)["forward"]), module)
 
@@ -234,7 +237,13 @@ class _Tracer(TracerBase):
 
     def _recorder(self, original: nn.Module, shadow: Any) -> Callable[..., Any]:
         """The forward of a shadow: traced through, or one call."""
-        path = self.paths[id(shadow)]
+        path = self.paths.get(id(shadow))
+        if path is None:
+
+            def refuse(*args: Any, **kwargs: Any) -> Any:
+                raise CannotTrace(f"calls a {type(original).__name__} that isn't registered as a part of the model")
+
+            return refuse
 
         def call_whole(args: Any, kwargs: Any) -> Any:
             return self.create_proxy("call_module", path, args, kwargs)

@@ -18,7 +18,7 @@ from resnet_fused.backends import Conv, Folded, Kernel, Precision, Problem, choi
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
 from resnet_fused.ops.common import autocast_dtype
-from resnet_fused.runtime.parameters import Parameters, Unservable
+from resnet_fused.runtime.parameters import Parameters, UnequalSum, Unservable
 from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, stock_format
 
 # Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
@@ -148,6 +148,7 @@ def settle(
 
     Raises:
         Unservable: this kind of input isn't served.
+        UnequalSum: it would be, if the sum of that step were left to stock.
         BackendError: an explicitly chosen backend can't serve a step.
     """
     return _Settling(program, inputs, parameters, folded, settings, module).run()
@@ -215,41 +216,35 @@ class _Settling:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _step(self, step: Step, number: int) -> None:
-        reads = step.reads
         x = self.values[step.x]
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             raise Unservable("a convolution's input is no strided tensor")
         if x.dim() != 4:
             raise Unservable(f"a convolution's input has {x.dim()} dimensions, not four")
-        weight = self.parameters[step.layers[0].tensors[0]]
-        if x.shape[1] != step.layers[0].conv.in_channels:
+        first = step.layers[0]
+        weight = self.parameters[first.tensors[0]]
+        if x.shape[1] != first.conv.in_channels:
             raise Unservable("a convolution's input has another number of channels than its weight takes")
-        format = stock_format(x, self.formats[step.x], weight)
+        source, pad, mode = step.x, list(first.pad), first.pad_mode
+        if pad:
+            source = self._derive(lambda x: F.pad(x, pad, mode), source)
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype):
-            if x.dtype != dtype:
-                self.values.append(None)  # the input itself stays for its other readers
-                self.formats.append(self.formats[step.x])
-                cast = len(self.values) - 1
-                self._do(_Operation(lambda x: x.to(dtype), (step.x,), (cast,)))
-                reads = (cast, *reads[1:])
-                x = self.values[cast]
+            if self.values[source].dtype != dtype:
+                source = self._derive(lambda x: x.to(dtype), source)
         elif weight.dtype != x.dtype:
             raise Unservable(f"the input is {x.dtype} and the weight {weight.dtype}")
+        x = self.values[source]
+        format = stock_format(x, self.formats[source], weight)
+        for own in step.layers:
+            if own.promotes and self.parameters[own.tensors[2]].dtype != x.dtype:
+                raise Unservable("a batch norm's parameters have another dtype, to which it casts its result")
         if weight.device != x.device:
             raise Unservable(f"the input is on {x.device} and the weight on {weight.device}")
-        (layer, *_others) = step.layers
-        if layer.pad:
-            self.values.append(None)
-            self.formats.append(self.formats[step.x])
-            padded, source = len(self.values) - 1, reads[0]
-            pad, mode = list(layer.pad), layer.pad_mode
-            self._do(_Operation(lambda x: F.pad(x, pad, mode), (source,), (padded,)))
-            reads = (padded, *reads[1:])
-            x = self.values[padded]
+        reads = (source, *step.reads[1:])
         problem = self._problem(step, x)
         residual = self.values[step.residual] if len(reads) > 1 else None
-        self._check_residual(step, problem, residual, format)
+        self._check_residual(step, problem, residual, format, number)
         folded = self.folded.step(step.layers, self.parameters, x.dtype)
         kernel, backend = bind(problem, folded, choice(self.settings.backend))
         self.made.problems[number] = (problem, backend)
@@ -259,28 +254,33 @@ class _Settling:
         self._do(_Operation(run, reads, (number,), chain))
         self.formats[number] = format
 
+    def _derive(self, make: Callable[[Tensor], Tensor], source: int) -> int:
+        """Makes another value of one, which stays for its other readers; gives its number."""
+        self.values.append(None)
+        self.formats.append(self.formats[source])
+        made = len(self.values) - 1
+        self._do(_Operation(make, (source,), (made,)))
+        return made
+
     def _problem(self, step: Step, x: Tensor) -> Problem:
         n, c, h, w = x.shape
         convs = tuple(layer.conv for layer in step.layers)
         format = torch.channels_last
         return Problem(step.op, (n, c, h, w), x.dtype, x.device, convs, step.shortcut, step.pool, format, self.settings.precision)
 
-    def _check_residual(self, step: Step, problem: Problem, residual: Any, format: torch.memory_format) -> None:
-        """Raises Unservable where stock's sum is more than one of equal tensors, or its format isn't that of the convolution."""
-        own = residual
-        if step.op in ("basic_block", "bottleneck") and not step.shortcut:
-            own = self.values[step.x]
-            if own.dtype != problem.dtype:
-                raise Unservable(f"a residual is {own.dtype} and what it is added to {problem.dtype}")
-        if own is None:
+    def _check_residual(self, step: Step, problem: Problem, residual: Any, format: torch.memory_format, number: int) -> None:
+        """Raises UnequalSum where stock's sum is more than one of equal tensors, or its format isn't the convolution's."""
+        whole = step.op in ("basic_block", "bottleneck")
+        if residual is None and (not whole or step.shortcut):
             return
-        if not isinstance(own, Tensor) or own.shape != problem.output_shape() or own.dtype != problem.dtype:
-            raise Unservable("a residual differs in shape or dtype from what it is added to")
-        if own.device != problem.device or own.layout is not torch.strided:
-            raise Unservable("a residual is on another device than what it is added to")
-        given = self.formats[step.x if residual is None else step.residual]
+        # The identity shortcut of a block is its input as it was before a cast.
+        own, given = (self.values[step.x], self.formats[step.x]) if whole else (residual, self.formats[step.residual])
+        if not isinstance(own, Tensor) or own.shape != problem.output_shape():
+            raise UnequalSum("a residual differs in shape from what it is added to", number)
+        if own.dtype != problem.dtype or own.device != problem.device or own.layout is not torch.strided:
+            raise Unservable("a residual differs in dtype, device or layout from what it is added to")
         given = given or _format_of(own)
-        if given is not None and given != format and not _same_in_both(own):
+        if given != format and not _same_in_both(own):
             raise Unservable("a residual has another memory format than what it is added to")
 
     # ---- calls -------------------------------------------------------------------------------------------------------

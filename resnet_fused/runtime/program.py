@@ -28,6 +28,7 @@ class Layer(NamedTuple):
         pad, pad_mode: what F.pad adds before (left, right, top, bottom), for padding modes and uneven padding.
         eps: of the batch norm.
         tensors: numbers of weight, bias, mean, var, gamma and beta among the program's parameters; NONE where there is none.
+        promotes: whether the batch norm's result has the wider of its input's dtype and its own.
     """
 
     conv: Conv
@@ -35,6 +36,7 @@ class Layer(NamedTuple):
     pad_mode: str
     eps: float
     tensors: tuple[int, ...]
+    promotes: bool = False
 
 
 class Step(NamedTuple):
@@ -119,9 +121,9 @@ def _step(fields: Sequence[Any]) -> Step:
 
 
 def _layer(fields: Sequence[Any]) -> Layer:
-    conv, pad, pad_mode, eps, tensors = fields
+    conv, pad, pad_mode, eps, tensors, promotes = fields
     in_channels, out_channels, *pairs, groups = conv
-    return Layer(Conv(in_channels, out_channels, *map(_pair, pairs), groups), tuple(pad), pad_mode, eps, tuple(tensors))
+    return Layer(Conv(in_channels, out_channels, *map(_pair, pairs), groups), tuple(pad), pad_mode, eps, tuple(tensors), promotes)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,9 +145,11 @@ def state(model: nn.Module) -> Leaves:
             if tensor is None:
                 leaves[f"{at}.{name}"] = None
             else:
-                leaves |= flatten(tensor, f"{at}.{name}", aliases)
+                found = flatten(tensor, f"{at}.{name}", aliases)
+                # rf.fuse makes copies that count their changes, even under inference_mode.
+                leaves |= {k: replace(v, inference=False) if isinstance(v, TensorLeaf) else v for k, v in found.items()}
         # A changed `forward` is how a fused model may do its work; what it computes is compared, not where it stands.
-        public = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "forward")}
+        public = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "forward", "extra_repr")}
         leaves[f"{at} attributes"] = f"{sorted(public)}"
         for name, value in public.items():
             leaves |= flatten(value, f"{at}.{name}", aliases)

@@ -65,7 +65,8 @@ def stock_fuse(model: nn.Module, inplace: bool = False, **_: object) -> nn.Modul
     if inplace:
         return model
     try:
-        return copy.deepcopy(model)
+        with torch.inference_mode(False):  # so that the copy's parameters count their changes
+            return copy.deepcopy(model)
     except RuntimeError:  # a pruned weight is no leaf and can't be copied
         return model
 
