@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,8 @@ class _Builder:
                     for name, parameter in self.module.get_submodule(str(node.target))._parameters.items():
                         if parameter is not None:
                             self._parameter(f"{node.target}.{name}")
-        program = Program(len(inputs), tuple(items), self._template(self.trace.structure))
+        plain = {number: self._plain(group) for number, group in made.items()}
+        program = Program(len(inputs), tuple(items), self._template(self.trace.structure), plain)
         names = [*dict.fromkeys([*self.trace.inlined, *absorbed])]
         return Built(program, [*self.parameters], names, self.trace, made, matcher.reasons)
 
@@ -140,6 +142,30 @@ class _Builder:
         residual = NONE if len(group.units) > 1 or last.residual is None else self._number(last.residual)
         return Step(group.op, layers, group.shortcut, pool, self._number(group.input), residual)
 
+    def _plain(self, group: Group) -> Program:
+        """What a step replaces, as calls on the values that it reads."""
+        last = group.units[-2 if group.shortcut else -1]
+        inputs = [self.matcher.producer(group.input)]
+        if len(group.units) == 1 and last.residual is not None:
+            inputs.append(self.matcher.producer(last.residual))
+        numbers = {node: i for i, node in enumerate(inputs)}
+        calls: list[Call] = []
+
+        def number(node: fx.Node) -> int:
+            node = self.matcher.producer(node)
+            if node.op == "get_attr" and node not in numbers:
+                numbers[node] = len(inputs) + len(calls)
+                calls.append(Call(node.target, "get_attr", (), {}, (), False))
+            return numbers[node]
+
+        nodes = sorted({n for unit in group.units for n in unit.covered}, key=self.matcher.order.__getitem__)
+        for node in nodes:
+            reads = tuple(dict.fromkeys(number(source) for source in node.all_input_nodes))
+            args, kwargs = _template(tuple(node.args), number), _template(dict(node.kwargs), number)
+            numbers[node] = len(inputs) + len(calls)
+            calls.append(Call(node.target, node.op, args, kwargs, reads, False))
+        return Program(len(inputs), tuple(calls), Value(numbers[group.last]))
+
     def _layer(self, unit: Unit) -> Layer:
         layer: Convolution = unit.layer
         norm: Norm = unit.norm
@@ -163,7 +189,7 @@ class _Builder:
         args, kwargs = self._template(tuple(node.args)), self._template(dict(node.kwargs))
         reads = tuple(dict.fromkeys(self._number(source) for source in node.all_input_nodes))
         fast = type(matcher_called) in _FAST_LAYERS if (matcher_called := self.matcher.called(node)) is not None else False
-        return Call(node.target, node.op, args, kwargs, reads, self._is_transparent(node), fast)
+        return Call(node.target, node.op, args, kwargs, reads, self._is_transparent(node), fast, self._is_pure(node))
 
     def _is_transparent(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -173,24 +199,36 @@ class _Builder:
             return node.target in _TRANSPARENT_FUNCTIONS
         return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
 
+    def _is_pure(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            called = self.matcher.called(node)
+            return called is not None and is_layer(called) and not called.training
+        name = str(getattr(node.target, "__name__", node.target))
+        return not any(word in name for word in _RANDOM) or node.kwargs.get("training") is False
+
     def _template(self, value: Any) -> Any:
-        """A structure of nodes as one of values."""
-        if isinstance(value, fx.Node):
-            return Value(self._number(value))
-        if isinstance(value, tuple):
-            items = [self._template(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        if isinstance(value, list):
-            return [self._template(item) for item in value]
-        if isinstance(value, dict):
-            kind = dict if type(value).__module__.startswith("torch.fx") else type(value)
-            return kind((key, self._template(item)) for key, item in value.items())
-        if isinstance(value, slice):
-            return slice(*(self._template(part) for part in (value.start, value.stop, value.step)))
-        if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-            for name, item in vars(value).items():
-                object.__setattr__(value, name, self._template(item))
-        return value
+        return _template(value, self._number)
 
 
+def _template(value: Any, number: Callable[[fx.Node], int]) -> Any:
+    """A structure of nodes as one of values."""
+    if isinstance(value, fx.Node):
+        return Value(number(value))
+    if isinstance(value, tuple):
+        items = [_template(item, number) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_template(item, number) for item in value]
+    if isinstance(value, dict):
+        kind = dict if type(value).__module__.startswith("torch.fx") else type(value)
+        return kind((key, _template(item, number)) for key, item in value.items())
+    if isinstance(value, slice):
+        return slice(*(_template(part, number) for part in (value.start, value.stop, value.step)))
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        for name, item in vars(value).items():
+            object.__setattr__(value, name, _template(item, number))
+    return value
+
+
+_RANDOM = ("dropout", "rand", "bernoulli", "normal", "uniform", "multinomial", "poisson", "exponential", "geometric", "cauchy")
 _FAST_LAYERS = (nn.Linear, nn.AdaptiveAvgPool2d)

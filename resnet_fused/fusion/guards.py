@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from resnet_fused.fusion.sandbox import HOOKS, class_containers, is_immutable, is_object, is_own
 from resnet_fused.fusion.screening import Watched
-from resnet_fused.fusion.tracing import has_hooks
+from resnet_fused.fusion.tracing import Trace, has_hooks
 
 _STANDARD = frozenset(vars(nn.Module()))
 
@@ -37,26 +37,31 @@ class Structure:
 
     Args:
         module: the module whose forward was traced.
-        inlined: paths of the modules that were traced through, itself first.
-        absorbed: paths of all modules whose own call the program replaces, those included.
-        watched: global names that the traced code read.
+        trace: what came of it.
+        absorbed: paths of all modules whose own call the program replaces, itself first.
     """
 
-    def __init__(self, module: nn.Module, inlined: list[str], absorbed: list[str], watched: list[Watched]) -> None:
-        self._modules = [module.get_submodule(path) for path in absorbed]
+    def __init__(self, module: nn.Module, trace: Trace, absorbed: list[str]) -> None:
+        replaced = [module.get_submodule(path) for path in absorbed]
         # Those of the module itself have been called before its forward is.
-        self._hooks = [vars(m)[name] for m in self._modules[1:] for name in HOOKS]
+        self._hooks = [vars(m)[name] for m in replaced[1:] for name in HOOKS]
         self._hooked = [m for m in module.modules() if m is not module and has_hooks(m)]
-        self._watched = [w for w in watched if not is_constant_name(w)]
-        kinds = {type(m) for m in self._modules}
-        self._forwards = [(kind, kind.forward) for kind in kinds]
+        self._watched = [w for w in trace.watched if not is_constant_name(w)]
+        self._forwards = [(kind, kind.forward) for kind in {type(m) for m in replaced}]
         self._dicts: list[dict[Any, Any]] = []
         self._sequences: list[Any] = []
-        through = {*inlined}
-        for path, m in zip(absorbed, self._modules, strict=True):
+        self._attributes: list[tuple[dict[str, Any], str, Any]] = []
+        inlined = {*trace.inlined}
+        for path, m in module.named_modules():
+            if any(path == whole or path.startswith(f"{whole}.") for whole in trace.opaque):
+                # It may change itself when it is called; what the traced code reads of it must stay.
+                own = vars(m)
+                self._attributes += [(own, name, own[name]) for name in trace.names & own.keys()]
+                continue
             self._dicts += (vars(m), m._parameters, m._buffers)
-            if path in through:
+            if m._modules:
                 self._dicts.append(m._modules)
+            if path in inlined:
                 self._watch_containers(m)
         self._versions = self._now_versions()
         self._handles = RemovableHandle.next_id
@@ -107,6 +112,9 @@ class Structure:
         for names, name, value in self._watched:
             if names.get(name) is not value:
                 return f"the global {name!r} has another value"
+        for own, name, value in self._attributes:
+            if own.get(name) is not value:
+                return f"the attribute {name!r} of a module has another value"
         for sequence in self._sequences:
             if sequence:
                 return self._compare()

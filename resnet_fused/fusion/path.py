@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import config
-from resnet_fused.backends import BackendError, Declined, choice, records
+from resnet_fused.backends import choice, records
 from resnet_fused.fusion.building import Built, build
 from resnet_fused.fusion.folding import NotFoldable
 from resnet_fused.fusion.graph import GraphProgram
@@ -29,7 +29,7 @@ from resnet_fused.fusion.screening import CannotTrace
 from resnet_fused.fusion.tracing import class_forward, own_forward
 from resnet_fused.ops.common import MAX_KERNELS, autocast_dtype, plain
 from resnet_fused.runtime.executor import Run, Settings, settle
-from resnet_fused.runtime.parameters import Look, Parameters, UnequalSum, Unservable
+from resnet_fused.runtime.parameters import Look, Parameters, Unservable
 
 _STOCK: Any = object()  # what `_serve` gives where the module's own forward must run
 _requires_grad = operator.attrgetter("requires_grad")
@@ -105,8 +105,7 @@ class _Traced:
 
     def __init__(self, module: nn.Module, built: Built) -> None:
         self.built = built
-        trace = built.trace
-        self.structure = Structure(module, trace.inlined, built.absorbed, trace.watched)
+        self.structure = Structure(module, built.trace, built.absorbed)
         self.tensors: list[Tensor] = [get(module, path) for path in built.parameters]
         self.differentiable = [p for p in module.parameters() if p is not None]
         self.kinds = [(t.shape, t.dtype) for t in self.tensors]
@@ -144,7 +143,7 @@ class FastPath:
         self.removed = False
         self._traced: _Traced | None = None
         self._untraceable = ""
-        self._attempts = self._wait = self._declined = 0
+        self._attempts = self._wait = 0
         self._alone: frozenset[str] = frozenset()
         self._settings = self.fusion.settings
         self.graph: GraphProgram | None = None
@@ -279,27 +278,25 @@ class FastPath:
         run = traced.runs.get(key)
         try:
             if run is None:
-                result = self._settle(traced, key, args)
+                run, result = self._settle(traced, key, args)
             else:
                 result = run(args)
-        except Declined:
-            self._declined += 1
-            if self._declined == _MOST_DECLINED and self._settings.precision == "fast":
-                self._settings = Settings("exact", self._settings.backend)
-                traced.runs = {}
-                config.logger().info("%s gets large values again and again; it is computed directly", type(self.module).__name__)
-            return self._not("its values are too large for Winograd, so stock computes them")
-        except UnequalSum as reason:
-            group = traced.built.groups[reason.step]
-            self._alone |= {unit.name for unit in group.units}
-            self._traced, self._attempts, self._wait = None, self._attempts - 1, 0
-            return self._serve(args, kwargs)
         except Unservable as reason:
             return self._not(str(reason))
-        self._declined = 0
+        if run.unequal:
+            self._leave_sums(traced, run.unequal)
+        if run.declined >= _MOST_DECLINED and self._settings.precision == "fast":
+            self._settings = Settings("exact", self._settings.backend)
+            traced.runs = {}
+            config.logger().info("%s gets large values again and again; it is computed directly", type(self.module).__name__)
         self.fusion.served += 1
         self.reason = ""
         return result
+
+    def _leave_sums(self, traced: _Traced, steps: list[int]) -> None:
+        """From the next call on, leaves the sums of some steps to stock, and fuses what is before them."""
+        self._alone |= {unit.name for step in steps for unit in traced.built.groups[step].units}
+        self._traced, self._attempts, self._wait = None, self._attempts - 1, 0
 
     def _key(self, args: tuple[Any, ...]) -> Any:
         """What kernels are chosen by."""
@@ -308,24 +305,18 @@ class FastPath:
         settings = (choice(self._settings.backend), records.generation(), dtype, torch._C._get_mkldnn_enabled())
         return (*kinds, *settings, torch.get_num_threads())
 
-    def _settle(self, traced: _Traced, key: Any, args: tuple[Any, ...]) -> Any:
+    def _settle(self, traced: _Traced, key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
         """Runs the program for the first time on this kind of input."""
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
             if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
-        try:
-            run, result = settle(
-                traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module
-            )
-        except (BackendError, Declined, Unservable):
-            raise
-        except Exception as error:
-            # The module's own forward raises the error that users know, or there is something that only it can do.
-            raise Unservable(f"running the fused kernels failed: {type(error).__name__}: {error}") from error
+        run, result = settle(
+            traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module
+        )
         while len(traced.runs) >= MAX_KERNELS:
             traced.runs.pop(next(iter(traced.runs)), None)
         traced.runs[key] = run
-        return result
+        return run, result
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...] | None:
         """The arguments by their places; None where others are given than those that the trace was made with."""

@@ -106,10 +106,16 @@ def _globals_read(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ..
 
 
 class Screen:
-    """What the functions called during one trace read, and the look at each before it runs. `watched` is what must stay."""
+    """What the functions called during one trace read, and the look at each before it runs.
+
+    Attributes:
+        watched: global names that must keep their values.
+        names: of all attributes that the functions ask for.
+    """
 
     def __init__(self) -> None:
         self.watched: list[Watched] = []
+        self.names: set[str] = set()
         self._seen: set[types.CodeType] = set()
         # Functions that are defined within one that was looked at: their closures are its variables.
         self._inner: set[types.CodeType] = set()
@@ -150,6 +156,7 @@ class Screen:
         reason = _fault_of_code(code)
         if reason is not None:
             raise CannotTrace(where + reason)
+        self.names.update(code.co_names)
         self._inner.update(c for c in code.co_consts if isinstance(c, types.CodeType))
         for name, attributes in _globals_read(code):
             names: Any = frame.f_globals

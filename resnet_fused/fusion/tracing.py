@@ -71,6 +71,7 @@ class Trace:
         inlined: paths of the modules whose forward was traced through, the module itself ("") first.
         opaque: paths of modules that are called as a whole though they are no layers, and why.
         watched: global names that must keep their values.
+        names: of all attributes that the traced code asks for.
         structure: the result, with fx nodes in the place of tensors.
         arguments: names of forward's arguments that are tensors.
         images: those of them that forward was told to have four dimensions.
@@ -80,6 +81,7 @@ class Trace:
     inlined: list[str] = field(default_factory=list)
     opaque: dict[str, str] = field(default_factory=dict)
     watched: list[Watched] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
     structure: Any = None
     arguments: tuple[str, ...] = ()
     images: set[str] = field(default_factory=set)
@@ -108,6 +110,8 @@ class _Proxy(fx.Proxy):
         return 4 if self.tracer.is_image(self.node) else _Attribute(self, "dim")()  # type: ignore[attr-defined]
 
     def numel(self) -> Any:
+        if not self.tracer.is_image(self.node):  # type: ignore[attr-defined]
+            return _Attribute(self, "numel")()
         return _Count(self.tracer.create_node("call_method", "numel", (self.node,), {}), self.tracer)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -285,7 +289,7 @@ class _Tracer(TracerBase):
             with _NoArithmetic(), screen.active():
                 result = self.sandbox.root.forward(*proxies, **defaults)
         finally:
-            trace.watched = screen.watched
+            trace.watched, trace.names = screen.watched, screen.names
         self.results: list[fx.Node] = []
         trace.structure = self._structure(result)
         self.graph.output(tuple(self.results))

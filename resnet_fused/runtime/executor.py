@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.backends import Conv, Folded, Kernel, Precision, Problem, choice, get
+from resnet_fused.backends import BackendError, Conv, Declined, Folded, Kernel, Precision, Problem, choice, get
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
 from resnet_fused.ops.common import autocast_dtype
-from resnet_fused.runtime.parameters import Parameters, UnequalSum, Unservable
+from resnet_fused.runtime.parameters import Parameters, Unservable
 from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, stock_format
 
 # Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
@@ -40,13 +40,15 @@ class Settings:
 class _Operation:
     """What a run does in one go: values[writes] = run(*values of reads); then `frees` aren't needed any more.
 
-    `chain`: the kernel, where it can be joined with the next one's.
+    `chain`: the kernel, where it can be joined with the next one's. `plain`: the same in stock's ops, for values that a kernel
+    declines.
     """
 
     run: Callable[..., Any]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     chain: ChainKernel | None = None
+    plain: Callable[..., Any] | None = None
     frees: list[int] = field(default_factory=list)
 
 
@@ -56,24 +58,35 @@ class Run:
     Attributes:
         problems: by the number of a step, its problem and the name of the backend that serves it.
         folded: what was packed for the kernels, kept as long as the run.
+        unequal: numbers of steps whose residual isn't as what it is added to, which run as stock.
+        declined: how often in a row kernels left values to stock's ops.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.problems: dict[int, tuple[Problem, str]] = {}
         self.folded: list[Folded] = []
+        self.unequal: list[int] = []
+        self.declined = 0
         self._operations: list[_Operation] = []
         self._count = 0
         self._single = type(program.outputs) is Value
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         values: list[Any] = [*inputs, *(None,) * (self._count - len(inputs))]
+        declined = False
         for operation in self._operations:
-            result = operation.run(*[values[number] for number in operation.reads])
+            given = [values[number] for number in operation.reads]
+            try:
+                result = operation.run(*given)
+            except Declined:
+                assert operation.plain is not None
+                result, declined = operation.plain(*given), True
             for number in operation.writes:
                 values[number] = result
             for number in operation.frees:
                 values[number] = None
+        self.declined = self.declined + 1 if declined else 0
         if self._single:
             return values[self.program.outputs.number]
         return fill(self.program.outputs, values.__getitem__)
@@ -121,7 +134,14 @@ def _join(row: list[_Operation]) -> _Operation:
         return row[0]
     chain = in_a_row([operation.chain for operation in row if operation.chain is not None])
     assert chain is not None
-    return _Operation(_without_residual(chain), row[0].reads, row[-1].writes)
+
+    def plain(x: Tensor) -> Tensor:
+        for operation in row:
+            assert operation.plain is not None
+            x = operation.plain(x)
+        return x
+
+    return _Operation(_without_residual(chain), row[0].reads, row[-1].writes, plain=plain)
 
 
 def _without_residual(kernel: Kernel) -> Callable[[Tensor], Tensor]:
@@ -147,8 +167,7 @@ def settle(
         module: the module whose forward it is, for its calls.
 
     Raises:
-        Unservable: this kind of input isn't served.
-        UnequalSum: it would be, if the sum of that step were left to stock.
+        Unservable: the program can't be run on this kind of input, and nothing that anybody could notice was done.
         BackendError: an explicitly chosen backend can't serve a step.
     """
     return _Settling(program, inputs, parameters, folded, settings, module).run()
@@ -172,15 +191,22 @@ class _Settling:
         self.made = Run(program)
 
     def run(self) -> tuple[Run, Any]:
+        begun = False  # whether something was done that mustn't be done twice
         for index, item in enumerate(self.program.items):
             number = self.program.inputs + index
-            if isinstance(item, Step):
-                self._step(item, number)
-            else:
-                self._call(item, number)
-            value = self.values[number]
-            if isinstance(value, Tensor) and value.layout is torch.strided and value.numel() == 0:
-                raise Unservable("a result on the way is empty")
+            try:
+                if isinstance(item, Step):
+                    self._step(item, number)
+                else:
+                    begun = begun or not item.pure
+                    self._call(item, number)
+            except BackendError:
+                raise
+            except Exception as error:
+                if begun:
+                    raise
+                # The module's own forward raises the error that users know, or there is something that only it can do.
+                raise Unservable(f"{type(error).__name__}: {error}") from error
         kept: set[int] = set()
 
         def result(number: int) -> Any:
@@ -193,7 +219,12 @@ class _Settling:
         return self.made, output
 
     def _do(self, operation: _Operation) -> None:
-        result = operation.run(*[self.values[number] for number in operation.reads])
+        given = [self.values[number] for number in operation.reads]
+        try:
+            result = operation.run(*given)
+        except Declined:
+            assert operation.plain is not None
+            result = operation.plain(*given)
         for number in operation.writes:
             self.values[number] = result
         self.operations.append(operation)
@@ -216,6 +247,31 @@ class _Settling:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _step(self, step: Step, number: int) -> None:
+        try:
+            self._fused(step, number)
+        except Unservable:
+            # By what the step was made of, which does all that stock does.
+            for read in step.reads:
+                self._as_stock(read)
+            self._do(_Operation(self._plain(step, number, None), step.reads, (number,)))
+
+    def _plain(self, step: Step, number: int, format: torch.memory_format | None) -> Callable[..., Any]:
+        """The step in stock's ops. `format`: which they are to give their result; None: as it comes."""
+        program = self.program.plain[number]
+        callers = [(_caller(call, self.module), call.reads) for call in program.items if isinstance(call, Call)]
+        formats = [self.formats[read] for read in step.reads]
+        output = program.outputs.number
+
+        def run(*given: Tensor) -> Tensor:
+            values = [in_format(x, f) if isinstance(x, Tensor) else x for x, f in zip(given, formats, strict=True)]
+            for function, reads in callers:
+                values.append(function(*[values[read] for read in reads]))
+            y: Tensor = values[output]
+            return y if format is None else y.contiguous(memory_format=format)
+
+        return run
+
+    def _fused(self, step: Step, number: int) -> None:
         x = self.values[step.x]
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             raise Unservable("a convolution's input is no strided tensor")
@@ -223,6 +279,8 @@ class _Settling:
             raise Unservable(f"a convolution's input has {x.dim()} dimensions, not four")
         first = step.layers[0]
         weight = self.parameters[first.tensors[0]]
+        if x.numel() == 0:
+            raise Unservable("a convolution's input is empty")
         if x.shape[1] != first.conv.in_channels:
             raise Unservable("a convolution's input has another number of channels than its weight takes")
         source, pad, mode = step.x, list(first.pad), first.pad_mode
@@ -251,7 +309,7 @@ class _Settling:
         self.made.folded.append(folded)
         run: Callable[..., Any] = kernel if residual is not None else _without_residual(kernel)
         chain = kernel if isinstance(kernel, ChainKernel) and residual is None else None
-        self._do(_Operation(run, reads, (number,), chain))
+        self._do(_Operation(run, reads, (number,), chain, self._plain(step, number, torch.channels_last)))
         self.formats[number] = format
 
     def _derive(self, make: Callable[[Tensor], Tensor], source: int) -> int:
@@ -269,14 +327,15 @@ class _Settling:
         return Problem(step.op, (n, c, h, w), x.dtype, x.device, convs, step.shortcut, step.pool, format, self.settings.precision)
 
     def _check_residual(self, step: Step, problem: Problem, residual: Any, format: torch.memory_format, number: int) -> None:
-        """Raises UnequalSum where stock's sum is more than one of equal tensors, or its format isn't the convolution's."""
+        """Raises Unservable where stock's sum is more than one of equal tensors, or its format isn't the convolution's."""
         whole = step.op in ("basic_block", "bottleneck")
         if residual is None and (not whole or step.shortcut):
             return
         # The identity shortcut of a block is its input as it was before a cast.
         own, given = (self.values[step.x], self.formats[step.x]) if whole else (residual, self.formats[step.residual])
         if not isinstance(own, Tensor) or own.shape != problem.output_shape():
-            raise UnequalSum("a residual differs in shape from what it is added to", number)
+            self.made.unequal.append(number)
+            raise Unservable("a residual differs in shape from what it is added to")
         if own.dtype != problem.dtype or own.device != problem.device or own.layout is not torch.strided:
             raise Unservable("a residual differs in dtype, device or layout from what it is added to")
         given = given or _format_of(own)

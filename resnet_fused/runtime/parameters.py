@@ -22,14 +22,6 @@ class Unservable(Exception):
     """A call that a program can't serve: the model's own forward must run. The message is the reason, for the report."""
 
 
-class UnequalSum(Unservable):
-    """A step's residual isn't as what it is added to. `step` is its number."""
-
-    def __init__(self, reason: str, step: int) -> None:
-        super().__init__(reason)
-        self.step = step
-
-
 class Look:
     """Notices that the values of tensors change.
 

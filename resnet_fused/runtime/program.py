@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,7 @@ class Call(NamedTuple):
         reads: numbers of the values among them.
         transparent: whether what it computes, and the format of its result, don't depend on its input's memory format.
         fast: whether it is a layer, without hooks, that a kernel of ours may take over.
+        pure: whether nobody notices if it is called twice: it draws no random numbers and runs no code of the model's.
     """
 
     target: Any
@@ -81,6 +82,7 @@ class Call(NamedTuple):
     reads: tuple[int, ...]
     transparent: bool
     fast: bool = False
+    pure: bool = True
 
 
 class Value(NamedTuple):
@@ -96,11 +98,13 @@ class Program(NamedTuple):
         inputs: how many.
         items: steps and calls in their order.
         outputs: the result: `Value` in tuples, lists, dicts, dataclasses.
+        plain: by the number of a step's value, the same in stock: a program of calls on what the step reads.
     """
 
     inputs: int
     items: tuple[Step | Call, ...]
     outputs: Any
+    plain: Mapping[int, Program] = {}
 
 
 def to_text(inputs: int, steps: Sequence[Step], outputs: Sequence[int]) -> str:

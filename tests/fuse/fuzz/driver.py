@@ -282,7 +282,8 @@ class Driver:
                 results[i] = f"raised {type(error).__name__}"
 
         busy = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-        in_order = self.program.stateful or any(m.training or m._forward_hooks for m in model.modules())
+        everywhere = torch.nn.modules.module._has_any_global_hook()
+        in_order = everywhere or self.program.stateful or any(m.training or m._forward_hooks for m in model.modules())
         for thread in busy:
             thread.start()
             if in_order:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import traceback
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 import resnet_fused as rf
+from resnet_fused.fusion.copying import copy_of
 from fuzz.compare import Difference, compare
 from fuzz.driver import Driver, Fuse, fused_rows
 from fuzz.grammar import Program, generate
@@ -64,11 +64,8 @@ def stock_fuse(model: nn.Module, inplace: bool = False, **_: object) -> nn.Modul
     """What fusing is to stock: a copy where rf.fuse makes one."""
     if inplace:
         return model
-    try:
-        with torch.inference_mode(False):  # so that the copy's parameters count their changes
-            return copy.deepcopy(model)
-    except RuntimeError:  # a pruned weight is no leaf and can't be copied
-        return model
+    with torch.inference_mode(False):  # so that the copy's parameters count their changes
+        return copy_of(model)  # which copies pruned models too
 
 
 def run_trial(seed: int, number: int, itself: bool = False, ignored: frozenset[str] = frozenset()) -> Trial:
