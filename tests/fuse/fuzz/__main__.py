@@ -29,7 +29,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--start", type=int, default=0, help="number of the first trial")
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--only", type=int, help="run this one trial, in this process, and print it whatever comes of it")
-    p.add_argument("--self", action="store_true", dest="itself", help="stock against a copy of itself: tests the harness")
+    p.set_defaults(against="fused")
+    p.add_argument(
+        "--self", action="store_const", const="stock", dest="against", help="stock against itself: tests the harness"
+    )
+    p.add_argument(
+        "--noisy", action="store_const", const="noisy", dest="against", help="stock with rounding errors: tests the tolerance"
+    )
     p.add_argument("--ignore", default="", help="kinds of differences to leave out, such as stride,alias")
     p.add_argument("--show", type=int, default=20, help="print this many failing trials in full")
     p.add_argument("--shrink", action="store_true", help="with --only: make the failing trial smaller before it is printed")
@@ -47,7 +53,7 @@ def worker(options: argparse.Namespace) -> None:
     for number in range(options.start + options.worker, options.start + options.trials, options.jobs):
         print(json.dumps({"begin": number}), flush=True)
         try:
-            trial = run_trial(options.seed, number, options.itself, ignored)
+            trial = run_trial(options.seed, number, options.against, ignored)
         except Exception:
             import traceback
 
@@ -71,7 +77,7 @@ def follow(options: argparse.Namespace, index: int, results: queue.Queue[dict]) 
     while start + index < last:
         command = [sys.executable, str(FOLDER), "--worker", str(index), "--jobs", str(options.jobs), "--start", str(start)]
         command += ["--trials", str(last - start), "--seed", str(options.seed), "--ignore", options.ignore]
-        command += ["--self"] if options.itself else []
+        command += {"stock": ["--self"], "noisy": ["--noisy"]}.get(options.against, [])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stderr is not None
@@ -110,11 +116,11 @@ def main() -> int:
         from fuzz.trial import run_trial, single_thread
 
         single_thread()
-        trial = run_trial(options.seed, options.only, options.itself, frozenset(filter(None, options.ignore.split(","))))
+        trial = run_trial(options.seed, options.only, options.against, frozenset(filter(None, options.ignore.split(","))))
         if options.shrink and trial.differences:
             from fuzz.shrink import shrink
 
-            trial = shrink(trial, options.itself, frozenset(filter(None, options.ignore.split(","))))
+            trial = shrink(trial, options.against, frozenset(filter(None, options.ignore.split(","))))
         print(trial)
         print(f"{trial.fused} of {trial.convs} convolutions fused; {len(trial.differences)} differences")
         return int(bool(trial.differences))
@@ -155,7 +161,7 @@ def main() -> int:
     print(f"seed {options.seed}: " + ", ".join(f"{name} {count}" for name, count in sums.items()))
     if failed:
         print(f"failed: {sorted(failed)}\nkinds: {dict(kinds.most_common())}")
-    nothing = not options.itself and not sums["fused"]
+    nothing = options.against == "fused" and not sums["fused"]
     if nothing:
         print("No convolution was fused in any trial.")
     return int(bool(failed) or nothing)

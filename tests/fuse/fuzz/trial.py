@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +21,9 @@ from fuzz.prelude import HEAD, HOOKS
 from fuzz.script import scenario
 from fuzz.snapshots import Event
 
+# What is compared with stock: what rf.fuse makes; stock itself, where any difference is the harness's fault; or stock with
+# rounding errors added to its convolutions, which shows whether the tolerance lets them pass.
+Against = Literal["fused", "stock", "noisy"]
 # Numbers may differ for once where a value decides (a ReLU's derivative at 0, a branch on a mean). Then they agree with
 # other parameters and inputs, so only what differs with all of these seeds is a difference.
 DATA_SEEDS = 3
@@ -70,19 +75,39 @@ def stock_fuse(model: nn.Module, inplace: bool = False, **_: object) -> nn.Modul
         return model
 
 
-def run_trial(seed: int, number: int, itself: bool = False, ignored: frozenset[str] = frozenset()) -> Trial:
-    """Runs one trial; with `itself`, stock takes the part of the fused model, and any difference is the harness's fault."""
+@contextlib.contextmanager
+def noisy_convolutions() -> Iterator[None]:
+    """Convolutions that round one or two units in the last place otherwise."""
+    plain = nn.Conv2d._conv_forward
+
+    def noisy(self: nn.Conv2d, *args: Any) -> torch.Tensor:
+        out = plain(self, *args)
+        if out.dtype != torch.float32 or not out.numel():
+            return out
+        with torch.no_grad():
+            noise = 1 + 2e-7 * torch.arange(out.shape[-1] * out.shape[-2]).cos().view(out.shape[-2:])
+        return out.mul_(noise)
+
+    nn.Conv2d._conv_forward = noisy  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Conv2d._conv_forward = plain  # type: ignore[method-assign]
+
+
+def run_trial(seed: int, number: int, against: Against = "fused", ignored: frozenset[str] = frozenset()) -> Trial:
+    """Runs one trial; "stock" or "noisy" in the place of "fused" tests the harness."""
     rng = random.Random(f"{seed}-{number}")
     program = generate(rng)
     probe = Driver(program, "probe", 0, stock_fuse)
-    return judge(Trial(seed, number, program, scenario(rng, program, probe.model)), itself, ignored)
+    return judge(Trial(seed, number, program, scenario(rng, program, probe.model)), against, ignored)
 
 
-def judge(trial: Trial, itself: bool = False, ignored: frozenset[str] = frozenset()) -> Trial:
+def judge(trial: Trial, against: Against = "fused", ignored: frozenset[str] = frozenset()) -> Trial:
     """Runs the trial that was made, and writes into it what came of it."""
     seed, number = trial.seed, trial.number
     for attempt in range(DATA_SEEDS):
-        differences = _attempt(trial, (abs(hash((seed, number))) + attempt) % 2**20, itself, ignored)
+        differences = _attempt(trial, (abs(hash((seed, number))) + attempt) % 2**20, against, ignored)
         if attempt == 0:
             trial.differences = differences
         if not differences:
@@ -94,7 +119,7 @@ def judge(trial: Trial, itself: bool = False, ignored: frozenset[str] = frozense
     return trial
 
 
-def _attempt(trial: Trial, data_seed: int, itself: bool, ignored: frozenset[str]) -> list[Difference]:
+def _attempt(trial: Trial, data_seed: int, against: Against, ignored: frozenset[str]) -> list[Difference]:
     program = trial.program
 
     def our_fuse(model: nn.Module, **options: object) -> nn.Module:
@@ -110,7 +135,8 @@ def _attempt(trial: Trial, data_seed: int, itself: bool, ignored: frozenset[str]
     stock, _ = events("stock", stock_fuse)
     trial.calls = sum(e.label.startswith("call") for e in stock)
     trial.failed_calls = sum(e.label.startswith("failed") for e in stock)
-    ours, error = events("ours", stock_fuse if itself else our_fuse)
+    with noisy_convolutions() if against == "noisy" else contextlib.nullcontext():
+        ours, error = events("ours", our_fuse if against == "fused" else stock_fuse)
     truth: list[Sequence[Event]] = []
 
     def lazily() -> Sequence[Event]:
