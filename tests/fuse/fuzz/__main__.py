@@ -20,6 +20,15 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != FOLDER]
 
 os.environ.setdefault("RESNET_FUSED_LOG", "ERROR")  # rf.fuse warns of batch norms in training mode, of which there are many
 PROGRESS_SECONDS = 5.0
+# What is summed over trials, and what it is called.
+NAMES = {
+    "convs": "convolutions",
+    "fused": "convolutions fused",
+    "calls": "calls",
+    "rounded": "calls with other rounding than stock's",
+    "failed_calls": "calls that raise in stock",
+    "coincidence": "differences of numbers that other inputs don't show",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +75,7 @@ def worker(options: argparse.Namespace) -> None:
                 "fused": trial.fused,
                 "calls": trial.calls,
                 "failed_calls": trial.failed_calls,
+                "rounded": trial.rounded,
                 "coincidence": trial.coincidence,
             }
         print(json.dumps({"end": number, **result}), flush=True)
@@ -142,8 +152,8 @@ def main() -> int:
         elif message is not None:
             sums["trials"] += 1
             sums["trials with a fused convolution"] += message.get("fused", 0) > 0
-            for name in ("convs", "fused", "calls", "failed_calls", "coincidence"):
-                sums[name] += message.get(name, 0)
+            for name in NAMES:
+                sums[NAMES[name]] += message.get(name, 0)
             if message["kinds"]:
                 failed.append(message["end"])
                 kinds.update(message["kinds"])
@@ -155,13 +165,13 @@ def main() -> int:
             print(
                 f"[{shown - began:.0f} s] {sums['trials']} of {options.trials} trials, {rate:.1f} a second, "
                 f"{len(failed)} failed, "
-                f"{sums['fused']} of {sums['convs']} convolutions fused",
+                f"{sums['convolutions fused']} of {sums['convolutions']} convolutions fused",
                 flush=True,
             )
-    print(f"seed {options.seed}: " + ", ".join(f"{name} {count}" for name, count in sums.items()))
+    print(f"seed {options.seed}: " + ", ".join(f"{count} {name}" for name, count in sums.items()))
     if failed:
         print(f"failed: {sorted(failed)}\nkinds: {dict(kinds.most_common())}")
-    nothing = options.against == "fused" and not sums["fused"]
+    nothing = options.against == "fused" and not sums["convolutions fused"]
     if nothing:
         print("No convolution was fused in any trial.")
     return int(bool(failed) or nothing)

@@ -85,6 +85,15 @@ def compare(
     return found
 
 
+def differs_in_rounding(a: Event, b: Event) -> bool:
+    """Whether any value of two events differs in any bit."""
+    pairs = [(x, b.leaves.get(name)) for name, x in a.leaves.items() if isinstance(x, TensorLeaf)]
+    return any(
+        isinstance(y, TensorLeaf) and x.shape == y.shape and not torch.equal(x.value.nan_to_num(), y.value.nan_to_num())
+        for x, y in pairs
+    )
+
+
 def _keyed(events: Sequence[Event]) -> dict[Key, Event]:
     """Events by step, label, and how many of that label the step had before."""
     keyed: dict[Key, Event] = {}

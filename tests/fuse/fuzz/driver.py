@@ -83,6 +83,7 @@ class Driver:
     def __init__(self, program: Program, name: str, seed: int, fuse: Fuse) -> None:
         self.program, self.name, self.seed = program, name, seed
         self.events: list[Event] = []
+        self.errors: dict[int, BaseException] = {}
         self.step = 0
         self.label = ""
         self.kept: list[tuple[str, Any]] = []
@@ -161,7 +162,8 @@ class Driver:
 
     def add(self, label: str, leaves: Leaves, error: BaseException | None = None) -> None:
         self.events.append(Event(self.step, f"{label} ({self.label})" if self.label != "plain" else label, leaves))
-        self.error = error or getattr(self, "error", None)
+        if error is not None:
+            self.errors[self.step] = error
 
     # What scenarios call
 

@@ -7,7 +7,7 @@ import random
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fuzz.choices import CALLS, CHANGES, FORMS, HOOKS, MODES, REPLACE
+from fuzz.choices import CALLS, CHANGES, FORMS, FUSE_OPTIONS, HOOKS, MODES, REPLACE
 from fuzz.grammar import Program
 
 
@@ -324,15 +324,15 @@ def scenario(rng: random.Random, program: Program, model: nn.Module) -> list[str
         steps.append("m.eval()")
     if w.chance(0.25):
         steps.append("m.requires_grad_(False)")
+    if w.chance(0.1):
+        steps.append("m = m.to(memory_format=torch.channels_last)")
     if w.chance(0.22):
         kind = w.weighted(
             [(4, "hook"), (2, "reparametrize"), (1, "setting"), (1, "mode"), (1, "values"), (2, "conversion"), (1, "call")]
         )
         steps.append(str(getattr(w, kind)()).replace("m = fuse(m)", "m.eval()"))
         copies = kind not in ("reparametrize", "call")  # what these leave behind may be no leaf, which can't be copied
-    options = w.weighted(
-        [(14, ""), (3, ", inplace=True"), (1, ", precision='exact'"), (1, ", inplace=True, precision='exact'")]
-    )
+    options = w.weighted(FUSE_OPTIONS)
     fuse = f"m = fuse(m{options})"
     if w.chance(0.06):
         fuse = f"{w.pick(['with torch.no_grad():', 'with torch.inference_mode():'])}\n    {fuse}"

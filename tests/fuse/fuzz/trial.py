@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import resnet_fused as rf
-from fuzz.compare import Difference, compare
-from fuzz.driver import Driver, Fuse, fused_rows
+from fuzz.compare import Difference, compare, differs_in_rounding
+from fuzz.driver import Driver, Fuse, fused_rows, unload
 from fuzz.grammar import Program, generate
 from fuzz.prelude import HEAD, HOOKS
 from fuzz.script import scenario
@@ -38,6 +38,7 @@ class Trial:
         convs, fused: convolutions that the report of the fused model names, and those that it says are fused.
         coincidence: values differed, and did not with other parameters and inputs.
         calls: calls of the model that gave a result.
+        rounded: calls whose results differ from stock's in any bit, which tells that other code made them.
     """
 
     seed: int
@@ -49,6 +50,7 @@ class Trial:
     fused: int = 0
     coincidence: bool = False
     calls: int = 0
+    rounded: int = 0
     failed_calls: int = 0
     detail: str = ""
 
@@ -100,6 +102,7 @@ def run_trial(seed: int, number: int, against: Against = "fused", ignored: froze
     rng = random.Random(f"{seed}-{number}")
     program = generate(rng)
     probe = Driver(program, "probe", 0, stock_fuse)
+    unload(probe.module)
     return judge(Trial(seed, number, program, scenario(rng, program, probe.model)), against, ignored)
 
 
@@ -127,16 +130,15 @@ def _attempt(trial: Trial, data_seed: int, against: Against, ignored: frozenset[
         trial.fused, trial.convs = fused_rows(fused)
         return fused
 
-    def events(name: str, fuse: Fuse) -> tuple[list[Event], BaseException | None]:
+    def events(name: str, fuse: Fuse) -> tuple[list[Event], dict[int, BaseException]]:
         driver = Driver(program, name, data_seed, fuse)
-        found = driver.run(trial.steps)
-        return found, getattr(driver, "error", None)
+        return driver.run(trial.steps), driver.errors
 
     stock, _ = events("stock", stock_fuse)
     trial.calls = sum(e.label.startswith("call") for e in stock)
     trial.failed_calls = sum(e.label.startswith("failed") for e in stock)
     with noisy_convolutions() if against == "noisy" else contextlib.nullcontext():
-        ours, error = events("ours", our_fuse if against == "fused" else stock_fuse)
+        ours, errors = events("ours", our_fuse if against == "fused" else stock_fuse)
     truth: list[Sequence[Event]] = []
 
     def lazily() -> Sequence[Event]:
@@ -146,8 +148,9 @@ def _attempt(trial: Trial, data_seed: int, against: Against, ignored: frozenset[
 
     differences = compare(stock, ours, lazily, ignored)
     trial.detail = ""
-    if any(d.kind in ("exception", "flow") for d in differences) and error is not None:
-        trial.detail = "Ours last raised:\n" + "".join(traceback.format_exception(error)[-6:])
+    trial.rounded = sum(differs_in_rounding(a, b) for a, b in zip(stock, ours, strict=False) if a.label.startswith("call"))
+    if differences and (error := errors.get(differences[0].step)) is not None:
+        trial.detail = f"Ours raised at step {differences[0].step}:\n" + "".join(traceback.format_exception(error)[-6:])
     return differences
 
 
