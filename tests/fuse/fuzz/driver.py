@@ -246,7 +246,7 @@ class Driver:
             if done:
                 leaves |= flatten(out, "out", aliases)
             self.add("call" if done else "failed call", leaves)
-        self.kept.append((f"result {len(self.kept)}", out))
+            self.kept.append((f"result {len(self.kept)}", out))
         return out
 
     def grads(self, model: nn.Module, *args: Any, keep: bool = False, **kwargs: Any) -> None:
@@ -284,7 +284,7 @@ class Driver:
                 results[i] = f"raised {type(error).__name__}"
 
         busy = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-        in_order = self.program.stateful or any(m.training or m._forward_hooks for m in model.modules())
+        in_order = self.program.stateful or bool(self.handles) or any(m.training for m in model.modules())
         for thread in busy:
             thread.start()
             if in_order:
