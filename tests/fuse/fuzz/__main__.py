@@ -20,6 +20,15 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != FOLDER]
 
 os.environ.setdefault("RESNET_FUSED_LOG", "ERROR")  # rf.fuse warns of batch norms in training mode, of which there are many
 PROGRESS_SECONDS = 5.0
+# What is summed over trials, and what it is called.
+NAMES = {
+    "convs": "convolutions",
+    "fused": "convolutions fused",
+    "calls": "calls",
+    "rounded": "calls with other rounding than stock's",
+    "failed_calls": "calls that raise in stock",
+    "coincidence": "differences of numbers that other inputs don't show",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--start", type=int, default=0, help="number of the first trial")
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--only", type=int, help="run this one trial, in this process, and print it whatever comes of it")
-    p.add_argument("--self", action="store_true", dest="itself", help="stock against a copy of itself: tests the harness")
+    p.set_defaults(against="fused")
+    p.add_argument(
+        "--self", action="store_const", const="stock", dest="against", help="stock against itself: tests the harness"
+    )
+    p.add_argument(
+        "--noisy", action="store_const", const="noisy", dest="against", help="stock with rounding errors: tests the tolerance"
+    )
     p.add_argument("--ignore", default="", help="kinds of differences to leave out, such as stride,alias")
     p.add_argument("--show", type=int, default=20, help="print this many failing trials in full")
     p.add_argument("--shrink", action="store_true", help="with --only: make the failing trial smaller before it is printed")
@@ -47,7 +62,7 @@ def worker(options: argparse.Namespace) -> None:
     for number in range(options.start + options.worker, options.start + options.trials, options.jobs):
         print(json.dumps({"begin": number}), flush=True)
         try:
-            trial = run_trial(options.seed, number, options.itself, ignored)
+            trial = run_trial(options.seed, number, options.against, ignored)
         except Exception:
             import traceback
 
@@ -60,6 +75,7 @@ def worker(options: argparse.Namespace) -> None:
                 "fused": trial.fused,
                 "calls": trial.calls,
                 "failed_calls": trial.failed_calls,
+                "rounded": trial.rounded,
                 "coincidence": trial.coincidence,
             }
         print(json.dumps({"end": number, **result}), flush=True)
@@ -71,7 +87,7 @@ def follow(options: argparse.Namespace, index: int, results: queue.Queue[dict]) 
     while start + index < last:
         command = [sys.executable, str(FOLDER), "--worker", str(index), "--jobs", str(options.jobs), "--start", str(start)]
         command += ["--trials", str(last - start), "--seed", str(options.seed), "--ignore", options.ignore]
-        command += ["--self"] if options.itself else []
+        command += {"stock": ["--self"], "noisy": ["--noisy"]}.get(options.against, [])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stderr is not None
@@ -110,11 +126,11 @@ def main() -> int:
         from fuzz.trial import run_trial, single_thread
 
         single_thread()
-        trial = run_trial(options.seed, options.only, options.itself, frozenset(filter(None, options.ignore.split(","))))
+        trial = run_trial(options.seed, options.only, options.against, frozenset(filter(None, options.ignore.split(","))))
         if options.shrink and trial.differences:
             from fuzz.shrink import shrink
 
-            trial = shrink(trial, options.itself, frozenset(filter(None, options.ignore.split(","))))
+            trial = shrink(trial, options.against, frozenset(filter(None, options.ignore.split(","))))
         print(trial)
         print(f"{trial.fused} of {trial.convs} convolutions fused; {len(trial.differences)} differences")
         return int(bool(trial.differences))
@@ -136,8 +152,8 @@ def main() -> int:
         elif message is not None:
             sums["trials"] += 1
             sums["trials with a fused convolution"] += message.get("fused", 0) > 0
-            for name in ("convs", "fused", "calls", "failed_calls", "coincidence"):
-                sums[name] += message.get(name, 0)
+            for name in NAMES:
+                sums[NAMES[name]] += message.get(name, 0)
             if message["kinds"]:
                 failed.append(message["end"])
                 kinds.update(message["kinds"])
@@ -149,13 +165,13 @@ def main() -> int:
             print(
                 f"[{shown - began:.0f} s] {sums['trials']} of {options.trials} trials, {rate:.1f} a second, "
                 f"{len(failed)} failed, "
-                f"{sums['fused']} of {sums['convs']} convolutions fused",
+                f"{sums['convolutions fused']} of {sums['convolutions']} convolutions fused",
                 flush=True,
             )
-    print(f"seed {options.seed}: " + ", ".join(f"{name} {count}" for name, count in sums.items()))
+    print(f"seed {options.seed}: " + ", ".join(f"{count} {name}" for name, count in sums.items()))
     if failed:
         print(f"failed: {sorted(failed)}\nkinds: {dict(kinds.most_common())}")
-    nothing = not options.itself and not sums["fused"]
+    nothing = options.against == "fused" and not sums["convolutions fused"]
     if nothing:
         print("No convolution was fused in any trial.")
     return int(bool(failed) or nothing)

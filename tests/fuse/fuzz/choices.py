@@ -46,6 +46,13 @@ HOOKS = [
     (1, "register_full_backward_hook(g.see_backward)"),
     (1, "register_forward_hook(g.see, always_call=True)"),
 ]
+FUSE_OPTIONS = [
+    (28, ""),
+    (6, ", inplace=True"),
+    (2, ", precision='exact'"),
+    (2, ", inplace=True, precision='exact'"),
+    (1, ", backend='reference'"),
+]
 CALLS = [
     (40, "call"),
     (6, "grads"),

@@ -85,6 +85,15 @@ def compare(
     return found
 
 
+def differs_in_rounding(a: Event, b: Event) -> bool:
+    """Whether any value of two events differs in any bit."""
+    pairs = [(x, b.leaves.get(name)) for name, x in a.leaves.items() if isinstance(x, TensorLeaf)]
+    return any(
+        isinstance(y, TensorLeaf) and x.shape == y.shape and not torch.equal(x.value.nan_to_num(), y.value.nan_to_num())
+        for x, y in pairs
+    )
+
+
 def _keyed(events: Sequence[Event]) -> dict[Key, Event]:
     """Events by step, label, and how many of that label the step had before."""
     keyed: dict[Key, Event] = {}
@@ -136,7 +145,11 @@ def _values(a: Tensor, b: Tensor, truth: Callable[[], Tensor | None], event: Eve
         return []
     x, y = a[finite].double(), b[finite].double()
     floor = max(FLOOR[a.dtype], FLOOR_AUTOCAST if "autocast" in event.label else 0.0)
-    scale = max(float(x.norm()), SMALLEST_SCALE * x.numel() ** 0.5)
+    smallest = SMALLEST_SCALE
+    if event.label.startswith("grads"):
+        # A gradient may be the small difference of large ones, such as that of a bias before a batch norm in training.
+        smallest = max(smallest, *(_rms(leaf.value) for leaf in event.leaves.values() if isinstance(leaf, TensorLeaf)))
+    scale = max(float(x.norm()), smallest * x.numel() ** 0.5)
     apart = float((x - y).norm()) / scale
     if apart <= 0.7 * floor:  # then ours is within the tolerance wherever the truth is
         return []
@@ -146,11 +159,16 @@ def _values(a: Tensor, b: Tensor, truth: Callable[[], Tensor | None], event: Eve
     t = true.double()[finite]
     if not bool(t.isfinite().all()):
         t = torch.where(t.isfinite(), t, x)
-    scale = max(float(t.norm()), SMALLEST_SCALE * t.numel() ** 0.5)
+    scale = max(float(t.norm()), smallest * t.numel() ** 0.5)
     stock_error, error = float((x - t).norm()) / scale, float((y - t).norm()) / scale
     if error <= max(TIMES_STOCK * stock_error, floor):
         return []
     return [("value", f"relative error {error:.1e}, stock's {stock_error:.1e}, apart {apart:.1e}")]
+
+
+def _rms(x: Tensor) -> float:
+    finite = x[x.isfinite()].double()
+    return float(finite.norm()) / max(finite.numel(), 1) ** 0.5
 
 
 def _text(x: Any) -> str:

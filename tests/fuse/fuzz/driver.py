@@ -83,6 +83,7 @@ class Driver:
     def __init__(self, program: Program, name: str, seed: int, fuse: Fuse) -> None:
         self.program, self.name, self.seed = program, name, seed
         self.events: list[Event] = []
+        self.errors: dict[int, BaseException] = {}
         self.step = 0
         self.label = ""
         self.kept: list[tuple[str, Any]] = []
@@ -161,7 +162,8 @@ class Driver:
 
     def add(self, label: str, leaves: Leaves, error: BaseException | None = None) -> None:
         self.events.append(Event(self.step, f"{label} ({self.label})" if self.label != "plain" else label, leaves))
-        self.error = error or getattr(self, "error", None)
+        if error is not None:
+            self.errors[self.step] = error
 
     # What scenarios call
 
@@ -244,7 +246,7 @@ class Driver:
             if done:
                 leaves |= flatten(out, "out", aliases)
             self.add("call" if done else "failed call", leaves)
-        self.kept.append((f"result {len(self.kept)}", out))
+            self.kept.append((f"result {len(self.kept)}", out))
         return out
 
     def grads(self, model: nn.Module, *args: Any, keep: bool = False, **kwargs: Any) -> None:
@@ -282,8 +284,7 @@ class Driver:
                 results[i] = f"raised {type(error).__name__}"
 
         busy = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-        everywhere = torch.nn.modules.module._has_any_global_hook()
-        in_order = everywhere or self.program.stateful or any(m.training or m._forward_hooks for m in model.modules())
+        in_order = self.program.stateful or bool(self.handles) or any(m.training for m in model.modules())
         for thread in busy:
             thread.start()
             if in_order:

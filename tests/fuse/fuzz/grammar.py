@@ -207,7 +207,8 @@ def variant(w: Writer, arguments: str) -> tuple[str, str]:
         w.picklable = False
         extra = "\n\ndef child_forward(self, *args, **kwargs):\n    return type(self).forward(self, *args, **kwargs) * 0.5\n"
         build = (
-            "    model = Model()\n    child = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Sequential))][-1]\n"
+            "    model = Model()\n"
+            "    child = [model, *(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Sequential)))][-1]\n"
             "    child.forward = types.MethodType(child_forward, child)\n    return model"
         )
         return extra, build

@@ -7,7 +7,7 @@ import random
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fuzz.choices import CALLS, CHANGES, FORMS, HOOKS, MODES, REPLACE
+from fuzz.choices import CALLS, CHANGES, FORMS, FUSE_OPTIONS, HOOKS, MODES, REPLACE
 from fuzz.grammar import Program
 
 
@@ -319,23 +319,28 @@ class ScriptWriter:
 def scenario(rng: random.Random, program: Program, model: nn.Module) -> list[str]:
     """The steps for a model, which is looked at and not changed."""
     w = ScriptWriter(rng, program, model)
-    steps = []
+    steps, copies = [], True
     if w.chance(0.94):
         steps.append("m.eval()")
     if w.chance(0.25):
         steps.append("m.requires_grad_(False)")
+    if w.chance(0.1):
+        steps.append("m = m.to(memory_format=torch.channels_last)")
     if w.chance(0.22):
         kind = w.weighted(
             [(4, "hook"), (2, "reparametrize"), (1, "setting"), (1, "mode"), (1, "values"), (2, "conversion"), (1, "call")]
         )
         steps.append(str(getattr(w, kind)()).replace("m = fuse(m)", "m.eval()"))
-    options = w.weighted(
-        [(14, ""), (3, ", inplace=True"), (1, ", precision='exact'"), (1, ", inplace=True, precision='exact'")]
-    )
+        copies = kind not in ("reparametrize", "call")  # what these leave behind may be no leaf, which can't be copied
+    options = w.weighted(FUSE_OPTIONS)
     fuse = f"m = fuse(m{options})"
     if w.chance(0.06):
         fuse = f"{w.pick(['with torch.no_grad():', 'with torch.inference_mode():'])}\n    {fuse}"
-    steps.append(f"m0 = m\n{fuse}" + ("\nm = fuse(m)" if w.chance(0.03) else ""))
+    if w.chance(0.03):
+        fuse += "\nm = fuse(m)"
+    elif "inplace" in fuse:
+        fuse += "\nrecord('the same object', m is m0)"
+    steps.append(f"m0 = m\n{fuse}")
     if w.chance(0.8):
         steps.append(
             f"{w.pick(['with torch.no_grad():', 'with torch.inference_mode():'])}\n    call(m, {w.arguments('plain')})"
@@ -344,6 +349,6 @@ def scenario(rng: random.Random, program: Program, model: nn.Module) -> list[str
         if w.chance(0.6):
             steps.append(w.change())
         steps.append(w.call())
-    if w.chance(0.1):
+    if copies and w.chance(0.1):
         steps.append(f"with torch.no_grad():\n    call(m0, {w.arguments('plain')})")
     return steps

@@ -7,10 +7,10 @@ import re
 import time
 
 from fuzz.grammar import Program
-from fuzz.trial import Trial, judge
+from fuzz.trial import Against, Trial, judge
 
 
-def shrink(trial: Trial, itself: bool, ignored: frozenset[str], seconds: float = 60.0) -> Trial:
+def shrink(trial: Trial, against: Against, ignored: frozenset[str], seconds: float = 60.0) -> Trial:
     """A smaller trial that fails as this one does, as far as the time allows."""
     kinds = {d.kind for d in trial.differences}
     end = time.monotonic() + seconds
@@ -18,7 +18,7 @@ def shrink(trial: Trial, itself: bool, ignored: frozenset[str], seconds: float =
     def smaller(program: Program, steps: list[str]) -> Trial | None:
         candidate = Trial(trial.seed, trial.number, program, steps)
         try:
-            judge(candidate, itself, ignored)
+            judge(candidate, against, ignored)
         except Exception:  # the module can't be made without that line
             return None
         return candidate if kinds & {d.kind for d in candidate.differences} else None
@@ -32,7 +32,7 @@ def shrink(trial: Trial, itself: bool, ignored: frozenset[str], seconds: float =
                 found = smaller(best.program, best.steps[:i] + best.steps[i + 1 :])
                 best, changed = found or best, changed or found is not None
         for part in re.split(r"\n(?=class )", best.program.source)[1:]:
-            if not part.startswith("class Model") and part in best.program.source and time.monotonic() < end:
+            if not part.startswith(("class Model", "class Tagged")) and part in best.program.source and time.monotonic() < end:
                 found = smaller(dataclasses.replace(best.program, source=best.program.source.replace(part, "")), best.steps)
                 best, changed = found or best, changed or found is not None
         lines = best.program.source.split("\n")

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.fusion.copying import copy_of
-from fuzz.compare import Difference, compare
-from fuzz.driver import Driver, Fuse, fused_rows
+from fuzz.compare import Difference, compare, differs_in_rounding
+from fuzz.driver import Driver, Fuse, fused_rows, unload
 from fuzz.grammar import Program, generate
 from fuzz.prelude import HEAD, HOOKS
 from fuzz.script import scenario
 from fuzz.snapshots import Event
+from resnet_fused.fusion.copying import copy_of
 
+# What is compared with stock: what rf.fuse makes; stock itself, where any difference is the harness's fault; or stock with
+# rounding errors added to its convolutions, which shows whether the tolerance lets them pass.
+Against = Literal["fused", "stock", "noisy"]
 # Numbers may differ for once where a value decides (a ReLU's derivative at 0, a branch on a mean). Then they agree with
 # other parameters and inputs, so only what differs with all of these seeds is a difference.
 DATA_SEEDS = 3
@@ -33,6 +38,7 @@ class Trial:
         convs, fused: convolutions that the report of the fused model names, and those that it says are fused.
         coincidence: values differed, and did not with other parameters and inputs.
         calls: calls of the model that gave a result.
+        rounded: calls whose results differ from stock's in any bit, which tells that other code made them.
     """
 
     seed: int
@@ -44,6 +50,7 @@ class Trial:
     fused: int = 0
     coincidence: bool = False
     calls: int = 0
+    rounded: int = 0
     failed_calls: int = 0
     detail: str = ""
 
@@ -68,19 +75,40 @@ def stock_fuse(model: nn.Module, inplace: bool = False, **_: object) -> nn.Modul
         return copy_of(model)  # which copies pruned models too
 
 
-def run_trial(seed: int, number: int, itself: bool = False, ignored: frozenset[str] = frozenset()) -> Trial:
-    """Runs one trial; with `itself`, stock takes the part of the fused model, and any difference is the harness's fault."""
+@contextlib.contextmanager
+def noisy_convolutions() -> Iterator[None]:
+    """Convolutions that round one or two units in the last place otherwise."""
+    plain = nn.Conv2d._conv_forward
+
+    def noisy(self: nn.Conv2d, *args: Any) -> torch.Tensor:
+        out = plain(self, *args)
+        if out.dtype != torch.float32 or not out.numel():
+            return out
+        with torch.no_grad():
+            noise = 1 + 2e-7 * torch.arange(out.shape[-1] * out.shape[-2]).cos().view(out.shape[-2:])
+        return out.mul_(noise)
+
+    nn.Conv2d._conv_forward = noisy  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Conv2d._conv_forward = plain  # type: ignore[method-assign]
+
+
+def run_trial(seed: int, number: int, against: Against = "fused", ignored: frozenset[str] = frozenset()) -> Trial:
+    """Runs one trial; "stock" or "noisy" in the place of "fused" tests the harness."""
     rng = random.Random(f"{seed}-{number}")
     program = generate(rng)
     probe = Driver(program, "probe", 0, stock_fuse)
-    return judge(Trial(seed, number, program, scenario(rng, program, probe.model)), itself, ignored)
+    unload(probe.module)
+    return judge(Trial(seed, number, program, scenario(rng, program, probe.model)), against, ignored)
 
 
-def judge(trial: Trial, itself: bool = False, ignored: frozenset[str] = frozenset()) -> Trial:
+def judge(trial: Trial, against: Against = "fused", ignored: frozenset[str] = frozenset()) -> Trial:
     """Runs the trial that was made, and writes into it what came of it."""
     seed, number = trial.seed, trial.number
     for attempt in range(DATA_SEEDS):
-        differences = _attempt(trial, (abs(hash((seed, number))) + attempt) % 2**20, itself, ignored)
+        differences = _attempt(trial, (abs(hash((seed, number))) + attempt) % 2**20, against, ignored)
         if attempt == 0:
             trial.differences = differences
         if not differences:
@@ -92,7 +120,7 @@ def judge(trial: Trial, itself: bool = False, ignored: frozenset[str] = frozense
     return trial
 
 
-def _attempt(trial: Trial, data_seed: int, itself: bool, ignored: frozenset[str]) -> list[Difference]:
+def _attempt(trial: Trial, data_seed: int, against: Against, ignored: frozenset[str]) -> list[Difference]:
     program = trial.program
 
     def our_fuse(model: nn.Module, **options: object) -> nn.Module:
@@ -100,15 +128,15 @@ def _attempt(trial: Trial, data_seed: int, itself: bool, ignored: frozenset[str]
         trial.fused, trial.convs = fused_rows(fused)
         return fused
 
-    def events(name: str, fuse: Fuse) -> tuple[list[Event], BaseException | None]:
+    def events(name: str, fuse: Fuse) -> tuple[list[Event], dict[int, BaseException]]:
         driver = Driver(program, name, data_seed, fuse)
-        found = driver.run(trial.steps)
-        return found, getattr(driver, "error", None)
+        return driver.run(trial.steps), driver.errors
 
     stock, _ = events("stock", stock_fuse)
     trial.calls = sum(e.label.startswith("call") for e in stock)
     trial.failed_calls = sum(e.label.startswith("failed") for e in stock)
-    ours, error = events("ours", stock_fuse if itself else our_fuse)
+    with noisy_convolutions() if against == "noisy" else contextlib.nullcontext():
+        ours, errors = events("ours", our_fuse if against == "fused" else stock_fuse)
     truth: list[Sequence[Event]] = []
 
     def lazily() -> Sequence[Event]:
@@ -118,8 +146,9 @@ def _attempt(trial: Trial, data_seed: int, itself: bool, ignored: frozenset[str]
 
     differences = compare(stock, ours, lazily, ignored)
     trial.detail = ""
-    if any(d.kind in ("exception", "flow") for d in differences) and error is not None:
-        trial.detail = "Ours last raised:\n" + "".join(traceback.format_exception(error)[-6:])
+    trial.rounded = sum(differs_in_rounding(a, b) for a, b in zip(stock, ours, strict=False) if a.label.startswith("call"))
+    if differences and (error := errors.get(differences[0].step)) is not None:
+        trial.detail = f"Ours raised at step {differences[0].step}:\n" + "".join(traceback.format_exception(error)[-6:])
     return differences
 
 
