@@ -181,12 +181,12 @@ class FoldedLater(Folded):
 
     Args:
         make: gives weight and shift.
-        stamp: the state of what they are made from.
+        unchanged: tells whether what they are made from is as it was.
     """
 
-    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]], stamp: tuple[int, ...]) -> None:
+    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]], unchanged: Callable[[], bool]) -> None:
         super().__init__((), ())
-        self._make, self.stamp = make, stamp
+        self._make, self.unchanged = make, unchanged
 
     def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         with torch.inference_mode(False), torch.no_grad():

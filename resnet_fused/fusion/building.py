@@ -169,10 +169,8 @@ class _Builder:
     def _layer(self, unit: Unit) -> Layer:
         layer: Convolution = unit.layer
         norm: Norm = unit.norm
-        names = (layer.weight, layer.bias, norm.mean, norm.var, norm.gamma, norm.beta)
+        names = (layer.weight, layer.bias, norm.mean, norm.var, norm.gamma, norm.beta, norm.count)
         tensors = tuple(NONE if name is None else self._parameter(name) for name in names)
-        if norm.count is not None:
-            self._parameter(norm.count)
         return Layer(layer.conv, layer.pad, layer.pad_mode, norm.eps, tensors, norm.promotes)
 
     def _parameter(self, path: str) -> int:

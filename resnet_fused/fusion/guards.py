@@ -43,9 +43,10 @@ class Structure:
 
     def __init__(self, module: nn.Module, trace: Trace, absorbed: list[str]) -> None:
         replaced = [module.get_submodule(path) for path in absorbed]
-        # Those of the module itself have been called before its forward is.
-        self._hooks = [vars(m)[name] for m in replaced[1:] for name in HOOKS]
-        self._hooked = [m for m in module.modules() if m is not module and has_hooks(m)]
+        # The module's own hooks have been called before its forward is.
+        inner = [m for m in module.modules() if m is not module]
+        self._hooked = [m for m in inner if has_hooks(m)]
+        self._hooks = [vars(m)[name] for m in inner if not has_hooks(m) for name in HOOKS]
         self._watched = [w for w in trace.watched if not is_constant_name(w)]
         self._forwards = [(kind, kind.forward) for kind in {type(m) for m in replaced}]
         self._dicts: list[dict[Any, Any]] = []
@@ -100,7 +101,7 @@ class Structure:
         """What has changed; None if nothing has."""
         if RemovableHandle.next_id != self._handles:
             if any(self._hooks):
-                return "a layer has hooks"
+                return "a module has other hooks than before"
             self._handles = RemovableHandle.next_id
         if not all(map(has_hooks, self._hooked)):
             return "hooks were removed"

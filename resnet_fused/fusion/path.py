@@ -331,8 +331,6 @@ class FastPath:
 
     def _values_changed(self, traced: _Traced) -> bool:
         try:
-            if traced.look.only_memory_changed():
-                self.fusion.parameters.forget()
             same = traced.values_changed()
         except Unservable as reason:
             self._untraceable = str(reason)

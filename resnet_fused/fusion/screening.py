@@ -41,8 +41,9 @@ _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 # Of Python's library: what classes and containers run on. The rest (logging, random, time, …) has effects or changes.
 _LIBRARY_FILES = ("collections", "functools", "typing", "enum", "contextlib", "dataclasses", "types", "abc", "operator", "copyreg")
 _PURE_MODULES = ("torch", "math", "operator", "functools", "itertools", "collections", "typing", "numbers", "_operator", "enum")
-# Calls of PyTorch's that change its state.
-_IMPURE = ("manual_seed", "seed", "set_", "save", "load", "_C", "compile", "backends", "profiler")
+# Calls of PyTorch's that change its state, or tell of it.
+_IMPURE = ("manual_seed", "seed", "set_", "save", "load", "_C", "compile", "backends", "profiler", "is_grad_enabled")
+_IMPURE += ("is_inference_mode", "is_autocast", "get_", "are_", "initial_seed", "cuda", "random")
 _BUILTINS = {
     *("len", "range", "enumerate", "zip", "isinstance", "issubclass", "getattr", "hasattr", "list", "tuple", "dict", "set"),
     *("frozenset", "int", "float", "bool", "str", "min", "max", "sum", "abs", "round", "sorted", "reversed", "map", "filter"),

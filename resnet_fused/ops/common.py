@@ -64,15 +64,24 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
     """Stock PyTorch's rule for a convolution's result: channels_last if the input or a weight is, else contiguous."""
     if _vmapped():
         return torch.contiguous_format  # tensors can't be asked for another
-    for tensor in tensors:
-        # Where both hold (one channel, or 1×1 pixels) stock says contiguous. Tensors without strides have no format to ask for.
-        if (
-            tensor.layout is torch.strided
-            and tensor.is_contiguous(memory_format=torch.channels_last)
-            and not tensor.is_contiguous()
-        ):
-            return torch.channels_last
-    return torch.contiguous_format
+    # Tensors without strides have no format to ask for.
+    channels_last = any(tensor.layout is torch.strided and suggests_channels_last(tensor) for tensor in tensors)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether stock PyTorch takes a tensor of four dimensions for channels_last, by its strides.
+
+    Source: c10/core/MemoryFormat.h, is_channels_last_strides_2d.
+    """
+    smallest = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = x.shape[dim], x.stride(dim)
+        # The last is of tensors of one value an image, whose strides tell nothing.
+        if (dim == 1 and stride == 0) or size == 0 or stride < smallest or (dim == 0 and smallest == x.stride(1)):
+            return False
+        smallest = stride * size if size > 1 else stride
+    return True
 
 
 def choice_without_strides(chosen: str) -> str:

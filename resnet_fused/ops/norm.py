@@ -43,13 +43,7 @@ def activation_format(x: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
-    smallest = 0
-    for dim in (1, 3, 2, 0):
-        stride = x.stride(dim)
-        if stride == 0 or stride < smallest or (dim == 0 and smallest == x.stride(1)):
-            return torch.contiguous_format
-        smallest = stride * max(x.shape[dim], 1)
-    return torch.channels_last
+    return torch.channels_last if common.suggests_channels_last(x) else torch.contiguous_format
 
 
 def _by_channel(t: Tensor | None) -> Tensor | None:

@@ -89,7 +89,7 @@ def stock(program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tenso
     values = [*inputs]
 
     def layer(x: Tensor, own: Layer) -> Tensor:
-        weight, bias, mean, var, gamma, beta = (None if n == NONE else parameters[n] for n in own.tensors)
+        weight, bias, mean, var, gamma, beta = (None if n == NONE else parameters[n] for n in own.tensors[:6])
         if own.pad:
             x = F.pad(x, list(own.pad), own.pad_mode)
         conv = own.conv

@@ -286,6 +286,8 @@ class _Settling:
         source, pad, mode = step.x, list(first.pad), first.pad_mode
         if pad:
             source = self._derive(lambda x: F.pad(x, pad, mode), source)
+            if mode == "circular":
+                self.formats[source] = None  # which gives a contiguous result of any input
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype):
             if self.values[source].dtype != dtype:

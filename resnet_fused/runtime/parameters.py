@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,21 +40,15 @@ class Look:
             raise Unservable(
                 "parameters were made under torch.inference_mode, where changes aren't counted; load the model outside of it"
             ) from error
-        self._addresses = [*map(Tensor.data_ptr, self.tensors)]
         self._watch = Watch(self.tensors)
 
     def unchanged(self) -> bool:
         return [*map(_version, self.tensors)] == self._versions and self._watch.unchanged()
 
-    def only_memory_changed(self) -> bool:
-        """Whether neither version counters nor addresses tell of a change."""
-        addresses = [*map(Tensor.data_ptr, self.tensors)]
-        return [*map(_version, self.tensors)] == self._versions and addresses == self._addresses
-
 
 def _fold(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Folded weight and bias of a layer, computed in float64 and rounded to the weight's dtype, then to `dtype`."""
-    weight, bias, mean, var, gamma, beta = (None if t is None else t.detach() for t in tensors)
+    weight, bias, mean, var, gamma, beta = (None if t is None else t.detach() for t in tensors[:6])
     assert weight is not None
     assert mean is not None
     assert var is not None
@@ -81,14 +75,17 @@ class Parameters:
     def layer(self, layer: Layer, parameters: Sequence[Tensor], dtype: torch.dtype) -> FoldedLater:
         """A layer's folded parameters in a dtype."""
         tensors = [None if number == NONE else parameters[number] for number in layer.tensors]
+        return self._get((layer.conv, layer.eps, dtype), tensors, lambda: _fold(layer, tensors, dtype))
+
+    def _get(
+        self, kind: tuple[object, ...], tensors: Sequence[Tensor | None], make: Callable[[], tuple[Tensor, Tensor]]
+    ) -> FoldedLater:
         given = [t for t in tensors if t is not None]
-        stamp = (*map(Tensor.data_ptr, given), *map(_version, given))
-        key = (layer.conv, layer.eps, dtype, *map(id, given))
+        key = (*kind, *map(id, given))
         found = self._kept.get(key)
-        if found is None or found.stamp != stamp:
-            with torch.inference_mode(False), torch.no_grad():
-                found = FoldedLater(lambda: _fold(layer, tensors, dtype), stamp)
-            self._kept[key] = found
+        # A program that is new to them looks for itself whether they are still what was packed for another.
+        if found is None or not found.unchanged():
+            found = self._kept[key] = FoldedLater(make, Look(given).unchanged)
         return found
 
     def step(self, layers: Sequence[Layer], parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded:
@@ -97,17 +94,7 @@ class Parameters:
 
     def linear(self, weight: Tensor, bias: Tensor) -> FoldedLater:
         """A classifier's parameters, as those of a convolution on one pixel."""
-        stamp = (weight.data_ptr(), bias.data_ptr(), weight._version, bias._version)
-        key = ("linear", id(weight), id(bias))
-        found = self._kept.get(key)
-        if found is None or found.stamp != stamp:
-            found = FoldedLater(lambda: (weight.detach()[:, :, None, None], bias.detach()), stamp)
-            self._kept[key] = found
-        return found
-
-    def forget(self) -> None:
-        """Drops all: for values that changed where no version counter tells."""
-        self._kept.clear()
+        return self._get(("linear",), (weight, bias), lambda: (weight.detach()[:, :, None, None], bias.detach()))
 
     def packed_bytes(self) -> int:
         return sum(folded.packed_bytes() for folded in self._kept.values())

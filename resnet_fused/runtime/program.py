@@ -27,7 +27,8 @@ class Layer(NamedTuple):
         conv: geometry.
         pad, pad_mode: what F.pad adds before (left, right, top, bottom), for padding modes and uneven padding.
         eps: of the batch norm.
-        tensors: numbers of weight, bias, mean, var, gamma and beta among the program's parameters; NONE where there is none.
+        tensors: numbers of weight, bias, mean, var, gamma, beta and the count of training steps among the program's parameters;
+            NONE where there is none. Training moves mean and variance without their version counters, and counts its steps.
         promotes: whether the batch norm's result has the wider of its input's dtype and its own.
     """
 
@@ -159,9 +160,9 @@ def stock_format(x: Tensor, format: torch.memory_format | None, weight: Tensor) 
     """The memory format that stock's convolution gives its result. `format`: of x in stock; None: that which x has."""
     if format is None:
         return memory_format(x, weight)
-    # Where both formats hold, stock says contiguous.
-    ambiguous = x.shape[1] == 1 or (x.shape[2] == 1 and x.shape[3] == 1)
-    return format if format == torch.channels_last and not ambiguous else memory_format(weight)
+    # The strides of one value an image tell nothing.
+    one = x.shape[1] == x.shape[2] == x.shape[3] == 1
+    return format if format == torch.channels_last and not one else memory_format(weight)
 
 
 def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:

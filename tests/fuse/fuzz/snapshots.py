@@ -126,6 +126,10 @@ def flatten(value: Any, path: str, aliases: Aliases | None = None) -> Leaves:
     return leaves
 
 
+# `training` is compared with the module's type; `extra_repr` marks a fused model in its repr.
+_NOT_COMPARED = ("training", "forward", "extra_repr")
+
+
 def state(model: nn.Module) -> Leaves:
     """Everything public of a model: its modules, their types, modes, hooks, attributes, parameters and buffers."""
     leaves: Leaves = {}
@@ -149,7 +153,7 @@ def state(model: nn.Module) -> Leaves:
                 # rf.fuse makes copies that count their changes, even under inference_mode.
                 leaves |= {k: replace(v, inference=False) if isinstance(v, TensorLeaf) else v for k, v in found.items()}
         # A changed `forward` is how a fused model may do its work; what it computes is compared, not where it stands.
-        public = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "forward", "extra_repr")}
+        public = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in _NOT_COMPARED}
         leaves[f"{at} attributes"] = f"{sorted(public)}"
         for name, value in public.items():
             leaves |= flatten(value, f"{at}.{name}", aliases)
