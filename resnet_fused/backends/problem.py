@@ -26,9 +26,13 @@ class Conv(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Conv:
-        """Geometry of `conv2d` with this weight, of shape (out_channels, in_channels / groups, kh, kw)."""
+        """Geometry of `conv2d` with this weight, of shape (out_channels, in_channels / groups, kh, kw).
+
+        A dilation along which the filter has one tap means nothing, and becomes 1: oneDNN was seen to crash on others.
+        """
         out_channels, in_per_group, kh, kw = weight.shape
-        return cls(in_per_group * groups, out_channels, (kh, kw), _pair(stride), _pair(padding), _pair(dilation), groups)
+        spread = (dilation[0] if kh > 1 else 1, dilation[1] if kw > 1 else 1)
+        return cls(in_per_group * groups, out_channels, (kh, kw), _pair(stride), _pair(padding), _pair(spread), groups)
 
     def output_size(self, height: int, width: int) -> Pair:
         """Spatial size of the output for an input of height × width pixels."""
