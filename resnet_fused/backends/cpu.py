@@ -108,8 +108,8 @@ class CPU:
             return f"it has no kernel for {problem.op}"
         if problem.dtype not in (torch.float32, torch.bfloat16):
             return f"it serves float32 and bfloat16, not {problem.dtype}"
-        if 0 in problem.output_shape():
-            return "the result is empty"
+        if 0 in (*problem.shape, *problem.output_shape()):
+            return "the input or the result is empty"
         for conv in problem.convs:
             if conv.groups != 1:
                 return f"it serves convolutions of one group, not {conv.groups}"

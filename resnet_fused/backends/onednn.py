@@ -62,8 +62,10 @@ class OneDNN:
             return "this CPU has no float16 arithmetic for oneDNN (AVX-512 FP16 is needed)"
         if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it serves float32, bfloat16 and float16, not {problem.dtype}"
-        if 0 in problem.output_shape():
-            return "the result is empty"
+        if 0 in (*problem.shape, *problem.output_shape()):
+            return "the input or the result is empty"
+        if problem.convs[0].sees_only_padding(problem.shape[3]):
+            return "the filter sees nothing but padding"
         return None
 
     def wins(self, problem: Problem) -> bool:

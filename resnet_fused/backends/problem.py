@@ -47,6 +47,18 @@ class Conv(NamedTuple):
         """Whether the filter is 1×1 without padding (a matrix product, strided or not)."""
         return self.kernel == (1, 1) and self.padding == (0, 0)
 
+    def sees_only_padding(self, width: int) -> bool:
+        """Whether no window of a dilated filter has a pixel of an image of that width, on which oneDNN was seen to crash.
+
+        So does stock PyTorch, which uses it, in channels_last; contiguous tensors it takes.
+        """
+        kernel, stride, padding, dilation = (pair[1] for pair in self[2:6])
+        # Nearly always a tap of the first window lies on the first pixel, and the width isn't asked for.
+        if dilation == 1 or padding in range(0, kernel * dilation, dilation) or width == 0:
+            return False
+        columns = range(self.output_size(1, width)[1])
+        return not any(0 <= stride * column + dilation * tap - padding < width for column in columns for tap in range(kernel))
+
     def flatten(self) -> list[int]:
         """The seven integers by which an operator's schema carries what the weight's shape doesn't tell."""
         return [*self.stride, *self.padding, *self.dilation, self.groups]
