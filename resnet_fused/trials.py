@@ -172,5 +172,5 @@ def tensors(problem: Problem, special: bool = False) -> tuple[Tensor, Folded, Te
 
 
 def _activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    t = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    t = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")
     return t.to(device, dtype, memory_format=torch.channels_last)

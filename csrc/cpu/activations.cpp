@@ -11,6 +11,11 @@
 
 #include "runtime.h"
 
+// PyTorch 2.11's headers know it by its older name alone.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(CALL) TORCH_ERROR_CODE_CHECK(CALL)
+#endif
+
 // Of PyTorch 2.11's stable ABI; null where an older PyTorch runs the library.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,

@@ -38,7 +38,7 @@ def _stem_weights(weight: Tensor) -> Tensor:
     """
     out_channels, in_channels = weight.shape[:2]
     taps = torch.nn.functional.pad(weight.detach().double(), (1, 0, 1, 0)).view(out_channels, in_channels, 4, 2, 4, 2)
-    points = torch.tensor([0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)], dtype=torch.float64)
+    points = taps.new_tensor([0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)])
     g = torch.cat([torch.stack([points**power for power in range(4)], 1), points.new_tensor([[0, 0, 0, 1]])])
     transformed = torch.einsum("ocapbq,ia,jb->oijpqc", taps, g, g).reshape(out_channels, 36, 4 * in_channels)
     panel = torch.ops.resnet_fused_cpu.panel()
@@ -108,8 +108,8 @@ class CPU:
             return f"it has no kernel for {problem.op}"
         if problem.dtype not in (torch.float32, torch.bfloat16):
             return f"it serves float32 and bfloat16, not {problem.dtype}"
-        if 0 in problem.output_shape():
-            return "the result is empty"
+        if 0 in (*problem.shape, *problem.output_shape()):
+            return "the input or the result is empty"
         for conv in problem.convs:
             if conv.groups != 1:
                 return f"it serves convolutions of one group, not {conv.groups}"

@@ -31,8 +31,8 @@ class CPUNorm:
         self._backward_apply = library.bn_backward_apply.default
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.empty(x.shape[1])
-        var = torch.empty(x.shape[1])
+        mean = x.new_empty(x.shape[1], dtype=torch.float32)
+        var = torch.empty_like(mean)
         self._statistics(x, mean, var)
         return mean, var
 

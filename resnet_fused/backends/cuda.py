@@ -90,8 +90,8 @@ class CUDA:
             return f"it serves convolutions of one group, not {conv.groups}"
         if problem.dtype == torch.bfloat16 and capability < 80:
             return f"bfloat16 needs compute capability 8.0 or newer, and {problem.device} has {capability / 10}"
-        if 0 in problem.output_shape() or conv.in_channels == 0:
-            return "the result or the filter is empty"
+        if 0 in (*problem.shape, *problem.output_shape()):
+            return "the input or the result is empty"
         try:
             self._plan(problem)
         except (ValueError, RuntimeError) as error:  # the planner's reason

@@ -58,7 +58,7 @@ class CuDNN:
         n, c, h, w = problem.shape
         result = torch.Size(problem.output_shape()).numel()
         if result == 0:
-            return "the result is empty"
+            return "the input or the result is empty"
         if max(n * c * h * w, result) >= 2**31:
             return "a tensor has 2^31 elements or more, and cuDNN's fused convolution indexes by 32 bits"
         if torch.cuda.is_current_stream_capturing():

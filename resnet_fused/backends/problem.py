@@ -26,9 +26,13 @@ class Conv(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Conv:
-        """Geometry of `conv2d` with this weight, of shape (out_channels, in_channels / groups, kh, kw)."""
+        """Geometry of `conv2d` with this weight, of shape (out_channels, in_channels / groups, kh, kw).
+
+        A dilation along which the filter has one tap means nothing, and becomes 1: oneDNN was seen to crash on others.
+        """
         out_channels, in_per_group, kh, kw = weight.shape
-        return cls(in_per_group * groups, out_channels, (kh, kw), _pair(stride), _pair(padding), _pair(dilation), groups)
+        spread = (dilation[0] if kh > 1 else 1, dilation[1] if kw > 1 else 1)
+        return cls(in_per_group * groups, out_channels, (kh, kw), _pair(stride), _pair(padding), _pair(spread), groups)
 
     def output_size(self, height: int, width: int) -> Pair:
         """Spatial size of the output for an input of height × width pixels."""
@@ -42,6 +46,22 @@ class Conv(NamedTuple):
     def pointwise(self) -> bool:
         """Whether the filter is 1×1 without padding (a matrix product, strided or not)."""
         return self.kernel == (1, 1) and self.padding == (0, 0)
+
+    def fails_in_channels_last(self, width: int) -> bool:
+        """Whether oneDNN, and stock PyTorch by it, was seen to fail on channels_last images of that width.
+
+        It crashes where a filter is dilated and no window has a pixel of the image, all of them lying in the padding or
+        stepping over it. It adds up wrong numbers where each group has one channel, the stride is one of columns alone, and
+        the result is one column. Contiguous tensors it takes.
+        """
+        kernel, stride, padding, dilation = (pair[1] for pair in self[2:6])
+        if self.in_channels == self.groups and self.stride[0] == 1 and stride > 1 and self.output_size(1, width)[1] == 1:
+            return True
+        # Nearly always a tap of the first window lies on the first pixel, and the width isn't asked for.
+        if dilation == 1 or padding in range(0, kernel * dilation, dilation):
+            return False
+        columns = range(self.output_size(1, width)[1])
+        return not any(0 <= stride * column + dilation * tap - padding < width for column in columns for tap in range(kernel))
 
     def flatten(self) -> list[int]:
         """The seven integers by which an operator's schema carries what the weight's shape doesn't tell."""

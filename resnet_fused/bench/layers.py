@@ -93,9 +93,9 @@ def _run_layer(problem: Problem, count: int, seconds: float) -> LayerResult:
     weights = []
     for conv in problem.convs:
         fan_in = conv.in_channels // conv.groups * conv.kernel[0] * conv.kernel[1]
-        weight = torch.randn(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel) * (2 / fan_in) ** 0.5
+        weight = _random((conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)) * (2 / fan_in) ** 0.5
         weights.append(weight.to(problem.dtype))
-    folded = Folded(tuple(weights), tuple(torch.zeros(w.shape[0], dtype=problem.dtype) for w in weights))
+    folded = Folded(tuple(weights), tuple(w.new_zeros(w.shape[0]) for w in weights))
     x = _activations(problem, problem.shape)
     residual = _activations(problem, problem.output_shape()) if problem.op == "conv2d_bn_add_relu" else None
     automatic = bind(problem, folded, "auto")
@@ -110,7 +110,11 @@ def _run_layer(problem: Problem, count: int, seconds: float) -> LayerResult:
 
 
 def _activations(problem: Problem, shape: tuple[int, int, int, int]) -> Tensor:
-    return torch.randn(shape).to(problem.dtype).contiguous(memory_format=torch.channels_last)
+    return _random(shape).to(problem.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _random(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32, device="cpu")
 
 
 def print_layers(console: Console, workload: Workload, results: list[LayerResult], peak: float | None) -> None:

@@ -101,7 +101,7 @@ class Machine:
 
 def measure_bandwidth() -> float:
     """Memory bandwidth of this CPU on PyTorch's threads, GB/s: median of copies, of which each byte is read and written."""
-    source = torch.zeros(_COPIED_BYTES // 4)
+    source = torch.zeros(_COPIED_BYTES // 4, dtype=torch.float32, device="cpu")
     target = torch.empty_like(source)
     times = []
     for _ in range(9):

@@ -120,9 +120,9 @@ class Trainer:
         self.model = model.to(memory_format=torch.channels_last).train()
         self.run = torch.compile(self.model) if variant == COMPILE else self.model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        x = torch.randn(workload.batch, 3, workload.size, workload.size)
+        x = torch.randn(workload.batch, 3, workload.size, workload.size, dtype=torch.float32, device="cpu")
         self.x = x.contiguous(memory_format=torch.channels_last)
-        self.target = torch.arange(workload.batch)
+        self.target = torch.arange(workload.batch, device="cpu")
         self.autocast = workload.autocast
 
     def loss(self) -> Tensor:

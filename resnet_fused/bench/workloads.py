@@ -45,7 +45,7 @@ class Workload:
         dtype = DTYPES[self.dtype]
         try:
             _settle(model, self.size)
-            x = torch.randn(self.batch, 3, *self.size)
+            x = torch.randn(self.batch, 3, *self.size, dtype=torch.float32, device="cpu")
             return model.eval().to(dtype), x.to(dtype)
         # What torchvision's models raise on images that they don't fit, and the allocator where memory doesn't suffice.
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -73,4 +73,5 @@ def _settle(model: nn.Module, size: tuple[int, int]) -> None:
             norm.weight.uniform_(*((0.1, 0.3) if path in last else (0.5, 1.0)))
             norm.bias.normal_(std=0.1)
     model.train()
-    model(torch.randn(max(2, _SETTLING_PIXELS // (size[0] * size[1])), 3, *size))
+    images = max(2, _SETTLING_PIXELS // (size[0] * size[1]))
+    model(torch.randn(images, 3, *size, dtype=torch.float32, device="cpu"))

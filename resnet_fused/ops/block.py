@@ -44,7 +44,6 @@ def define(name: str, *, main: int) -> Callable[..., Tensor]:
         x, y, *parameters = ctx.saved_tensors
         weights, shifts = parameters[: ctx.count], parameters[ctx.count :]
         convs = Conv.unflatten(weights, ctx.geometry)
-        flat = [ctx.geometry[7 * i : 7 * i + 7] for i in range(ctx.count)]
         # The results inside of the block aren't kept by the forward pass; they are computed again.
         inputs = [x]
         for i in range(main - 1):
@@ -55,7 +54,7 @@ def define(name: str, *, main: int) -> Callable[..., Tensor]:
 
         def through(i: int, source: Tensor, grad: Tensor) -> Tensor:
             """Gradient by the input of convolution i; keeps those of its parameters."""
-            grads = common.convolution_backward(grad, source, weights[i], flat[i], (True, True, True))
+            grads = common.convolution_backward(grad, source, weights[i], convs[i].flatten(), (True, True, True))
             dweights[i], dshifts[i] = grads[1:]
             assert grads[0] is not None
             return grads[0]

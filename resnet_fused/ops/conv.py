@@ -43,7 +43,7 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Tensor]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight = inputs[0], inputs[1]
         stride, padding, dilation, groups = inputs[count:]
-        ctx.geometry = [*stride, *padding, *dilation, groups]
+        ctx.geometry = Conv.of(weight, stride, padding, dilation, groups).flatten()
         ctx.save_for_backward(x, weight, *((output,) if relu else ()))
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -41,11 +41,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, shift = ctx.saved_tensors
     # The result before the pool is four times the size of the stem's own; it is computed again instead of kept.
-    y = conv2d(x, weight, shift, Conv.unflatten([weight], ctx.geometry)[0]).relu()
+    conv = Conv.unflatten([weight], ctx.geometry)[0]
+    y = conv2d(x, weight, shift, conv).relu()
     kernel, stride, padding = ctx.pool[0:2], ctx.pool[2:4], ctx.pool[4:6]
     _, indices = torch.ops.aten.max_pool2d_with_indices(y, kernel, stride, padding)
     grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, y, kernel, stride, padding, [1, 1], False, indices)
-    grads = common.convolution_backward(common.relu_backward(grad, y), x, weight, ctx.geometry, ctx.needs_input_grad[:3])
+    grads = common.convolution_backward(common.relu_backward(grad, y), x, weight, conv.flatten(), ctx.needs_input_grad[:3])
     return (*grads, None, None)
 
 

@@ -52,8 +52,8 @@ class Triton:
         bfloat16_on_cuda = problem.dtype == torch.bfloat16 and device == "cuda" and torch.version.hip is None
         if bfloat16_on_cuda and torch.cuda.get_device_capability(problem.device) < (8, 0):
             return "bfloat16 needs compute capability 8.0 or newer"
-        if 0 in problem.output_shape():
-            return "the result is empty"
+        if 0 in (*problem.shape, *problem.output_shape()):
+            return "the input or the result is empty"
         return None
 
     def wins(self, problem: Problem) -> bool:
