@@ -27,6 +27,7 @@ RF_ISA_AVX512_BF16_BEGIN
 #include "tile.h"
 #include "winograd_transforms.h"
 #include "winograd_grid.h"
+#include "uneven.h"
 #include "winograd_stages.h"
 #include "pointwise.h"
 #include "direct.h"

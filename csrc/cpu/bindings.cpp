@@ -152,8 +152,8 @@ Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64
 }
 
 // y = maxpool(relu(conv(x, w) + shift)), or without the pool; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
-// `weights` are transformed, [panel][36][4 in_channels][PANEL]; x may have any strides.
-Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool pool, bool relu) {
+// `weights` are transformed, [panel][36][4 in_channels][PANEL]; x may have any strides. None where the kernel declined x.
+std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool pool, bool relu) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
                   "x must be float32 or bfloat16; convert it with .to().");
@@ -173,7 +173,10 @@ Tensor stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool p
   STD_TORCH_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
   Tensor y = new_activations(x, p.batch, out_channels, p.out_height(), p.out_width());
   p.y = y.mutable_data_ptr();
+  Declined declined{false};
+  p.declined = &declined;
   if (p.batch > 0) kernels().stem(p);
+  if (declined.load(std::memory_order_relaxed)) return std::nullopt;
   return y;
 }
 
@@ -235,7 +238,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool winograd) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
-  m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor");
+  m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor?");
   m.def("average_pool(Tensor x) -> Tensor");
   m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");

@@ -35,12 +35,13 @@ struct BlockPart {
   void convolve(const TransformedWeights& weights, const Strip<const Activation>& from,
                 const Strip<const Activation>& residual, const Strip<Activation>& to, int64_t first, int64_t last,
                 Between&& between) const {
-    winograd_tiles<F, Activation>(
+    const bool trusted = winograd_tiles<F, Activation>(
         weights, TileRuns::all_full((last - first) * tiles_across), p.panels,
         [&](int64_t t) -> TilePlace<Activation> {
           return {from, residual, to, (first + t / tiles_across) * F::M, t % tiles_across * F::M, F::M, F::M};
         },
         between);
+    note(trusted, p.declined);
   }
 
   // 1 x 1 layer on rows [first, last) of an image whose row `first` lies at `from`.

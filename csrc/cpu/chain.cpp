@@ -100,14 +100,14 @@ void run_block(const BlockParams& p, bool bfloat16) {
   }
 }
 
-void run_step(const Step& step, bool bfloat16, const void* x, const void* residual, void* y) {
+void run_step(const Step& step, bool bfloat16, const void* x, const void* residual, void* y, Declined& declined) {
   if (const Convolution* conv = std::get_if<Convolution>(&step.work)) {
     ConvParams p = conv->p;
-    p.x = x, p.residual = residual, p.y = y;
+    p.x = x, p.residual = residual, p.y = y, p.declined = &declined;
     run_conv(p, conv->plan);
   } else {
     BlockParams p = std::get<BlockParams>(step.work);
-    p.x = x, p.y = y;
+    p.x = x, p.y = y, p.declined = &declined;
     run_block(p, bfloat16);
   }
 }
@@ -251,8 +251,8 @@ const void* check_input(const Chain& chain, int64_t value, const Tensor& t, cons
   return t.const_data_ptr();
 }
 
-// The last step's result.
-Tensor run_chain(int64_t id, Tensor x, std::optional<Tensor> residual) {
+// The last step's result; none where a step declined its x.
+std::optional<Tensor> run_chain(int64_t id, Tensor x, std::optional<Tensor> residual) {
   const std::shared_ptr<const Chain> shared = chains().get(id);
   const Chain& chain = *shared;
   STD_TORCH_CHECK(!chain.steps.empty(), "chain has no steps.");
@@ -264,6 +264,7 @@ Tensor run_chain(int64_t id, Tensor x, std::optional<Tensor> residual) {
   if (residual.has_value()) data[RESIDUAL] = check_input(chain, RESIDUAL, *residual, "residual");
 
   std::optional<Tensor> y;
+  Declined declined{false};
   std::vector<ActivationMemory> memory(chain.values.size());
   const size_t owner = chain.owner(chain.values.size() - 1);
   for (size_t i = 0; i < chain.steps.size(); ++i) {
@@ -283,7 +284,8 @@ Tensor run_chain(int64_t id, Tensor x, std::optional<Tensor> residual) {
     }
     data[result] = to;
     run_step(step, chain.bfloat16(), data[static_cast<size_t>(step.x)],
-             step.residual == NONE ? nullptr : data[static_cast<size_t>(step.residual)], to);
+             step.residual == NONE ? nullptr : data[static_cast<size_t>(step.residual)], to, declined);
+    if (declined.load(std::memory_order_relaxed)) return std::nullopt;
     if (chain.in_place(result)) memory[result] = std::move(memory[static_cast<size_t>(step.residual)]);
     for (const int64_t read : {step.x, step.residual}) {
       if (read != NONE && chain.values[static_cast<size_t>(read)].last_step == static_cast<int64_t>(i)) {
@@ -291,7 +293,7 @@ Tensor run_chain(int64_t id, Tensor x, std::optional<Tensor> residual) {
       }
     }
   }
-  return *y;
+  return y;
 }
 
 }  // namespace
@@ -304,7 +306,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
       "chain_conv(int chain, int x, int? residual, Tensor weights, Tensor shift, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> int");
   m.def("chain_block(int chain, int x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> int");
-  m.def("run_chain(int chain, Tensor x, Tensor? residual) -> Tensor");
+  m.def("run_chain(int chain, Tensor x, Tensor? residual) -> Tensor?");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {

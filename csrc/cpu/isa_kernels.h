@@ -9,6 +9,7 @@
 #include "pack.h"
 #include "winograd_transforms.h"
 #include "winograd_grid.h"
+#include "uneven.h"
 #include "winograd_stages.h"
 #include "winograd_few.h"
 #include "winograd.h"

@@ -1,6 +1,7 @@
 // What the operators hand to the kernels: plain structs, the same for every instruction set.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace resnet_fused::cpu {
@@ -8,6 +9,14 @@ namespace resnet_fused::cpu {
 struct Bf16 {
   uint16_t bits;
 };
+
+// Set by a kernel, on any of its threads, that can't give stock's answer for the values of x: y is then of no use (uneven.h).
+using Declined = std::atomic<bool>;
+
+// Notes whether a kernel's part of x can be served. `declined` is null where nobody asks.
+inline void note(bool served, Declined* declined) {
+  if (!served && declined != nullptr) declined->store(true, std::memory_order_relaxed);
+}
 
 // y = act(conv(x, w) + shift + residual). x, residual and y are NHWC (channels_last) of one dtype, dense.
 struct ConvParams {
@@ -17,6 +26,7 @@ struct ConvParams {
   const float* shift;     // padded with zeros to whole panels
   const void* residual;   // shape of y, or null
   void* y;
+  Declined* declined;     // or null
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -96,6 +106,7 @@ struct LayerParams {
 struct BlockParams {
   const void* x;
   void* y;
+  Declined* declined;
   int64_t batch, height, width;
   LayerParams layers[3];   // basic block: two 3 x 3; bottleneck: 1 x 1, 3 x 3, 1 x 1
   LayerParams shortcut;    // 1 x 1; weights null: the identity
@@ -111,6 +122,7 @@ struct StemParams {
   const float* weights;     // transformed: [panel][point][4 in_channels][PANEL]
   const float* shift;
   void* y;                  // NHWC
+  Declined* declined;
   int64_t batch, height, width, in_channels, out_channels;
   bool pool, relu, bfloat16;
 

@@ -23,12 +23,15 @@ RF_INLINE vec fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }  /
 // vmaxps returns its second operand when either is NaN: `value` goes second, so that a NaN in it survives.
 RF_INLINE vec max_keeping_nan(vec floor, vec value) { return _mm512_max_ps(floor, value); }
 
-// max(|a|, |b|) in which a NaN of either wins: as integers, the NaNs are above all numbers.
-RF_INLINE vec max_magnitude(vec a, vec b) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
-                                              _mm512_and_si512(_mm512_castps_si512(b), magnitude)));
+RF_INLINE vec magnitude(vec a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)));
 }
+// The larger of two magnitudes; a NaN of either wins: as integers, the NaNs are above all numbers.
+RF_INLINE vec larger(vec a, vec b) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+// Whether a lane is above the limit, or NaN.
+RF_INLINE bool any_above(vec a, float limit) { return _mm512_cmp_ps_mask(a, splat(limit), _CMP_NLE_UQ) != 0; }
 
 RF_INLINE __mmask16 lane_mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1u); }
 RF_INLINE vec load(const float* p, int lanes) { return _mm512_maskz_loadu_ps(lane_mask(lanes), p); }
@@ -66,12 +69,15 @@ RF_INLINE vec fnma(vec a, vec b, vec c) { return _mm256_fnmadd_ps(a, b, c); }
 // vmaxps returns its second operand when either is NaN: `value` goes second, so that a NaN in it survives.
 RF_INLINE vec max_keeping_nan(vec floor, vec value) { return _mm256_max_ps(floor, value); }
 
-// max(|a|, |b|) in which a NaN of either wins: as integers, the NaNs are above all numbers.
-RF_INLINE vec max_magnitude(vec a, vec b) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a), magnitude),
-                                              _mm256_and_si256(_mm256_castps_si256(b), magnitude)));
+RF_INLINE vec magnitude(vec a) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)));
 }
+// The larger of two magnitudes; a NaN of either wins: as integers, the NaNs are above all numbers.
+RF_INLINE vec larger(vec a, vec b) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+// Whether a lane is above the limit, or NaN.
+RF_INLINE bool any_above(vec a, float limit) { return _mm256_movemask_ps(_mm256_cmp_ps(a, splat(limit), _CMP_NLE_UQ)) != 0; }
 
 RF_INLINE __m256i lane_mask(int lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -119,6 +125,8 @@ using Activation = float;
 constexpr int64_t CHANNELS_PER_UNIT = 1;
 RF_INLINE vec multiply_add(vec a, vec b, vec acc) { return fma(a, b, acc); }
 #endif
+
+RF_INLINE vec max_magnitude(vec a, vec b) { return larger(magnitude(a), magnitude(b)); }
 
 RF_INLINE float widen(float a) { return a; }
 RF_INLINE float widen(Bf16 a) {

@@ -87,12 +87,13 @@ void stem_rows(const StemParams& p, const TransformedWeights& weights, int64_t n
       phases.grow_to(s + 1);
       copy_phases(p, image, s, phases.row(s));
     }
-    winograd_tiles<F, float>(
+    const bool trusted = winograd_tiles<F, float>(
         weights, TileRuns::all_full(across), 1,
         [&](int64_t t) -> TilePlace<float> {
           return {phases.strip<const float>(), {}, rows.strip<float>(), top, t * F::M, F::M, F::M};
         },
         [] {});
+    note(trusted, p.declined);
     rows.grow_to(std::min(top + F::M, height));
     const auto ready = [&] { return out < end && (p.pool ? std::min(2 * out + 2, height) : out + 1) <= rows.end(); };
     for (; ready(); ++out) {

@@ -68,13 +68,14 @@ struct WinogradConv {
       }
       Scratch scratch;
       int64_t* order = scratch.take<int64_t>(tiles);
-      winograd_tiles<F, T>(
+      const bool trusted = winograd_tiles<F, T>(
           weights, sort_tiles(grid, begin, tiles, order), plan.panels, [&](int64_t t) { return place(order[t]); },
           [&] {
             next_x.template advance<false>();
             residual.template advance<false>();
             y.template advance<true>();
           });
+      note(trusted, p.declined);
     });
   }
 
@@ -121,9 +122,11 @@ struct WinogradConv {
     const TileRuns runs = sort_tiles(grid, begin, tiles, order);
     // Tiles that don't exist take part in the products of a few.
     if (tiles < slots) __builtin_memset(v, 0, static_cast<size_t>(v_stride * POINTS) * sizeof(float));
+    bool trusted = true;
     for (int64_t t = 0; t < tiles; ++t) {
-      transform_input_phases<F, T>(place(order[t]), zeros, v + t * LANES, v_stride, in_vectors, slots * LANES);
+      trusted &= transform_input_phases<F, T>(place(order[t]), zeros, v + t * LANES, v_stride, in_vectors, slots * LANES);
     }
+    note(trusted, p.declined);
     return {order, runs, v, v_stride, slots};
   }
 

@@ -32,9 +32,9 @@ struct TilePlace {
 };
 
 // V = B^T d B of the tile whose first input pixel is (top, left) and whose pixels are F::STRIDE apart, for all channels.
-// Pixels outside the image read `zeros` (one per channel).
+// Pixels outside the image read `zeros` (one per channel). Returns whether Winograd can be trusted with the tile (uneven.h).
 template <class F, class T>
-void transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left, const T* zeros, float* v,
+bool transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left, const T* zeros, float* v,
                           int64_t v_point_stride, int64_t v_vector_stride) {
   constexpr int A = F::A;
   const T* pixels[A][A];
@@ -45,6 +45,7 @@ void transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left
       pixels[i][j] = h >= 0 && h < image.height && w >= 0 && w < image.width ? image.pixel(h, w) : zeros;
     }
   }
+  vec highest = zero();
   for (int64_t c = 0; c < image.channels; c += LANES, v += v_vector_stride) {
     const int64_t lanes = image.channels - c;
     vec half[A][A];
@@ -54,6 +55,7 @@ void transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left
       RF_UNROLL(8)
       for (int i = 0; i < A; ++i) {
         column[i] = lanes >= LANES ? load(pixels[i][j] + c) : load(pixels[i][j] + c, static_cast<int>(lanes));
+        highest = larger(highest, magnitude(column[i]));
       }
       F::input(column, transformed);
       RF_UNROLL(8)
@@ -67,16 +69,20 @@ void transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left
       for (int j = 0; j < A; ++j) store(v + (i * A + j) * v_point_stride, transformed[j]);
     }
   }
+  return !any_above(highest, UNEVEN) || !uneven_tile<F, T>(pixels, image.channels, zeros);
 }
 
 // The same for all phases of a tile, [point][phase][vector][tile][LANES]; a phase has `vectors` vectors of channels.
 template <class F, class T>
-void transform_input_phases(const TilePlace<T>& tile, const T* zeros, float* v, int64_t v_point_stride, int64_t vectors,
+bool transform_input_phases(const TilePlace<T>& tile, const T* zeros, float* v, int64_t v_point_stride, int64_t vectors,
                             int64_t v_vector_stride) {
+  bool trusted = true;
   for (int phase = 0; phase < F::PHASES; ++phase) {
-    transform_input_tile<F, T>(tile.x, F::first_row(tile.top, F::PAD, phase), F::first_column(tile.left, F::PAD, phase), zeros,
-                               v + phase * vectors * v_vector_stride, v_point_stride, v_vector_stride);
+    trusted &= transform_input_tile<F, T>(tile.x, F::first_row(tile.top, F::PAD, phase),
+                                          F::first_column(tile.left, F::PAD, phase), zeros,
+                                          v + phase * vectors * v_vector_stride, v_point_stride, v_vector_stride);
   }
+  return trusted;
 }
 
 // Elements of a layer's packed weights for one panel and input channel.
@@ -247,9 +253,10 @@ TransformedWeights layer_weights(Scratch& scratch, const LayerParams& layer, boo
 constexpr int64_t LONGEST_SUM = 128;
 
 // Takes tiles through input transform, products and output transform, `group` panels at a time. `place(t)` tells where tile t
-// lies; `between()` is called before each product, to prefetch what comes later.
+// lies; `between()` is called before each product, to prefetch what comes later. Returns whether Winograd can be trusted with
+// all of them.
 template <class F, class T, class Place, class Between>
-void winograd_tiles(const TransformedWeights& w, const TileRuns& runs, int64_t group, Place&& place, Between&& between) {
+[[nodiscard]] bool winograd_tiles(const TransformedWeights& w, const TileRuns& runs, int64_t group, Place&& place, Between&& between) {
   constexpr int POINTS = F::A * F::A;
   const int64_t panels = panel_count(w.out_channels), tiles = runs.count();
   group = std::min(group, panels);
@@ -261,8 +268,9 @@ void winograd_tiles(const TransformedWeights& w, const TileRuns& runs, int64_t g
   T* zeros = scratch.take<T>(w.in_channels);
   __builtin_memset(zeros, 0, static_cast<size_t>(w.in_channels) * sizeof(T));
 
+  bool trusted = true;
   for (int64_t t = 0; t < tiles; ++t) {
-    transform_input_phases<F, T>(place(t), zeros, v + t * LANES, v_stride, vectors, tiles * LANES);
+    trusted &= transform_input_phases<F, T>(place(t), zeros, v + t * LANES, v_stride, vectors, tiles * LANES);
   }
   for (int64_t first = 0; first < panels; first += group) {
     const int64_t count = std::min(group, panels - first);
@@ -285,6 +293,7 @@ void winograd_tiles(const TransformedWeights& w, const TileRuns& runs, int64_t g
       transform_output_vectors<F, T>(place(t), m + t * LANES, m_stride, tiles * LANES, w.shift, 2 * first, 2 * count, w.relu);
     }
   }
+  return trusted;
 }
 
 // A run of memory fetched into L2 piece by piece while products keep the multipliers busy.

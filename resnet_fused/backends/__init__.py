@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
-"""A prepared problem: kernel(x, residual) gives the result. `residual` is None unless the op adds one."""
+"""A prepared problem: kernel(x, residual) gives the result. `residual` is None unless the op adds one. Raises `Declined`."""
 
 
 class Backend(Protocol):
@@ -62,6 +62,10 @@ class Backend(Protocol):
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         """The kernel for the problem. Packs weights through `folded.pack`; called once per problem and weights."""
+
+
+class Declined(Exception):
+    """A kernel found at run time that it can't give stock's answer for these values; the caller runs stock's op instead."""
 
 
 class BackendError(RuntimeError):

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, cpu_bn, cpu_plan, library, records
+from resnet_fused.backends import Declined, Kernel, cpu_bn, cpu_plan, library, records
 from resnet_fused.backends.cpu_chain import Chain, ChainKernel
 from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Conv, Folded, Pool, Problem
@@ -183,7 +183,10 @@ class CPU:
         run = torch.ops.resnet_fused_cpu.stem.default
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-            return run(x, weights, shift, out_channels, pool, relu)
+            y = run(x, weights, shift, out_channels, pool, relu)
+            if y is None:
+                raise Declined
+            return y
 
         return kernel
 

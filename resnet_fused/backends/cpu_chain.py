@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel
+from resnet_fused.backends import Declined, Kernel
 
 
 class Chain:
@@ -75,6 +75,9 @@ class ChainKernel:
         shape: of x, (N, C, H, W).
         dtype: of x.
         record: adds the kernel's steps to a chain.
+
+    Raises:
+        Declined: x, or a result in between, holds values that Winograd can't be trusted with (csrc/cpu/uneven.h).
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, record: Record) -> None:
@@ -91,7 +94,10 @@ class ChainKernel:
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        return self._run(chain.id, x, residual)
+        y = self._run(chain.id, x, residual)
+        if y is None:
+            raise Declined
+        return y
 
 
 def in_a_row(kernels: Sequence[Kernel]) -> ChainKernel | None:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused import config
-from resnet_fused.backends import BackendError, Conv, Folded, Kernel, Pool, Precision, Problem, choice, get, records
+from resnet_fused.backends import BackendError, Conv, Declined, Folded, Kernel, Pool, Precision, Problem, choice, get, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import checks
 
@@ -153,11 +153,21 @@ class Runner:
         self._bound: _Bound | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
-        return self.kernel(x, residual, weights, shifts)(x, residual)
+        try:
+            return self.kernel(x, residual, weights, shifts)(x, residual)
+        except Declined:
+            return self.kernel(x, residual, weights, shifts, "reference")(x, residual)
 
-    def kernel(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Kernel:
-        """The kernel that serves such tensors with these parameters."""
-        chosen = choice(self.backend)
+    def kernel(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weights: Sequence[Tensor],
+        shifts: Sequence[Tensor],
+        chosen: str | None = None,
+    ) -> Kernel:
+        """The kernel that serves such tensors with these parameters; by the backend `chosen`, if not the runner's."""
+        chosen = chosen or choice(self.backend)
         if x.layout is not torch.strided:
             return self._unkept(choice_without_strides(chosen), x, weights, shifts)
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from resnet_fused.backends import Kernel, candidates, get, records
+from torch import Tensor
+
+from resnet_fused.backends import Declined, Kernel, candidates, get, records
 from resnet_fused.backends.binding import compose, is_whole, rules
 from resnet_fused.backends.problem import Folded, Problem
 
@@ -22,12 +24,21 @@ def by_rules(problem: Problem) -> str:
 
 
 def prepare(problem: Problem, folded: Folded, name: str) -> Kernel:
-    """The kernel of a candidate."""
+    """The kernel of a candidate, with stock's in its place where it declines, as a model has it."""
     if name == records.PARTS:
-        return compose(problem, folded, "auto").kernel
-    backend, _, variant = name.partition(":")
-    arguments = (problem, folded, variant) if variant else (problem, folded)
-    return get(backend).prepare(*arguments)
+        kernel = compose(problem, folded, "auto").kernel
+    else:
+        backend, _, variant = name.partition(":")
+        arguments = (problem, folded, variant) if variant else (problem, folded)
+        kernel = get(backend).prepare(*arguments)
+
+    def served(x: Tensor, residual: Tensor | None) -> Tensor:
+        try:
+            return kernel(x, residual)
+        except Declined:
+            return get(STOCK).prepare(problem, folded)(x, residual)
+
+    return served
 
 
 def _names(name: str, problem: Problem) -> list[str]:

@@ -139,12 +139,14 @@ def test_block_bfloat16(sizes: dict, plan: list[int]):
 )
 def test_nan_and_inf_survive_the_relu(isa: str, plan: list[int], sizes: dict):
     layer = Layer(n=1, c=16, h=20, w=20, out=32, **sizes)
-    layer.x[0, 3, 5, 5] = float("nan")
-    layer.x[0, 4, 15, 15] = float("inf")
+    if not plan:  # Winograd declines them in x; they may still come with the residual
+        layer.x[0, 3, 5, 5] = float("nan")
+        layer.x[0, 4, 15, 15] = float("inf")
     # A negative NaN, the kind that the CPU makes of Inf - Inf.
     assert layer.added is not None
     layer.added[0, 0, 0, 0] = -torch.tensor(float("nan"))
-    assert_as_good_as_stock(layer.ours(plan), layer.stock(torch.float32), layer.stock(torch.float64), winograd=bool(plan))
+    layer.added[0, 1, 5, 5] = float("inf")
+    assert_as_good_as_stock(layer.ours(plan), layer.stock(torch.float32), layer.stock(torch.float64))
 
 
 def test_results_in_kept_memory_are_written_whole(isa: str):

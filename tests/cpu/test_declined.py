@@ -1,0 +1,253 @@
+"""Values that Winograd can't be trusted with: the kernel declines, and the op gives stock's answer."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layers import Block, Layer
+from tolerances import FLOOR
+from torch import Tensor
+
+import resnet_fused as rf
+from resnet_fused.backends import Conv, Declined, Folded, Problem, cpu_plan, get
+from resnet_fused.backends.cpu import _padded_shift
+from resnet_fused.backends.cpu_chain import Chain, ChainKernel
+from resnet_fused.tuning import candidates
+from resnet_fused.tuning.truth import Truth
+
+CL = torch.channels_last
+DTYPES = [torch.float32, torch.bfloat16]
+VALUES = [1e10, 3.4e38, -1e5, math.inf, math.nan]
+
+
+def pixels(n: int, h: int, w: int) -> list[tuple[int, int, int]]:
+    """In the middle, in a corner, at an edge of the last image, and on both sides of where tiles of 4 meet."""
+    return [(0, h // 2, w // 2), (0, 0, 0), (n - 1, h - 1, w // 3), (n - 1, h // 3, min(3, w - 1)), (0, min(4, h - 1), w - 1)]
+
+
+@pytest.fixture
+def declined(monkeypatch) -> list[str]:
+    """Notes each op whose kernel declined and was replaced by stock's."""
+    found: list[str] = []
+    prepare = type(get("reference")).prepare
+    monkeypatch.setattr(
+        type(get("reference")), "prepare", lambda self, problem, folded: found.append(problem.op) or prepare(self, problem, folded)
+    )
+    return found
+
+
+class Op(NamedTuple):
+    """A convolution, or a stem with its pool, as rf.functional computes it."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    out: int
+    kernel: int = 3
+    stride: int = 1
+    pool: bool = False
+
+    def parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.randn(self[:4]).to(dtype).contiguous(memory_format=CL)
+        weight = torch.randn(self.out, self.c, self.kernel, self.kernel) * (self.c * self.kernel**2) ** -0.5
+        return x, weight.to(dtype), torch.randn(self.out).to(dtype)
+
+    def stock(self, x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        y = F.conv2d(x, weight, shift, self.stride, self.kernel // 2).relu()
+        return F.max_pool2d(y, 3, 2, 1) if self.pool else y
+
+    def reached(self, n: int, h: int, w: int) -> Tensor:
+        """Where the pixel has a share of the result."""
+        x = torch.zeros(self.n, 1, self.h, self.w)
+        x[n, 0, h, w] = 1
+        return self.stock(x, torch.ones(1, 1, self.kernel, self.kernel), torch.zeros(1)) > 0
+
+    def ours(self, x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        with rf.use_backend("cpu"):
+            if self.pool:
+                return rf.functional.stem(x, weight, shift, self.stride, self.kernel // 2, 3, 2, 1)
+            return rf.functional.conv2d_bn_relu(x, weight, shift, self.stride, self.kernel // 2)
+
+
+OPS = {
+    "3x3": Op(1, 64, 56, 56, 64),
+    "3x3, channel tails, odd size": Op(3, 36, 15, 13, 40),
+    "3x3, by panels": Op(2, 136, 14, 14, 136),
+    "3x3, few tiles": Op(1, 136, 7, 7, 136),
+    "3x3, stride 2": Op(4, 32, 56, 50, 32, stride=2),
+    "stem": Op(2, 3, 40, 37, 64, 7, 2, pool=True),
+    "stem without pool": Op(1, 3, 31, 40, 48, 7, 2),
+}
+
+
+def assert_unspoiled(y: Tensor, stock: Tensor, clean: Tensor, reached: Tensor) -> None:
+    """Stock's NaN and Inf, and where the bad pixel doesn't reach, each value of the result `clean` that is without it.
+
+    Args:
+        reached: shape (N, 1, H, W).
+    """
+    assert torch.equal(y.isnan(), stock.isnan())
+    assert torch.equal(y.isposinf(), stock.isposinf())
+    assert torch.equal(y.isneginf(), stock.isneginf())
+    error = (y.double() - clean).abs() / (1 + clean.abs())
+    assert error[~reached.expand_as(y)].max() <= 10 * FLOOR[y.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS.values(), ids=[*OPS])
+def test_large_and_non_finite_pixels_spoil_nothing_that_they_do_not_reach(isa: str, op: Op, dtype: torch.dtype, declined):
+    x, weight, shift = op.parameters(dtype)
+    try:
+        op.ours(x, weight, shift)
+    except rf.BackendError:
+        assert dtype == torch.bfloat16
+        pytest.skip("without AVX512_BF16 this layer isn't served")
+    assert not declined, "ordinary values were declined"
+    clean = op.stock(x.double(), weight.double(), shift.double())
+    places = pixels(op.n, op.h, op.w)
+    for i, value in enumerate(VALUES):
+        for place, channels in ((places[i], slice(None)), (places[i - 1], op.c // 2)):
+            n, h, w = place
+            bad = x.clone()
+            bad[n, channels, h, w] = value
+            assert_unspoiled(op.ours(bad, weight, shift), op.stock(bad, weight, shift), clean, op.reached(*place))
+    # In bfloat16 some of these layers are summed directly, which declines nothing.
+    assert declined or dtype == torch.bfloat16
+
+
+# Plans: output tile, tiles together, panels together, channel chunk, by panels.
+PLANS = {
+    "by tiles": ({"n": 2, "c": 40, "h": 14, "w": 15, "out": 33}, [4, 8, 4, 64, 0]),
+    "by panels": ({"n": 2, "c": 40, "h": 14, "w": 15, "out": 33}, [4, 8, 1, 32, 1]),
+    "few tiles": ({"n": 1, "c": 40, "h": 7, "w": 7, "out": 70}, [4, 4, 1, 64, 1]),
+    "2x2 tiles": ({"n": 1, "c": 40, "h": 7, "w": 5, "out": 40}, [2, 14, 1, 64, 1]),
+    "stride 2": ({"n": 2, "c": 32, "h": 28, "w": 27, "out": 64, "stride": 2}, [5, 4, 2, 64, 0]),
+    "stride 2, by panels": ({"n": 2, "c": 32, "h": 28, "w": 27, "out": 64, "stride": 2}, [5, 30, 1, 16, 1]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("sizes", "plan"), PLANS.values(), ids=[*PLANS])
+def test_every_plan_declines_one_such_pixel(isa: str, sizes: dict, plan: list[int], dtype: torch.dtype):
+    layer = Layer(**sizes, dtype=dtype)
+    op = Op(layer.n, layer.c, layer.h, layer.w, layer.out, 3, layer.stride)
+    ordinary, clean = layer.x, layer.stock(torch.float64)
+    assert layer.ours(plan) is not None
+    for value in VALUES:
+        for n, h, w in pixels(layer.n, layer.h, layer.w):
+            layer.x = ordinary.clone()
+            layer.x[n, layer.c - 1, h, w] = value
+            y = layer.ours(plan)
+            # One in the corner of the image is in every window of a tile of 2×2, and spoils nothing.
+            if y is not None:
+                assert plan[0] == 2
+                assert abs(value) == 1e10 or abs(value) == 1e5
+                assert_unspoiled(y, layer.stock(dtype), clean, op.reached(n, h, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("basic", [True, False], ids=["basic", "bottleneck"])
+def test_blocks_as_a_whole_decline(isa: str, basic: bool, dtype: torch.dtype):
+    if dtype == torch.bfloat16 and not torch.ops.resnet_fused_cpu.avx512_bf16():
+        pytest.skip("this CPU has no AVX512_BF16; run the tests on one that has")
+    if dtype == torch.bfloat16 and isa != "avx512":
+        pytest.skip("whole blocks in bfloat16 are made for AVX512_BF16 alone")
+    block = Block(2, 64, 23, 17, 32 if not basic else 64, 64, basic, dtype)
+    ordinary = block.x
+    for plan in ([1, 1, 2], [2, 3, 2]):
+        block.x = ordinary
+        assert block.ours(plan) is not None
+        for value in VALUES:
+            for n, h, w in pixels(2, 23, 17):
+                block.x = ordinary.clone()
+                block.x[n, :, h, w] = value
+                assert block.ours(plan) is None, (value, n, h, w)
+
+
+def test_a_block_gives_stock_s_answer(isa: str, declined):
+    conv = Conv(64, 64, (3, 3), padding=(1, 1))
+    problem = Problem("basic_block", (8, 64, 16, 16), torch.float32, torch.device("cpu"), (conv, conv))
+    assert cpu_plan.block_wins(problem)
+    block = Block(8, 64, 16, 16, 64, 64, basic=True)
+    clean = block.stock(torch.float64)
+    block.x = block.x.clone()
+    block.x[3, :, 5, 5] = 1e10
+    with rf.use_backend("cpu"):
+        y = rf.functional.basic_block(block.x, block.weights, block.shifts)
+    reached = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
+    reached[3, :, 3:8, 3:8] = True
+    assert_unspoiled(y, block.stock(torch.float32), clean, reached)
+    assert declined == ["basic_block"]
+
+
+def test_a_sentinel_that_fills_whole_tiles(isa: str):
+    """Beside them lie tiles that hold it at their edge alone."""
+    layer = Layer(n=1, c=32, h=24, w=24, out=32, residual=False)
+    for first, last in ((0, 4), (4, 12), (12, 24), (3, 9)):
+        layer.x = torch.randn(1, 32, 24, 24).contiguous(memory_format=CL)
+        layer.x[:, :, :, first:last] = -9999.0
+        assert layer.ours([4, 8, 4, 64, 0]) is None
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4, 1e20], ids=str)
+def test_values_of_one_magnitude_are_served_whatever_it_is(isa: str, scale: float):
+    """Untrained networks have values beyond all bounds, everywhere."""
+    for sizes, plan in PLANS.values():
+        layer = Layer(**sizes, relu=False, residual=False)
+        layer.x.mul_(scale)
+        layer.shift.mul_(scale)
+        y = layer.ours(plan)
+        assert y is not None
+        torch.testing.assert_close(y / scale, layer.stock(torch.float32) / scale, rtol=1e-4, atol=5e-5)
+
+
+def test_what_is_not_declined_has_a_small_error(isa: str):
+    """The limit of uneven.h: a pixel 256 times as large as those that a window holds."""
+    for sizes, plan in PLANS.values():
+        layer = Layer(**sizes, relu=False, residual=False)
+        n, h, w = pixels(layer.n, layer.h, layer.w)[3]
+        layer.x[n, 0, h, w] = 256.0
+        y = layer.ours(plan)
+        assert y is not None
+        assert (y - layer.stock(torch.float64)).abs().max() < 3e-4
+
+
+def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
+    layer = Layer(n=1, c=64, h=56, w=56, out=64, residual=False)
+    library = torch.ops.resnet_fused_cpu
+    weights = library.pack(layer.weight.contiguous(memory_format=CL), True)
+    shift = _padded_shift(layer.shift * 1e12)
+
+    def record(chain: Chain, x: int, residual: int | None) -> int:
+        for _ in range(3):
+            x = chain.conv(x, None, weights, shift, 64, [3, 3, 1, 1, 1, 1, 1, 1], True, [4, 14, 8, 64, 0])
+        return x
+
+    kernel = ChainKernel(tuple(layer.x.shape), torch.float32, record)
+    kernel(layer.x, None)
+    layer.x[0, 0, 0, 0] = math.nan
+    library.release_activations()
+    for _ in range(50):
+        with pytest.raises(Declined):
+            kernel(layer.x, None)
+    assert library.release_activations() <= 2 * layer.x.nbytes
+
+
+def test_a_declining_candidate_is_right_and_takes_stock_s_time_too():
+    """rf.tune checks candidates with NaN and Inf, and a model may be tuned on inputs that its kernels decline."""
+    problem = Problem("conv2d_bn_relu", (1, 32, 20, 20), torch.float32, torch.device("cpu"), (Conv(32, 32, (3, 3), padding=(1, 1)),))
+    folded = Folded((torch.randn(32, 32, 3, 3) / 17,), (torch.randn(32),))
+    (name, *_) = [name for name in candidates.names(problem) if name.startswith("cpu:winograd")]
+    kernel = candidates.prepare(problem, folded, name)
+    assert Truth(problem, folded).fault(kernel) is None
+    x = torch.randn(problem.shape).contiguous(memory_format=CL)
+    x[0, 0, 0, 0] = math.nan
+    with pytest.raises(Declined):
+        get("cpu").prepare(problem, folded)(x, None)
+    stock = get("reference").prepare(problem, folded)(x, None)
+    assert torch.equal(kernel(x, None).isnan(), stock.isnan())
