@@ -72,10 +72,6 @@ class BackendError(RuntimeError):
     """An explicitly chosen backend can't serve; the message says why and what to do."""
 
 
-class Declined(Exception):
-    """A kernel found at run time that it can't give stock's answer for these values; the caller runs stock's op instead."""
-
-
 # Module and class of each backend; the module is imported when the backend is first asked for.
 _BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("resnet_fused.backends.reference", "Reference"),

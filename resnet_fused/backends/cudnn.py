@@ -80,8 +80,12 @@ class CuDNN:
         (conv,) = problem.convs
         format = problem.memory_format
         key = ("cudnn", format)
-        weight = folded.pack(key, lambda: folded.weights[0].detach().contiguous(memory_format=format))
-        shift = folded.shifts[0].detach()
+
+        def pack() -> tuple[Tensor, Tensor]:
+            (weight,), (shift,) = folded.tensors()
+            return weight.detach().contiguous(memory_format=format), shift.detach()
+
+        weight, shift = folded.pack(key, pack)
         geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:

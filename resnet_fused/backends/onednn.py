@@ -75,14 +75,14 @@ class OneDNN:
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         (conv,) = problem.convs
         geometry = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
-        shift = folded.shifts[0]
 
-        def pack() -> Tensor:
-            weight = folded.weights[0].detach().contiguous()
-            return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(problem.shape))
+        def pack() -> tuple[Tensor, Tensor]:
+            (weight,), (shift,) = folded.tensors()
+            weight = weight.detach().contiguous()
+            return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(problem.shape)), shift.detach()
 
         # One packing serves every input shape: oneDNN reorders where its choice for another shape differs.
-        weight = folded.pack((self.name, problem.dtype), pack)
+        weight, shift = folded.pack((self.name, problem.dtype), pack)
         relu, add_inside = problem.op != "conv2d_bn", _adds_inside(problem)
         channels_last = problem.memory_format == torch.channels_last
         pointwise = torch.ops.mkldnn._convolution_pointwise.default

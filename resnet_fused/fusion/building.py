@@ -128,7 +128,9 @@ class _Builder:
                 return True
             if source.op == "call_module" and not self.matcher.may_write(source):
                 called = self.module.get_submodule(str(source.target))
-                if is_layer(called) and not isinstance(called, (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten)):
+                if is_layer(called) and not isinstance(
+                    called, (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten)
+                ):
                     return False
             source = source.args[0]
         return True

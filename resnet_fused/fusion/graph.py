@@ -126,7 +126,9 @@ def _segment(row: list[tuple[int, Step]], paths: list[str], last: dict[int, int]
         residual = NONE if step.residual == NONE else own[step.residual]
         steps.append(step._replace(layers=tuple(layers), x=own[step.x], residual=residual))
     outputs = tuple(number for number, _ in row if last.get(number, NONE) > end)
-    return _Segment(to_text(len(inputs), steps, [own[n] for n in outputs]), tuple(paths[n] for n in used), tuple(inputs), outputs)
+    return _Segment(
+        to_text(len(inputs), steps, [own[n] for n in outputs]), tuple(paths[n] for n in used), tuple(inputs), outputs
+    )
 
 
 def _module(module: nn.Module, path: str) -> nn.Module:
@@ -151,4 +153,3 @@ def _run_call(call: Call, module: nn.Module, values: dict[int, Any]) -> Any:
     if call.kind == "call_method":
         return getattr(args[0], call.target)(*args[1:], **kwargs)
     return call.target(*args, **kwargs)
-

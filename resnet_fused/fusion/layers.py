@@ -85,7 +85,10 @@ def convolution(module: nn.Module, node: fx.Node) -> Convolution | None:
         raise NotFoldable("F.conv2d is called with a weight that is no parameter")
     defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     geometry = tuple(given.get(name, value) for name, value in defaults.items())
-    if any(isinstance(value, fx.Node) for value in itertools.chain(*(g if isinstance(g, (tuple, list)) else (g,) for g in geometry))):
+    if any(
+        isinstance(value, fx.Node)
+        for value in itertools.chain(*(g if isinstance(g, (tuple, list)) else (g,) for g in geometry))
+    ):
         raise NotFoldable("F.conv2d is called with a geometry that depends on its input")
     tensor = get(module, weight)
     if tensor.dim() != 4 or not tensor.is_floating_point() or tensor.is_meta:
@@ -137,7 +140,9 @@ def norm(module: nn.Module, node: fx.Node) -> Norm | None:
         counted = getattr(called, "num_batches_tracked", None) is not None
         count = _join(str(node.target), "num_batches_tracked") if counted else None
         promotes = not isinstance(called, (nn.BatchNorm2d, nn.SyncBatchNorm))
-        return Norm(names["running_mean"], names["running_var"], gamma, beta, float(getattr(called, "eps", 0.0)), promotes, count)
+        return Norm(
+            names["running_mean"], names["running_var"], gamma, beta, float(getattr(called, "eps", 0.0)), promotes, count
+        )
     if node.op != "call_function" or node.target is not F.batch_norm:
         return None
     given = {**dict(zip(_NORM_ARGUMENTS, node.args, strict=False)), **node.kwargs}

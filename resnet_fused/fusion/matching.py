@@ -327,7 +327,11 @@ class Matcher:
         if node.op not in ("call_function", "call_method"):
             return False
         name = str(getattr(node.target, "__name__", node.target))
-        if node.kwargs.get("inplace") or node.kwargs.get("out") is not None or (name in _WITH_INPLACE and True in node.args[1:]):
+        if (
+            node.kwargs.get("inplace")
+            or node.kwargs.get("out") is not None
+            or (name in _WITH_INPLACE and True in node.args[1:])
+        ):
             return True
         return name.endswith("_") and not name.endswith("__") or name in _WRITING
 

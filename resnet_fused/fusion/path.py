@@ -251,6 +251,9 @@ class FastPath:
             return self._not("the module is in training mode; call model.eval()")
         if self.removed or _off.get():
             return self._not("fast paths are switched off")
+        for x in (*args, *kwargs.values()):
+            if not isinstance(x, Tensor):
+                return self._not(f"an argument is {type(x).__name__}, not a tensor")
         traced = self._traced
         if traced is None or traced.structure.fault() is not None:
             traced = self._trace()
@@ -262,9 +265,6 @@ class FastPath:
             if bound is None:
                 return self._not(f"it was called in another way than with {', '.join(arguments)}")
             args = bound
-        for x in args:
-            if not isinstance(x, Tensor):
-                return self._not(f"an argument is {type(x).__name__}, not a tensor")
         if not plain(*args):
             if torch._C._is_tracing() and not torch.onnx.is_in_onnx_export():
                 return self._record(traced, args)
@@ -310,9 +310,7 @@ class FastPath:
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
             if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
-        run, result = settle(
-            traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module
-        )
+        run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module)
         while len(traced.runs) >= MAX_KERNELS:
             traced.runs.pop(next(iter(traced.runs)), None)
         traced.runs[key] = run
@@ -358,6 +356,11 @@ class FastPath:
             self._untraceable = str(reason)
             self.graph = None
             self._wait = max(self._wait, 2 ** min(self._attempts, _LONGEST_WAIT))
+            return None
+        except Exception as error:  # the model's code ran on stand-ins, and may do anything; it runs as stock
+            self._untraceable = f"its forward can't be read: {type(error).__name__}: {error}"
+            self.graph, self._wait = None, 2**_LONGEST_WAIT
+            config.logger().debug("tracing %s failed", type(self.module).__name__, exc_info=True)
             return None
         self._traced, self._untraceable = traced, ""
         self.graph = GraphProgram.of(built, self._settings)

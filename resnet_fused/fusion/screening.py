@@ -39,7 +39,18 @@ class Watched(NamedTuple):
 _TRUSTED = tuple(os.path.dirname(m.__file__) + os.sep for m in (torch, resnet_fused) if m.__file__)
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 # Of Python's library: what classes and containers run on. The rest (logging, random, time, …) has effects or changes.
-_LIBRARY_FILES = ("collections", "functools", "typing", "enum", "contextlib", "dataclasses", "types", "abc", "operator", "copyreg")
+_LIBRARY_FILES = (
+    "collections",
+    "functools",
+    "typing",
+    "enum",
+    "contextlib",
+    "dataclasses",
+    "types",
+    "abc",
+    "operator",
+    "copyreg",
+)
 _PURE_MODULES = ("torch", "math", "operator", "functools", "itertools", "collections", "typing", "numbers", "_operator", "enum")
 # Calls of PyTorch's that change its state, or tell of it.
 _IMPURE = ("manual_seed", "seed", "set_", "save", "load", "_C", "compile", "backends", "profiler", "is_grad_enabled")
@@ -47,7 +58,21 @@ _IMPURE += ("is_inference_mode", "is_autocast", "get_", "are_", "initial_seed", 
 _BUILTINS = {
     *("len", "range", "enumerate", "zip", "isinstance", "issubclass", "getattr", "hasattr", "list", "tuple", "dict", "set"),
     *("frozenset", "int", "float", "bool", "str", "min", "max", "sum", "abs", "round", "sorted", "reversed", "map", "filter"),
-    *("any", "all", "slice", "super", "repr", "iter", "next", "callable", "divmod", "pow", "property", "object", "NotImplemented"),
+    *(
+        "any",
+        "all",
+        "slice",
+        "super",
+        "repr",
+        "iter",
+        "next",
+        "callable",
+        "divmod",
+        "pow",
+        "property",
+        "object",
+        "NotImplemented",
+    ),
     *("__build_class__", "__name__", "__debug__", "Ellipsis"),
 }
 _STORES = {
@@ -84,8 +109,11 @@ def _fault_of_code(code: types.CodeType) -> str | None:
         before = instruction
     if tries > 0:
         return "handles exceptions"
-    if {"type", "id", "__class__"} & {*code.co_names}:
+    names = {*code.co_names}
+    if {"type", "id", "__class__"} & names or ("isinstance" in names and any(name.endswith("Tensor") for name in names)):
         return "asks for the type of a value"
+    if "autocast" in names:
+        return "switches autocast"
     return None
 
 

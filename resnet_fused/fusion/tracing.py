@@ -29,7 +29,19 @@ from resnet_fused.fusion.screening import CannotTrace, Screen, Watched
 _METADATA = ("shape", "size", "dim", "ndim", "dtype", "device", "numel", "is_cuda", "is_floating_point", "is_complex", "layout")
 _METADATA += ("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size")
 _TENSOR_NAMES = frozenset(dir(Tensor))
-_IMAGE_FUNCTIONS = ("conv2d", "batch_norm", "relu", "relu_", "add", "iadd", "max_pool2d", "avg_pool2d", "silu", "hardswish", "mul")
+_IMAGE_FUNCTIONS = (
+    "conv2d",
+    "batch_norm",
+    "relu",
+    "relu_",
+    "add",
+    "iadd",
+    "max_pool2d",
+    "avg_pool2d",
+    "silu",
+    "hardswish",
+    "mul",
+)
 
 
 def own_forward(module: nn.Module, name: str = "plain_forward") -> Callable[..., Any]:
@@ -88,11 +100,7 @@ class Trace:
 
 
 class _Proxy(fx.Proxy):
-    """A stand-in for a tensor that passes for one where it is asked what it is."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return Tensor
+    """A stand-in for a tensor, with a tensor's attributes and no others."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _TENSOR_NAMES:

@@ -133,8 +133,6 @@ def _fake(inputs: list[Tensor], parameters: list[Tensor], steps: str, precision:
     return [values[value.number] for value in program.outputs]
 
 
-
-
 def _no_derivative(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
         "resnet_fused::program has no derivative; it is for inference. Call the model without torch.no_grad(), and the layers "

@@ -326,7 +326,9 @@ class _Settling:
         n, c, h, w = x.shape
         convs = tuple(layer.conv for layer in step.layers)
         format = torch.channels_last
-        return Problem(step.op, (n, c, h, w), x.dtype, x.device, convs, step.shortcut, step.pool, format, self.settings.precision)
+        return Problem(
+            step.op, (n, c, h, w), x.dtype, x.device, convs, step.shortcut, step.pool, format, self.settings.precision
+        )
 
     def _check_residual(self, step: Step, problem: Problem, residual: Any, format: torch.memory_format, number: int) -> None:
         """Raises Unservable where stock's sum is more than one of equal tensors, or its format isn't the convolution's."""
@@ -450,4 +452,3 @@ def _caller(call: Call, module: nn.Module | None) -> Callable[..., Any]:
         return function(*fill(args, value_of), **fill(kwargs, value_of))
 
     return call_with
-

@@ -128,7 +128,9 @@ def _step(fields: Sequence[Any]) -> Step:
 def _layer(fields: Sequence[Any]) -> Layer:
     conv, pad, pad_mode, eps, tensors, promotes = fields
     in_channels, out_channels, *pairs, groups = conv
-    return Layer(Conv(in_channels, out_channels, *map(_pair, pairs), groups), tuple(pad), pad_mode, eps, tuple(tensors), promotes)
+    return Layer(
+        Conv(in_channels, out_channels, *map(_pair, pairs), groups), tuple(pad), pad_mode, eps, tuple(tensors), promotes
+    )
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

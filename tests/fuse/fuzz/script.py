@@ -199,7 +199,7 @@ class ScriptWriter:
                 f"{p} = nn.Parameter({new})" if p.startswith("at") else "",
                 f"with torch.no_grad():\n    {p}[0] = 0",
                 f"with torch.inference_mode():\n    {p}.mul_(0.5)",
-                f"{p}.data.numpy()[0] = 0.5",
+                f"{p}.data.numpy()[...] = 0.5",
                 f"torch.nn.init.constant_({p}, 0.1)",
             ]
         if self.convs:
