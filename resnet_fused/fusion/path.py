@@ -110,6 +110,7 @@ class _Traced:
         self.differentiable = [p for p in module.parameters() if p is not None]
         self.kinds = [(t.shape, t.dtype) for t in self.tensors]
         self.runs: dict[Any, Run] = {}
+        self.generation = records.generation()
         self.look = Look(self.tensors)
 
     def values_changed(self) -> bool:
@@ -312,6 +313,9 @@ class FastPath:
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
             if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
+        if traced.generation != records.generation():
+            # By other records other kernels are chosen, and what was packed for those before isn't used again.
+            traced.runs, traced.generation = {}, records.generation()
         run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module)
         while len(traced.runs) >= MAX_KERNELS:
             traced.runs.pop(next(iter(traced.runs)), None)
