@@ -150,6 +150,8 @@ class FastPath:
         self._alone: frozenset[str] = frozenset()
         self._settings = self.fusion.settings
         self.graph: GraphProgram | None = None
+        kind = next(base for base in type(self.module).__mro__ if "forward" in vars(base))
+        self._by_parts = "unfused_forward" in vars(kind)
 
     def __reduce__(self) -> Any:
         # copy, deepcopy and pickle all come through here; what is kept is found anew where it is needed.
@@ -394,7 +396,11 @@ class FastPath:
         graph = self.graph
         if graph is not None and not kwargs and len(args) == graph.inputs and graph.serves(self.module, args):
             return graph.run(self.module, args)
-        return self.own_forward(*args, **kwargs)
+        # As `own_forward`, in words that Dynamo knows.
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        forward = type(self.module).unfused_forward if self._by_parts else type(self.module).forward  # type: ignore[attr-defined]
+        return forward(self.module, *args, **kwargs)
 
 
 def _nothing(built: Built) -> str:

@@ -74,7 +74,7 @@ def test_forward_mode(models, x, grad):
             dual = forward_ad.make_dual(x, torch.ones_like(x))
             tangents.append(forward_ad.unpack_dual(model(dual)).tangent)
     assert tangents[1] is not None
-    _same(tangents[1], tangents[0])
+    assert torch.equal(tangents[1], tangents[0])
     _same(torch.func.jvp(models[1], (x,), (torch.ones_like(x),))[1], tangents[0])
 
 
@@ -95,6 +95,10 @@ def test_onnx(models, x):
     "value", [None, 3, np.zeros((1, 3, 20, 20), np.float32), [torch.zeros(3, 20, 20)]], ids=["None", "int", "numpy", "list"]
 )
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-def test_what_is_no_tensor_is_refused(models, value, grad):
-    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="torch.as_tensor"):
-        models[1](value)
+def test_what_is_no_tensor_is_refused_as_by_stock(models, value, grad):
+    errors = []
+    for model in models:
+        with torch.set_grad_enabled(grad), pytest.raises(TypeError) as error:
+            model(value)
+        errors.append(str(error.value))
+    assert errors[1] == errors[0]

@@ -228,13 +228,30 @@ def test_copies_and_pickles_leave_the_folded_parameters_behind(trained):
     assert repr(block) == repr(rf.Bottleneck(16, 4))
 
 
-def test_compiles_without_a_graph_break(trained):
+@pytest.mark.parametrize("called", [False, True], ids=["never-called", "called"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_compiles_without_a_graph_break(called, training, trained):
     block = trained(rf.Bottleneck(16, 4))
+    other = trained(rf.Bottleneck(16, 4))
+    other.load_state_dict(block.state_dict())
     x = torch.randn(2, 16, 5, 5)
-    with torch.no_grad():
-        want = _stock(block, x)
-        got = torch.compile(block, fullgraph=True)(x)
+    if called:
+        with torch.no_grad():
+            block(x)
+    block.train(training), other.train(training)
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.set_grad_enabled(training):
+        want = _stock(other, x)
+        got = torch.compile(block, fullgraph=True, backend=backend)(x)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert ("resnet_fused.program.default" in targets) == (called and not training)
+    for a, b in zip(block.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("kwargs", [{"groups": 2}, {"base_width": 128}, {"dilation": 2}], ids=str)
