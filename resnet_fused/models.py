@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.modules.blocks import BasicBlock, Bottleneck
 from resnet_fused.fusion.folding import hooks_of
+from resnet_fused.modules.blocks import BasicBlock, Bottleneck
 from resnet_fused.modules.norm import bn_relu
 
 __all__ = [

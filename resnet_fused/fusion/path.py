@@ -1,7 +1,7 @@
 """The fast path at a module's forward: fused kernels where everything is as it was when the forward was traced.
 
-A fast path stands in the instance's attribute `forward`. A call that its guards hold for runs the program of kernels; every other
-call runs the module's own forward, in which the fast paths of its children still serve.
+A fast path stands in the instance's attribute `forward`. A call that its guards hold for runs the program of kernels; every
+other call runs the module's own forward, in which the fast paths of its children still serve.
 """
 
 from __future__ import annotations
@@ -271,9 +271,8 @@ class FastPath:
             return self._not("it is traced, transformed, or called with a subclass of Tensor")
         if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
             return self._not("a derivative may be asked for; call it under torch.no_grad() or torch.inference_mode()")
-        if not traced.look.unchanged():
-            if not self._values_changed(traced):
-                return self._not(self._untraceable)
+        if not traced.look.unchanged() and not self._values_changed(traced):
+            return self._not(self._untraceable)
         key = self._key(args)
         run = traced.runs.get(key)
         try:

@@ -38,12 +38,12 @@ class Report:
         count = sum(bool(row.op) for row in self.rows)
         backends = "" if any(row.backends for row in self.rows) else " Backends are chosen at the first call."
         total = (self.parameter_bytes + self.packed_bytes) / max(self.parameter_bytes, 1)
-        calls = f"{self.calls_fused} calls fused, {self.calls_stock} as stock"
+        calls = f"{self.calls_fused} calls fused, {self.calls_stock} as stock" + (f": {self.reason}" if self.reason else "")
+        weights, packed = (f"{size / 2**20:.1f} MiB" for size in (self.parameter_bytes, self.packed_bytes))
         return (
             table(("convolution", "shape", "fused into", "backend", "note"), rows)
-            + f"\n{count} of {len(self.rows)} convolutions fused.{backends} {calls}{': ' + self.reason if self.reason else ''}.\n"
-            + f"Weights: {self.parameter_bytes / 2**20:.1f} MiB, and {self.packed_bytes / 2**20:.1f} MiB packed for the kernels: "
-            + f"{total:.2f}× in all."
+            + f"\n{count} of {len(self.rows)} convolutions fused.{backends} {calls}.\n"
+            + f"Weights: {weights}, and {packed} packed for the kernels: {total:.2f}× in all."
         )
 
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (list, dict, set, OrderedDict, collections.defaultdict, collections.deque)
-_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum)
-_IMMUTABLE += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+_IMMUTABLE: tuple[type, ...] = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 

@@ -53,8 +53,10 @@ _LIBRARY_FILES = (
 )
 _PURE_MODULES = ("torch", "math", "operator", "functools", "itertools", "collections", "typing", "numbers", "_operator", "enum")
 # Calls of PyTorch's that change its state, or tell of it.
-_IMPURE = ("manual_seed", "seed", "set_", "save", "load", "_C", "compile", "backends", "profiler", "is_grad_enabled")
-_IMPURE += ("is_inference_mode", "is_autocast", "get_", "are_", "initial_seed", "cuda", "random")
+_IMPURE = (
+    *("manual_seed", "seed", "set_", "save", "load", "_C", "compile", "backends", "profiler", "is_grad_enabled"),
+    *("is_inference_mode", "is_autocast", "get_", "are_", "initial_seed", "cuda", "random"),
+)
 _BUILTINS = {
     *("len", "range", "enumerate", "zip", "isinstance", "issubclass", "getattr", "hasattr", "list", "tuple", "dict", "set"),
     *("frozenset", "int", "float", "bool", "str", "min", "max", "sum", "abs", "round", "sorted", "reversed", "map", "filter"),
@@ -223,7 +225,7 @@ class Screen:
             if isinstance(following, (staticmethod, classmethod)):
                 return None
             value = following
-            self.watched.append(Watched(vars(owner), attribute, value))  # type: ignore[arg-type]
+            self.watched.append(Watched(vars(owner), attribute, value))
         if isinstance(value, types.BuiltinFunctionType):
             pure = (value.__module__ or "").split(".")[0] in _PURE_MODULES
             return None if pure else f"calls {path}"

@@ -26,8 +26,10 @@ from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable
 from resnet_fused.fusion.screening import CannotTrace, Screen, Watched
 
 # What may be asked of a parameter while tracing: it doesn't change without the parameter.
-_METADATA = ("shape", "size", "dim", "ndim", "dtype", "device", "numel", "is_cuda", "is_floating_point", "is_complex", "layout")
-_METADATA += ("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size")
+_METADATA = (
+    *("shape", "size", "dim", "ndim", "dtype", "device", "numel", "is_cuda", "is_floating_point", "is_complex", "layout"),
+    *("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size"),
+)
 _TENSOR_NAMES = frozenset(dir(Tensor))
 _IMAGE_FUNCTIONS = (
     "conv2d",

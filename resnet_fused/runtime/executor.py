@@ -1,7 +1,7 @@
 """Runs programs: finds the kernels for a kind of input at its first call, and then runs them one after the other.
 
-Inside of a program results of steps are channels_last, the kernels' own format. What is called beside them, and what is given to
-the caller, has the strides that it would have in stock PyTorch.
+Inside of a program results of steps are channels_last, the kernels' own format. What is called beside them, and what is given
+to the caller, has the strides that it would have in stock PyTorch.
 """
 
 from __future__ import annotations
@@ -405,7 +405,7 @@ class _Settling:
             return None
         folded = self.folded.linear(weight, bias)
         conv = Conv(weight.shape[1], weight.shape[0], (1, 1))
-        problem = Problem("conv2d_bn", (*x.shape, 1, 1), x.dtype, x.device, (conv,))  # type: ignore[arg-type]
+        problem = Problem("conv2d_bn", (*x.shape, 1, 1), x.dtype, x.device, (conv,))
         kernel, backend = bind(problem, folded, choice(self.settings.backend))
         self.made.problems[number] = (problem, backend)
         self.made.folded.append(folded)

@@ -127,10 +127,9 @@ def _step(fields: Sequence[Any]) -> Step:
 
 def _layer(fields: Sequence[Any]) -> Layer:
     conv, pad, pad_mode, eps, tensors, promotes = fields
-    in_channels, out_channels, *pairs, groups = conv
-    return Layer(
-        Conv(in_channels, out_channels, *map(_pair, pairs), groups), tuple(pad), pad_mode, eps, tuple(tensors), promotes
-    )
+    in_channels, out_channels, kernel, stride, padding, dilation, groups = conv
+    geometry = Conv(in_channels, out_channels, _pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups)
+    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
@@ -171,7 +170,7 @@ def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:
     """y with exactly the strides of a new tensor of the format; y itself where it has them, or `format` is None."""
     if format is None or y.dim() != 4:
         return y
-    n, c, h, w = y.shape
+    _, c, h, w = y.shape
     strides = (c * h * w, 1, w * c, c) if format == torch.channels_last else (c * h * w, h * w, w, 1)
     if y.stride() == strides:
         return y
