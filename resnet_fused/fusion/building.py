@@ -55,16 +55,10 @@ def build(module: nn.Module, alone: frozenset[str] = frozenset()) -> Built:
     Raises:
         CannotTrace: the forward can't be traced, or replaying it could have another effect; the message is the reason.
     """
-    # While torch.jit.trace is at work, sizes are tensors.
-    state, set_state = torch._C._get_tracing_state(), torch._C._set_tracing_state  # type: ignore[attr-defined]
-    set_state(None)
-    try:
-        with torch.no_grad():
-            found = trace(module)
-            matcher = Matcher(module, found.graph, alone)
-        return _Builder(module, found, matcher).build()
-    finally:
-        set_state(state)
+    with torch.no_grad():
+        found = trace(module)
+        matcher = Matcher(module, found.graph, alone)
+    return _Builder(module, found, matcher).build()
 
 
 class _Builder:

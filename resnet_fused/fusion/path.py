@@ -27,7 +27,7 @@ from resnet_fused.fusion.guards import Structure
 from resnet_fused.fusion.layers import get
 from resnet_fused.fusion.screening import CannotTrace
 from resnet_fused.fusion.tracing import class_forward, own_forward
-from resnet_fused.ops.common import MAX_KERNELS, autocast_dtype, plain
+from resnet_fused.runtime.calls import MAX_KERNELS, autocast_dtype, plain
 from resnet_fused.runtime.executor import Run, Settings, settle
 from resnet_fused.runtime.parameters import Look, Parameters, Unservable
 
@@ -343,6 +343,15 @@ class FastPath:
         if self._wait > 0:
             self._wait -= 1
             return None
+        # While torch.jit.trace is at work, it would record what is asked of parameters, and sizes are tensors.
+        state, set_state = torch._C._get_tracing_state(), torch._C._set_tracing_state  # type: ignore[attr-defined]
+        set_state(None)
+        try:
+            return self._trace_now()
+        finally:
+            set_state(state)
+
+    def _trace_now(self) -> _Traced | None:
         self._attempts += 1
         self._wait = 2 ** min(self._attempts - _PROMPT_TRACES, _LONGEST_WAIT) if self._attempts > _PROMPT_TRACES else 0
         self._traced = None

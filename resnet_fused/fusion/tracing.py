@@ -153,12 +153,12 @@ class _Proxy(fx.Proxy):
         return self._in_place(operator.itruediv, other)
 
 
-class _Attribute(_Proxy, Attribute):  # type: ignore[misc]
+class _Attribute(_Proxy, Attribute):
     """An attribute of a stand-in, or a method of it that is about to be called."""
 
     __init__ = Attribute.__init__
     node = Attribute.node
-    __call__ = Attribute.__call__  # type: ignore[assignment]
+    __call__ = Attribute.__call__
 
 
 class _Count(_Proxy):
@@ -171,7 +171,7 @@ class _Count(_Proxy):
         return True if other == 0 else super().__ne__(other)
 
     def __gt__(self, other: Any) -> Any:
-        return True if other == 0 else super().__gt__(other)  # type: ignore[operator]
+        return True if other == 0 else super().__gt__(other)  # type: ignore[misc]
 
     __hash__ = object.__hash__
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from resnet_fused.backends import BackendError, Conv, Declined, Folded, Kernel, Precision, Problem, choice, get
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
-from resnet_fused.ops.common import autocast_dtype
+from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.parameters import Parameters, Unservable
+from resnet_fused.runtime.plain import stock_step
 from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, stock_format
 
 # Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
@@ -257,19 +258,32 @@ class _Settling:
 
     def _plain(self, step: Step, number: int, format: torch.memory_format | None) -> Callable[..., Any]:
         """The step in stock's ops. `format`: which they are to give their result; None: as it comes."""
-        program = self.program.plain[number]
-        callers = [(_caller(call, self.module), call.reads) for call in program.items if isinstance(call, Call)]
         formats = [self.formats[read] for read in step.reads]
-        output = program.outputs.number
+        run = self._plain_calls(number) if number in self.program.plain else self._plain_layers(step)
 
-        def run(*given: Tensor) -> Tensor:
-            values = [in_format(x, f) if isinstance(x, Tensor) else x for x, f in zip(given, formats, strict=True)]
-            for function, reads in callers:
-                values.append(function(*[values[read] for read in reads]))
-            y: Tensor = values[output]
+        def in_stocks_format(*given: Tensor) -> Tensor:
+            y = run(*(in_format(x, f) if isinstance(x, Tensor) else x for x, f in zip(given, formats, strict=True)))
             return y if format is None else y.contiguous(memory_format=format)
 
+        return in_stocks_format
+
+    def _plain_calls(self, number: int) -> Callable[..., Any]:
+        """A step by the calls that it was made of."""
+        program = self.program.plain[number]
+        callers = [(_caller(call, self.module), call.reads) for call in program.items if isinstance(call, Call)]
+        output = program.outputs.number
+
+        def run(*given: Any) -> Any:
+            values = [*given]
+            for function, reads in callers:
+                values.append(function(*[values[read] for read in reads]))
+            return values[output]
+
         return run
+
+    def _plain_layers(self, step: Step) -> Callable[..., Any]:
+        parameters = self.parameters
+        return lambda x, residual=None: stock_step(step, parameters, x, residual)
 
     def _fused(self, step: Step, number: int) -> None:
         x = self.values[step.x]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import Conv, Pool
-from resnet_fused.ops.common import memory_format
+from resnet_fused.runtime.calls import memory_format
 
 NONE = -1
 
