@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tolerances import FLOOR, TIMES_STOCK
 
 import resnet_fused as rf
@@ -139,3 +141,15 @@ def test_environment_chooses_the_backend():
         assert run.stdout.strip() == expected, run.stderr
     run = subprocess.run([sys.executable, "-c", code], env={"RESNET_FUSED_BACKEND": "fast"}, capture_output=True, text=True)
     assert "RESNET_FUSED_BACKEND is 'fast'; it must be 'auto' or one of" in run.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++; install a C++ compiler")
+def test_native_code_compiles_with_the_headers_of_older_pytorch(tmp_path):
+    """PyTorch 2.11's stable ABI has no STABLE_TORCH_ERROR_CODE_CHECK."""
+    older = tmp_path / "older.h"
+    older.write_text("#include <torch/csrc/stable/ops.h>\n#include <torch/csrc/stable/tensor.h>\n#undef STABLE_TORCH_ERROR_CODE_CHECK\n")
+    include = Path(torch.__file__).parent / "include"
+    source = ROOT.parent / "csrc" / "cpu" / "activations.cpp"
+    command = ["g++", "-std=c++20", "-fsyntax-only", f"-I{include}", "-include", str(older), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
