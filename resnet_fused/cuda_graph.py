@@ -156,9 +156,7 @@ class CudaGraphed(nn.Module):
             return None
         state: list[int] = []
         for module in self.model.modules():
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            # The library's own hooks only convert tensors.
-            if module.training or any(not getattr(hook, "__module__", "").startswith("resnet_fused.") for hook in hooks):
+            if module.training or module._forward_hooks or module._forward_pre_hooks:
                 return None
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:

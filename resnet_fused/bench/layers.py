@@ -22,7 +22,7 @@ from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.bench.timing import interleave
 from resnet_fused.bench.workloads import Workload
 from resnet_fused.fuse import fuse
-from resnet_fused.ops.common import Runner
+from resnet_fused.fusion.rows import path_of
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def problems(workload: Workload) -> Counter[Problem]:
     model(x.contiguous(memory_format=torch.channels_last))
     found: Counter[Problem] = Counter()
     for module in model.modules():
-        for runner in vars(module).values():
-            if isinstance(runner, Runner):
-                found.update(set(runner.backends_used.values()))
+        path = path_of(module)
+        for run in path.runs() if path is not None else ():
+            found.update(problem for problem, _ in run.problems.values())
     return found
 
 

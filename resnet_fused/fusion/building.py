@@ -72,6 +72,8 @@ class _Builder:
         inputs = [node for node in nodes if node.op == "placeholder"]
         self.numbers.update((node, i) for i, node in enumerate(inputs))
         groups = {group.position: group for group in matcher.groups}
+        if not groups:
+            return Built(Program(0, (), None), [], [], self.trace, reasons=matcher.reasons)
         covered = {node for group in matcher.groups for unit in group.units for node in unit.covered}
         identities = {node for node in nodes if matcher.is_identity(node) and self._bypassed(node)}
         items: list[Step | Call] = []

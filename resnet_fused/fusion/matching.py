@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from resnet_fused.backends import Pool
 from resnet_fused.fusion.folding import NotFoldable, check_overflow
@@ -323,7 +324,8 @@ class Matcher:
         """Whether a node may write to its inputs: in-place functions and methods, and modules that aren't known not to."""
         if node.op == "call_module":
             called = self.module.get_submodule(str(node.target))
-            known = is_layer(called) and type(called).__module__.startswith(_PLAIN_LAYERS)
+            kind = parametrize.type_before_parametrizations(called)
+            known = is_layer(called) and kind.__module__.startswith(_PLAIN_LAYERS)
             return not known or bool(getattr(called, "inplace", False)) or has_hooks(called)
         if node.op not in ("call_function", "call_method"):
             return False

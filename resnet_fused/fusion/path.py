@@ -130,6 +130,7 @@ class FastPath:
     Attributes:
         previous: the module's own forward, where it had one that isn't of its class.
         reason: why the last call ran the module's own forward; "" if it didn't.
+        reasons: why convolutions can't be fused, by their names, where none can.
     """
 
     def __init__(self, module: nn.Module, fusion: Fusion, root: bool = False) -> None:
@@ -143,6 +144,7 @@ class FastPath:
         self.removed = False
         self._traced: _Traced | None = None
         self._untraceable = ""
+        self.reasons: dict[str, str] = {}
         self._attempts = self._wait = 0
         self._alone: frozenset[str] = frozenset()
         self._settings = self.fusion.settings
@@ -354,10 +356,11 @@ class FastPath:
     def _trace_now(self) -> _Traced | None:
         self._attempts += 1
         self._wait = 2 ** min(self._attempts - _PROMPT_TRACES, _LONGEST_WAIT) if self._attempts > _PROMPT_TRACES else 0
-        self._traced = None
+        self._traced, self.reasons = None, {}
         try:
             built = build(self.module, self._alone)
             if not built.groups:
+                self.reasons = built.reasons
                 raise Unservable(_nothing(built))
             traced = _Traced(self.module, built)
         except (CannotTrace, NotFoldable, Unservable) as reason:

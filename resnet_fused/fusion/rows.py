@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -42,11 +42,17 @@ def path_of(module: nn.Module) -> FastPath | None:
 
 def rows_of(model: nn.Module) -> list[Row]:
     """A row for each convolution of a model, as it is now."""
-    rows = {p: Row(p, _shape(m)) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Conv2d)}
+    convs = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Conv2d)}
+    rows = {p: Row(p, _shape(m)) for p, m in convs.items()}
     _explain(model, "", rows)
     served = _backends(model)
     for row in rows.values():
         row.backends = ", ".join(sorted(served.get(row.conv, ())))
+    # A convolution that stands in several places is told of once by the program.
+    told = {id(m): rows[p] for p, m in reversed(convs.items()) if rows[p].op}
+    for path, conv in convs.items():
+        if not rows[path].op and id(conv) in told:
+            rows[path] = replace(told[id(conv)], conv=path)
     return [*rows.values()]
 
 
@@ -57,7 +63,7 @@ def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
         for name, child in module.named_children():
             own = rows.get(join(path, name))
             if own is not None and not own.op and fast is not None:
-                own.note = fast.untraceable
+                own.note = fast.reasons.get(name, fast.untraceable)
             _explain(child, join(path, name), rows)
         if fast is not None and path in rows:
             rows[path].note = fast.untraceable

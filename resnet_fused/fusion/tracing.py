@@ -303,6 +303,10 @@ class _Tracer(TracerBase):
         self.results: list[fx.Node] = []
         trace.structure = self._structure(result)
         self.graph.output(tuple(self.results))
+        # A size that was only asked for is no reader.
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op == "call_method" and node.target in _METADATA:
+                self.graph.erase_node(node)
         return trace
 
     def _structure(self, value: Any) -> Any:

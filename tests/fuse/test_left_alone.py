@@ -1,18 +1,20 @@
-"""What rf.fuse can't prove safe: left exactly as it was, with the reason in the report, and the same results."""
+"""What rf.fuse can't prove safe: run exactly as it was, with the reason in the report, and the same results."""
 
 from __future__ import annotations
 
-import io
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from paths import assert_same_model, ops, report, rows
+from tolerances import assert_as_good_as_stock
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import resnet_fused as rf
-from resnet_fused.modules import FusedModule
+from resnet_fused.runtime import parameters
 
 
 class ConvBN(nn.Module):
@@ -39,17 +41,6 @@ class Branches(ConvBN):
         return self.act(self.bn(self.conv(x))) if x.sum() > 0 else x
 
 
-class OptionalArgument(ConvBN):
-    def forward(self, x, mask=None):
-        y = self.act(self.bn(self.conv(x)))
-        return y if mask is None else y * mask
-
-
-class CalledTwice(ConvBN):
-    def forward(self, x):
-        return self.act(self.bn(self.conv(self.conv(x))))
-
-
 class Counts(ConvBN):
     calls = 0
 
@@ -61,37 +52,6 @@ class Counts(ConvBN):
 class MakesATensor(ConvBN):
     def forward(self, x):
         return self.act(self.bn(self.conv(x))) + torch.rand(1) * 0
-
-
-class CallsParts(nn.Module):
-    """Calls a child as a whole and one of its parts by itself: swapping the part would change one of both."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = ConvBN()
-
-    def forward(self, x):
-        return self.inner(x) + self.inner.bn(x)
-
-
-class SharedModule(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = ConvBN()
-        self.b = self.a
-
-    def forward(self, x):
-        return self.b(self.a(x))
-
-
-class TiedWeights(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = ConvBN(), ConvBN()
-        self.b.conv.weight = self.a.conv.weight
-
-    def forward(self, x):
-        return self.b(self.a(x))
 
 
 class OddFrozenBatchNorm2d(nn.Module):
@@ -154,14 +114,9 @@ LEFT = {
     "old-weight-norm": (lambda: ConvBN(conv=nn.utils.weight_norm(nn.Conv2d(8, 8, 3, padding=1))).eval(), "weight_norm"),
     "pruning-mask": (_pruned, "pruning"),
     "quantization-aware": (_quantized, "computes something else than nn.Conv2d"),
-    "data-dependent-branch": (lambda: Branches().eval(), "can't be traced"),
-    "optional-argument": (lambda: OptionalArgument().eval(), "optional argument 'mask'"),
-    "conv-called-twice": (lambda: CalledTwice().eval(), "called more than once"),
-    "forward-changes-the-module": (lambda: Counts().eval(), "changes the module"),
-    "forward-makes-a-tensor": (lambda: MakesATensor().eval(), "makes a tensor of its own"),
-    "parts-called-alone": (lambda: CallsParts().eval(), "also calls a part"),
-    "module-in-two-places": (lambda: SharedModule().eval(), "used in several places"),
-    "tied-weights": (lambda: TiedWeights().eval(), "shared with another module"),
+    "data-dependent-branch": (lambda: Branches().eval(), "forward of Branches branches on a tensor's values or size"),
+    "forward-changes-the-module": (lambda: Counts().eval(), "forward of Counts changes its attribute 'calls'"),
+    "forward-makes-a-tensor": (lambda: MakesATensor().eval(), "makes a tensor or asks PyTorch by itself (rand)"),
     "only-the-name-of-a-frozen-bn": (lambda: ConvBN(bn=OddFrozenBatchNorm2d(8)).eval(), "computes something else"),
     "folding-overflows": (_overflowing, "overflow torch.float16"),
     "no-bn": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()).eval(), "no batch norm follows, but ReLU"),
@@ -170,21 +125,115 @@ LEFT = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*deprecated.*:DeprecationWarning")
 @pytest.mark.parametrize("make, reason", LEFT.values(), ids=LEFT)
+@torch.no_grad()
 def test_left_exactly_as_it_was_with_the_reason(make, reason):
     model = make()
     x = torch.randn(2, 8, 6, 6).to(next(model.parameters()).dtype)
     fused = rf.fuse(model)
-    assert not any(isinstance(m, FusedModule) for m in fused.modules())
-    with torch.no_grad():
-        torch.manual_seed(1)
-        want = model(x)
-        torch.manual_seed(1)
-        assert torch.equal(fused(x), want)
-    rows = rf.report(fused, file=io.StringIO()).rows
-    assert rows
-    for row in rows:
+    assert_same_model(fused, model)
+    torch.manual_seed(1)
+    want = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(fused(x), want)
+    for (name, a), b in zip(fused.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), f"{name} was left otherwise than by stock"
+    said = report(fused)
+    assert (said.calls_fused, said.calls_stock) == (0, 1)
+    assert said.reason
+    assert said.rows
+    for row in said.rows:
         assert not row.op
         assert reason in row.note, row.note
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_each_convolution_has_a_reason_of_its_own():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.utils.weight_norm(nn.Conv2d(8, 8, 1)), nn.BatchNorm2d(8)).eval()
+    first, second = rows(rf.fuse(model))
+    assert first.note == "no batch norm follows, but ReLU"
+    assert "weight is computed by weight_norm" in second.note
+
+
+class OptionalArgument(ConvBN):
+    def forward(self, x, mask=None):
+        y = self.act(self.bn(self.conv(x)))
+        return y if mask is None else y * mask
+
+
+class CalledTwice(ConvBN):
+    def forward(self, x):
+        return self.act(self.bn(self.conv(self.conv(x))))
+
+
+class CallsParts(nn.Module):
+    """Calls a child as a whole and one of its parts by itself: swapping the part would change one of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = ConvBN()
+
+    def forward(self, x):
+        return self.inner(x) + self.inner.bn(x)
+
+
+class SharedModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = ConvBN()
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+class TiedWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = ConvBN(), ConvBN()
+        self.b.conv.weight = self.a.conv.weight
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+ALLOWED = {
+    "optional-argument": (OptionalArgument, 1),
+    "conv-called-twice": (CalledTwice, 1),
+    "parts-called-alone": (CallsParts, 1),
+    "module-in-two-places": (SharedModule, 2),
+    "tied-weights": (TiedWeights, 2),
+}
+
+
+@pytest.mark.parametrize("make, steps", ALLOWED.values(), ids=ALLOWED)
+@torch.no_grad()
+def test_what_is_called_twice_shared_or_optional_is_fused_and_right(make, steps, trained):
+    """And stays right when the one tensor that several layers have changes."""
+    model = trained(make())
+    x = torch.randn(2, 8, 6, 6)
+    fused = rf.fuse(model)
+    for change in (1.0, -0.5):
+        for m in (model, fused):
+            (m.conv if hasattr(m, "conv") else next(m.children()).conv).weight.mul_(change)
+        assert_as_good_as_stock(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
+    assert_same_model(fused, model)
+    assert ops(fused) == {"conv2d_bn_relu": steps}
+    assert all(row.op == "conv2d_bn_relu" for row in rows(fused))
+    parameters = [*fused.parameters()]
+    assert len(parameters) == len([*model.parameters()]), "a tie was lost"
+
+
+@torch.no_grad()
+def test_an_optional_argument_that_is_given_is_stocks(trained):
+    model = trained(OptionalArgument())
+    fused, x, mask = rf.fuse(model), torch.randn(2, 8, 6, 6), torch.rand(2, 8, 6, 6)
+    for call in (lambda m: m(x, mask), lambda m: m(x, mask=mask), lambda m: m(mask=mask, x=x), lambda m: m(x, None)):
+        assert torch.equal(call(fused), call(model))
+    assert report(fused).calls_fused == 0
+    torch.testing.assert_close(fused(x=x), model(x), rtol=1e-5, atol=1e-5)
+    assert report(fused).calls_fused == 1
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        fused(mask=mask)
 
 
 PARTLY = {
@@ -201,7 +250,7 @@ def test_what_follows_stays_and_the_report_says_why(make, op, note):
     x = torch.randn(2, 8, 6, 6)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x))
-    (row,) = rf.report(fused, file=io.StringIO()).rows
+    (row,) = rows(fused)
     assert row.op == op
     assert note in row.note
 
@@ -244,20 +293,19 @@ def test_detectron_blocks_are_fused_whole(trained):
     x = torch.randn(2, 16, 6, 6)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
-    rows = rf.report(fused, file=io.StringIO()).rows
-    assert [(row.conv, row.op) for row in rows] == [
+    assert_same_model(fused, model)
+    assert [(row.conv, row.op) for row in rows(fused)] == [
         (f"0.{name}", "bottleneck") for name in ("conv1", "conv2", "conv3", "shortcut")
     ]
 
 
-def test_wrapped_convolution_that_computes_more_is_left_alone(trained):
+def test_wrapped_convolution_that_computes_more_computes_it_still(trained):
     model = trained(nn.Sequential(Wrapped(8, 8, 3, norm=nn.BatchNorm2d(8), activation=F.relu, twice=True)))
     fused = rf.fuse(model)
-    (row,) = rf.report(fused, file=io.StringIO()).rows
-    assert "computes something else" in row.note
     x = torch.randn(1, 8, 6, 6)
     with torch.no_grad():
-        assert torch.equal(fused(x), model(x))
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert [row.op for row in rows(fused)] == ["conv2d_bn_relu"]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +326,7 @@ def test_padding_strings_and_modes(conv, trained):
     x = torch.randn(2, 8, 9, 9)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
-    assert rf.report(fused, file=io.StringIO()).rows[0].op == "conv2d_bn_relu"
+    assert rows(fused)[0].op == "conv2d_bn_relu"
 
 
 class Views(nn.Module):
@@ -307,12 +355,17 @@ def test_example_inputs_are_compared(trained, monkeypatch, caplog):
     x = torch.randn(1, 8, 6, 6)
     assert rf.fuse(model, example_inputs=x) is not model
 
-    from resnet_fused.modules import fused as module
-
-    fold = module.fold
-    monkeypatch.setattr(module, "fold", lambda conv, norm: tuple(t * 1.5 for t in fold(conv, norm)))
-    assert rf.fuse(model, example_inputs=x) is model
-    assert "disagrees with the original" in caplog.text
+    fold = parameters._fold
+    monkeypatch.setattr(parameters, "_fold", lambda *args: tuple(t * 1.5 for t in fold(*args)))
+    state = copy.deepcopy(model.state_dict())
+    for inplace in (False, True):
+        caplog.clear()
+        assert rf.fuse(model, example_inputs=x, inplace=inplace) is model
+        assert "the fused model is wrong on example_inputs, so the original is returned" in caplog.text
+        assert "fused by resnet_fused" not in repr(model)
+        with pytest.raises(ValueError, match="that rf.fuse didn't make"):
+            rf.report(model)
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -356,11 +409,14 @@ def test_an_image_without_its_batch_is_taken_where_stock_takes_it(grad: bool):
     model = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d).eval()
     trunk = nn.Sequential(*[*model.children()][:-1])
     fused, x = rf.fuse(trunk), torch.randn(3, 64, 64)
-    assert sum(isinstance(m, FusedModule) for m in fused.modules()) > 9
+    assert all(row.op for row in rows(fused))
     with torch.set_grad_enabled(grad):
         for _ in range(2):
             torch.testing.assert_close(fused(x), trunk(x), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(fused(x[None]), fused(x))
+    plain = rf.fuse(nn.Sequential(ConvBN()).eval())
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="expected 4D input"):
+        plain(torch.randn(8, 6, 6))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -368,8 +424,9 @@ def test_a_convolution_without_filters_does_not_keep_the_others_from_being_fused
     """Stock makes it, and refuses it only where it is called."""
     model = nn.Sequential(ConvBN(), nn.Sequential(nn.Conv2d(8, 0, 1), nn.BatchNorm2d(0))).eval()
     fused, x = rf.fuse(model), torch.randn(1, 8, 6, 6)
-    assert isinstance(fused[0], FusedModule)
-    torch.testing.assert_close(fused[0](x), model[0](x), rtol=1e-4, atol=1e-5)
-    for net in (model, fused):
-        with pytest.raises(RuntimeError, match="at least 1"):
-            net(x)
+    with torch.no_grad():
+        torch.testing.assert_close(fused[0](x), model[0](x), rtol=1e-4, atol=1e-5)
+        assert ops(fused)["conv2d_bn_relu"] == 1
+        for net in (model, fused):
+            with pytest.raises(RuntimeError, match="at least 1"):
+                net(x)
