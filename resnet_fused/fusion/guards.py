@@ -140,4 +140,4 @@ def _is(a: Any, b: Any) -> bool:
 
 def is_constant_name(watched: Watched) -> bool:
     """Whether a name is one of PyTorch's, Python's or a class's or function's, which nobody gives another value."""
-    return isinstance(watched.value, type(torch)) or getattr(watched.value, "__module__", "").startswith("torch")
+    return isinstance(watched.value, type(torch)) or str(getattr(watched.value, "__module__", "")).startswith("torch")

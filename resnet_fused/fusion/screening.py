@@ -227,7 +227,8 @@ class Screen:
             value = following
             self.watched.append(Watched(vars(owner), attribute, value))
         if isinstance(value, types.BuiltinFunctionType):
-            pure = (value.__module__ or "").split(".")[0] in _PURE_MODULES
+            # Named tuples make themselves by tuple.__new__.
+            pure = (value.__module__ or "").split(".")[0] in _PURE_MODULES or value.__self__ is tuple
             return None if pure else f"calls {path}"
         if isinstance(value, types.ModuleType):
             return None if value.__name__.split(".")[0] in _PURE_MODULES or not attributes else f"reads {path}"
