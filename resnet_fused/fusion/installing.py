@@ -97,6 +97,15 @@ def install_checked(
     return model, True
 
 
+def release_packed(model: nn.Module, example_inputs: Any) -> None:
+    """Gives back the weights that kernels for inputs such as the example packed."""
+    path = path_of(model)
+    assert path is not None
+    with torch.no_grad():
+        model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    path.release()
+
+
 def _check(model: object, precision: str, backend: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(

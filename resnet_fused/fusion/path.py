@@ -29,7 +29,9 @@ from resnet_fused.fusion.screening import CannotTrace
 from resnet_fused.fusion.tracing import class_forward, own_forward
 from resnet_fused.runtime.calls import MAX_KERNELS, autocast_dtype, plain
 from resnet_fused.runtime.executor import Run, Settings, settle
-from resnet_fused.runtime.parameters import Look, Parameters, Unservable
+from resnet_fused.runtime.parameters import Look, Parameters, Unservable, kept
+from resnet_fused.runtime.program import Call
+from resnet_fused.runtime.released import release
 
 _STOCK: Any = object()  # what `_serve` gives where the module's own forward must run
 _requires_grad = operator.attrgetter("requires_grad")
@@ -110,11 +112,11 @@ class _Traced:
         self.differentiable = [p for p in module.parameters() if p is not None]
         self.kinds = [(t.shape, t.dtype) for t in self.tensors]
         self.runs: dict[Any, Run] = {}
-        self.look = Look(self.tensors)
+        self.look = Look(kept(self.tensors))
 
     def values_changed(self) -> bool:
         """Takes the parameters' values as they are now; False if they aren't of the traced shapes and dtypes any more."""
-        self.look = Look(self.tensors)
+        self.look = Look(kept(self.tensors))
         self.runs = {}
         return self.kinds == [(t.shape, t.dtype) for t in self.tensors]
 
@@ -383,6 +385,33 @@ class FastPath:
         if traced is None or traced.structure.fault() is not None:
             traced = self._trace()
         return None if traced is None else traced.built
+
+    def release(self) -> None:
+        """Gives back the memory of the weights that were packed for the calls so far.
+
+        Raises:
+            ValueError: no call was served.
+        """
+        traced = self._traced
+        if traced is None or not traced.runs:
+            raise ValueError(
+                f"release=True found nothing to release, since no fused kernel runs the whole model: {self.reason}. "
+                "Leave release out, and see rf.report."
+            )
+        built = traced.built
+        fused = set.intersection(*(set(run.problems) for run in traced.runs.values()))
+        units = [unit for number in fused & built.groups.keys() for unit in built.groups[number].units]
+        read_otherwise = {item.target for item in built.program.items if isinstance(item, Call) and item.kind == "get_attr"}
+        weights = {unit.layer.weight for unit in units}
+        for number, item in enumerate(built.program.items, built.program.inputs):
+            if isinstance(item, Call) and item.fast and number in fused:
+                weights.add(f"{item.target}.weight")
+        for path in weights - read_otherwise:
+            weight = get(self.module, path)
+            if type(weight) is nn.Parameter:
+                release(weight)
+        traced.look = Look(kept(traced.tensors))
+        self.fusion.parameters.forget_released()
 
     # ---- graphs ------------------------------------------------------------------------------------------------------
 
