@@ -195,6 +195,8 @@ class Matcher:
     def _written_between(self, first: fx.Node, last: fx.Node, units: set[Unit] | list[Unit]) -> bool:
         """Whether a tensor may be written to between two nodes, by other nodes than those that some units cover."""
         covered = {node for unit in units for node in unit.covered}
+        # A convolution's result is new, and only its batch norm, of whatever class, may write into it.
+        covered.update(node for unit in self.units for node in unit.covered[:2])
         inside = (n for n, at in self.order.items() if self.order[first] < at < self.order[last] and n not in covered)
         return any(self.may_write(n) and not self._writes_own(n) for n in inside)
 

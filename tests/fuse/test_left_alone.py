@@ -406,7 +406,8 @@ def test_report_of_something_else():
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_an_image_without_its_batch_is_taken_where_stock_takes_it(grad: bool):
     """nn.BatchNorm2d refuses it, and FrozenBatchNorm2d doesn't."""
-    model = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d).eval()
+    resnet, frozen = torchvision.models.resnet, torchvision.ops.FrozenBatchNorm2d
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=frozen).eval()
     trunk = nn.Sequential(*[*model.children()][:-1])
     fused, x = rf.fuse(trunk), torch.randn(3, 64, 64)
     assert all(row.op for row in rows(fused))
