@@ -135,7 +135,8 @@ class FastPath:
     def __init__(self, module: nn.Module, fusion: Fusion, root: bool = False) -> None:
         self.module, self.fusion, self.root = module, fusion, root
         previous = vars(module).get("forward")
-        self.previous = getattr(previous, "previous", previous)
+        # Not asked for its attribute: functools.update_wrapper gives a copy of it to what stands around a path.
+        self.previous = previous.previous if isinstance(previous, FastPath) else previous
         self._reset()
 
     def _reset(self) -> None:
