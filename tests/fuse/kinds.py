@@ -14,7 +14,9 @@ from torch.utils import _pytree
 import resnet_fused as rf
 
 
-def unit(inputs: int = 8, outputs: int = 8, kernel: int = 3, stride: int = 1, padding: int = 1, **kwargs: Any) -> list[nn.Module]:
+def unit(
+    inputs: int = 8, outputs: int = 8, kernel: int = 3, stride: int = 1, padding: int = 1, **kwargs: Any
+) -> list[nn.Module]:
     """Convolution, batch norm and ReLU."""
     return [nn.Conv2d(inputs, outputs, kernel, stride, padding, **kwargs), nn.BatchNorm2d(outputs), nn.ReLU()]
 
@@ -63,7 +65,9 @@ def assert_same(got: Any, want: Any, truth: Any = None) -> None:
 
 
 def _wide(value: Any) -> Any:
-    return _pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, copy.deepcopy(value))
+    return _pytree.tree_map(
+        lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, copy.deepcopy(value)
+    )
 
 
 @torch.no_grad()
@@ -89,7 +93,9 @@ def check(fused: nn.Module, model: nn.Module, *args: Any, served: bool = True, *
         return got
     assert not isinstance(got, Exception), got
     after = counts(fused)
-    assert (after[0] - before[0], after[1] - before[1]) == ((1, 0) if served else (0, 1)), rf.report(fused, io.StringIO()).reason
+    assert (after[0] - before[0], after[1] - before[1]) == ((1, 0) if served else (0, 1)), rf.report(
+        fused, io.StringIO()
+    ).reason
     with torch.no_grad():
         assert_same(got, want, copy.deepcopy(model).double()(*_wide(args), **_wide(kwargs)))
     return got

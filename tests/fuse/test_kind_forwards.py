@@ -96,7 +96,11 @@ def _class_method(m):
 
 
 WRAPPERS = {"lambda": _lambda, "saved": _saved, "partial": _partial, "class-method": _class_method}
-WRAPPED = {**PLACES, "block": (lambda: rf.BasicBlock(8, 8), _root), "block-part": (lambda: nn.Sequential(*unit(), rf.BasicBlock(8, 8)), _part)}
+WRAPPED = {
+    **PLACES,
+    "block": (lambda: rf.BasicBlock(8, 8), _root),
+    "block-part": (lambda: nn.Sequential(*unit(), rf.BasicBlock(8, 8)), _part),
+}
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)

@@ -154,7 +154,9 @@ CHANGES = {
     "replaced": _changed(lambda s: s.__setitem__(3, nn.Sigmoid())),
     "deleted": _changed(lambda s: s.__delitem__(4)),
     "inserted": lambda s: s.insert(3, nn.Tanh()),
-    "conv-replaced": _changed(lambda s: s.__setitem__(0, s[0].__class__(3, 8, 3, padding=1).requires_grad_(False).apply(_ones))),
+    "conv-replaced": _changed(
+        lambda s: s.__setitem__(0, s[0].__class__(3, 8, 3, padding=1).requires_grad_(False).apply(_ones))
+    ),
 }
 
 

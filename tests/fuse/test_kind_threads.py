@@ -35,7 +35,13 @@ def _state() -> list[object]:
     functions = [getattr(nn.Module, name) for name in names] + [vars(fx.Proxy).get("__iter__"), fx.Tracer.trace]
     layers = [kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential)]
     functions += [torch.nn.functional.conv2d, torch.relu, torch.Tensor.add, len, isinstance]
-    return [*functions, *layers, fx._symbolic_trace.is_fx_tracing(), sys.getprofile(), torch.overrides._get_current_function_mode()]
+    return [
+        *functions,
+        *layers,
+        fx._symbolic_trace.is_fx_tracing(),
+        sys.getprofile(),
+        torch.overrides._get_current_function_mode(),
+    ]
 
 
 def _stopping_in_trace(monkeypatch, gate: _Gate, model: nn.Module):
