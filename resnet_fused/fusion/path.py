@@ -114,8 +114,9 @@ class _Traced:
 
     def values_changed(self) -> bool:
         """Takes the parameters' values as they are now; False if they aren't of the traced shapes and dtypes any more."""
-        self.look = Look(self.tensors)
+        # In this order: another thread must not find the new look beside runs of the old values.
         self.runs = {}
+        self.look = Look(self.tensors)
         return self.kinds == [(t.shape, t.dtype) for t in self.tensors]
 
 
