@@ -45,6 +45,8 @@ def difference(got: Any, want: Any, truth: Any = None) -> str | None:
     if structure != wanted:
         return f"it gives {structure} and stock {wanted}"
     for a, b, t in zip(leaves, stock, exact, strict=True):
+        if isinstance(a, Tensor) != isinstance(b, Tensor):
+            return f"it gives {type(a).__name__} and stock {type(b).__name__}"
         if not isinstance(b, Tensor):
             if a is not b and a != b:
                 return f"it gives {a!r} and stock {b!r}"

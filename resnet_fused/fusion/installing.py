@@ -137,6 +137,7 @@ def _warn_of_training(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+@torch.random.fork_rng(devices=[])
 def _fault(model: nn.Module, arguments: tuple[Any, ...]) -> str | None:
     """What is wrong with a fused model's result on an example; None if it is as good as stock's."""
     state = torch.get_rng_state()

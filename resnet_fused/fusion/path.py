@@ -116,8 +116,9 @@ class _Traced:
 
     def values_changed(self) -> bool:
         """Takes the parameters' values as they are now; False if they aren't of the traced shapes and dtypes any more."""
-        self.look = Look(kept(self.tensors))
+        # In this order: another thread must not find the new look beside runs of the old values.
         self.runs = {}
+        self.look = Look(kept(self.tensors))
         return self.kinds == [(t.shape, t.dtype) for t in self.tensors]
 
 
@@ -138,7 +139,8 @@ class FastPath:
     def __init__(self, module: nn.Module, fusion: Fusion, root: bool = False) -> None:
         self.module, self.fusion, self.root = module, fusion, root
         previous = vars(module).get("forward")
-        self.previous = getattr(previous, "previous", previous)
+        # Not asked for its attribute: functools.update_wrapper gives a copy of it to what stands around a path.
+        self.previous = previous.previous if isinstance(previous, FastPath) else previous
         self._reset()
 
     def _reset(self) -> None:
@@ -275,13 +277,16 @@ class FastPath:
             return self._not("it is traced, transformed, or called with a subclass of Tensor")
         if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
             return self._not("a derivative may be asked for; call it under torch.no_grad() or torch.inference_mode()")
-        if not traced.look.unchanged() and not self._values_changed(traced):
-            return self._not(self._untraceable)
+        runs = traced.runs  # taken before the look: what is settled below must not stand beside values that come later
+        if not traced.look.unchanged():
+            if not self._values_changed(traced):
+                return self._not(self._untraceable)
+            runs = traced.runs
         key = self._key(args)
-        run = traced.runs.get(key)
+        run = runs.get(key)
         try:
             if run is None:
-                run, result = self._settle(traced, key, args)
+                run, result = self._settle(traced, runs, key, args)
             else:
                 result = run(args)
         except Unservable as reason:
@@ -308,15 +313,15 @@ class FastPath:
         settings = (choice(self._settings.backend), records.generation(), dtype, torch._C._get_mkldnn_enabled())
         return (*kinds, *settings, torch.get_num_threads())
 
-    def _settle(self, traced: _Traced, key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
+    def _settle(self, traced: _Traced, runs: dict[Any, Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
         """Runs the program for the first time on this kind of input."""
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
             if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
         run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module)
-        while len(traced.runs) >= MAX_KERNELS:
-            traced.runs.pop(next(iter(traced.runs)), None)
-        traced.runs[key] = run
+        while len(runs) >= MAX_KERNELS:
+            runs.pop(next(iter(runs)), None)
+        runs[key] = run
         return run, result
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...] | None:

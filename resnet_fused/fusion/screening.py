@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import itertools
 import os
 import sys
 import sysconfig
@@ -217,9 +218,13 @@ class Screen:
                 last = attributes[-1]
                 impure = value.__name__.startswith("torch") and any(attribute.startswith(word) for word in _IMPURE)
                 return f"calls {path}.{last}" if impure else None
-            owner = next((v for v in getattr(value, "__mro__", (value,)) if attribute in vars(v)), None)
+            owners = getattr(value, "__mro__", (value,))
+            owner = next((v for v in owners if attribute in vars(v)), None)
             if owner is None:
                 break
+            # Inherited; a class before the owner may be given one of its own.
+            before = itertools.takewhile(lambda v: v is not owner, owners)  # noqa: B023
+            self.watched += [Watched(vars(v), attribute, None) for v in before]  # type: ignore[arg-type]
             following = vars(owner)[attribute]
             path += f".{attribute}"
             if isinstance(following, (staticmethod, classmethod)):

@@ -22,7 +22,7 @@ from torch.fx.proxy import Attribute, TracerBase
 from torch.overrides import TorchFunctionMode
 
 from resnet_fused.fusion.folding import is_norm
-from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable
+from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable, is_own
 from resnet_fused.fusion.screening import CannotTrace, Screen, Watched
 
 # What may be asked of a parameter while tracing: it doesn't change without the parameter.
@@ -54,7 +54,7 @@ def own_forward(module: nn.Module, name: str = "plain_forward") -> Callable[...,
         name: of the method that stands for forward in the library's own blocks, whose forward takes the fast path itself.
     """
     forward = vars(module).get("forward")
-    if forward is not None and not hasattr(forward, "previous"):
+    if forward is not None and not is_own(forward):
         return forward
     return forward.previous if forward is not None and forward.previous is not None else class_forward(module, name)
 

@@ -31,6 +31,9 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        if "forward" in vars(self) or type(self).forward is not Block.forward:
+            # Someone's own forward calls this one, so the block is more than what follows.
+            return self.unfused_forward(x) if self.training else self.plain_forward(x)
         path = self._path
         if path is None or path.module is not self:
             path = self._path = FastPath(self, Fusion(Settings()))

@@ -99,3 +99,14 @@ def check(fused: nn.Module, model: nn.Module, *args: Any, served: bool = True, *
     with torch.no_grad():
         assert_same(got, want, copy.deepcopy(model).double()(*_wide(args), **_wide(kwargs)))
     return got
+
+
+def check_comes_back(fused: nn.Module, model: nn.Module, x: Tensor, calls: int = 8) -> None:
+    """Asserts that results are right, and that a fast path serves again within some calls, since it may wait before a trace."""
+    for _ in range(calls):
+        before = counts(fused)[0]
+        with torch.no_grad():
+            assert_same(fused(x), model(x))
+        if counts(fused)[0] > before:
+            return
+    raise AssertionError(f"no fast path serves: {rf.report(fused, io.StringIO()).reason}")
