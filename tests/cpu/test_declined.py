@@ -35,7 +35,9 @@ def declined(monkeypatch) -> list[str]:
     found: list[str] = []
     prepare = type(get("reference")).prepare
     monkeypatch.setattr(
-        type(get("reference")), "prepare", lambda self, problem, folded: found.append(problem.op) or prepare(self, problem, folded)
+        type(get("reference")),
+        "prepare",
+        lambda self, problem, folded: found.append(problem.op) or prepare(self, problem, folded),
     )
     return found
 
@@ -240,7 +242,9 @@ def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
 
 def test_a_declining_candidate_is_right_and_takes_stock_s_time_too():
     """rf.tune checks candidates with NaN and Inf, and a model may be tuned on inputs that its kernels decline."""
-    problem = Problem("conv2d_bn_relu", (1, 32, 20, 20), torch.float32, torch.device("cpu"), (Conv(32, 32, (3, 3), padding=(1, 1)),))
+    problem = Problem(
+        "conv2d_bn_relu", (1, 32, 20, 20), torch.float32, torch.device("cpu"), (Conv(32, 32, (3, 3), padding=(1, 1)),)
+    )
     folded = Folded((torch.randn(32, 32, 3, 3) / 17,), (torch.randn(32),))
     (name, *_) = [name for name in candidates.names(problem) if name.startswith("cpu:winograd")]
     kernel = candidates.prepare(problem, folded, name)
