@@ -140,7 +140,7 @@ class FastPath:
         self.module, self.fusion, self.root = module, fusion, root
         previous = vars(module).get("forward")
         # Not asked for its attribute: functools.update_wrapper gives a copy of it to what stands around a path.
-        self.previous = previous.previous if isinstance(previous, FastPath) else previous
+        self.previous: Any = previous.previous if isinstance(previous, FastPath) else previous
         self._reset()
 
     def _reset(self) -> None:

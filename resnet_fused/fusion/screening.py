@@ -224,7 +224,7 @@ class Screen:
                 break
             # Inherited; a class before the owner may be given one of its own.
             before = itertools.takewhile(lambda v: v is not owner, owners)  # noqa: B023
-            self.watched += [Watched(vars(v), attribute, None) for v in before]  # type: ignore[arg-type]
+            self.watched += [Watched(vars(v), attribute, None) for v in before]
             following = vars(owner)[attribute]
             path += f".{attribute}"
             if isinstance(following, (staticmethod, classmethod)):

@@ -22,7 +22,7 @@ from resnet_fused.runtime.calls import MAX_KERNELS, autocast_dtype, stamp
 from resnet_fused.runtime.executor import Run, Settings, settle
 from resnet_fused.runtime.parameters import Look, Parameters, Unservable
 from resnet_fused.runtime.plain import stock_step
-from resnet_fused.runtime.program import NONE, Program, Step, from_text, stock_format
+from resnet_fused.runtime.program import NONE, Program, Step, from_text, result_format
 
 
 class _State:
@@ -107,7 +107,7 @@ def _fake(inputs: list[Tensor], parameters: list[Tensor], steps: str, precision:
             left, right, top, bottom = step.layers[0].pad
             h, w = h + top + bottom, w + left + right
         problem = Problem(step.op, (n, c, h, w), x.dtype, x.device, convs, step.shortcut, step.pool)
-        format = stock_format(x, None, parameters[step.layers[0].tensors[0]])
+        format = result_format(step, x, None, parameters)
         values.append(torch.empty(problem.output_shape(), dtype=x.dtype, device=x.device, memory_format=format))
     return [values[value.number] for value in program.outputs]
 

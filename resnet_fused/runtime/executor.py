@@ -20,7 +20,7 @@ from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.parameters import Parameters, Unservable
 from resnet_fused.runtime.plain import stock_step
-from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, stock_format
+from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, result_format
 
 # Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
 # classes, two cores of a Zen 5); with 256 rows the two are level in bfloat16.
@@ -309,7 +309,7 @@ class _Settling:
         elif weight.dtype != x.dtype:
             raise Unservable(f"the input is {x.dtype} and the weight {weight.dtype}")
         x = self.values[source]
-        format = stock_format(x, self.formats[source], weight)
+        format = result_format(step, x, self.formats[source], self.parameters)
         for own in step.layers:
             if own.promotes and self.parameters[own.tensors[2]].dtype != x.dtype:
                 raise Unservable("a batch norm's parameters have another dtype, to which it casts its result")
