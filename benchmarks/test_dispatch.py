@@ -1,28 +1,36 @@
-"""What a fused module adds to its kernel in eager mode: the choice of a kernel must cost at most 10 µs a call."""
+"""What a fast path adds to its kernel in eager mode: guards and the choice of a kernel must cost at most 10 µs a call."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.modules import FusedConv2d
+from resnet_fused.backends.binding import bind
+from resnet_fused.fusion.rows import path_of
 
 
-@pytest.mark.parametrize("variant", ["1 kernel alone", "2 fused module", "3 functional"])
+@pytest.mark.parametrize("variant", ["1 kernel alone", "2 fused model", "3 functional"])
+@torch.no_grad()
 def test_dispatch(benchmark, variant: str):
-    conv, norm = torch.nn.Conv2d(8, 8, 1).eval(), torch.nn.BatchNorm2d(8).eval()
-    module = FusedConv2d.of(conv, norm, relu=True)
+    conv, norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+    model = nn.Sequential(conv, norm, nn.ReLU()).eval()
+    fused = rf.fuse(model)
     x = torch.randn(1, 8, 1, 1).contiguous(memory_format=torch.channels_last)
-    module(x)
-    assert module._runner is not None
-    assert module._runner._bound is not None
-    (kernel,) = module._runner._bound.kernels.values()
+    expected = fused(x)
+    path = path_of(fused)
+    assert path is not None
+    (run,) = path.runs()
+    ((problem, _),), (folded,) = run.problems.values(), run.folded
+    kernel, _ = bind(problem, folded, "auto")
+    (weight,), (shift,) = folded.tensors()
     benchmark.group = "dispatch of a 1-pixel convolution"
     calls = {
         "1 kernel alone": lambda: kernel(x, None),
-        "2 fused module": lambda: module(x),
-        "3 functional": lambda: rf.functional.conv2d_bn_relu(x, module.weight, module.shift),
+        "2 fused model": lambda: fused(x),
+        "3 functional": lambda: rf.functional.conv2d_bn_relu(x, weight, shift),
     }
-    torch.testing.assert_close(calls[variant](), norm(conv(x)).relu())
+    torch.testing.assert_close(calls[variant](), model(x))
+    torch.testing.assert_close(expected, model(x))
     benchmark(calls[variant])

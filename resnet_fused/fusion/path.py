@@ -112,6 +112,7 @@ class _Traced:
         self.differentiable = [p for p in module.parameters() if p is not None]
         self.kinds = [(t.shape, t.dtype) for t in self.tensors]
         self.runs: dict[Any, Run] = {}
+        self.generation = records.generation()
         self.look = Look(kept(self.tensors))
 
     def values_changed(self) -> bool:
@@ -277,6 +278,9 @@ class FastPath:
             return self._not("it is traced, transformed, or called with a subclass of Tensor")
         if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
             return self._not("a derivative may be asked for; call it under torch.no_grad() or torch.inference_mode()")
+        if traced.generation != records.generation():
+            # By other records other kernels are chosen, and what was packed for those before isn't used again.
+            traced.runs, traced.generation = {}, records.generation()
         runs = traced.runs  # taken before the look: what is settled below must not stand beside values that come later
         if not traced.look.unchanged():
             if not self._values_changed(traced):
@@ -310,7 +314,7 @@ class FastPath:
         """What kernels are chosen by."""
         kinds = [(x.shape, x.stride(), x.dtype, x.device, x.layout) for x in args]
         dtype = autocast_dtype(args[0].device.type)
-        settings = (choice(self._settings.backend), records.generation(), dtype, torch._C._get_mkldnn_enabled())
+        settings = (choice(self._settings.backend), dtype, torch._C._get_mkldnn_enabled())
         return (*kinds, *settings, torch.get_num_threads())
 
     def _settle(self, traced: _Traced, runs: dict[Any, Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:

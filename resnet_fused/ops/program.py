@@ -40,6 +40,7 @@ class _State:
         self.look = Look(self.aliases)
         self.folded = Parameters()
         self.runs: dict[Any, Run] = {}
+        self.generation = records.generation()
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         # The aliases count their own changes only.
@@ -64,6 +65,8 @@ def _eager(inputs: list[Tensor], parameters: list[Tensor], steps: str, precision
             return [*run(inputs)]
         if any(x.numel() == 0 for x in inputs):
             raise Unservable("an input is empty")
+        if state.generation != records.generation():
+            state.runs, state.generation = {}, records.generation()
         run, results = settle(program, inputs, state.aliases, state.folded, Settings(precision, backend))
     except (Declined, Unservable):
         return stock(program, inputs, parameters)

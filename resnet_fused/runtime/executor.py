@@ -363,16 +363,18 @@ class _Settling:
     # ---- calls -------------------------------------------------------------------------------------------------------
 
     def _call(self, call: Call, number: int) -> None:
+        replaced = self._fast_layer(call, number)  # which takes the kernels' own format
+        if replaced is not None:
+            self._do(replaced)
+            return
         transparent = call.transparent and self._keeps_format(call)
         if not transparent:
             for read in call.reads:
                 self._as_stock(read)
         format = next((f for read in call.reads if (f := self.formats[read]) is not None), None)
-        replaced = self._fast_layer(call, number)
-        operation = replaced or _Operation(_caller(call, self.module), call.reads, (number,))
-        self._do(operation)
+        self._do(_Operation(_caller(call, self.module), call.reads, (number,)))
         value = self.values[number]
-        if replaced is None and transparent and isinstance(value, Tensor) and value.dim() == 4:
+        if transparent and isinstance(value, Tensor) and value.dim() == 4:
             self.formats[number] = format
 
     def _keeps_format(self, call: Call) -> bool:

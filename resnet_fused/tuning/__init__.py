@@ -133,11 +133,11 @@ def _tasks(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Task]:
     found: dict[str, _Task] = {}
 
     def add(problem: Problem, folded: Folded) -> None:
+        # Not by calling itself: that would be a cycle, in which what candidates packed would outlive the tuning.
         own = parts(problem, folded) if is_whole(problem) else []
-        for part in own:
-            add(*part)
-        if 0 not in (*problem.shape, *problem.output_shape()):
-            found.setdefault(records.key(problem), _Task(problem, folded, bool(own)))
+        for each, its in (*own, (problem, folded)):
+            if 0 not in (*each.shape, *each.output_shape()):
+                found.setdefault(records.key(each), _Task(each, its, each is problem and bool(own)))
 
     with served(add):
         model(*arguments)

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from paths import report
 from tolerances import assert_as_good_as_stock
 
 from resnet_fused.backends import Conv, Folded, Pool, Problem, cpu_plan, get
 from resnet_fused.backends.binding import bind
 from resnet_fused.fuse import fuse
-from resnet_fused.ops.common import Runner
 
 CPU = torch.device("cpu")
 POOL = Pool((3, 3), (2, 2), (1, 1))
@@ -145,8 +145,7 @@ def test_weights_take_little_more_than_twice_the_memory(name: str, trained):
     stock = trained(getattr(torchvision.models, name)())
     model = fuse(stock, backend="cpu")
     model(torch.randn(1, 3, 64, 64))
-    runners = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Runner)]
-    packed = sum(runner.packed_bytes() for runner in runners)
+    packed = report(model).packed_bytes
     plain, theirs = (sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (model, stock))
     assert packed > plain / 2
     assert plain + packed <= 2.2 * theirs, f"{plain / 1e6:.1f} + {packed / 1e6:.1f} MB against {theirs / 1e6:.1f} MB"

@@ -29,10 +29,11 @@ LAYERS = [
     "models",
     "cuda_graph",
     "tuning",
-    "fusion",
     "modules",
+    "fusion",
     "functional",
     "ops",
+    "runtime",
     "backends",
 ]
 FOUNDATION = {"folding", "config", "text", "tolerance", "env_report"}

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from paths import runs
 from torch import nn
 
 import resnet_fused as rf
@@ -52,7 +53,8 @@ def run(model):
 @pytest.fixture
 def keys(model) -> list[str]:
     """The problems' keys, the one posed twice first."""
-    return [*tuning._tasks(model, (torch.randn(2, 8, 6, 6),))]
+    with torch.no_grad():
+        return [*tuning._tasks(model, (torch.randn(2, 8, 6, 6),))]
 
 
 @pytest.fixture
@@ -165,6 +167,22 @@ def test_no_kernel_of_the_measurements_stays_in_the_model(problem, model, run, k
         assert tuning.tune(model, torch.randn(2, 8, 6, 6), progress=False).path is None
     assert served
     run()
-    kept = [k for m in model.modules() if hasattr(m, "backends_used") for k in m._runner._bound.kernels.values()]
-    assert len(kept) == 3
-    assert not any(kernel in served for kernel in kept)
+    (kept,) = runs(model)
+    assert [backend for _, backend in kept.problems.values()] == 3 * ["cpu"]
+    reached = {id(value) for operation in kept._operations for value in _reached(operation.run)}
+    assert len(reached) > 3
+    assert not reached & {*map(id, served)}
+
+
+def _reached(function) -> list:
+    """What a function's closure holds, and what is held by that."""
+    found, held = [], [function]
+    while held:
+        value = held.pop()
+        if any(value is other for other in found):
+            continue
+        found.append(value)
+        held += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        held += [*vars(value).values()] if hasattr(value, "__dict__") and not isinstance(value, type) else []
+        held += value if isinstance(value, (list, tuple)) else []
+    return found
