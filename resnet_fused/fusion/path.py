@@ -202,6 +202,7 @@ class FastPath:
     def remove(self) -> None:
         """Takes the path out of the module, and out of use where someone's own forward still calls it."""
         self.removed = True
+        self._traced = self.graph = None
         own = vars(self.module)
         if own.get("_path") is self:
             own["_path"] = None

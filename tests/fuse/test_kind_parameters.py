@@ -78,15 +78,18 @@ def test_written_parameters_are_used_at_the_next_call(make, write, fuse, trained
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @torch.no_grad()
-def test_parameters_can_be_swapped(make, trained):
-    """As module.to() does it with torch.__future__.set_swap_module_params_on_conversion: nobody else may hold a parameter."""
+def test_parameters_can_be_swapped_once_nothing_watches_them(make, trained):
+    """README, Limits: torch.utils.swap_tensors asks that nobody else hold a parameter, and a fast path watches them."""
     model = trained(make())
     fused = rf.fuse(model)
     check(fused, model, X)
+    with pytest.raises(RuntimeError, match="use_count"):
+        torch.utils.swap_tensors(next(fused.parameters()), nn.Parameter(next(fused.parameters()).detach()))
+    rf.unfuse(fused)
     for m in (model, fused):
         for p in m.parameters():
             torch.utils.swap_tensors(p, nn.Parameter(p.detach() * 0.5))
-    check(fused, model, X)
+    check(rf.fuse(fused), model, X)
 
 
 class DataSGD(torch.optim.Optimizer):
