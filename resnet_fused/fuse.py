@@ -9,7 +9,7 @@ from torch import nn
 from resnet_fused import tuning
 from resnet_fused.backends import Precision
 from resnet_fused.cuda_graph import CudaGraphed
-from resnet_fused.fusion.installing import install_checked
+from resnet_fused.fusion.installing import install_checked, release_packed
 
 
 def fuse(
@@ -21,6 +21,7 @@ def fuse(
     precision: Precision = "fast",
     tune: bool = False,
     cuda_graph: bool = False,
+    release: bool = False,
 ) -> nn.Module:
     """Returns the model with fast paths for inference: batch norms folded into convolutions, residual blocks fused.
 
@@ -41,6 +42,10 @@ def fuse(
         cuda_graph: replay the fused model as one CUDA graph per input shape; where capture isn't possible (on a CPU, say) it
             runs as it is. The model is then inside of a `CudaGraphed` module, as its attribute `model`.
 
+        release: give back the memory of the convolutions' weights, of which the kernels have packed copies, so that the model
+            takes about as much memory as before. It then serves inputs such as `example_inputs`, which this needs, and nothing
+            else: every access to such a weight raises an error that says so.
+
     Raises:
         TypeError: `model` is no nn.Module, or can't be copied.
         ValueError: an argument has no such value, or a parameter of the model has no shape yet.
@@ -48,10 +53,14 @@ def fuse(
     """
     if tune and example_inputs is None:
         raise ValueError("tune=True needs example_inputs: pass a tensor, or a tuple of the model's arguments, to measure with.")
+    if release and example_inputs is None:
+        raise ValueError("release=True needs example_inputs: a tensor, or a tuple of the model's arguments, to pack for.")
     arguments = {"inplace": inplace, "backend": backend, "precision": precision, "example_inputs": example_inputs}
     fused, right = install_checked(model, **arguments)
     if not right:
         return fused
     if tune:
         tuning.tune(fused, example_inputs)
+    if release:
+        release_packed(fused, example_inputs)
     return CudaGraphed(fused) if cuda_graph else fused

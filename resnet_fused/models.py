@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.modules.blocks import BasicBlock, Bottleneck
 from resnet_fused.fusion.folding import hooks_of
+from resnet_fused.modules.blocks import Block
+from resnet_fused.modules.drop_ins import BasicBlock, Bottleneck
 from resnet_fused.modules.norm import bn_relu
 
 __all__ = [
@@ -42,6 +43,8 @@ class ResNet(nn.Module):
         replace_stride_with_dilation: for each of the last three stages, whether it dilates instead of striding.
         norm_layer: makes the batch norms; nn.BatchNorm2d by default.
         pool_padding: pixels of padding of the stem's max-pool: 1 as torchvision, 0 for models whose pool has none.
+        zero_init_residual: whether the last batch norm of each block begins with a weight of 0, and the block as its shortcut
+            (Goyal et al., Accurate, Large Minibatch SGD, 2017, section 5.1).
 
     Shapes: x (N, in_channels, H, W) to (N, num_classes).
 
@@ -64,6 +67,7 @@ class ResNet(nn.Module):
         replace_stride_with_dilation: tuple[bool, bool, bool] = (False, False, False),
         norm_layer: Callable[[int], nn.Module] | None = None,
         pool_padding: int = 1,
+        zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
@@ -90,6 +94,10 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if zero_init_residual and isinstance(module, Block):
+                weight = getattr(module.main_path()[-1][1], "weight", None)
+                if weight is not None:
+                    nn.init.zeros_(weight)
 
     def _stage(self, block: Any, planes: int, blocks: int, stride: int, dilate: bool) -> nn.Sequential:
         first_dilation = self.dilation

@@ -45,12 +45,14 @@ def difference(got: Any, want: Any, truth: Any = None) -> str | None:
     if structure != wanted:
         return f"it gives {structure} and stock {wanted}"
     for a, b, t in zip(leaves, stock, exact, strict=True):
+        if isinstance(a, Tensor) != isinstance(b, Tensor):
+            return f"it gives {type(a).__name__} and stock {type(b).__name__}"
         if not isinstance(b, Tensor):
             if a is not b and a != b:
                 return f"it gives {a!r} and stock {b!r}"
             continue
         if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.layout != b.layout:
-            return f"it gives {a.dtype} of shape {tuple(a.shape)} on {a.device}, and stock {b.dtype} of {tuple(b.shape)} on {b.device}"
+            return f"it gives {_kind(a)}, and stock {_kind(b)}"
         if a.layout is not torch.strided:
             continue
         if a.stride() != b.stride():
@@ -59,6 +61,10 @@ def difference(got: Any, want: Any, truth: Any = None) -> str | None:
         if fault is not None:
             return fault
     return None
+
+
+def _kind(x: Tensor) -> str:
+    return f"{type(x).__name__} of {x.dtype} and shape {tuple(x.shape)} on {x.device}"
 
 
 def _wrong_values(a: Tensor, b: Tensor, truth: Tensor | None) -> str | None:

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "recent_need.h"
 #include "runtime.h"
 
 // PyTorch 2.11's headers know it by its older name alone.
@@ -55,7 +56,7 @@ class Pool {
       block = new Block{allocate_huge_pages(size), size};
     }
     used_ += block->size;
-    most_used_ = std::max(most_used_, used_);
+    need_.in_use(used_, true);
     trim(limit());
     return block;
   }
@@ -65,6 +66,7 @@ class Pool {
     used_ -= block->size;
     kept_ += block->size;
     free_.push_back(block);
+    need_.in_use(used_, false);
     trim(limit());
   }
 
@@ -72,14 +74,19 @@ class Pool {
     const std::lock_guard<std::mutex> lock(mutex_);
     const int64_t bytes = kept_;
     trim(0);
-    most_used_ = used_;
+    need_.forget(used_);
     return bytes;
   }
 
+  int64_t kept() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return kept_;
+  }
+
  private:
-  // Together with what is in use, the pool holds an eighth more than was ever in use at once: a network's layers differ in
-  // size, and the largest are wanted again at the next call. From the second or third call on nothing is allocated.
-  int64_t limit() const { return most_used_ + most_used_ / 8 - used_; }
+  // Together with what is in use, the pool holds an eighth more than was lately in use at once: a network's layers differ in
+  // size, and the largest are wanted again at the next call. From the third or fourth call on nothing is allocated.
+  int64_t limit() const { return need_.bytes() + need_.bytes() / 8 - used_; }
 
   // Frees the longest kept blocks until at most `limit` bytes are kept.
   void trim(int64_t limit) {
@@ -94,7 +101,8 @@ class Pool {
 
   std::mutex mutex_;
   std::vector<Block*> free_;
-  int64_t used_ = 0, kept_ = 0, most_used_ = 0;
+  int64_t used_ = 0, kept_ = 0;
+  RecentNeed need_;
 };
 
 // Never destroyed: a tensor may outlive every static object of this library.
@@ -157,5 +165,7 @@ void GiveBack::operator()(ActivationBlock* block) const { pool().give_back(block
 ActivationMemory take_activation_memory(int64_t bytes) { return ActivationMemory(pool().take(bytes)); }
 
 int64_t release_activations() { return pool().release(); }
+
+int64_t kept_activations() { return pool().kept(); }
 
 }  // namespace resnet_fused::cpu

@@ -1,5 +1,6 @@
 // Memory of results. A large block that PyTorch's CPU allocator frees goes back to the system, and the next layer pays for
-// every page again: 9% of a ResNet-50's time. Freed blocks are therefore kept, behind huge pages, and given out again.
+// every page again: 9% of a ResNet-50's time. Freed blocks are therefore kept, behind huge pages, and given out again, as many
+// as recent calls needed.
 #pragma once
 
 #include <cstdint>
@@ -31,5 +32,8 @@ ActivationMemory take_activation_memory(int64_t bytes);
 
 // Gives the kept blocks back to the system; returns how many bytes that were.
 int64_t release_activations();
+
+// The bytes of kept blocks.
+int64_t kept_activations();
 
 }  // namespace resnet_fused::cpu

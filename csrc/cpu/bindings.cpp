@@ -242,6 +242,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("average_pool(Tensor x) -> Tensor");
   m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");
+  m.def("kept_activations() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
@@ -258,4 +259,5 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("average_pool", TORCH_BOX(&average_pool));
   m.impl("empty_activations", TORCH_BOX(&empty_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
+  m.impl("kept_activations", TORCH_BOX(&kept_activations));
 }

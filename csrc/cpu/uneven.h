@@ -6,9 +6,9 @@
 
 namespace resnet_fused::cpu::RF_ISA {
 
-// A tile's largest value may be this many times the largest in any one window of it, or this large. The error is then within
-// about 1e-4 of the window's largest value, or of 1. In a network whose values are large everywhere it is no larger than
-// elsewhere; images of 0 to 255 may have black borders.
+// A tile's largest value may be this large, or this many times the largest in any one window of it: the error is then within about
+// 1e-4 of 1, or of that. Relative to the window, since there are networks whose values are large everywhere, and whose errors are no
+// larger for it. Images of 0 to 255 may have black borders.
 constexpr float UNEVEN = 256.0f;
 // Values above would overflow in the transforms, or in sums of many, where the direct sum doesn't: 2^96.
 constexpr float NEAR_OVERFLOW = 0x1p96f;

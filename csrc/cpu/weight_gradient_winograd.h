@@ -128,7 +128,7 @@ void weight_gradient_by_tiles(const WeightGradientParams& p) {
       const T* x = static_cast<const T*>(p.x) + n * p.height * p.width * p.in_channels;
       const T* dy = static_cast<const T*>(p.dy) + n * p.height * p.width * p.out_channels;
       transform_input_tile<F4, T>({x, 0, p.height, p.width, p.in_channels}, top - F4::PAD, left - F4::PAD, zeros,
-                                  v + i * LANES, v_stride, most * LANES);
+                                  v + i * LANES, v_stride, most * LANES, zero());
       transform_gradient_tile<T>({dy, 0, p.height, p.width, p.out_channels}, top, left, zeros, e + i * out_row, e_stride);
     });
     parallel_units(POINTS * out_groups * in_groups, [&](int64_t unit, int64_t) {

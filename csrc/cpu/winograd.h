@@ -94,7 +94,7 @@ struct WinogradConv {
       TileBlock tiles{};
       for (int64_t held = -1; units.take();) {
         const int64_t block = units.current() / panels;
-        if (block != held) tiles = transform_input(block, few, order, v, zeros);
+        if (block != held) tiles = transform_block(block, few, order, v, zeros);
         held = block;
         const int64_t panel = units.current() % panels, next = units.following() < 0 ? -1 : units.following() % panels;
         if constexpr (F::PHASES == 1) {
@@ -116,17 +116,14 @@ struct WinogradConv {
     int64_t v_stride, slots;
   };
 
-  TileBlock transform_input(int64_t block, bool few, int64_t* order, float* v, const T* zeros) const {
+  TileBlock transform_block(int64_t block, bool few, int64_t* order, float* v, const T* zeros) const {
     const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin, slots = few ? FEW_TILES : tiles;
     const int64_t v_stride = point_stride(F::PHASES * in_vectors * slots);
     const TileRuns runs = sort_tiles(grid, begin, tiles, order);
     // Tiles that don't exist take part in the products of a few.
     if (tiles < slots) __builtin_memset(v, 0, static_cast<size_t>(v_stride * POINTS) * sizeof(float));
-    bool trusted = true;
-    for (int64_t t = 0; t < tiles; ++t) {
-      trusted &= transform_input_phases<F, T>(place(order[t]), zeros, v + t * LANES, v_stride, in_vectors, slots * LANES);
-    }
-    note(trusted, p.declined);
+    const auto at = [&](int64_t t) { return place(order[t]); };
+    note(transform_input<F, T>(tiles, at, zeros, v, v_stride, in_vectors, slots * LANES), p.declined);
     return {order, runs, v, v_stride, slots};
   }
 

@@ -31,21 +31,27 @@ struct TilePlace {
   int64_t top, left, rows, columns;
 };
 
-// V = B^T d B of the tile whose first input pixel is (top, left) and whose pixels are F::STRIDE apart, for all channels.
-// Pixels outside the image read `zeros` (one per channel). Returns whether Winograd can be trusted with the tile (uneven.h).
+// Where the pixels lie of the tile whose first one is (top, left) and whose pixels are F::STRIDE apart; outside the image: `zeros`.
 template <class F, class T>
-bool transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left, const T* zeros, float* v,
-                          int64_t v_point_stride, int64_t v_vector_stride) {
-  constexpr int A = F::A;
-  const T* pixels[A][A];
-  for (int i = 0; i < A; ++i) {
+RF_INLINE void find_pixels(const Strip<const T>& image, int64_t top, int64_t left, const T* zeros,
+                           const T* (&pixels)[F::A][F::A]) {
+  for (int i = 0; i < F::A; ++i) {
     const int64_t h = top + i * F::STRIDE;
-    for (int j = 0; j < A; ++j) {
+    for (int j = 0; j < F::A; ++j) {
       const int64_t w = left + j * F::STRIDE;
       pixels[i][j] = h >= 0 && h < image.height && w >= 0 && w < image.width ? image.pixel(h, w) : zeros;
     }
   }
-  vec highest = zero();
+}
+
+// V = B^T d B of such a tile for all channels; `zeros` has one for each. Returns the largest magnitude in the watched rows of
+// B^T d, lane by lane, and in `highest`.
+template <class F, class T>
+vec transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left, const T* zeros, float* v,
+                         int64_t v_point_stride, int64_t v_vector_stride, vec highest) {
+  constexpr int A = F::A;
+  const T* pixels[A][A];
+  find_pixels<F>(image, top, left, zeros, pixels);
   for (int64_t c = 0; c < image.channels; c += LANES, v += v_vector_stride) {
     const int64_t lanes = image.channels - c;
     vec half[A][A];
@@ -55,11 +61,13 @@ bool transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left
       RF_UNROLL(8)
       for (int i = 0; i < A; ++i) {
         column[i] = lanes >= LANES ? load(pixels[i][j] + c) : load(pixels[i][j] + c, static_cast<int>(lanes));
-        highest = larger(highest, magnitude(column[i]));
       }
       F::input(column, transformed);
       RF_UNROLL(8)
-      for (int i = 0; i < A; ++i) half[i][j] = transformed[i];
+      for (int i = 0; i < A; ++i) {
+        half[i][j] = transformed[i];
+        if (F::watched(i)) highest = larger(highest, magnitude(transformed[i]));
+      }
     }
     RF_UNROLL(8)
     for (int i = 0; i < A; ++i) {
@@ -69,20 +77,41 @@ bool transform_input_tile(const Strip<const T>& image, int64_t top, int64_t left
       for (int j = 0; j < A; ++j) store(v + (i * A + j) * v_point_stride, transformed[j]);
     }
   }
-  return !any_above(highest, UNEVEN) || !uneven_tile<F, T>(pixels, image.channels, zeros);
+  return highest;
 }
 
-// The same for all phases of a tile, [point][phase][vector][tile][LANES]; a phase has `vectors` vectors of channels.
-template <class F, class T>
-bool transform_input_phases(const TilePlace<T>& tile, const T* zeros, float* v, int64_t v_point_stride, int64_t vectors,
-                            int64_t v_vector_stride) {
-  bool trusted = true;
+// Runs visit(top, left, phase) for the first pixel of each phase of a tile.
+template <class F, class T, class Visit>
+RF_INLINE void for_each_phase_of(const TilePlace<T>& tile, Visit&& visit) {
   for (int phase = 0; phase < F::PHASES; ++phase) {
-    trusted &= transform_input_tile<F, T>(tile.x, F::first_row(tile.top, F::PAD, phase),
-                                          F::first_column(tile.left, F::PAD, phase), zeros,
-                                          v + phase * vectors * v_vector_stride, v_point_stride, v_vector_stride);
+    visit(F::first_row(tile.top, F::PAD, phase), F::first_column(tile.left, F::PAD, phase), phase);
   }
-  return trusted;
+}
+
+// V of the tiles t at place(t), [point][phase][vector][tile][LANES]; a phase has `vectors` vectors of channels. Returns whether
+// Winograd can be trusted with all of them (uneven.h).
+template <class F, class T, class Place>
+bool transform_input(int64_t tiles, Place&& place, const T* zeros, float* v, int64_t v_point_stride, int64_t vectors,
+                     int64_t v_vector_stride) {
+  vec highest = zero();
+  for (int64_t t = 0; t < tiles; ++t) {
+    const TilePlace<T> tile = place(t);
+    for_each_phase_of<F>(tile, [&](int64_t top, int64_t left, int phase) {
+      highest = transform_input_tile<F, T>(tile.x, top, left, zeros, v + t * LANES + phase * vectors * v_vector_stride,
+                                           v_point_stride, v_vector_stride, highest);
+    });
+  }
+  if (!any_above(highest, UNEVEN)) return true;
+  bool uneven = false;
+  for (int64_t t = 0; t < tiles && !uneven; ++t) {
+    const TilePlace<T> tile = place(t);
+    for_each_phase_of<F>(tile, [&](int64_t top, int64_t left, int) {
+      const T* pixels[F::A][F::A];
+      find_pixels<F>(tile.x, top, left, zeros, pixels);
+      uneven |= uneven_tile<F, T>(pixels, tile.x.channels, zeros);
+    });
+  }
+  return !uneven;
 }
 
 // Elements of a layer's packed weights for one panel and input channel.
@@ -268,10 +297,7 @@ template <class F, class T, class Place, class Between>
   T* zeros = scratch.take<T>(w.in_channels);
   __builtin_memset(zeros, 0, static_cast<size_t>(w.in_channels) * sizeof(T));
 
-  bool trusted = true;
-  for (int64_t t = 0; t < tiles; ++t) {
-    trusted &= transform_input_phases<F, T>(place(t), zeros, v + t * LANES, v_stride, vectors, tiles * LANES);
-  }
+  const bool trusted = transform_input<F, T>(tiles, place, zeros, v, v_stride, vectors, tiles * LANES);
   for (int64_t first = 0; first < panels; first += group) {
     const int64_t count = std::min(group, panels - first);
     for (int point = 0; point < POINTS; ++point) {

@@ -9,7 +9,8 @@
 //
 // Members common to all: M, the output tile; A, the input tile; PAD, how far above and left of its first output it begins;
 // STRIDE of the convolution; PHASES, the images that an image of stride 2 splits into (even and odd rows and columns); TAPS of a
-// phase's kernel in a line, and which row and column of the whole kernel each is (-1: none).
+// phase's kernel in a line, and which row and column of the whole kernel each is (-1: none); watched(), whether uneven.h is to
+// see a result of input().
 #pragma once
 
 namespace resnet_fused::cpu::RF_ISA {
@@ -43,6 +44,8 @@ struct F2 : OnePhase {
     y[2] = sub(x[2], x[1]);
     y[3] = sub(x[3], x[1]);
   }
+  // Equal values cancel in y0 and y3, but not in y1 and y2.
+  static constexpr bool watched(int) { return true; }
   // y = G x: the values of x0 + x1 p + x2 p^2 at the points
   static RF_INLINE void weight(const vec (&x)[3], vec (&y)[A]) {
     const vec even = add(x[0], x[2]);
@@ -82,6 +85,9 @@ struct F4 : OnePhase {
     y[3] = fma(constant(Q), odd_q, even_q);
     y[4] = fnma(constant(Q), odd_q, even_q);
   }
+  // y0 and y5 have all of x, and don't vanish for values of one magnitude but where two with opposite signs lie four rows
+  // apart and small ones between them. Each of those lies in the tile above or below, too, beside other values.
+  static constexpr bool watched(int i) { return i == 0 || i == A - 1; }
   static RF_INLINE void weight(const vec (&x)[3], vec (&y)[A]) {
     const vec even_p = fma(constant(P2), x[2], x[0]), even_q = fma(constant(Q2), x[2], x[0]);
     y[0] = x[0];
@@ -109,6 +115,7 @@ struct Stem34 : OnePhase {
   static constexpr int PAD = 2;
 
   static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) { F4::input(x, y); }
+  static constexpr bool watched(int i) { return F4::watched(i); }
   static RF_INLINE void output(const vec (&x)[A], vec (&y)[M]) {
     constexpr double P = F4::P, P2 = F4::P2, Q = F4::Q, Q2 = F4::Q2, NP = F4::NP, NQ = F4::NQ;
     const vec sum_p = add(x[1], x[2]), difference_p = sub(x[1], x[2]);
@@ -148,6 +155,7 @@ struct Stride2 {
   }
 
   static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) { F4::input(x, y); }
+  static constexpr bool watched(int i) { return F4::watched(i); }
   static RF_INLINE void weight(const vec (&x)[2], vec (&y)[A]) {
     y[0] = x[0];
     y[1] = fma(F4::constant(F4::P), x[1], x[0]);

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
-"""A prepared problem: kernel(x, residual) gives the result. `residual` is None unless the op adds one. Raises `Declined`."""
+"""A prepared problem: kernel(x, residual) gives the result. `residual` is None unless the op adds one. May raise `Declined`."""
 
 
 class Backend(Protocol):

@@ -3,9 +3,9 @@
 The primitives are reached through the operators that TorchInductor itself uses, `mkldnn::_convolution_pointwise` and its
 `.binary` overload. They are private to PyTorch, so they are looked up at run time, and the backend is unavailable without them.
 
-oneDNN's ReLU is max(y, 0) by an instruction that turns NaN into 0, where stock PyTorch keeps NaN. Whether a NaN can arise is
-told by the values of x alone, so ReLU is a pass in place of its own. On the layers of ResNet-50 and ResNeXt-50 that was measured
-to cost less than a look at all of x before the convolution: the result lies in the cache.
+oneDNN's ReLU is max(y, 0) by an instruction that turns NaN into 0, where stock PyTorch keeps NaN. Only the values of
+x tell whether a NaN can arise, so ReLU is a pass of its own, in place. On the layers of ResNet-50 and ResNeXt-50 that was
+measured to cost less than a look at all of x before the convolution: the result lies in the cache.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class OneDNN:
             return f"it serves float32, bfloat16 and float16, not {problem.dtype}"
         if 0 in (*problem.shape, *problem.output_shape()):
             return "the input or the result is empty"
-        if problem.convs[0].fails_in_channels_last(problem.shape[3]):
+        if problem.convs[0].fails_in_channels_last(problem.shape[3], problem.dtype):
             return "oneDNN fails on this geometry in channels_last"
         return None
 

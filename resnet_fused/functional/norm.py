@@ -9,7 +9,8 @@ from torch import Tensor
 from resnet_fused import ops
 from resnet_fused.backends.norm import served
 from resnet_fused.ops.checks import check_dims, check_residual
-from resnet_fused.ops.common import plain, stock_only, update_statistics
+from resnet_fused.ops.common import update_statistics
+from resnet_fused.runtime.calls import plain, stock_only
 
 
 def bn(

@@ -55,16 +55,10 @@ def build(module: nn.Module, alone: frozenset[str] = frozenset()) -> Built:
     Raises:
         CannotTrace: the forward can't be traced, or replaying it could have another effect; the message is the reason.
     """
-    # While torch.jit.trace is at work, sizes are tensors.
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
-    try:
-        with torch.no_grad():
-            found = trace(module)
-            matcher = Matcher(module, found.graph, alone)
-        return _Builder(module, found, matcher).build()
-    finally:
-        torch._C._set_tracing_state(state)
+    with torch.no_grad():
+        found = trace(module)
+        matcher = Matcher(module, found.graph, alone)
+    return _Builder(module, found, matcher).build()
 
 
 class _Builder:
@@ -173,7 +167,7 @@ class _Builder:
     def _layer(self, unit: Unit) -> Layer:
         layer: Convolution = unit.layer
         norm: Norm = unit.norm
-        names = (layer.weight, layer.bias, norm.mean, norm.var, norm.gamma, norm.beta, norm.count)
+        names = (layer.weight, layer.bias, norm.mean, norm.var, norm.gamma, norm.beta, norm.steps)
         tensors = tuple(NONE if name is None else self._parameter(name) for name in names)
         return Layer(layer.conv, layer.pad, layer.pad_mode, norm.eps, tensors, norm.promotes)
 

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.runtime.parameters import kept
+
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, each module in the mode of the original.
@@ -40,5 +42,5 @@ def _computed_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
-    return [*model.parameters(), *model.buffers()]
+    """Parameters and buffers that have memory."""
+    return kept([*model.parameters(), *model.buffers()])

@@ -64,10 +64,10 @@ class Structure:
                 self._dicts.append(m._modules)
             if path in inlined:
                 self._watch_containers(m)
-                for base in type(m).__mro__:
-                    if not base.__module__.startswith(("torch.", "builtins")):
-                        held: Any = vars(base)
-                        self._attributes += [(held, name, held[name]) for name in trace.names & held.keys()]
+                classes: list[Any] = [vars(b) for b in type(m).__mro__ if not b.__module__.startswith(("torch.", "builtins"))]
+                # Those too that a class inherits: it may be given one of its own.
+                names = trace.names & {name for held in classes for name in held}
+                self._attributes += [(held, name, held.get(name)) for held in classes for name in names]
         self._versions = self._now_versions()
         self._handles = RemovableHandle.next_id
         self._values = self._look()
@@ -140,4 +140,4 @@ def _is(a: Any, b: Any) -> bool:
 
 def is_constant_name(watched: Watched) -> bool:
     """Whether a name is one of PyTorch's, Python's or a class's or function's, which nobody gives another value."""
-    return isinstance(watched.value, type(torch)) or getattr(watched.value, "__module__", "").startswith("torch")
+    return isinstance(watched.value, type(torch)) or str(getattr(watched.value, "__module__", "")).startswith("torch")

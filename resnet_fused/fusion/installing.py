@@ -32,7 +32,7 @@ def install(model: nn.Module, precision: Precision, backend: str) -> Fusion:
 
 
 def _may_have_path(module: nn.Module) -> bool:
-    if is_layer(module) or isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module) and _is_bound(module):
+    if is_layer(module) or isinstance(module, torch.jit.ScriptModule) or ("forward" in vars(module) and _is_bound(module)):
         return False
     if type(module).forward is nn.Module.forward:
         return False  # of a ModuleList, say
@@ -89,11 +89,21 @@ def install_checked(
         fault = _fault(model, arguments)
         if fault is not None:
             config.logger().error(
-                "rf.fuse: the fused model is wrong on example_inputs, so the original is returned: %s. Please report this model.",
+                "rf.fuse: the fused model is wrong on example_inputs, so the original is returned: %s. "
+                "Please report this model.",
                 fault,
             )
             return (unfuse(model) if inplace else original), False
     return model, True
+
+
+def release_packed(model: nn.Module, example_inputs: Any) -> None:
+    """Gives back the weights that kernels for inputs such as the example packed."""
+    path = path_of(model)
+    assert path is not None
+    with torch.no_grad():
+        model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    path.release()
 
 
 def _check(model: object, precision: str, backend: str) -> None:
@@ -108,7 +118,7 @@ def _check(model: object, precision: str, backend: str) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
-                f"model has the parameter {name!r} of a lazy module, which has no shape yet; call the model once before fusing it."
+                f"model has the parameter {name!r} of a lazy module, which has no shape yet. Call the model once, then fuse it."
             )
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, get_args(Precision)))}.")
@@ -127,6 +137,7 @@ def _warn_of_training(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+@torch.random.fork_rng(devices=[])
 def _fault(model: nn.Module, arguments: tuple[Any, ...]) -> str | None:
     """What is wrong with a fused model's result on an example; None if it is as good as stock's."""
     state = torch.get_rng_state()

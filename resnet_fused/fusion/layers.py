@@ -35,8 +35,9 @@ class Convolution(NamedTuple):
 class Norm(NamedTuple):
     """A batch norm in inference: paths of its tensors, and eps.
 
-    `promotes`: whether its result has the wider of its input's dtype and its own, as plain arithmetic gives it. `count`: path of
-    the number of its training steps; they move mean and variance without their version counters.
+    Attributes:
+        promotes: whether its result has the wider of its input's dtype and its own, as plain arithmetic gives it.
+        steps: path of the number of its training steps, which move mean and variance without their version counters.
     """
 
     mean: str
@@ -45,7 +46,7 @@ class Norm(NamedTuple):
     beta: str | None
     eps: float
     promotes: bool = False
-    count: str | None = None
+    steps: str | None = None
 
 
 def get(module: nn.Module, path: str) -> Any:
@@ -152,4 +153,5 @@ def norm(module: nn.Module, node: fx.Node) -> Norm | None:
     for name, path in (("weight", gamma), ("bias", beta)):
         if path is None and given.get(name) is not None:
             raise NotFoldable(f"the batch norm's {name} is no parameter")
-    return Norm(mean, var, gamma, beta, float(given.get("eps", 1e-5)))
+    eps: Any = given.get("eps", 1e-5)
+    return Norm(mean, var, gamma, beta, float(eps))

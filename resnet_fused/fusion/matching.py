@@ -251,7 +251,8 @@ class Matcher:
 
     def _groups(self) -> list[Group]:
         """All units, those of a residual block together, in the order in which they are computed."""
-        groups, taken = [], set()
+        groups: list[Group] = []
+        taken: set[int] = set()
         for unit in self.units:
             block = self._block(unit)
             if block is not None:
@@ -337,7 +338,7 @@ class Matcher:
             or (name in _WITH_INPLACE and True in node.args[1:])
         ):
             return True
-        return name.endswith("_") and not name.endswith("__") or name in _WRITING
+        return (name.endswith("_") and not name.endswith("__")) or name in _WRITING
 
     def next_reader(self, node: fx.Node) -> fx.Node | None:
         """The only reader of a node's result, seen through identities; None if there is none or several."""
@@ -364,5 +365,7 @@ class Matcher:
 
 
 _WRITING = ("iadd", "isub", "imul", "itruediv", "setitem", "__iadd__", "__setitem__")
-_WITH_INPLACE = ("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh")
-_WITH_INPLACE += ("dropout", "dropout2d", "threshold", "rrelu", "alpha_dropout")
+_WITH_INPLACE = (
+    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh"),
+    *("dropout", "dropout2d", "threshold", "rrelu", "alpha_dropout"),
+)

@@ -1,7 +1,7 @@
 """The fast path at a module's forward: fused kernels where everything is as it was when the forward was traced.
 
-A fast path stands in the instance's attribute `forward`. A call that its guards hold for runs the program of kernels; every other
-call runs the module's own forward, in which the fast paths of its children still serve.
+A fast path stands in the instance's attribute `forward`. A call that its guards hold for runs the program of kernels; every
+other call runs the module's own forward, in which the fast paths of its children still serve.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from resnet_fused.fusion.guards import Structure
 from resnet_fused.fusion.layers import get
 from resnet_fused.fusion.screening import CannotTrace
 from resnet_fused.fusion.tracing import class_forward, own_forward
-from resnet_fused.ops.common import MAX_KERNELS, autocast_dtype, plain
+from resnet_fused.runtime.calls import MAX_KERNELS, autocast_dtype, plain
 from resnet_fused.runtime.executor import Run, Settings, settle
-from resnet_fused.runtime.parameters import Look, Parameters, Unservable
+from resnet_fused.runtime.parameters import Look, Parameters, Unservable, kept
+from resnet_fused.runtime.program import Call
+from resnet_fused.runtime.released import release
 
 _STOCK: Any = object()  # what `_serve` gives where the module's own forward must run
 _requires_grad = operator.attrgetter("requires_grad")
@@ -111,12 +113,13 @@ class _Traced:
         self.kinds = [(t.shape, t.dtype) for t in self.tensors]
         self.runs: dict[Any, Run] = {}
         self.generation = records.generation()
-        self.look = Look(self.tensors)
+        self.look = Look(kept(self.tensors))
 
     def values_changed(self) -> bool:
         """Takes the parameters' values as they are now; False if they aren't of the traced shapes and dtypes any more."""
-        self.look = Look(self.tensors)
+        # In this order: another thread must not find the new look beside runs of the old values.
         self.runs = {}
+        self.look = Look(kept(self.tensors))
         return self.kinds == [(t.shape, t.dtype) for t in self.tensors]
 
 
@@ -137,7 +140,8 @@ class FastPath:
     def __init__(self, module: nn.Module, fusion: Fusion, root: bool = False) -> None:
         self.module, self.fusion, self.root = module, fusion, root
         previous = vars(module).get("forward")
-        self.previous = getattr(previous, "previous", previous)
+        # Not asked for its attribute: functools.update_wrapper gives a copy of it to what stands around a path.
+        self.previous: Any = previous.previous if isinstance(previous, FastPath) else previous
         self._reset()
 
     def _reset(self) -> None:
@@ -200,6 +204,7 @@ class FastPath:
     def remove(self) -> None:
         """Takes the path out of the module, and out of use where someone's own forward still calls it."""
         self.removed = True
+        self._traced = self.graph = None
         own = vars(self.module)
         if own.get("_path") is self:
             own["_path"] = None
@@ -276,14 +281,19 @@ class FastPath:
             return self._not("it is traced, transformed, or called with a subclass of Tensor")
         if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
             return self._not("a derivative may be asked for; call it under torch.no_grad() or torch.inference_mode()")
+        if traced.generation != records.generation():
+            # By other records other kernels are chosen, and what was packed for those before isn't used again.
+            traced.runs, traced.generation = {}, records.generation()
+        runs = traced.runs  # taken before the look: what is settled below must not stand beside values that come later
         if not traced.look.unchanged():
             if not self._values_changed(traced):
                 return self._not(self._untraceable)
+            runs = traced.runs
         key = self._key(args)
-        run = traced.runs.get(key)
+        run = runs.get(key)
         try:
             if run is None:
-                run, result = self._settle(traced, key, args)
+                run, result = self._settle(traced, runs, key, args)
             else:
                 result = run(args)
         except Unservable as reason:
@@ -307,21 +317,18 @@ class FastPath:
         """What kernels are chosen by."""
         kinds = [(x.shape, x.stride(), x.dtype, x.device, x.layout) for x in args]
         dtype = autocast_dtype(args[0].device.type)
-        settings = (choice(self._settings.backend), records.generation(), dtype, torch._C._get_mkldnn_enabled())
+        settings = (choice(self._settings.backend), dtype, torch._C._get_mkldnn_enabled())
         return (*kinds, *settings, torch.get_num_threads())
 
-    def _settle(self, traced: _Traced, key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
+    def _settle(self, traced: _Traced, runs: dict[Any, Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
         """Runs the program for the first time on this kind of input."""
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
             if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
-        if traced.generation != records.generation():
-            # By other records other kernels are chosen, and what was packed for those before isn't used again.
-            traced.runs, traced.generation = {}, records.generation()
         run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module)
-        while len(traced.runs) >= MAX_KERNELS:
-            traced.runs.pop(next(iter(traced.runs)), None)
-        traced.runs[key] = run
+        while len(runs) >= MAX_KERNELS:
+            runs.pop(next(iter(runs)), None)
+        runs[key] = run
         return run, result
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...] | None:
@@ -352,6 +359,15 @@ class FastPath:
         if self._wait > 0:
             self._wait -= 1
             return None
+        # While torch.jit.trace is at work, it would record what is asked of parameters, and sizes are tensors.
+        state, set_state = torch._C._get_tracing_state(), torch._C._set_tracing_state  # type: ignore[attr-defined]
+        set_state(None)
+        try:
+            return self._trace_now()
+        finally:
+            set_state(state)
+
+    def _trace_now(self) -> _Traced | None:
         self._attempts += 1
         self._wait = 2 ** min(self._attempts - _PROMPT_TRACES, _LONGEST_WAIT) if self._attempts > _PROMPT_TRACES else 0
         self._traced, self.reasons = None, {}
@@ -381,6 +397,33 @@ class FastPath:
         if traced is None or traced.structure.fault() is not None:
             traced = self._trace()
         return None if traced is None else traced.built
+
+    def release(self) -> None:
+        """Gives back the memory of the weights that were packed for the calls so far.
+
+        Raises:
+            ValueError: no call was served.
+        """
+        traced = self._traced
+        if traced is None or not traced.runs:
+            raise ValueError(
+                f"release=True found nothing to release, since no fused kernel runs the whole model: {self.reason}. "
+                "Leave release out, and see rf.report."
+            )
+        built = traced.built
+        fused = set.intersection(*(set(run.problems) for run in traced.runs.values()))
+        units = [unit for number in fused & built.groups.keys() for unit in built.groups[number].units]
+        read_otherwise = {item.target for item in built.program.items if isinstance(item, Call) and item.kind == "get_attr"}
+        weights = {unit.layer.weight for unit in units}
+        for number, item in enumerate(built.program.items, built.program.inputs):
+            if isinstance(item, Call) and item.fast and number in fused:
+                weights.add(f"{item.target}.weight")
+        for path in weights - read_otherwise:
+            weight = get(self.module, path)
+            if type(weight) is nn.Parameter:
+                release(weight)
+        traced.look = Look(kept(traced.tensors))
+        self.fusion.parameters.forget_released()
 
     # ---- graphs ------------------------------------------------------------------------------------------------------
 

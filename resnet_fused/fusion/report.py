@@ -20,13 +20,15 @@ class Report:
 
     Attributes:
         rows: one for each convolution of the model.
-        parameter_bytes: parameters and buffers of the model.
+        stock_bytes: what the model's parameters and buffers take in stock.
+        parameter_bytes: what they take now: less after `rf.fuse(release=True)`.
         packed_bytes: what backends packed from the parameters beside them, so far.
         calls_fused, calls_stock: calls of the model in which a fast path served, and in which none did.
         reason: why the last of the latter ran as stock.
     """
 
     rows: list[Row]
+    stock_bytes: int
     parameter_bytes: int
     packed_bytes: int
     calls_fused: int
@@ -37,13 +39,13 @@ class Report:
         rows = [(row.conv or "(model)", row.shape, row.op or "stock", row.backends, row.note) for row in self.rows]
         count = sum(bool(row.op) for row in self.rows)
         backends = "" if any(row.backends for row in self.rows) else " Backends are chosen at the first call."
-        total = (self.parameter_bytes + self.packed_bytes) / max(self.parameter_bytes, 1)
-        calls = f"{self.calls_fused} calls fused, {self.calls_stock} as stock"
+        total = (self.parameter_bytes + self.packed_bytes) / max(self.stock_bytes, 1)
+        calls = f"{self.calls_fused} calls fused, {self.calls_stock} as stock" + (f": {self.reason}" if self.reason else "")
+        weights, packed = (f"{size / 2**20:.1f} MiB" for size in (self.parameter_bytes, self.packed_bytes))
         return (
             table(("convolution", "shape", "fused into", "backend", "note"), rows)
-            + f"\n{count} of {len(self.rows)} convolutions fused.{backends} {calls}{': ' + self.reason if self.reason else ''}.\n"
-            + f"Weights: {self.parameter_bytes / 2**20:.1f} MiB, and {self.packed_bytes / 2**20:.1f} MiB packed for the kernels: "
-            + f"{total:.2f}× in all."
+            + f"\n{count} of {len(self.rows)} convolutions fused.{backends} {calls}.\n"
+            + f"Weights: {weights}, and {packed} packed for the kernels: {total:.2f}× stock's in all."
         )
 
 
@@ -64,9 +66,12 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     if path is None:
         raise ValueError(f"model is a {type(model).__name__} that rf.fuse didn't make; pass what rf.fuse returned.")
     fusion, fused = path.fusion, path.module
+    stock_bytes = sum(t.numel() * t.element_size() for t in (*fused.parameters(), *fused.buffers()))
     parameter_bytes = sum(t.nbytes for t in tensors_of(fused))
     packed = fusion.parameters.packed_bytes()
-    result = Report(rows_of(fused), parameter_bytes, packed, fusion.calls_served, fusion.calls_stock, fusion.reason)
+    result = Report(
+        rows_of(fused), stock_bytes, parameter_bytes, packed, fusion.calls_served, fusion.calls_stock, fusion.reason
+    )
     print(result, file=file or sys.stdout)
     return result
 

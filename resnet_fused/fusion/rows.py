@@ -81,9 +81,9 @@ def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
     for name, reason in built.trace.opaque.items():
         child = module.get_submodule(name)
         for inner, conv in child.named_modules():
-            row = rows.get(join(join(path, name), inner)) if isinstance(conv, nn.Conv2d) else None
-            if row is not None and not row.op and row.note == Row.note:
-                row.note = reason
+            own = rows.get(join(join(path, name), inner)) if isinstance(conv, nn.Conv2d) else None
+            if own is not None and not own.op and own.note == Row.note:
+                own.note = reason
         _explain(child, join(path, name), rows)
 
 

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (list, dict, set, OrderedDict, collections.defaultdict, collections.deque)
-_IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum)
-_IMMUTABLE += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+_IMMUTABLE: tuple[type, ...] = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
+# Whose objects are taken as they are: none of them is changed by its use in a forward.
+_KNOWN = ("torch", "typing", "functools", "re", "resnet_fused", "operator")
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
@@ -48,6 +52,24 @@ def class_containers(kind: type) -> dict[str, Any]:
         if not base.__module__.startswith("torch."):
             found.update((k, v) for k, v in vars(base).items() if type(v) in _CONTAINERS and not k.startswith("__"))
     return found
+
+
+class Untouchable(Exception):
+    """A forward used something that it holds and that can't be copied, such as a lock or a file."""
+
+
+class _Sealed:
+    """Stands for what can't be copied: any use of it ends the trace."""
+
+    def __init__(self, kind: str) -> None:
+        object.__setattr__(self, "_kind", kind)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise Untouchable(f"uses a {object.__getattribute__(self, '_kind')} that it holds")
+
+    __getattr__ = __setattr__ = __call__ = __enter__ = __exit__ = __iter__ = __next__ = __len__ = __getitem__ = _refuse
+    __setitem__ = __contains__ = __bool__ = __add__ = __radd__ = __mul__ = __rmul__ = __eq__ = __lt__ = __gt__ = _refuse
+    __hash__ = object.__hash__
 
 
 class Sandbox:
@@ -127,7 +149,11 @@ class Sandbox:
             self._remember(value, copied)
             vars(copied).update((k, self._copy(v)) for k, v in vars(value).items())
             return copied
-        return value
+        if type(value).__module__.split(".")[0] in _KNOWN:
+            return value
+        sealed = _Sealed(type(value).__name__)
+        self._remember(value, sealed)
+        return sealed
 
     def holds(self, value: Any) -> bool:
         """Whether a value is a container or object that belongs to the sandbox, and not one that a forward has made."""
@@ -150,7 +176,7 @@ class Sandbox:
         return None
 
     def _same(self, value: Any, copied: Any, seen: set[int]) -> bool:
-        if value is copied:
+        if value is copied or (type(copied) is _Sealed and copied is self._memo.get(id(value))):
             return True
         if isinstance(value, nn.Module):
             return copied is self._memo.get(id(value))

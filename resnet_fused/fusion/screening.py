@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import itertools
 import os
 import sys
 import sysconfig
@@ -53,8 +54,10 @@ _LIBRARY_FILES = (
 )
 _PURE_MODULES = ("torch", "math", "operator", "functools", "itertools", "collections", "typing", "numbers", "_operator", "enum")
 # Calls of PyTorch's that change its state, or tell of it.
-_IMPURE = ("manual_seed", "seed", "set_", "save", "load", "_C", "compile", "backends", "profiler", "is_grad_enabled")
-_IMPURE += ("is_inference_mode", "is_autocast", "get_", "are_", "initial_seed", "cuda", "random")
+_IMPURE = (
+    *("manual_seed", "seed", "set_", "save", "load", "_C", "compile", "backends", "profiler", "is_grad_enabled"),
+    *("is_inference_mode", "is_autocast", "get_", "are_", "initial_seed", "cuda", "random"),
+)
 _BUILTINS = {
     *("len", "range", "enumerate", "zip", "isinstance", "issubclass", "getattr", "hasattr", "list", "tuple", "dict", "set"),
     *("frozenset", "int", "float", "bool", "str", "min", "max", "sum", "abs", "round", "sorted", "reversed", "map", "filter"),
@@ -215,17 +218,22 @@ class Screen:
                 last = attributes[-1]
                 impure = value.__name__.startswith("torch") and any(attribute.startswith(word) for word in _IMPURE)
                 return f"calls {path}.{last}" if impure else None
-            owner = next((v for v in getattr(value, "__mro__", (value,)) if attribute in vars(v)), None)
+            owners = getattr(value, "__mro__", (value,))
+            owner = next((v for v in owners if attribute in vars(v)), None)
             if owner is None:
                 break
+            # Inherited; a class before the owner may be given one of its own.
+            before = itertools.takewhile(lambda v: v is not owner, owners)  # noqa: B023
+            self.watched += [Watched(vars(v), attribute, None) for v in before]
             following = vars(owner)[attribute]
             path += f".{attribute}"
             if isinstance(following, (staticmethod, classmethod)):
                 return None
             value = following
-            self.watched.append(Watched(vars(owner), attribute, value))  # type: ignore[arg-type]
+            self.watched.append(Watched(vars(owner), attribute, value))
         if isinstance(value, types.BuiltinFunctionType):
-            pure = (value.__module__ or "").split(".")[0] in _PURE_MODULES
+            # Named tuples make themselves by tuple.__new__.
+            pure = (value.__module__ or "").split(".")[0] in _PURE_MODULES or value.__self__ is tuple
             return None if pure else f"calls {path}"
         if isinstance(value, types.ModuleType):
             return None if value.__name__.split(".")[0] in _PURE_MODULES or not attributes else f"reads {path}"

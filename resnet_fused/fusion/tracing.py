@@ -22,12 +22,14 @@ from torch.fx.proxy import Attribute, TracerBase
 from torch.overrides import TorchFunctionMode
 
 from resnet_fused.fusion.folding import is_norm
-from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable
+from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable, is_own
 from resnet_fused.fusion.screening import CannotTrace, Screen, Watched
 
 # What may be asked of a parameter while tracing: it doesn't change without the parameter.
-_METADATA = ("shape", "size", "dim", "ndim", "dtype", "device", "numel", "is_cuda", "is_floating_point", "is_complex", "layout")
-_METADATA += ("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size")
+_METADATA = (
+    *("shape", "size", "dim", "ndim", "dtype", "device", "numel", "is_cuda", "is_floating_point", "is_complex", "layout"),
+    *("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size"),
+)
 _TENSOR_NAMES = frozenset(dir(Tensor))
 _IMAGE_FUNCTIONS = (
     "conv2d",
@@ -52,7 +54,7 @@ def own_forward(module: nn.Module, name: str = "plain_forward") -> Callable[...,
         name: of the method that stands for forward in the library's own blocks, whose forward takes the fast path itself.
     """
     forward = vars(module).get("forward")
-    if forward is not None and not hasattr(forward, "previous"):
+    if forward is not None and not is_own(forward):
         return forward
     return forward.previous if forward is not None and forward.previous is not None else class_forward(module, name)
 
@@ -151,12 +153,12 @@ class _Proxy(fx.Proxy):
         return self._in_place(operator.itruediv, other)
 
 
-class _Attribute(_Proxy, Attribute):  # type: ignore[misc]
+class _Attribute(_Proxy, Attribute):
     """An attribute of a stand-in, or a method of it that is about to be called."""
 
     __init__ = Attribute.__init__
     node = Attribute.node
-    __call__ = Attribute.__call__  # type: ignore[assignment]
+    __call__ = Attribute.__call__
 
 
 class _Count(_Proxy):
@@ -169,7 +171,7 @@ class _Count(_Proxy):
         return True if other == 0 else super().__ne__(other)
 
     def __gt__(self, other: Any) -> Any:
-        return True if other == 0 else super().__gt__(other)  # type: ignore[operator]
+        return True if other == 0 else super().__gt__(other)  # type: ignore[misc]
 
     __hash__ = object.__hash__
 

@@ -22,8 +22,9 @@ from torch.nn.modules import module as module_hooks
 from resnet_fused import ops
 from resnet_fused.backends.norm import served
 from resnet_fused.fusion.folding import hooks_of
-from resnet_fused.ops.common import autocast_dtype, plain, stock_only, update_statistics
+from resnet_fused.ops.common import update_statistics
 from resnet_fused.ops.conv2d import served as served_conv2d
+from resnet_fused.runtime.calls import autocast_dtype, plain, stock_only
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

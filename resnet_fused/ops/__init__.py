@@ -1,5 +1,6 @@
 """One module an op: schema, eager and fake implementation, derivative."""
 
+import resnet_fused.ops.program  # noqa: F401 — after those that it is made of
 from resnet_fused.ops.add_relu import add_relu
 from resnet_fused.ops.basic_block import basic_block
 from resnet_fused.ops.bn import bn
@@ -12,8 +13,6 @@ from resnet_fused.ops.conv2d_bn import conv2d_bn
 from resnet_fused.ops.conv2d_bn_add_relu import conv2d_bn_add_relu
 from resnet_fused.ops.conv2d_bn_relu import conv2d_bn_relu
 from resnet_fused.ops.stem import stem
-
-import resnet_fused.ops.program  # noqa: E402, F401, I001 — after those that it is made of
 
 __all__ = [
     "add_relu",

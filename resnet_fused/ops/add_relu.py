@@ -11,11 +11,12 @@ from torch import Tensor
 from resnet_fused.backends import Folded, Kernel, Problem, choice, get, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import common
+from resnet_fused.runtime import calls
 
 
 def _run(op: str, a: Tensor, b: Tensor) -> Tensor:
-    chosen = choice() if a.layout is b.layout is torch.strided else common.choice_without_strides(choice())
-    kernel = _kernel(op, a.shape, a.dtype, a.device, common.memory_format(a, b), chosen, records.generation())
+    chosen = choice() if a.layout is b.layout is torch.strided else calls.choice_without_strides(choice())
+    kernel = _kernel(op, a.shape, a.dtype, a.device, calls.memory_format(a, b), chosen, records.generation())
     return kernel(a, b)
 
 
@@ -51,7 +52,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     (y,) = ctx.saved_tensors
-    grad = _run("add_relu_backward", grad, y) if common.plain_eager(grad, y) else common.relu_backward(grad, y)
+    grad = _run("add_relu_backward", grad, y) if calls.plain_eager(grad, y) else common.relu_backward(grad, y)
     return grad, grad
 
 
@@ -62,8 +63,8 @@ common.register_autograd("add_relu", _setup_context, _backward)
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     """relu(x + residual); see `resnet_fused.functional.add_relu`."""
-    if common.plain_eager(x, residual):
+    if calls.plain_eager(x, residual):
         return _eager(x, residual)
-    if common.stock_only():
+    if calls.stock_only():
         return common.stock("add_relu", (), x, residual)
     return torch.ops.resnet_fused.add_relu.default(x, residual)

@@ -17,6 +17,7 @@ from torch import Tensor
 from resnet_fused.backends import Conv
 from resnet_fused.backends.reference import conv2d
 from resnet_fused.ops import common
+from resnet_fused.runtime import calls
 
 
 def define(name: str, *, main: int) -> Callable[..., Tensor]:
@@ -33,7 +34,7 @@ def define(name: str, *, main: int) -> Callable[..., Tensor]:
             conv = Conv(0, 0, weights[i].shape[2:], stride, padding, dilation)  # type: ignore[arg-type]
             h, w = conv.output_size(h, w)
         shape = (x.shape[0], weights[main - 1].shape[0], h, w)
-        return common.empty_result(shape, x, common.memory_format(x, *weights))
+        return common.empty_result(shape, x, calls.memory_format(x, *weights))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weights, shifts, ctx.geometry = inputs
@@ -71,9 +72,9 @@ def define(name: str, *, main: int) -> Callable[..., Tensor]:
     operator = getattr(torch.ops.resnet_fused, name).default
 
     def call(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
-        if common.plain_eager(x, *weights, *shifts):
+        if calls.plain_eager(x, *weights, *shifts):
             return eager(x, weights, shifts, geometry)
-        if common.stock_only():
+        if calls.stock_only():
             return common.stock(name, Conv.unflatten(weights, geometry), x, None, weights, shifts, len(weights) > main)
         return operator(x, weights, shifts, geometry)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.ops import common, norm
+from resnet_fused.runtime import calls
 
 
 def _geometry(stride: Any, padding: Any, dilation: Any, groups: int) -> list[int]:
@@ -67,7 +68,7 @@ def _backward(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     x, weight, bias, mean, var, filter = ctx.saved_tensors
     needed = ctx.needs_input_grad
     # With the statistics as given constants, the forward op computes y again as it was.
-    if common.plain(dz, x, weight, bias, filter):
+    if calls.plain(dz, x, weight, bias, filter):
         y = norm.forward("bn_relu", x, None, weight, bias, mean, var, ctx.eps, "")[0]
         bn_backward: Callable[..., norm.Result] = norm.backward
     else:
@@ -98,6 +99,6 @@ _Function = common.function("bn_relu_conv2d", _eager, _setup_context, _backward)
 def bn_relu_conv2d(*args: Any) -> norm.Result:
     """z, and the batch's mean, biased and unbiased variance; arguments as the schema lists them."""
     tensors = args[:7]
-    if not common.plain(*tensors):
+    if not calls.plain(*tensors):
         return torch.ops.resnet_fused.bn_relu_conv2d.default(*args)
-    return _Function.apply(*args) if common.needs_grad(*tensors) else _eager(*args)
+    return _Function.apply(*args) if calls.needs_grad(*tensors) else _eager(*args)

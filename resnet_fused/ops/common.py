@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused import config
-from resnet_fused.backends import BackendError, Conv, Declined, Folded, Kernel, Pool, Precision, Problem, choice, get, records
+from resnet_fused.backends import Conv, Declined, Folded, Kernel, Pool, Precision, Problem, choice, get, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import checks
+from resnet_fused.runtime.calls import MAX_KERNELS, call_key, choice_without_strides, memory_format, stamp
 
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
-
-# More input shapes than this are unusual; kernels beyond it are dropped, and their packed weights stay for the others.
-MAX_KERNELS = 64
 
 
 def register(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -51,70 +46,6 @@ def function(name: str, forward: Callable[..., Any], setup_context: Callable[...
 
     members = {"forward": staticmethod(forward_with_context), "backward": staticmethod(backward)}
     return type(f"{name}_function", (torch.autograd.Function,), members)
-
-
-def _vmapped() -> bool:
-    """Whether torch.vmap is at work, perhaps outside of another transform."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in torch._C._functorch.get_interpreter_stack())
-
-
-def memory_format(*tensors: Tensor) -> torch.memory_format:
-    """Stock PyTorch's rule for a convolution's result: channels_last if the input or a weight is, else contiguous."""
-    if _vmapped():
-        return torch.contiguous_format  # tensors can't be asked for another
-    # Tensors without strides have no format to ask for.
-    channels_last = any(tensor.layout is torch.strided and suggests_channels_last(tensor) for tensor in tensors)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def suggests_channels_last(x: Tensor) -> bool:
-    """Whether stock PyTorch takes a tensor of four dimensions for channels_last, by its strides.
-
-    Source: c10/core/MemoryFormat.h, is_channels_last_strides_2d.
-    """
-    smallest = 0
-    for dim in (1, 3, 2, 0):
-        size, stride = x.shape[dim], x.stride(dim)
-        # The last is of tensors of one value an image, whose strides tell nothing.
-        if (dim == 1 and stride == 0) or size == 0 or stride < smallest or (dim == 0 and smallest == x.stride(1)):
-            return False
-        smallest = stride * size if size > 1 else stride
-    return True
-
-
-def choice_without_strides(chosen: str) -> str:
-    """The backend for tensors in oneDNN's own layout (`x.to_mkldnn()`), which have no strides and run on stock ops alone.
-
-    Raises:
-        BackendError: another one was chosen explicitly.
-    """
-    if chosen not in ("auto", "reference"):
-        raise BackendError(
-            f"backend {chosen!r} can't serve tensors of layout torch._mkldnn, which only stock ops do. Pass x.to_dense(), or "
-            "choose 'auto' or 'reference'."
-        )
-    return "reference"
-
-
-_version = operator.attrgetter("_version")
-
-
-def stamp(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Addresses and version counters: other ones when a tensor was changed in place, loaded, moved or cast.
-
-    Raises:
-        RuntimeError: a tensor was made under inference_mode and doesn't count its changes.
-    """
-    # By functions that loop in C: this stands before every call.
-    return (*map(Tensor.data_ptr, tensors), *map(_version, tensors))
-
-
-def call_key(x: Tensor, residual: Tensor | None, chosen: str) -> tuple[Any, ...]:
-    """What the kernel of a call with strided tensors depends on, beside the op and its parameters."""
-    other = None if residual is None else (residual.shape, residual.dtype)
-    return x.shape, x.stride(), x.dtype, x.device, other, chosen, torch._C._get_mkldnn_enabled()
 
 
 class _Bound(NamedTuple):
@@ -238,46 +169,6 @@ def runner_for(weight: Tensor, *static: Any) -> Runner:
     return runner
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing but backward differentiation watches a call: eager, plain tensors.
-
-    Otherwise it goes through the dispatcher, which knows tracing and subclasses, or is `stock_only`.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _transformed():
-        return False
-    if torch._C._is_tracing():  # by torch.jit.trace, which would note down kernels of this process
-        return False
-    # A loop, since a generator takes twice as long, and this stands before every call of every op.
-    for tensor in tensors:  # noqa: SIM110
-        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not Parameter:
-            return False
-    return True
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a derivative by one of the tensors may be asked for."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether a call may go to a backend's kernel directly: nothing watches it, not even autograd."""
-    return plain(*tensors) and not needs_grad(*tensors)
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work; under no_grad, too, which doesn't end them."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def stock_only() -> bool:
-    """Whether a call needs rules that stock ops have and ours don't: torch.func's, forward-mode differentiation's, ONNX's."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return torch.onnx.is_in_onnx_export()
-    return _transformed()
-
-
 def stock(
     op: str,
     convs: tuple[Conv, ...],
@@ -299,14 +190,6 @@ def update_statistics(running: Tensor | None, new: Tensor, share: float | Tensor
     if running is not None:
         with torch.no_grad():
             running.lerp_(new.to(running.dtype), share.to(running.dtype) if isinstance(share, Tensor) else share)
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast casts to on a type of device; None where it is off, or the device has none ("meta")."""
-    # Asked first for any device, since the question for one takes as long as all else before a call.
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def empty_result(problem_shape: Sequence[Any], like: Tensor, format: torch.memory_format) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resnet_fused.backends import Conv
 from resnet_fused.ops import common
+from resnet_fused.runtime import calls
 
 
 def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Tensor]:
@@ -38,7 +39,7 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Tensor]:
         stride, padding, dilation, groups = args[count:]
         conv = Conv(weight.shape[1] * groups, weight.shape[0], weight.shape[2:], stride, padding, dilation, groups)
         shape = (x.shape[0], weight.shape[0], *conv.output_size(x.shape[2], x.shape[3]))
-        return common.empty_result(shape, x, common.memory_format(x, weight))
+        return common.empty_result(shape, x, calls.memory_format(x, weight))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight = inputs[0], inputs[1]
@@ -59,8 +60,8 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Tensor]:
     operator = getattr(torch.ops.resnet_fused, name).default
 
     def call(*args: Any) -> Tensor:
-        if common.plain_eager(*args[:count]):
+        if calls.plain_eager(*args[:count]):
             return eager(*args)
-        return stock(*args) if common.stock_only() else operator(*args)
+        return stock(*args) if calls.stock_only() else operator(*args)
 
     return call

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resnet_fused.backends import cpu_conv
 from resnet_fused.ops import common
+from resnet_fused.runtime import calls
 
 
 def served(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
@@ -30,7 +31,7 @@ def served(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, 
     else:
         products = cpu_conv.products(x, tuple(weight.shape), stride[0], padding[0])
     # In contiguous format only what saves most, Winograd, is worth the copies.
-    return bool(products.forward) or (products.weight and common.memory_format(x, weight) == torch.channels_last)
+    return bool(products.forward) or (products.weight and calls.memory_format(x, weight) == torch.channels_last)
 
 
 def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -38,12 +39,12 @@ def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     if plan is None:
         return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
     y = cpu_conv.convolution(x, weight, stride, padding, plan)
-    return y.contiguous(memory_format=common.memory_format(x, weight))
+    return y.contiguous(memory_format=calls.memory_format(x, weight))
 
 
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     h, w = ((size + 2 * padding - weight.shape[2]) // stride + 1 for size in x.shape[2:])
-    return common.empty_result((x.shape[0], weight.shape[0], h, w), x, common.memory_format(x, weight))
+    return common.empty_result((x.shape[0], weight.shape[0], h, w), x, calls.memory_format(x, weight))
 
 
 def _geometry(stride: int, padding: int) -> list[int]:
@@ -53,7 +54,7 @@ def _geometry(stride: int, padding: int) -> list[int]:
 def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """Gradients by x and weight; empty where `needs` says that one isn't needed."""
     products = cpu_conv.products(x, tuple(weight.shape), stride, padding)
-    format = common.memory_format(x, weight)
+    format = calls.memory_format(x, weight)
     dx = dweight = None
     if needs[0] and products.input is not None:
         size = (x.shape[2], x.shape[3])
@@ -76,7 +77,7 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int,
 def _fake_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    dx = common.empty_result(x.shape, x, common.memory_format(x, weight)) if needs[0] else x.new_empty(0)
+    dx = common.empty_result(x.shape, x, calls.memory_format(x, weight)) if needs[0] else x.new_empty(0)
     return dx, torch.empty_like(weight) if needs[1] else weight.new_empty(0)
 
 
@@ -93,7 +94,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None,
         geometry = _geometry(ctx.stride, ctx.padding)
         dx, dweight, _ = common.convolution_backward(dy, x, weight.to(x.dtype), geometry, (*needs, False))
         return dx, dweight.to(weight.dtype) if dweight is not None else None, None, None
-    run = _gradients if common.plain(dy, x, weight) else torch.ops.resnet_fused.conv2d_backward.default
+    run = _gradients if calls.plain(dy, x, weight) else torch.ops.resnet_fused.conv2d_backward.default
     dx, dweight = run(dy, x, weight, ctx.stride, ctx.padding, needs)
     return dx if needs[0] else None, dweight if needs[1] else None, None, None
 
@@ -110,8 +111,8 @@ _Function = common.function("conv2d", _forward, _setup_context, _backward)
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
     """F.conv2d(x, weight, stride=stride, padding=padding) for what `served` says it serves."""
-    if not common.plain(x, weight):
+    if not calls.plain(x, weight):
         return torch.ops.resnet_fused.conv2d.default(x, weight, stride, padding)
-    if not common.needs_grad(x, weight):
+    if not calls.needs_grad(x, weight):
         return _forward(x, weight, stride, padding)
     return _Function.apply(x, weight, stride, padding)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from resnet_fused.backends.norm import norm_kernels
 from resnet_fused.ops import common
+from resnet_fused.runtime import calls
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -43,7 +44,7 @@ def activation_format(x: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
-    return torch.channels_last if common.suggests_channels_last(x) else torch.contiguous_format
+    return torch.channels_last if calls.suggests_channels_last(x) else torch.contiguous_format
 
 
 def _by_channel(t: Tensor | None) -> Tensor | None:
@@ -278,7 +279,7 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
         else:
             args = (name, dy, x, y, weight, _by_channel(mean), _by_channel(var), ctx.eps, ctx.batch, ctx.group, ctx.needs)
             registered = torch.ops.resnet_fused.bn_backward.default
-            run: Callable[..., Result] = backward if common.plain(dy, x, y, weight) else registered
+            run: Callable[..., Result] = backward if calls.plain(dy, x, y, weight) else registered
             dx, dresidual, dweight, dbias = run(*args)
         needed = ctx.needs_input_grad
         grads = (dx, dresidual, dweight, dbias) if residual else (dx, dweight, dbias)
@@ -291,8 +292,8 @@ def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
 
     def call(*args: Any) -> Result:
         tensors = args[: first + 4]
-        if not common.plain(*tensors):
+        if not calls.plain(*tensors):
             return operator(*args)
-        return function.apply(*args) if common.needs_grad(*tensors) else eager(*args)
+        return function.apply(*args) if calls.needs_grad(*tensors) else eager(*args)
 
     return call

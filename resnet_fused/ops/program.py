@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused.backends import Declined, Problem, choice, records
-from resnet_fused.ops.common import LIBRARY, MAX_KERNELS, autocast_dtype, register, stamp
+from resnet_fused.ops.common import LIBRARY, register
+from resnet_fused.runtime.calls import MAX_KERNELS, autocast_dtype, stamp
 from resnet_fused.runtime.executor import Run, Settings, settle
 from resnet_fused.runtime.parameters import Look, Parameters, Unservable
-from resnet_fused.runtime.program import NONE, Layer, Program, Step, from_text, stock_format
+from resnet_fused.runtime.plain import stock_step
+from resnet_fused.runtime.program import NONE, Program, Step, from_text, result_format
 
 
 class _State:
@@ -88,34 +89,12 @@ def _state(own: dict[Any, _State], key: Any, parameters: list[Tensor]) -> _State
 
 
 def stock(program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The program in stock's ops, layer by layer."""
+    """The program in stock's ops."""
     values = [*inputs]
-
-    def layer(x: Tensor, own: Layer) -> Tensor:
-        weight, bias, mean, var, gamma, beta = (None if n == NONE else parameters[n] for n in own.tensors[:6])
-        if own.pad:
-            x = F.pad(x, list(own.pad), own.pad_mode)
-        conv = own.conv
-        assert weight is not None
-        y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return F.batch_norm(y, mean, var, gamma, beta, False, 0.0, own.eps)
-
     for step in program.items:
         assert isinstance(step, Step)
-        x = values[step.x]
         residual = None if step.residual == NONE else values[step.residual]
-        layers = [*step.layers]
-        if step.op in ("basic_block", "bottleneck"):
-            residual = layer(x, layers.pop()) if step.shortcut else x
-        *inner, last = layers
-        for own in inner:
-            x = layer(x, own).relu_()
-        y = layer(x, last)
-        if residual is not None:
-            y = y + residual
-        if step.op != "conv2d_bn":
-            y = y.relu_()
-        values.append(y if step.pool is None else F.max_pool2d(y, *step.pool))
+        values.append(stock_step(step, parameters, values[step.x], residual))
     return [values[value.number] for value in program.outputs]
 
 
@@ -131,7 +110,7 @@ def _fake(inputs: list[Tensor], parameters: list[Tensor], steps: str, precision:
             left, right, top, bottom = step.layers[0].pad
             h, w = h + top + bottom, w + left + right
         problem = Problem(step.op, (n, c, h, w), x.dtype, x.device, convs, step.shortcut, step.pool)
-        format = stock_format(x, None, parameters[step.layers[0].tensors[0]])
+        format = result_format(step, x, None, parameters)
         values.append(torch.empty(problem.output_shape(), dtype=x.dtype, device=x.device, memory_format=format))
     return [values[value.number] for value in program.outputs]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from resnet_fused.backends import Conv, Pool
 from resnet_fused.backends.reference import conv2d
 from resnet_fused.ops import common
+from resnet_fused.runtime import calls
 
 
 def _eager(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
@@ -30,7 +31,7 @@ def _fake(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], poo
     h, w = conv.output_size(x.shape[2], x.shape[3])
     window = Conv(0, 0, pool[0:2], pool[2:4], pool[4:6])  # type: ignore[arg-type]
     shape = (x.shape[0], weight.shape[0], *window.output_size(h, w))
-    return common.empty_result(shape, x, common.memory_format(x, weight))
+    return common.empty_result(shape, x, calls.memory_format(x, weight))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -59,8 +60,8 @@ def stem(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool
 
     `geometry`: stride, padding, dilation (two integers each) and groups; `pool`: kernel, stride and padding (two each).
     """
-    if common.plain_eager(x, weight, shift):
+    if calls.plain_eager(x, weight, shift):
         return _eager(x, weight, shift, geometry, pool)
-    if common.stock_only():
+    if calls.stock_only():
         return common.stock("stem", Conv.unflatten([weight], geometry), x, None, [weight], [shift], pool=_pool(pool))
     return torch.ops.resnet_fused.stem.default(x, weight, shift, geometry, pool)

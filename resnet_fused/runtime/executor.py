@@ -1,7 +1,7 @@
 """Runs programs: finds the kernels for a kind of input at its first call, and then runs them one after the other.
 
-Inside of a program results of steps are channels_last, the kernels' own format. What is called beside them, and what is given to
-the caller, has the strides that it would have in stock PyTorch.
+Inside of a program results of steps are channels_last, the kernels' own format. What is called beside them, and what is given
+to the caller, has the strides that it would have in stock PyTorch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from resnet_fused.backends import BackendError, Conv, Declined, Folded, Kernel, Precision, Problem, choice, get
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
-from resnet_fused.ops.common import autocast_dtype
+from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.parameters import Parameters, Unservable
-from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, stock_format
+from resnet_fused.runtime.plain import stock_step
+from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, result_format
 
 # Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
 # classes, two cores of a Zen 5); with 256 rows the two are level in bfloat16.
@@ -257,19 +258,32 @@ class _Settling:
 
     def _plain(self, step: Step, number: int, format: torch.memory_format | None) -> Callable[..., Any]:
         """The step in stock's ops. `format`: which they are to give their result; None: as it comes."""
-        program = self.program.plain[number]
-        callers = [(_caller(call, self.module), call.reads) for call in program.items if isinstance(call, Call)]
         formats = [self.formats[read] for read in step.reads]
-        output = program.outputs.number
+        run = self._plain_calls(number) if number in self.program.plain else self._plain_layers(step)
 
-        def run(*given: Tensor) -> Tensor:
-            values = [in_format(x, f) if isinstance(x, Tensor) else x for x, f in zip(given, formats, strict=True)]
-            for function, reads in callers:
-                values.append(function(*[values[read] for read in reads]))
-            y: Tensor = values[output]
+        def in_stocks_format(*given: Tensor) -> Tensor:
+            y = run(*(in_format(x, f) if isinstance(x, Tensor) else x for x, f in zip(given, formats, strict=True)))
             return y if format is None else y.contiguous(memory_format=format)
 
+        return in_stocks_format
+
+    def _plain_calls(self, number: int) -> Callable[..., Any]:
+        """A step by the calls that it was made of."""
+        program = self.program.plain[number]
+        callers = [(_caller(call, self.module), call.reads) for call in program.items if isinstance(call, Call)]
+        output = program.outputs.number
+
+        def run(*given: Any) -> Any:
+            values = [*given]
+            for function, reads in callers:
+                values.append(function(*[values[read] for read in reads]))
+            return values[output]
+
         return run
+
+    def _plain_layers(self, step: Step) -> Callable[..., Any]:
+        parameters = self.parameters
+        return lambda x, residual=None: stock_step(step, parameters, x, residual)
 
     def _fused(self, step: Step, number: int) -> None:
         x = self.values[step.x]
@@ -295,7 +309,7 @@ class _Settling:
         elif weight.dtype != x.dtype:
             raise Unservable(f"the input is {x.dtype} and the weight {weight.dtype}")
         x = self.values[source]
-        format = stock_format(x, self.formats[source], weight)
+        format = result_format(step, x, self.formats[source], self.parameters)
         for own in step.layers:
             if own.promotes and self.parameters[own.tensors[2]].dtype != x.dtype:
                 raise Unservable("a batch norm's parameters have another dtype, to which it casts its result")
@@ -407,7 +421,7 @@ class _Settling:
             return None
         folded = self.folded.linear(weight, bias)
         conv = Conv(weight.shape[1], weight.shape[0], (1, 1))
-        problem = Problem("conv2d_bn", (*x.shape, 1, 1), x.dtype, x.device, (conv,))  # type: ignore[arg-type]
+        problem = Problem("conv2d_bn", (*x.shape, 1, 1), x.dtype, x.device, (conv,))
         kernel, backend = bind(problem, folded, choice(self.settings.backend))
         self.made.problems[number] = (problem, backend)
         self.made.folded.append(folded)

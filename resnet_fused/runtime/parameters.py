@@ -14,6 +14,7 @@ from resnet_fused.backends import Folded
 from resnet_fused.backends.problem import FoldedLater
 from resnet_fused.backends.watch import Watch
 from resnet_fused.runtime.program import NONE, Layer
+from resnet_fused.runtime.released import ReleasedParameter
 
 _version = operator.attrgetter("_version")
 
@@ -46,6 +47,11 @@ class Look:
         return [*map(_version, self.tensors)] == self._versions and self._watch.unchanged()
 
 
+def kept(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the tensors whose memory wasn't released."""
+    return [t for t in tensors if not isinstance(t, ReleasedParameter)]
+
+
 def _fold(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Folded weight and bias of a layer, computed in float64 and rounded to the weight's dtype, then to `dtype`."""
     weight, bias, mean, var, gamma, beta = (None if t is None else t.detach() for t in tensors[:6])
@@ -71,6 +77,7 @@ class Parameters:
 
     def __init__(self) -> None:
         self._kept: weakref.WeakValueDictionary[tuple[object, ...], FoldedLater] = weakref.WeakValueDictionary()
+        self._sources: weakref.WeakKeyDictionary[FoldedLater, list[Tensor]] = weakref.WeakKeyDictionary()
 
     def layer(self, layer: Layer, parameters: Sequence[Tensor], dtype: torch.dtype) -> FoldedLater:
         """A layer's folded parameters in a dtype."""
@@ -86,7 +93,13 @@ class Parameters:
         # A program that is new to them looks for itself whether they are still what was packed for another.
         if found is None or not found.unchanged():
             found = self._kept[key] = FoldedLater(make, Look(given).unchanged)
+            self._sources[found] = given
         return found
+
+    def forget_released(self) -> None:
+        """Looks from now on at those parameters only whose memory is there."""
+        for folded, given in self._sources.items():
+            folded.unchanged = Look(kept(given)).unchanged
 
     def step(self, layers: Sequence[Layer], parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded:
         """Folded parameters of a step's layers together."""

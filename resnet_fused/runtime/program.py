@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import Conv, Pool
-from resnet_fused.ops.common import memory_format
+from resnet_fused.runtime.calls import memory_format
 
 NONE = -1
 
@@ -127,10 +127,9 @@ def _step(fields: Sequence[Any]) -> Step:
 
 def _layer(fields: Sequence[Any]) -> Layer:
     conv, pad, pad_mode, eps, tensors, promotes = fields
-    in_channels, out_channels, *pairs, groups = conv
-    return Layer(
-        Conv(in_channels, out_channels, *map(_pair, pairs), groups), tuple(pad), pad_mode, eps, tuple(tensors), promotes
-    )
+    in_channels, out_channels, kernel, stride, padding, dilation, groups = conv
+    geometry = Conv(in_channels, out_channels, _pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups)
+    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
@@ -158,20 +157,36 @@ def fill(template: Any, value_of: Callable[[int], Any]) -> Any:
     return template
 
 
-def stock_format(x: Tensor, format: torch.memory_format | None, weight: Tensor) -> torch.memory_format:
-    """The memory format that stock's convolution gives its result. `format`: of x in stock; None: that which x has."""
-    if format is None:
-        return memory_format(x, weight)
+def result_format(
+    step: Step, x: Tensor, format: torch.memory_format | None, parameters: Sequence[Tensor]
+) -> torch.memory_format:
+    """The memory format that a step's result has in stock.
+
+    Args:
+        step: the step.
+        x: its input.
+        format: of x in stock; None: that which x has.
+        parameters: the program's.
+    """
+    _, _, h, w = x.shape
     # The strides of one value an image tell nothing.
-    one = x.shape[1] == x.shape[2] == x.shape[3] == 1
-    return format if format == torch.channels_last and not one else memory_format(weight)
+    one = x.shape[1] == h == w == 1
+    channels_last = memory_format(x) == torch.channels_last if format is None else format == torch.channels_last and not one
+    layers = step.layers[:-1] if step.shortcut else step.layers
+    for layer in layers:
+        channels_last = channels_last or memory_format(parameters[layer.tensors[0]]) == torch.channels_last
+        h, w = layer.conv.output_size(h, w)
+        # Where both formats hold, stock's batch norm gives a contiguous result.
+        if not layer.promotes and (layer.conv.out_channels == 1 or h == w == 1):
+            channels_last = False
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:
     """y with exactly the strides of a new tensor of the format; y itself where it has them, or `format` is None."""
     if format is None or y.dim() != 4:
         return y
-    n, c, h, w = y.shape
+    _, c, h, w = y.shape
     strides = (c * h * w, 1, w * c, c) if format == torch.channels_last else (c * h * w, h * w, w, 1)
     if y.stride() == strides:
         return y

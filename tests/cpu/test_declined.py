@@ -255,3 +255,21 @@ def test_a_declining_candidate_is_right_and_takes_stock_s_time_too():
         get("cpu").prepare(problem, folded)(x, None)
     stock = get("reference").prepare(problem, folded)(x, None)
     assert torch.equal(kernel(x, None).isnan(), stock.isnan())
+
+
+def test_patterns_of_large_values_do_not_hide_from_the_check(isa: str):
+    """The check sees sums of pixels (`watched` in winograd_transforms.h), in which some of them might cancel."""
+    for sizes, plan in PLANS.values():
+        layer = Layer(**{**sizes, "n": 1}, relu=False, residual=False)
+        op = Op(1, layer.c, layer.h, layer.w, layer.out, 3, layer.stride)
+        ordinary, clean = layer.x, layer.stock(torch.float64)
+        for _ in range(40):
+            kind = torch.randint(0, 3, (1, 1, layer.h, layer.w))  # mostly left alone, or one of two sentinels
+            kind[torch.rand(kind.shape) < 0.8] = 0
+            sentinels = torch.tensor([0.0, 1e10, (-1e10, 2.5e10, 4e9)[int(torch.randint(0, 3, ()))]])
+            layer.x = torch.where(kind > 0, sentinels[kind], ordinary).contiguous(memory_format=CL)
+            y = layer.ours(plan)
+            if y is not None:
+                reached = F.conv2d((kind > 0).float(), torch.ones(1, 1, 3, 3), None, op.stride, 1) > 0
+                error = (y.double() - clean).abs()[~reached.expand_as(y)]
+                assert error.numel() == 0 or error.max() < 1e-4

@@ -144,6 +144,7 @@ def test_a_storage_that_was_taken_away_is_not_read():
     assert Watch([t]).unchanged()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_of_other_kinds():
     kinds = [
         torch.randn(2, 8, 4, 4).to_mkldnn(),

@@ -86,6 +86,17 @@ def test_constructor_and_state_dict_are_torchvisions(ours, theirs):
         torch.testing.assert_close(mine.eval()(x), other.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["basic", "bottleneck"])
+def test_torchvision_takes_a_block_for_its_own(ours, theirs):
+    """Its ResNet asks isinstance to find the batch norms that begin at 0; nothing else of its classes is used."""
+    assert isinstance(ours(64, 16), theirs)
+    mine = torchvision.models.ResNet(ours, [1, 1, 1, 1], num_classes=3, zero_init_residual=True)
+    other = torchvision.models.ResNet(theirs, [1, 1, 1, 1], num_classes=3, zero_init_residual=True)
+    zero = [name for name, p in other.named_parameters() if "bn" in name and name.endswith("weight") and not p.any()]
+    assert len(zero) == 4
+    assert [name for name, p in mine.named_parameters() if "bn" in name and name.endswith("weight") and not p.any()] == zero
+
+
 def test_stride_always_gets_a_projection():
     assert rf.BasicBlock(64, 64, stride=2).downsample is not None
     assert rf.Bottleneck(64, 16, stride=2).downsample is not None

@@ -32,6 +32,20 @@ def test_checkpoints_load_both_ways(trained):
     theirs.load_state_dict(mine.state_dict())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_zero_init_residual_zeroes_what_torchvisions_does(name):
+    zero = []
+    for models in (rf, torchvision.models):
+        model = getattr(models, name)(zero_init_residual=True)
+        zero.append([path for path, p in model.named_parameters() if path.endswith("weight") and not p.any()])
+    assert zero[0] == zero[1] != []
+
+
+def test_zero_init_residual_leaves_norms_without_weight_alone():
+    model = rf.resnet18(zero_init_residual=True, norm_layer=lambda channels: torch.nn.BatchNorm2d(channels, affine=False))
+    assert model.layer1[0].bn2.weight is None
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_and_classes(channels):
     model = rf.resnet18(num_classes=5, in_channels=channels).eval()

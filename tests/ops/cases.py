@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "channels_last"
     special: float | None = field(default=None)
+    stock_fails: bool = False  # crashes, or adds up wrong numbers, in channels_last
 
     @property
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
@@ -41,6 +43,19 @@ class Case:
             x = torch.stack([x, x], dim=-1)[..., 0]
         elif self.layout == "expanded":
             x = x[:1].expand(n, c, h, w)
+        elif self.layout == "flipped":
+            x = x.flip(2)
+        elif self.layout == "sliced":
+            x = torch.cat([x, x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, c : 2 * c]
+        elif self.layout == "numpy":
+            array = x.permute(0, 2, 3, 1).numpy().copy()
+            array.flags.writeable = False
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, of memory that may not be written
+                x = torch.from_numpy(array).permute(0, 3, 1, 2)
+        elif self.layout == "unaligned":
+            memory = torch.empty(1 + x.numel(), dtype=x.dtype)
+            x = memory[1:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
         weight = torch.randn(self.out_channels, c // self.groups, *self.kernel) / (c * self.kernel[0]) ** 0.5
         return x, weight.to(self.dtype), torch.randn(self.out_channels).to(self.dtype)
 
@@ -76,6 +91,40 @@ CASES = [
     Case("winograd-ragged-edges", x=(1, 32, 30, 17), out_channels=96),
     Case("dilation-2", dilation=(2, 2), padding=(2, 2)),
     Case("uneven-geometry", kernel=(3, 5), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+    Case("dilated-1x1", x=(2, 16, 5, 1), out_channels=16, kernel=(1, 1), stride=(2, 2), dilation=(2, 2), stock_fails=True),
+    Case("dilation-steps-over-a-column", x=(2, 16, 8, 1), stride=(1, 2), padding=(5, 5), dilation=(2, 2), stock_fails=True),
+    Case(
+        "dilation-steps-over-columns",
+        x=(1, 2, 8, 2),
+        kernel=(5, 3),
+        stride=(1, 3),
+        padding=(3, 7),
+        dilation=(3, 3),
+        stock_fails=True,
+    ),
+    Case("stride-of-columns-to-one", x=(1, 1, 5, 3), stride=(1, 2), padding=(2, 0), stock_fails=True),
+    Case(
+        "stride-of-columns-to-one-bfloat16",
+        x=(1, 3, 4, 2),
+        kernel=(5, 5),
+        stride=(1, 3),
+        padding=(2, 2),
+        groups=3,
+        dtype=BF16,
+        stock_fails=True,
+    ),
+    Case("stride-beyond-the-image", x=(2, 16, 5, 4), stride=(9, 9)),
+    Case("padding-beyond-the-filter", x=(2, 16, 5, 4), padding=(5, 7)),
+    Case("window-larger-than-the-image", x=(2, 16, 2, 1), kernel=(5, 5), padding=(2, 2)),
+    Case("one-output-channel-bfloat16", out_channels=1, dtype=BF16),
+    Case("one-pixel-bfloat16", x=(2, 16, 1, 1), dtype=BF16),
+    Case("one-pixel-1x1-bfloat16", x=(1, 16, 1, 1), kernel=(1, 1), padding=(0, 0), dtype=BF16),
+    Case("groups-of-one-channel", x=(2, 8, 7, 5), out_channels=16, groups=8),
+    Case("flipped-input", layout="flipped"),
+    Case("channels-of-a-larger-input", layout="sliced"),
+    Case("channels-of-a-larger-input-bfloat16", layout="sliced", dtype=BF16),
+    Case("read-only-numpy-input", layout="numpy"),
+    Case("input-at-an-odd-address", layout="unaligned"),
     Case("groups-4", groups=4),
     Case("groups-bfloat16", x=(2, 64, 7, 7), out_channels=64, groups=32, dtype=BF16),
     Case("depthwise-bfloat16", out_channels=16, groups=16, dtype=BF16),

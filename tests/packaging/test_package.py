@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tolerances import FLOOR, TIMES_STOCK
 
 import resnet_fused as rf
@@ -90,6 +92,32 @@ def test_import_brings_in_neither_triton_nor_a_compiled_library_nor_a_driver():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_blocks_bring_in_torchvision_and_work_without_it():
+    """What fails in torchvision's import, and how, must not matter."""
+    code = (
+        "import pickle, sys, types\n"
+        "if sys.argv[1] == 'absent': sys.modules['torchvision'] = None\n"
+        "if sys.argv[1] == 'broken': sys.modules['torchvision'] = types.ModuleType('torchvision')\n"
+        "import resnet_fused as rf\n"
+        "assert {*rf.__all__} <= {*dir(rf)} and 'torchvision.models' not in sys.modules\n"
+        "from resnet_fused import BasicBlock\n"
+        "from resnet_fused.modules import Bottleneck\n"
+        "assert BasicBlock is rf.BasicBlock and Bottleneck is rf.Bottleneck and rf.models.ResNet is rf.ResNet\n"
+        "assert ('torchvision.models' in sys.modules) == (sys.argv[1] == 'present')\n"
+        "block = pickle.loads(pickle.dumps(BasicBlock(8, 8)))\n"
+        "assert type(block) is BasicBlock and rf.resnet18().layer1[0].conv1.out_channels == 64\n"
+    )
+    for torchvision in ("present", "absent", "broken"):
+        subprocess.run([sys.executable, "-c", code, torchvision], check=True)
+
+
+def test_unknown_names_are_refused_as_ever():
+    with pytest.raises(AttributeError, match="module 'resnet_fused' has no attribute 'resnet51'"):
+        _ = rf.resnet51
+    with pytest.raises(AttributeError, match=r"module 'resnet_fused\.modules' has no attribute 'Block3'"):
+        _ = rf.modules.Block3
+
+
 def test_only_config_reads_the_environment():
     for path in _modules():
         if path.name != "config.py":
@@ -140,3 +168,17 @@ def test_environment_chooses_the_backend():
         assert run.stdout.strip() == expected, run.stderr
     run = subprocess.run([sys.executable, "-c", code], env={"RESNET_FUSED_BACKEND": "fast"}, capture_output=True, text=True)
     assert "RESNET_FUSED_BACKEND is 'fast'; it must be 'auto' or one of" in run.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++; install a C++ compiler")
+def test_native_code_compiles_with_the_headers_of_older_pytorch(tmp_path):
+    """PyTorch 2.11's stable ABI has no STABLE_TORCH_ERROR_CODE_CHECK."""
+    older = tmp_path / "older.h"
+    older.write_text(
+        "#include <torch/csrc/stable/ops.h>\n#include <torch/csrc/stable/tensor.h>\n#undef STABLE_TORCH_ERROR_CODE_CHECK\n"
+    )
+    include = Path(torch.__file__).parent / "include"
+    source = ROOT.parent / "csrc" / "cpu" / "activations.cpp"
+    command = ["g++", "-std=c++20", "-fsyntax-only", f"-I{include}", "-include", str(older), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -16,7 +16,7 @@ import resnet_fused as rf
 from resnet_fused import backends, tuning
 from resnet_fused.backends import Problem, records
 from resnet_fused.backends.problem import Conv, Folded
-from resnet_fused.modules.blocks import BasicBlock
+from resnet_fused.modules import BasicBlock
 from resnet_fused.tuning import bar, candidates, in_model
 
 CPU = torch.device("cpu")
