@@ -1,4 +1,4 @@
-"""The end of a fused model: its average pool and classifier by kernels, as good as stock's, and by stock where they can't be."""
+"""The end of a fused model: its average pool and classifier by kernels, as good as stock's, or by stock."""
 
 from __future__ import annotations
 
