@@ -11,6 +11,7 @@ measured to cost less than a look at all of x before the convolution: the result
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class OneDNN:
 
     def wins(self, problem: Problem) -> bool:
         # float16 was never measured: no CPU at hand has the instructions.
-        return problem.dtype != torch.float16
+        return problem.dtype != torch.float16 and not _stock_is_faster(problem)
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
         (conv,) = problem.convs
@@ -103,6 +104,16 @@ class OneDNN:
             return y if channels_last else y.contiguous()
 
         return kernel
+
+
+def _stock_is_faster(problem: Problem) -> bool:
+    """Whether stock PyTorch computes the problem without oneDNN, which it does for one small image, and sooner."""
+    (conv,) = problem.convs
+    n, c, h, w = problem.shape
+    if problem.dtype != torch.float32 or n > 1 or conv.groups > 1 or min(conv.kernel) > 3 or c * h * w > 20480:
+        return False
+    # Below a million products what was measured to count is how long a call takes at all: 23 µs, and stock's 6.
+    return math.prod((c, *conv.kernel, *problem.output_shape())) < 800_000
 
 
 def _adds_inside(problem: Problem) -> bool:

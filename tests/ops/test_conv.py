@@ -12,7 +12,7 @@ from tolerances import assert_as_good_as_stock
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.backends import BackendError
+from resnet_fused.backends import BackendError, Conv, Problem, get
 
 F = torch.nn.functional
 BACKENDS = ["auto", *rf.available_backends()]
@@ -122,6 +122,22 @@ def test_an_image_without_pixels_is_refused_as_by_stock():
     for backend in BACKENDS[1:-1]:
         with rf.use_backend(backend), pytest.raises(BackendError, match="the input or the result is empty"):
             rf.functional.conv2d_bn(x, weight, shift, padding=2)
+
+
+@pytest.mark.parametrize(
+    "shape, conv, faster",
+    [
+        ((1, 64, 4, 4), Conv(64, 64, (3, 3), padding=(1, 1)), False),
+        ((1, 64, 7, 7), Conv(64, 64, (3, 3), padding=(1, 1)), True),
+        ((2, 64, 4, 4), Conv(64, 64, (3, 3), padding=(1, 1)), True),
+        ((1, 64, 4, 4), Conv(64, 64, (3, 3), padding=(1, 1), groups=4), True),
+        ((1, 4, 16, 16), Conv(4, 8, (5, 5)), True),
+    ],
+    ids=["one-small-image", "more-pixels", "two-images", "groups", "large-filter"],
+)
+def test_onednn_wins_except_where_stock_does_without(shape, conv, faster):
+    problem = Problem("conv2d_bn_relu", shape, torch.float32, torch.device("cpu"), (conv,), precision="exact")
+    assert get("onednn").wins(problem) == faster
 
 
 GRAD_CASES = [
