@@ -192,7 +192,7 @@ LAZY = {
 @pytest.mark.parametrize("make", LAZY.values(), ids=LAZY)
 def test_lazy_modules(make, trained):
     model = make().eval()
-    with pytest.raises(ValueError, match="lazy module, which has no shape yet; call the model once"):
+    with pytest.raises(ValueError, match="lazy module, which has no shape yet. Call the model once"):
         rf.fuse(model)
     with torch.no_grad():
         model(X)
