@@ -42,15 +42,15 @@ class GraphProgram:
         inputs: number of the forward's arguments.
     """
 
-    def __init__(self, built: Built, items: list[_Segment | _Plain], settings: Settings) -> None:
+    def __init__(self, module: nn.Module, built: Built, items: list[_Segment | _Plain], settings: Settings) -> None:
         self.inputs = built.program.inputs
         self.items = items
         self.outputs = built.program.outputs
         self.precision, self.backend = settings.precision, settings.backend
-        self.modules = built.absorbed
+        self.modes = [(path, _module(module, path).training) for path in built.absorbed]
 
     @classmethod
-    def of(cls, built: Built, settings: Settings) -> GraphProgram:
+    def of(cls, module: nn.Module, built: Built, settings: Settings) -> GraphProgram:
         program = built.program
         items: list[_Segment | _Plain] = []
         row: list[tuple[int, Step]] = []
@@ -66,7 +66,7 @@ class GraphProgram:
             items.append(_Plain(item, number))
         if row:
             items.append(_segment(row, built.parameters, needed))
-        return cls(built, items, settings)
+        return cls(module, built, items, settings)
 
     def serves(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether the module is in the mode, and called in the way, that the program is for."""
@@ -74,8 +74,8 @@ class GraphProgram:
         for x in args:
             if not isinstance(x, Tensor) or x.dim() != 4 or (grad and x.requires_grad):
                 return False
-        for path in self.modules:
-            if _module(module, path).training:
+        for path, training in self.modes:
+            if _module(module, path).training is not training:
                 return False
         if grad:
             for parameter in module.parameters():

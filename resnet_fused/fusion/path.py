@@ -242,7 +242,7 @@ class FastPath:
             return result
         reason = self.reason
         result = self.own_forward(*args, **kwargs)
-        if not self.module.training:
+        if not self._trains():
             self.fusion.count(self.fusion.served != served, reason)
         return result
 
@@ -251,13 +251,18 @@ class FastPath:
         own = self.own_forward
         return types.MethodType(own.__func__, module) if isinstance(own, types.MethodType) else own
 
+    def _trains(self) -> bool:
+        """Whether the module is in training mode, and its first layer too: nn.Sequential(*children) of a model in eval mode is
+        in training mode itself. What other layers are the trace tells."""
+        return self.module.training and next((m.training for m in self.module.modules() if not m._modules), True)
+
     def _not(self, reason: str) -> Any:
         self.reason = reason
         return _STOCK
 
     def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result by the program of kernels, or `_STOCK`."""
-        if self.module.training:
+        if self._trains():
             return self._not("the module is in training mode; call model.eval()")
         if self.removed or _off.get():
             return self._not("fast paths are switched off")
@@ -388,14 +393,17 @@ class FastPath:
             config.logger().debug("tracing %s failed", type(self.module).__name__, exc_info=True)
             return None
         self._traced, self._untraceable = traced, ""
-        self.graph = GraphProgram.of(built, self._settings)
+        self.graph = GraphProgram.of(self.module, built, self._settings)
         return traced
 
     def trace(self) -> Built | None:
         """The program of the module's forward as it is now; None, with `untraceable`, if there is nothing to serve."""
         traced = self._traced
         if traced is None or traced.structure.fault() is not None:
+            # Whoever asks for a report makes no later call wait for its trace.
+            kept, self._wait = (self._attempts, self._wait), 0
             traced = self._trace()
+            self._attempts, self._wait = kept if traced is None else (kept[0], 0)
         return None if traced is None else traced.built
 
     def release(self) -> None:

@@ -320,6 +320,34 @@ def test_training_and_back(trained):
     assert report(fused).calls_fused == 2
 
 
+@torch.no_grad()
+def test_a_trunk_of_a_model_in_eval_mode_is_served_though_it_is_in_training_mode_itself(trained):
+    """Modules that people put around a model's children are new ones, which are in training mode until someone calls eval."""
+    trunk = nn.Sequential(*[*trained(_small(TV_BASIC)).children()][:-2])
+    assert trunk.training
+    fused, x = rf.fuse(trunk), torch.randn(1, 3, 64, 64)
+    got, want = fused(x), trunk(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert (report(fused).calls_fused, report(fused).calls_stock) == (1, 0)
+    assert ops(fused) == {"stem": 1, "basic_block": 4}
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(fused, fullgraph=True, backend=backend)(x), want, rtol=1e-4, atol=1e-5)
+    assert "resnet_fused.program.default" in targets
+    fused.train(), trunk.train()
+    torch.testing.assert_close(fused(x), trunk(x))
+    assert report(fused).calls_fused == 1
+    for a, b in zip(fused.buffers(), trunk.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    fused.eval(), trunk.eval()
+    torch.testing.assert_close(fused(x), trunk(x), rtol=1e-4, atol=1e-5)
+    assert report(fused).calls_fused == 2
+
+
 def test_weights_take_little_more_than_twice_the_memory(trained):
     for make in (tv.resnet18, tv.resnet50):
         model = trained(make())
