@@ -122,7 +122,7 @@ class _Builder:
                 return False
             if source.op == "placeholder" or not source.args:
                 return True
-            if source.op == "call_module" and not self.matcher.may_write(source):
+            if source.op == "call_module" and not self.matcher.has_inplace(source):
                 called = self.module.get_submodule(str(source.target))
                 if is_layer(called) and not isinstance(
                     called, (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten)

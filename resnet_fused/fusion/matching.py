@@ -328,7 +328,7 @@ class Matcher:
             called = self.module.get_submodule(str(node.target))
             kind = parametrize.type_before_parametrizations(called)
             known = is_layer(called) and kind.__module__.startswith(_PLAIN_LAYERS)
-            return not known or bool(getattr(called, "inplace", False)) or has_hooks(called)
+            return not known or self.has_inplace(node) or has_hooks(called)
         if node.op not in ("call_function", "call_method"):
             return False
         name = str(getattr(node.target, "__name__", node.target))
@@ -339,6 +339,10 @@ class Matcher:
         ):
             return True
         return (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+
+    def has_inplace(self, node: fx.Node) -> bool:
+        """Whether a called module writes into its input by its setting."""
+        return bool(getattr(self.module.get_submodule(str(node.target)), "inplace", False))
 
     def next_reader(self, node: fx.Node) -> fx.Node | None:
         """The only reader of a node's result, seen through identities; None if there is none or several."""

@@ -7,9 +7,11 @@ before anything has an effect. Layers of PyTorch's own, and modules whose forwar
 from __future__ import annotations
 
 import dataclasses
+import dis
 import inspect
 import itertools
 import operator
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -131,10 +133,12 @@ class _Proxy(fx.Proxy):
         raise CannotTrace("branches on a tensor's values or size")
 
     def __iter__(self) -> Any:
-        try:
-            return super().__iter__()
-        except (fx.proxy.TraceError, AssertionError, IndexError) as error:
-            raise CannotTrace("iterates over a tensor") from error
+        # `n, c, h, w = x.shape` says how many there must be; a loop doesn't.
+        frame = sys._getframe(1)
+        caller = next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
+        if caller.opname != "UNPACK_SEQUENCE":
+            raise CannotTrace("iterates over a tensor")
+        return iter([self[i] for i in range(caller.argval)])  # type: ignore[index]
 
     def _in_place(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
