@@ -234,7 +234,10 @@ class _Tracer(TracerBase):
             if path is None:
                 raise CannotTrace("uses a tensor that is no parameter or buffer")
             return self.create_node("get_attr", path, (), {})
-        if isinstance(a, nn.Module) or callable(a):
+        # fx would make plain containers of them.
+        if (isinstance(a, dict) and type(a) is not dict) or (isinstance(a, list) and type(a) is not list):
+            raise CannotTrace(f"passes {type(a).__name__} as an argument")
+        if isinstance(a, nn.Module) or callable(a) or (dataclasses.is_dataclass(a) and not isinstance(a, tuple)):
             raise CannotTrace(f"passes {type(a).__name__} as an argument")
         return super().create_arg(a)
 
