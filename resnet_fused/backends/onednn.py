@@ -65,7 +65,7 @@ class OneDNN:
             return f"it serves float32, bfloat16 and float16, not {problem.dtype}"
         if 0 in (*problem.shape, *problem.output_shape()):
             return "the input or the result is empty"
-        if problem.convs[0].fails_in_channels_last(problem.shape[3], problem.dtype):
+        if problem.convs[0].fails_in_channels_last(problem.shape[3]):
             return "oneDNN fails on this geometry in channels_last"
         return None
 

@@ -47,16 +47,13 @@ class Conv(NamedTuple):
         """Whether the filter is 1×1 without padding (a matrix product, strided or not)."""
         return self.kernel == (1, 1) and self.padding == (0, 0)
 
-    def fails_in_channels_last(self, width: int, dtype: torch.dtype) -> bool:
+    def fails_in_channels_last(self, width: int) -> bool:
         """Whether oneDNN, and stock PyTorch by it, was seen to fail on channels_last images of that width.
 
         It crashes where a filter is dilated and no window has a pixel of the image, all of them lying in the padding or
         stepping over it. It adds up wrong numbers where each group has one channel, the stride is one of columns alone, and
-        the result is one column. In bfloat16 it takes channels in pairs, an odd one with the next pixel's first, times zero,
-        which spreads NaN and Inf. Contiguous tensors it takes.
+        the result is one column. Contiguous tensors it takes.
         """
-        if dtype == torch.bfloat16 and self.groups == 1 and self.in_channels % 2 == 1:
-            return True
         kernel, stride, padding, dilation = (pair[1] for pair in self[2:6])
         if self.in_channels == self.groups and self.stride[0] == 1 and stride > 1 and self.output_size(1, width)[1] == 1:
             return True

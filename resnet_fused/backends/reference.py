@@ -16,7 +16,7 @@ from resnet_fused.backends.reference_bn import ReferenceNorm
 
 def conv2d(x: Tensor, weight: Tensor, shift: Tensor, conv: Conv) -> Tensor:
     """conv2d(x, weight) + shift."""
-    if conv.fails_in_channels_last(x.shape[3], x.dtype):
+    if conv.fails_in_channels_last(x.shape[3]):
         x, weight = x.contiguous(), weight.contiguous()
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused as rf
+from resnet_fused.modules import norm as fused_norm
 
 CL = torch.channels_last
 
@@ -88,14 +89,14 @@ def uneven() -> None:
     own = slice(first, first + sizes[rank])
     part = x[own].clone().requires_grad_()
     shared = nn.SyncBatchNorm(6)
-    rf.modules.norm.bn_relu(shared, part).backward(dy[own])
+    fused_norm.bn_relu(shared, part).backward(dy[own])
     torch.testing.assert_close(part.grad, whole.grad[own], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(shared.running_var, norm.running_var)
     total = shared.weight.grad.clone()
     dist.all_reduce(total)
     torch.testing.assert_close(total, norm.weight.grad, rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match="SyncBatchNorm"):
-        torch.autograd.grad(rf.modules.norm.bn_relu(shared, part).sum(), part, create_graph=True)
+        torch.autograd.grad(fused_norm.bn_relu(shared, part).sum(), part, create_graph=True)
 
 
 def unsynchronised() -> None:
@@ -135,7 +136,7 @@ def death() -> None:
     """The last process dies; the others get the group's error."""
     if dist.get_rank() == dist.get_world_size() - 1:
         os._exit(7)
-    rf.modules.norm.bn_relu(nn.SyncBatchNorm(4), torch.randn(2, 4, 3, 3))
+    fused_norm.bn_relu(nn.SyncBatchNorm(4), torch.randn(2, 4, 3, 3))
 
 
 def everything() -> None:
