@@ -32,10 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     print(rf.verify(model, fused, images))
     rf.report(fused)
 
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fused.pt"
         torch.save(fused, path)
-        served = torch.load(path, weights_only=False)
+        served = torch.load(path, weights_only=False)  # outside of inference_mode, so that its parameters count their changes
+    with torch.inference_mode():
         print("loaded again, same answer:", torch.equal(served(images), fused(images)))
 
 
