@@ -486,6 +486,7 @@ def test_verify_compares_block_by_block(trained):
     x = torch.randn(2, 3, 64, 64)
     result = rf.verify(model, fused, x)
     assert result.passed
+    assert report(fused).calls_stock == 0
     assert [e.layer for e in result.layers] == ["layer1.0", "layer2.0", "layer3.0", "layer4.0", "result"]
     with torch.no_grad():
         fused.layer2[0].conv2.weight.mul_(1.01)
