@@ -65,9 +65,11 @@ class Fusion:
         settings: as `rf.fuse` was given them.
 
     Attributes:
+        parameters: folded and packed parameters of all its layers.
         rows: the report's, as of rf.fuse.
-        served, stock: calls of the model in which a fast path served, and in which none did.
-        reason: why the last call of the model ran as stock.
+        served: how often a path served, the model's own or one inside of it.
+        calls_served, calls_stock: calls of the model in which a path served, and in which none did.
+        reason: why the last of the latter ran as stock.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -403,9 +405,9 @@ class FastPath:
         traced = self._traced
         if traced is None or traced.structure.fault() is not None:
             # Whoever asks for a report makes no later call wait for its trace.
-            kept, self._wait = (self._attempts, self._wait), 0
+            (attempts, wait), self._wait = (self._attempts, self._wait), 0
             traced = self._trace()
-            self._attempts, self._wait = kept if traced is None else (kept[0], 0)
+            self._attempts, self._wait = attempts, wait if traced is None else 0
         return None if traced is None else traced.built
 
     def release(self) -> None:
