@@ -1,7 +1,5 @@
 #include "activations.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -11,11 +9,7 @@
 
 #include "recent_need.h"
 #include "runtime.h"
-
-// PyTorch 2.11's headers know it by its older name alone.
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK
-#define STABLE_TORCH_ERROR_CODE_CHECK(CALL) TORCH_ERROR_CODE_CHECK(CALL)
-#endif
+#include "stable_abi.h"
 
 // Of PyTorch 2.11's stable ABI; null where an older PyTorch runs the library.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(

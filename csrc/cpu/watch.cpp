@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "stable_abi.h"
+
 namespace resnet_fused::cpu {
 namespace {
 
