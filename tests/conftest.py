@@ -21,6 +21,28 @@ os.environ["RESNET_FUSED_CACHE_DIR"] = tempfile.mkdtemp(prefix="resnet_fused_tes
 ISAS = {"avx2": 1, "avx512": 2}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="device that tensors and models of the tests are made on: cpu (default) or cuda"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _on_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test makes without naming a device is made on --device."""
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        yield
+        return
+    # Tolerances are those of float32; `resnet-fused verify --device` judges TF32.
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    conv.fp32_precision = matmul.fp32_precision = "ieee"
+    with torch.device(device):
+        yield
+    conv.fp32_precision, matmul.fp32_precision = before
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
