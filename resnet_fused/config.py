@@ -4,6 +4,7 @@
 |---|---|---|
 | RESNET_FUSED_BACKEND | backend for every op, as rf.use_backend names them | auto |
 | RESNET_FUSED_CACHE_DIR | folder of the tuning cache | the user's cache folder, see `cache_dir` |
+| RESNET_FUSED_TRIAL | 0: no kernel is tried when a GPU first meets a problem, see docs/gpu.md | 1 |
 | RESNET_FUSED_LOG | level of the logger "resnet_fused": DEBUG, INFO, WARNING, ERROR | WARNING |
 | TRITON_INTERPRET | Triton's own: 1 runs its kernels on CPU tensors, in its interpreter; set before the first import | off |
 
@@ -45,6 +46,11 @@ def cache_dir() -> Path:
 def _expanded(folder: str, home: str | None) -> Path:
     """A folder without ~. Kept, since training asks for the tuning cache at each batch norm; `home` is what it depends on."""
     return Path(folder).expanduser()
+
+
+def trial() -> bool:
+    """Whether kernels are tried when a GPU first meets a problem."""
+    return os.environ.get("RESNET_FUSED_TRIAL", "").strip().lower() not in ("0", "false", "off", "no")
 
 
 def triton_interpreted() -> bool:

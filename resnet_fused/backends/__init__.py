@@ -82,7 +82,7 @@ _BACKENDS: dict[str, tuple[str, str]] = {
     "cudnn": ("resnet_fused.backends.cudnn", "CuDNN"),
 }
 
-_AUTOMATIC_ORDER = ("cpu", "onednn", "reference")
+_AUTOMATIC_ORDER = ("cpu", "onednn", "cudnn", "cuda", "reference")
 
 _context_choice: ContextVar[str | None] = ContextVar("resnet_fused_backend", default=None)
 

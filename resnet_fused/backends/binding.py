@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, by_rules, candidates, get, records, resolve
+from resnet_fused.backends import BackendError, Kernel, by_rules, candidates, first_call, get, records, resolve
 from resnet_fused.backends.cpu_chain import Chain, ChainKernel
 from resnet_fused.backends.problem import Conv, Folded, Problem
 
@@ -65,10 +65,21 @@ def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
     if kernel is not None:
         return Bound(kernel, "served")
     if not is_whole(problem):
-        backend = resolve(problem, chosen)
-        return Bound(backend.prepare(problem, folded), backend.name)
+        if chosen == "auto":
+            first_call.trial(problem, folded)
+        return _bind_part(problem, folded, chosen)
     name = _backend_of_whole(problem, chosen)
     return compose(problem, folded, chosen) if name == records.PARTS else Bound(get(name).prepare(problem, folded), name)
+
+
+def _bind_part(problem: Problem, folded: Folded, chosen: str) -> Bound:
+    backend = resolve(problem, chosen)
+    try:
+        return Bound(backend.prepare(problem, folded), backend.name)
+    except BackendError:  # which is known only when it is tried, for cuDNN
+        if chosen != "auto":
+            raise
+        return Bound(get("reference").prepare(problem, folded), "reference")
 
 
 def rules(problem: Problem) -> str:
@@ -106,7 +117,7 @@ def compose(problem: Problem, folded: Folded, chosen: str) -> Bound:
     Raises:
         BackendError: `chosen` names a backend that can't serve a part.
     """
-    bound = [bind(part, own, chosen) for part, own in parts(problem, folded)]
+    bound = [bind(part, own, chosen) for part, own in parts(problem, folded, chosen)]
     kernels = [part.kernel for part in bound]
     composed = Bound(
         _stem(problem, kernels) if problem.op == "stem" else _block(problem, kernels),
@@ -123,21 +134,29 @@ def compose(problem: Problem, folded: Folded, chosen: str) -> Bound:
     return Bound(kernel, composed.backend)
 
 
-def parts(problem: Problem, folded: Folded) -> list[tuple[Problem, Folded]]:
-    """The ops that a whole op is made of, one for each of its convolutions and in their order."""
+def parts(problem: Problem, folded: Folded, chosen: str = "auto") -> list[tuple[Problem, Folded]]:
+    """The ops that a whole op is made of, one for each of its convolutions and in their order.
+
+    On a GPU the shift of a projection shortcut is added with that of the main path's last convolution: cuDNN has no
+    convolution with a shift alone, and a pass for it would take longer than the convolution.
+    """
     # They work in channels_last, so that nothing is converted between them.
     inside = replace(problem, memory_format=torch.channels_last)
     if problem.op == "stem":
         return [_part(inside, folded, 0, "conv2d_bn_relu", *problem.shape[2:])]
     h, w = problem.shape[2:]
     main = len(problem.main_path)
+    moves = problem.shortcut and problem.device.type == "cuda" and chosen in ("auto", "cudnn")
     found = []
     for index, conv in enumerate(problem.main_path):
         op = "conv2d_bn_relu" if index < main - 1 else "conv2d_bn_add_relu"
-        found.append(_part(inside, folded, index, op, h, w))
+        part, own = _part(inside, folded, index, op, h, w)
+        if moves and index == main - 1:
+            own = own.with_shift_of(folded.part(main))
+        found.append((part, own))
         h, w = conv.output_size(h, w)
     if problem.shortcut:
-        found.append(_part(inside, folded, main, "conv2d_bn", *problem.shape[2:]))
+        found.append(_part(inside, folded, main, "conv2d" if moves else "conv2d_bn", *problem.shape[2:]))
     return found
 
 

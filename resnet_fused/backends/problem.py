@@ -178,6 +178,13 @@ class Folded:
         """Those of one convolution, with what was packed from them."""
         return self.pack(("part", index), lambda: Folded(self.weights[index : index + 1], self.shifts[index : index + 1]))
 
+    def with_shift_of(self, other: Folded) -> Folded:
+        """Those of one convolution, with the shift of another added to their own, and with packings of their own."""
+        kept = self.packings.get("with shift")
+        if kept is None or kept.other is not other:
+            kept = self.packings["with shift"] = _WithShift(self, other)
+        return kept
+
     def pack(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The packing of that key, made by `make` at the first call. Keys start with the backend's name."""
         found = self.packings.get(key)
@@ -237,6 +244,26 @@ class _Joined(Folded):
 
     def part(self, index: int) -> Folded:
         return self._parts[index]
+
+
+class _WithShift(Folded):
+    """One convolution's parameters, to whose shift another's is added."""
+
+    def __init__(self, own: Folded, other: Folded) -> None:
+        super().__init__((), ())
+        self._own, self.other = own, other
+
+    def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        weights, (shift,) = self._own.tensors()
+        (more,) = self.other.shifts
+        with torch.inference_mode(False), torch.no_grad():
+            return weights, ((shift.double() + more.double()).to(shift.dtype),)
+
+    def plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return self.pack(("plain",), self.tensors)
+
+    def part(self, index: int) -> Folded:
+        return self
 
 
 def _bytes(value: Any) -> int:

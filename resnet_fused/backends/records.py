@@ -96,6 +96,22 @@ def record(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path:
     Raises:
         OSError: the file can't be written.
     """
+    path = _write(device, entries)
+    forget()
+    return path
+
+
+def add(device: torch.device, entries: dict[str, dict[str, Any]]) -> None:
+    """As `record`, for problems that no kernel was bound for yet, so that kernels of others need not be bound again.
+
+    Raises:
+        OSError: the file can't be written; the entries hold for this process all the same.
+    """
+    _table(device).update(entries)
+    _write(device, entries)
+
+
+def _write(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path:
     path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     choices = {**_read(path, device), **entries}
@@ -110,7 +126,6 @@ def record(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
-    forget()
     return path
 
 

@@ -69,6 +69,8 @@ class Reference:
         if op in ("basic_block", "bottleneck"):
             return lambda x, residual: basic_block(x, weights, shifts, convs, problem.shortcut)
         weight, shift, conv = weights[0], shifts[0], convs[0]
+        if op == "conv2d":
+            return lambda x, residual: F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
         if op == "conv2d_bn":
             return lambda x, residual: conv2d(x, weight, shift, conv)
         if op == "conv2d_bn_relu":

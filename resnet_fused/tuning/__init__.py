@@ -22,12 +22,12 @@ from resnet_fused import config
 from resnet_fused.backends import records
 from resnet_fused.backends.binding import is_whole, parts, served
 from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends.truth import Truth
 from resnet_fused.text import table
 from resnet_fused.tuning import candidates
 from resnet_fused.tuning.bar import Bar
 from resnet_fused.tuning.candidates import STOCK
 from resnet_fused.tuning.in_model import InModel, Times
-from resnet_fused.tuning.truth import Truth
 
 # Clearly faster: beyond what two measurements of the same kernel in the same place, or of the same model, differ by.
 _GAIN, _GAIN_OF_MODEL = 0.97, 0.99

@@ -16,8 +16,8 @@ import resnet_fused as rf
 from resnet_fused.backends import Conv, Declined, Folded, Problem, cpu_plan, get
 from resnet_fused.backends.cpu import _padded_shift
 from resnet_fused.backends.cpu_chain import Chain, ChainKernel
+from resnet_fused.backends.truth import Truth
 from resnet_fused.tuning import candidates
-from resnet_fused.tuning.truth import Truth
 
 CL = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16]

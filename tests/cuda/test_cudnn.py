@@ -56,7 +56,23 @@ def test_says_what_it_can_not_serve(unserved, reason, backend):
 
 def test_serves_what_is_within_its_limits(backend):
     assert backend.unsupported(problem()) is None
-    assert not backend.wins(problem())
+    assert backend.unsupported(problem("conv2d")) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "groups", "measured", "wins"),
+    [
+        (torch.float16, 1, True, True),
+        (torch.bfloat16, 1, True, True),
+        (torch.float32, 1, True, False),
+        (torch.float16, 2, True, False),
+        (torch.float16, 1, False, False),
+    ],
+)
+def test_is_the_rules_choice_only_where_it_was_measured(dtype, groups, measured, wins, backend, monkeypatch):
+    monkeypatch.setattr(cudnn, "_measured", lambda device: measured)
+    posed = Problem("conv2d_bn_relu", (2, 8, 9, 9), dtype, CUDA, (Conv(8, 16, (3, 3), groups=groups),))
+    assert backend.wins(posed) == wins
 
 
 def test_serves_nothing_where_its_relu_drops_nan(backend, monkeypatch):
