@@ -36,6 +36,7 @@ __all__ = [
     "candidates",
     "check_available",
     "choice",
+    "choosing",
     "get",
     "names",
     "resolve",
@@ -135,6 +136,13 @@ def use_backend(name: str) -> Iterator[None]:
         BackendError: the backend can't run on this machine; the message says why.
     """
     check_available(name, "name")
+    with choosing(name):
+        yield
+
+
+@contextlib.contextmanager
+def choosing(name: str) -> Iterator[None]:
+    """Within the `with` block, `choice()` gives this name, which it gave before: elsewhere, or on another thread."""
     token = _context_choice.set(name)
     try:
         yield

@@ -101,6 +101,8 @@ class CUDA:
     def wins(self, problem: Problem) -> bool:
         # Where no trial was made. On an H200 in half precision a ResNet's stem took 0.11 to 0.28 of the time of stock's ops,
         # and its convolutions without ReLU 0.36 to 0.94 (batch 1 to 256). Where cuDNN has a fused op, that was mostly faster.
+        if problem.op in NORM_OPS:
+            return problem.dtype in _TYPES and device_properties(problem.device)[0] == 90
         if problem.op not in _CONV_OPS or problem.dtype not in (torch.float16, torch.bfloat16):
             return False
         stem = problem.convs[0].in_channels % 8 != 0

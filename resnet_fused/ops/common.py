@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused import config
-from resnet_fused.backends import Conv, Declined, Folded, Kernel, Pool, Precision, Problem, choice, get, records
+from resnet_fused.backends import Conv, Declined, Folded, Kernel, Pool, Precision, Problem, choice, choosing, get, records
 from resnet_fused.backends.binding import bind
 from resnet_fused.ops import checks
 from resnet_fused.runtime.calls import MAX_KERNELS, call_key, choice_without_strides, memory_format, stamp
@@ -29,6 +29,7 @@ def register(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -
 
 def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Defines the derivative of resnet_fused::`name`."""
+    setup_context, backward = _with_choice(setup_context, backward)
     torch.library.register_autograd(f"resnet_fused::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
@@ -38,6 +39,7 @@ def function(name: str, forward: Callable[..., Any], setup_context: Callable[...
     Its forward sets up the context itself: where a Function has a setup_context, PyTorch inspects the signature of its forward
     at every call, for torch.func, whose calls aren't plain.
     """
+    setup_context, backward = _with_choice(setup_context, backward)
 
     def forward_with_context(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
@@ -46,6 +48,22 @@ def function(name: str, forward: Callable[..., Any], setup_context: Callable[...
 
     members = {"forward": staticmethod(forward_with_context), "backward": staticmethod(backward)}
     return type(f"{name}_function", (torch.autograd.Function,), members)
+
+
+def _with_choice(
+    setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Both, so that backward chooses backends as forward did: on a GPU it runs on a thread that knows no `use_backend`."""
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.chosen = choice()
+        setup_context(ctx, inputs, output)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        with choosing(ctx.chosen):
+            return backward(ctx, *grads)
+
+    return setup, run
 
 
 class _Bound(NamedTuple):

@@ -116,3 +116,20 @@ def test_a_problem_without_an_engine_is_an_error_when_it_is_prepared(backend, op
         backend.prepare(
             problem(device=torch.device("cpu"), dtype=torch.float32), Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),))
         )
+
+
+@pytest.mark.parametrize(("trial", "during"), [("1", True), ("0", False)])
+def test_engines_are_timed_when_a_problem_is_prepared(trial, during, backend, operators, monkeypatch):
+    monkeypatch.setenv("RESNET_FUSED_TRIAL", trial)
+    seen = []
+    relu = operators.cudnn_convolution_relu
+
+    def spy(*args):
+        seen.append(torch.backends.cudnn.benchmark)
+        return relu(*args)
+
+    operators.cudnn_convolution_relu = spy
+    posed = problem("conv2d_bn_relu", dtype=torch.float32, device=torch.device("cpu"))
+    kernel = backend.prepare(posed, Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),)))
+    kernel(torch.randn(posed.shape), None)
+    assert seen == [during, False]

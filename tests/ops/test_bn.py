@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -11,9 +12,10 @@ from tolerances import FLOOR, assert_as_good_as_stock, relative_error
 
 import resnet_fused as rf
 from resnet_fused import ops
-from resnet_fused.backends import BackendError, get
+from resnet_fused.backends import BackendError, choice, get
 from resnet_fused.backends.cpu_bn import CPUNorm
 from resnet_fused.backends.norm import norm_kernels
+from resnet_fused.ops import norm
 
 OPS = ["bn", "bn_relu", "bn_add_relu"]
 EPS = 1e-5
@@ -308,3 +310,23 @@ def test_opcheck(op: str):
 def test_an_explicit_backend_that_cannot_serve_says_why():
     with rf.use_backend("onednn"), pytest.raises(BackendError, match=r"onednn.*bn_relu"):
         norm_kernels("bn_relu", torch.randn(1, 2, 3, 3))
+
+
+def test_backward_on_another_thread_chooses_as_forward_did(monkeypatch):
+    """On a GPU backward runs on a thread of autograd's, where no `use_backend` holds."""
+    used = []
+    original = norm.norm_kernels
+
+    def spy(op, x):
+        used.append(choice())
+        return original(op, x)
+
+    monkeypatch.setattr(norm, "norm_kernels", spy)
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=CL).requires_grad_()
+    with rf.use_backend(rf.available_backends()[0]) as _:
+        y = ops.bn_relu(x, None, None, None, None, EPS, "")[0]
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert used == [rf.available_backends()[0]] * 2
+    assert x.grad is not None
