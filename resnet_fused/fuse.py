@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -20,7 +20,7 @@ def fuse(
     backend: str = "auto",
     precision: Precision = "fast",
     tune: bool = False,
-    cuda_graph: bool = False,
+    cuda_graph: bool | Literal["auto"] = "auto",
     release: bool = False,
 ) -> nn.Module:
     """Returns the model with fast paths for inference: batch norms folded into convolutions, residual blocks fused.
@@ -39,9 +39,10 @@ def fuse(
         backend: name of the backend for all fused ops, or "auto".
         precision: "exact" keeps to direct arithmetic; "fast" allows algorithms that trade rounding for speed (Winograd).
         tune: measure the candidates of every problem of the model, see `rf.tune`. Needs `example_inputs`.
-        cuda_graph: replay the fused model as one CUDA graph per input shape; where capture isn't possible (on a CPU, say) it
-            runs as it is. The model is then inside of a `CudaGraphed` module, as its attribute `model`.
-
+        cuda_graph: "auto": on a GPU, after a few calls with one kind of input, the fused part is replayed as a CUDA graph where
+            launching its kernels takes longer than they do (small batches). True: the model as a whole is replayed, from the
+            second call with a kind of input on; it is then inside of a `CudaGraphed` module, as its attribute `model`. False:
+            never.
         release: give back the memory of the convolutions' weights, of which the kernels have packed copies, so that the model
             takes about as much memory as before. It then serves inputs such as `example_inputs`, which this needs, and nothing
             else: every access to such a weight raises an error that says so.
@@ -55,12 +56,14 @@ def fuse(
         raise ValueError("tune=True needs example_inputs: pass a tensor, or a tuple of the model's arguments, to measure with.")
     if release and example_inputs is None:
         raise ValueError("release=True needs example_inputs: a tensor, or a tuple of the model's arguments, to pack for.")
+    if cuda_graph not in (True, False, "auto"):
+        raise ValueError(f"cuda_graph is {cuda_graph!r}; it must be True, False or 'auto'.")
     arguments = {"inplace": inplace, "backend": backend, "precision": precision, "example_inputs": example_inputs}
-    fused, right = install_checked(model, **arguments)
+    fused, right = install_checked(model, **arguments, replay=cuda_graph == "auto")
     if not right:
         return fused
     if tune:
         tuning.tune(fused, example_inputs)
     if release:
         release_packed(fused, example_inputs)
-    return CudaGraphed(fused) if cuda_graph else fused
+    return CudaGraphed(fused) if cuda_graph is True else fused

@@ -19,10 +19,10 @@ from resnet_fused.runtime.executor import Settings
 from resnet_fused.tolerance import difference
 
 
-def install(model: nn.Module, precision: Precision, backend: str) -> Fusion:
+def install(model: nn.Module, precision: Precision, backend: str, replay: bool = False) -> Fusion:
     """Puts fast paths into a model, at the forward of each module with a convolution in it."""
     unfuse(model)
-    fusion = Fusion(Settings(precision, backend))
+    fusion = Fusion(Settings(precision, backend, replay))
     for module in model.modules():
         if module is model or _may_have_path(module):
             FastPath(module, fusion, module is model).install()
@@ -65,10 +65,11 @@ def install_checked(
     backend: str = "auto",
     precision: Precision = "fast",
     example_inputs: Any = None,
+    replay: bool = False,
 ) -> tuple[nn.Module, bool]:
     """The fused model, and True; or the model as it was, and False, where it gives wrong results on `example_inputs`.
 
-    Arguments as `rf.fuse`.
+    Arguments as `rf.fuse`; `replay`: whether runs may become CUDA graphs.
     """
     _check(model, precision, backend)
     _warn_of_training(model)
@@ -83,7 +84,7 @@ def install_checked(
                     f"model can't be copied ({error}), since something in it can't; pass inplace=True, which changes the model "
                     "itself, and rf.unfuse(model) to undo it."
                 ) from error
-        install(model, precision, backend)
+        install(model, precision, backend, replay)
     if example_inputs is not None:
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         fault = _fault(model, arguments)

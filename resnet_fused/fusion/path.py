@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ _PROMPT_TRACES, _LONGEST_WAIT = 4, 10
 # Calls in a row whose values were left to stock's arithmetic, after which the path computes directly, without Winograd.
 _MOST_DECLINED = 8
 _CALLS_BEFORE_WARNING = 10
+# Kinds of input that may become CUDA graphs, each with memory of its own.
+_MOST_GRAPHS = 8
 
 # Who calls a module's forward, with the module as `self`.
 _MODULE_CALLS = (nn.Module._call_impl.__code__, nn.Module._slow_forward.__code__)
@@ -310,7 +313,7 @@ class FastPath:
         if run.unequal:
             self._leave_sums(traced, run.unequal)
         if run.declined >= _MOST_DECLINED and self._settings.precision == "fast":
-            self._settings = Settings("exact", self._settings.backend)
+            self._settings = replace(self._settings, precision="exact")
             traced.runs = {}
             config.logger().info("%s gets large values again and again; it is computed directly", type(self.module).__name__)
         self.fusion.served += 1
@@ -334,7 +337,8 @@ class FastPath:
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
             if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
-        run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, self._settings, self.module)
+        settings = self._settings if len(runs) < _MOST_GRAPHS else replace(self._settings, replay=False)
+        run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, settings, self.module)
         while len(runs) >= MAX_KERNELS:
             runs.pop(next(iter(runs)), None)
         runs[key] = run

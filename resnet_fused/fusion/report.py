@@ -25,6 +25,7 @@ class Report:
         packed_bytes: what backends packed from the parameters beside them, so far.
         calls_fused, calls_stock: calls of the model in which a fast path served, and in which none did.
         reason: why the last of the latter ran as stock.
+        graphs: kinds of input for which fused kernels are replayed as a CUDA graph.
     """
 
     rows: list[Row]
@@ -34,6 +35,7 @@ class Report:
     calls_fused: int
     calls_stock: int
     reason: str
+    graphs: int = 0
 
     def __str__(self) -> str:
         rows = [(row.conv or "(model)", row.shape, row.op or "stock", row.backends, row.note) for row in self.rows]
@@ -41,10 +43,11 @@ class Report:
         backends = "" if any(row.backends for row in self.rows) else " Backends are chosen at the first call."
         total = (self.parameter_bytes + self.packed_bytes) / max(self.stock_bytes, 1)
         calls = f"{self.calls_fused} calls fused, {self.calls_stock} as stock" + (f": {self.reason}" if self.reason else "")
+        replayed = f" {self.graphs} kinds of input are replayed as CUDA graphs." if self.graphs else ""
         weights, packed = (f"{size / 2**20:.1f} MiB" for size in (self.parameter_bytes, self.packed_bytes))
         return (
             table(("convolution", "shape", "fused into", "backend", "note"), rows)
-            + f"\n{count} of {len(self.rows)} convolutions fused.{backends} {calls}.\n"
+            + f"\n{count} of {len(self.rows)} convolutions fused.{backends} {calls}.{replayed}\n"
             + f"Weights: {weights}, and {packed} packed for the kernels: {total:.2f}× stock's in all."
         )
 
@@ -69,8 +72,11 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
     stock_bytes = sum(t.numel() * t.element_size() for t in (*fused.parameters(), *fused.buffers()))
     parameter_bytes = sum(t.nbytes for t in tensors_of(fused))
     packed = fusion.parameters.packed_bytes()
+    paths = (path_of(module) for module in fused.modules())
+    replays = [run.replay for own in paths if own is not None for run in own.runs() if run.replay is not None]
     result = Report(
-        rows_of(fused), stock_bytes, parameter_bytes, packed, fusion.calls_served, fusion.calls_stock, fusion.reason
+        *(rows_of(fused), stock_bytes, parameter_bytes, packed, fusion.calls_served, fusion.calls_stock, fusion.reason),
+        graphs=sum(replay.graph is not None for replay in replays),
     )
     print(result, file=file or sys.stdout)
     return result

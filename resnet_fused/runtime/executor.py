@@ -21,6 +21,7 @@ from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.parameters import Parameters, Unservable
 from resnet_fused.runtime.plain import stock_step
 from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, result_format
+from resnet_fused.runtime.replay import Replay, replayable
 
 # Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
 # classes, two cores of a Zen 5); with 256 rows the two are level in bfloat16.
@@ -31,10 +32,14 @@ _MOST_WEIGHTS = 1 << 22
 
 @dataclass
 class Settings:
-    """What the choice of kernels follows, beside the input. `backend`: a backend's name, or "auto"."""
+    """What the choice of kernels follows, beside the input.
+
+    `backend`: a backend's name, or "auto". `replay`: whether runs may become CUDA graphs.
+    """
 
     precision: Precision = "fast"
     backend: str = "auto"
+    replay: bool = False
 
 
 @dataclass
@@ -72,8 +77,15 @@ class Run:
         self._operations: list[_Operation] = []
         self._count = 0
         self._single = type(program.outputs) is Value
+        self.replay: Replay | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        values = self._values(inputs) if self.replay is None else self.replay(inputs)
+        if self._single:
+            return values[self.program.outputs.number]
+        return fill(self.program.outputs, values.__getitem__)
+
+    def _values(self, inputs: Sequence[Tensor]) -> list[Any]:
         values: list[Any] = [*inputs, *(None,) * (self._count - len(inputs))]
         declined = False
         for operation in self._operations:
@@ -88,9 +100,12 @@ class Run:
             for number in operation.frees:
                 values[number] = None
         self.declined = self.declined + 1 if declined else 0
-        if self._single:
-            return values[self.program.outputs.number]
-        return fill(self.program.outputs, values.__getitem__)
+        return values
+
+    def may_replay(self, inputs: Sequence[Tensor], kept: set[int], held: Sequence[Tensor]) -> None:
+        """Lets the run become a CUDA graph, if it can; arguments as a `Replay`'s."""
+        if replayable(inputs, len(self._operations)):
+            self.replay = Replay(self._values, kept, held)
 
     def finish(self, operations: list[_Operation], kept: set[int], count: int) -> None:
         """Joins kernels in a row and notes from when on values aren't needed.
@@ -217,7 +232,22 @@ class _Settling:
 
         output = fill(self.program.outputs, result)
         self.made.finish(self.operations, kept, len(self.values))
+        if self.settings.replay and all(isinstance(item, Step) or item.pure for item in self.program.items):
+            self.made.may_replay(self.values[: self.program.inputs], kept, self._held())
         return self.made, output
+
+    def _held(self) -> list[Tensor]:
+        """Tensors of the model that calls read where they lie."""
+        held: list[Any] = []
+        for number, item in enumerate(self.program.items, self.program.inputs):
+            if isinstance(item, Step):
+                continue
+            if item.kind == "get_attr":
+                held.append(self.values[number])
+            elif item.kind == "call_module" and self.module is not None:
+                layer = self.module.get_submodule(item.target)
+                held += [*layer.parameters(), *layer.buffers()]
+        return [t for t in held if isinstance(t, Tensor)]
 
     def _do(self, operation: _Operation) -> None:
         given = [self.values[number] for number in operation.reads]
