@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fused import config
 from resnet_fused.backends import Kernel, records
 from resnet_fused.backends.problem import Folded, Problem
-from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, conv2d_tma, elementwise
+from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, elementwise
 from resnet_fused.backends.triton.launch import aligned
 
 
@@ -27,7 +27,7 @@ def variants(problem: Problem) -> list[str]:
 
 
 def module_of(plan: configs.Plan) -> ModuleType:
-    """The module whose `pack`, `launches` and `bind` belong to a plan without descriptors."""
+    """The module whose `pack`, `launches` and `bind` belong to a plan."""
     return conv2d_pairs if plan.walk == configs.PAIRS else conv2d
 
 
@@ -84,10 +84,7 @@ class Conv2d(_Prepared):
         key = ("triton", plan.walk, plan.block_k)
         kernel = module_of(plan)
         weight = self.folded.pack(key, lambda: kernel.pack(self.folded.weights[0], conv, plan))
-        if plan.tile.tma:
-            run = conv2d_tma.bind(problem, plan)
-        else:
-            run = kernel.bind(problem, plan, "tf32" if tf32 and chip.unit not in ("fma", "mfma") else "ieee")
+        run = kernel.bind(problem, plan, "tf32" if tf32 and chip.unit not in ("fma", "mfma") else "ieee")
         self.kernels[tf32] = run, weight
         return run, weight
 

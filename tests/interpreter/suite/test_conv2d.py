@@ -10,7 +10,7 @@ from tolerances import relative_error
 
 from resnet_fused import backends
 from resnet_fused.backends import Problem
-from resnet_fused.backends.triton import boxes, configs, conv2d, conv2d_tma, launch
+from resnet_fused.backends.triton import configs, conv2d, launch
 from resnet_fused.backends.triton.configs import Chip, Plan
 from resnet_fused.backends.triton.prepare import module_of
 
@@ -153,49 +153,6 @@ def test_a_split_reduction_gives_the_same_result(splits):
     packed = conv2d.pack(weight, case.problem.convs[0], plan)
     conv2d.bind(case.problem, plan, "ieee")(x, packed, shift, residual, y)
     check(case, y, tensors)
-
-
-DESCRIPTORS = {
-    "taps": CASES["taps"].with_(dtype=F16),
-    "batch-one": CASES["batch-one"],
-    "ragged-channels": RAGGED.with_(k=56, dtype=F16),
-    "dilation": CASES["dilation"].with_(dtype=F16),
-    "uneven": Case("a filter wider than high", (3, 40, 5, 9), 24, (1, 3), padding=(0, 1), dtype=F16),
-    "no-padding": Case("fewer rows out than in", (1, 16, 3, 6), 16, (3, 3), op="conv2d_bn_relu", dtype=F16),
-    "pointwise": CASES["pointwise"],
-    "pointwise-stride": CASES["pointwise-stride"].with_(dtype=F16),
-    "pointwise-padding": CASES["pointwise-padding"].with_(dtype=F16),
-}
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in DESCRIPTORS.items()])
-def test_tensor_descriptors_give_the_same_result(case):
-    tile = next(tile for tile in configs.HALF if tile.tma and tile.m == 64)
-    plan = Plan(tile, configs.walk_of(case.problem), tile.k)
-    plan = dataclasses.replace(plan, walk=configs.TAPS) if plan.walk == configs.ROWS else plan
-    assert boxes.serves(case.problem)
-    x, weight, shift, residual = tensors = case.tensors()
-    y = torch.empty(case.problem.output_shape(), dtype=case.dtype, memory_format=torch.channels_last)
-    packed = conv2d.pack(weight, case.problem.convs[0], plan)
-    added = residual if case.op == "conv2d_bn_add_relu" else None
-    conv2d_tma.bind(case.problem, plan)(x, packed, shift, added, y)
-    check(case, y, tensors)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(CASES["taps"], id="float32"),
-        pytest.param(CASES["stride"].with_(dtype=F16), id="strided-taps"),
-        pytest.param(CASES["grouped"].with_(dtype=F16), id="groups"),
-        pytest.param(CASES["stem"], id="three-channels"),
-    ],
-)
-def test_tensor_descriptors_are_left_out_where_they_can_not_serve(case):
-    hopper = Chip("cuda", 90, 132, 227 << 10)
-    assert not boxes.serves(case.problem)
-    assert not any(plan.tile.tma for plan in configs.plans(case.problem, hopper, True))
-    assert any(plan.tile.tma for plan in configs.plans(CASES["taps-f16"].problem, hopper, True))
 
 
 @pytest.mark.parametrize("name", ["ragged", "stem", "pairs-f16", "pointwise-stride", "grouped"])

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from resnet_fused.backends.problem import Conv, Problem
-from resnet_fused.backends.triton import configs, conv2d_tma
+from resnet_fused.backends.triton import configs
 from resnet_fused.backends.triton.configs import Chip, Plan, Tile
 from resnet_fused.backends.triton.prepare import module_of
 
@@ -63,8 +63,6 @@ def plan(tile: Tile, problem: Problem, splits: int = 1) -> Plan:
 
 def compile_conv(problem: Problem, plan: Plan, arch: Arch, precision: str = "ieee") -> Any:
     """The convolution kernel (its first one, with splits) compiled for a chip."""
-    if plan.tile.tma:
-        return conv2d_tma.launch(problem, plan).compile(target(arch))
     return module_of(plan).launches(problem, plan, precision)[0].compile(target(arch))
 
 

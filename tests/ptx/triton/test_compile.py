@@ -26,7 +26,7 @@ def entries(archs, kinds):
         dtype, tf32 = KINDS[kind]
         for tile in configs.table(dtype, CHIPS[arch], tf32):
             if tile.shared_bytes(CHIPS[arch], dtype.itemsize) <= CHIPS[arch].shared_limit:
-                name = f"{arch}-{kind}-{tile.m}x{tile.n}x{tile.k}{'-tma' if tile.tma else ''}"
+                name = f"{arch}-{kind}-{tile.m}x{tile.n}x{tile.k}"
                 yield pytest.param(arch, kind, tile, id=name)
 
 
@@ -55,11 +55,6 @@ def test_entry_has_the_right_instructions_and_no_spills(arch, kind, tile):
     assert any(MATRIX_INSTRUCTION[unit] in line for line in loop)
     assert not any(re.search(r"\b(div|rem)\.", line) for line in loop)
     wide = opcodes(instructions(compiled.asm["ptx"]))
-    if tile.tma:
-        assert sum(name.startswith("cp.async.bulk.tensor") for name in opcodes(loop).elements()) == 2
-        assert wide["cp.async.bulk.tensor.4d.global.shared::cta.bulk_group"] > 0
-        assert not any(name.startswith(("st.global", "cp.async.cg", "cp.async.ca")) for name in wide)
-        return
     if arch == 75:
         assert {name for name in opcodes(loop) if "global" in name} == {"ld.global.v4.b32"}
     else:
@@ -109,7 +104,7 @@ def test_the_stem_is_copied_asynchronously(arch, kind, size):
 )
 def test_64_bit_offsets_compile_without_spills(arch, shape, size):
     conv = problem("conv2d_bn_add_relu", shape, 256, size, 2 if size == 7 else 1)
-    best = next(plan for plan in configs.plans(conv, CHIPS[arch], False) if not plan.tile.tma)
+    best = configs.plans(conv, CHIPS[arch], False)[0]
     assert conv2d.launches(conv, best, "ieee")[0].constants["WIDE"]
     assert ptxas(compile_conv(conv, best, arch), arch).spilled_bytes == 0
 
