@@ -96,7 +96,7 @@ def _calls(case, device):
         plan = next(plan for plan in configs.plans(problem, chip, False) if plan.splits == 1)
         weight, shift = torch.randn(64, 64, 3, 3, device=device).to(F16) / 24, torch.randn(64, device=device).to(F16)
         tensors = (x, conv2d.pack(weight, conv, plan), shift, residual, y)
-        launch, bound = conv2d.launches(problem, plan, "ieee")[0], conv2d.bind(problem, plan, "ieee")
+        launch, bound = conv2d.launches(problem, plan, chip, False)[0], conv2d.bind(problem, plan, chip, False)
         prepared = prepare.prepare(problem, Folded((weight,), (shift,)), plan.name)
     calls = {
         "1 bound launch": lambda: bound(*tensors),

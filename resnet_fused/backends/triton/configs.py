@@ -52,6 +52,10 @@ class Chip:
             return "fma"
         return {9: "wgmma", 10: "tcgen05"}.get(self.capability // 10, "mma.sync")
 
+    def precision(self, tf32: bool) -> str:
+        """What tl.dot is to multiply float32 in, "ieee" or, if `tf32` allows it and there are such units, "tf32"."""
+        return "tf32" if tf32 and self.unit not in ("fma", "mfma") else "ieee"
+
     @classmethod
     @functools.cache
     def of(cls, device: torch.device) -> Chip:
@@ -210,7 +214,7 @@ def table(dtype: torch.dtype, chip: Chip, tf32: bool) -> tuple[Tile, ...]:
         tiles: tuple[Tile, ...] = FMA
     else:
         tiles = TF32 if dtype == torch.float32 else HALF
-    return tuple(t for t in tiles if (not t.units or chip.unit in t.units))
+    return tuple(t for t in tiles if not t.units or chip.unit in t.units)
 
 
 def wide(problem: Problem) -> bool:

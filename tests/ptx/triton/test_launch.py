@@ -14,7 +14,9 @@ import pytest
 import torch
 import triton
 from aot import CHIPS, problem, target
+from tolerances import relative_error
 
+from resnet_fused.backends import tf32
 from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.backends.triton import configs, conv2d, elementwise, prepare
 
@@ -103,11 +105,19 @@ def test_a_prepared_convolution_launches_one_kernel_a_call(op, driver):
     assert [name for name, _ in driver.launches] == ["conv2d_fwd_kernel"] * 2
 
 
+def test_float32_is_rounded_to_tf32_where_that_is_allowed(driver, monkeypatch):
+    posed = problem("conv2d_bn_add_relu", (1, 32, 6, 6), 32, 3, dtype=torch.float32)
+    folded, x, residual = operands(posed)
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="tf32"))
+    y = prepare.prepare(posed, folded, None)(x, residual)
+    assert relative_error(y, tf32.exact(posed, folded)(x, residual)) < 1e-6
+
+
 def test_a_split_convolution_launches_two(driver):
     posed = problem("conv2d_bn_add_relu", (1, 256, 3, 3), 32, 3)
     folded, x, residual = operands(posed)
     chosen = next(p for p in configs.plans(posed, CHIPS[80], False) if p.splits > 1)
-    run = conv2d.bind(posed, chosen, "ieee")
+    run = conv2d.bind(posed, chosen, CHIPS[80], False)
     y = torch.empty(posed.output_shape(), dtype=posed.dtype).contiguous(memory_format=torch.channels_last)
     x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
     run(x, conv2d.pack(folded.weights[0], posed.convs[0], chosen), folded.shifts[0], residual, y)
