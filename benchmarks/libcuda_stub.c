@@ -4,7 +4,6 @@
    driver's door. What the driver itself takes, a few microseconds, is not in it. */
 
 #include <cuda.h>
-#include <string.h>
 
 #define STUB(name, ...) CUresult CUDAAPI name(__VA_ARGS__)
 
@@ -66,13 +65,6 @@ STUB(cuPointerGetAttribute, void *data, CUpointer_attribute attribute, CUdevicep
 }
 STUB(cuOccupancyMaxActiveClusters, int *clusters, CUfunction function, const CUlaunchConfig *config) {
   *clusters = 1;
-  return CUDA_SUCCESS;
-}
-STUB(cuTensorMapEncodeTiled, CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
-     const cuuint64_t *size, const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps,
-     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
-     CUtensorMapFloatOOBfill fill) {
-  memset(map, 0, sizeof *map);
   return CUDA_SUCCESS;
 }
 STUB(cuLaunchKernelEx, const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {

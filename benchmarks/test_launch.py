@@ -22,7 +22,7 @@ triton = pytest.importorskip(
 )
 
 F16 = torch.float16
-CASES = ("add_relu", "conv2d_bn_add_relu", "conv2d_bn_add_relu by descriptors")
+CASES = ("add_relu", "conv2d_bn_add_relu")
 
 
 class StubDriver:
@@ -69,9 +69,9 @@ def device(tmp_path_factory):
     triton.knobs.nvidia.libcuda_path = str(library.parent)
     active.set_active(StubDriver(90))
     yield torch.device("cpu")
-    from resnet_fused.backends.triton import conv2d, conv2d_tma, elementwise
+    from resnet_fused.backends.triton import conv2d, elementwise
 
-    for kernel in (conv2d.conv2d_fwd_kernel, conv2d_tma.conv2d_tma_fwd_kernel, elementwise.add_relu_fwd_kernel):
+    for kernel in (conv2d.conv2d_fwd_kernel, elementwise.add_relu_fwd_kernel):
         kernel.device_caches.clear()
     # Compiled kernels unload themselves through the driver that is active.
     gc.collect()
@@ -81,7 +81,7 @@ def device(tmp_path_factory):
 
 def _calls(case, device):
     """Calls that each do all that the host does for one launch, by variant, and the tensor that they fill."""
-    from resnet_fused.backends.triton import configs, conv2d, conv2d_tma, elementwise, prepare
+    from resnet_fused.backends.triton import configs, conv2d, elementwise, prepare
 
     shape = (1, 64, 14, 14)
     x, residual, y = (torch.randn(shape, device=device).to(F16, memory_format=torch.channels_last) for _ in range(3))
@@ -93,17 +93,11 @@ def _calls(case, device):
         conv = Conv(64, 64, (3, 3), padding=(1, 1))
         problem = Problem("conv2d_bn_add_relu", shape, F16, device, (conv,))
         chip = configs.Chip.of(device) if device.type == "cuda" else configs.Chip("cuda", 90, 132, 227 << 10)
-        descriptors = case.endswith("descriptors")
-        plans = [plan for plan in configs.plans(problem, chip, False) if plan.splits == 1 and plan.tile.tma == descriptors]
-        if not plans:
-            pytest.skip("this GPU has no tensor descriptors; run on one of compute capability 9.0 or newer")
+        plan = next(plan for plan in configs.plans(problem, chip, False) if plan.splits == 1)
         weight, shift = torch.randn(64, 64, 3, 3, device=device).to(F16) / 24, torch.randn(64, device=device).to(F16)
-        tensors = (x, conv2d.pack(weight, conv, plans[0]), shift, residual, y)
-        if descriptors:
-            launch, bound = conv2d_tma.launch(problem, plans[0]), conv2d_tma.bind(problem, plans[0])
-        else:
-            launch, bound = conv2d.launches(problem, plans[0], "ieee")[0], conv2d.bind(problem, plans[0], "ieee")
-        prepared = prepare.prepare(problem, Folded((weight,), (shift,)), plans[0].name)
+        tensors = (x, conv2d.pack(weight, conv, plan), shift, residual, y)
+        launch, bound = conv2d.launches(problem, plan, chip, False)[0], conv2d.bind(problem, plan, chip, False)
+        prepared = prepare.prepare(problem, Folded((weight,), (shift,)), plan.name)
     calls = {
         "1 bound launch": lambda: bound(*tensors),
         "2 Triton's launch": _by_triton(launch, tensors),
@@ -113,20 +107,8 @@ def _calls(case, device):
 
 
 def _by_triton(launch, tensors):
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from resnet_fused.backends.triton.launch import Box
-
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-
-    def call():
-        given = [
-            TensorDescriptor(t, [*box.shape], [*box.strides], [*box.block]) if isinstance(box, Box) else t
-            for t, box in zip(tensors, launch.tensors, strict=True)
-        ]
-        launch.kernel[launch.grid](*given, *launch.scalars, **launch.constants, **options)
-
-    return call
+    return lambda: launch.kernel[launch.grid](*tensors, *launch.scalars, **launch.constants, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,7 +121,5 @@ def test_launch(benchmark, device, case, variant):
         y.fill_(float("nan"))
         result = calls[variant]()
         torch.testing.assert_close(y if result is None else result, expected, rtol=1e-3, atol=1e-3)
-    elif case.endswith("descriptors") and variant.startswith("3"):
-        pytest.skip("descriptors are prepared on a GPU of compute capability 9.0 or newer only; run on one")
     benchmark.group = f"host's time of a launch: {case}"
     benchmark(calls[variant])

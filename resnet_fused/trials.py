@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends
+from resnet_fused.backends import tf32
 from resnet_fused.backends.norm import NORM_OPS, NormKernels
 from resnet_fused.backends.problem import Conv, Folded, Problem
 from resnet_fused.backends.reference_bn import ReferenceNorm
@@ -20,7 +21,14 @@ _EPS = 1e-5
 
 
 class Trial(NamedTuple):
-    """One kernel on one problem: `compute` gives its result; `stock` is PyTorch's at the dtype, `truth` in float64."""
+    """One kernel on one problem.
+
+    Attributes:
+        compute: gives its result.
+        stock: PyTorch's at the dtype.
+        truth: PyTorch's in float64.
+        rounded: where kernels compute in TF32, the same of operands rounded to it.
+    """
 
     backend: str
     kernel: str
@@ -30,6 +38,7 @@ class Trial(NamedTuple):
     compute: Callable[[], Tensor]
     stock: Tensor
     truth: Tensor
+    rounded: Tensor | None = None
 
 
 class Entry(NamedTuple):
@@ -102,6 +111,7 @@ def _convs(backend: Any, entry: Entry, problem: Problem) -> Iterator[Trial]:
     stock = reference.prepare(problem, folded)(x, residual)
     wide = dataclasses.replace(problem, dtype=torch.float64)
     truth = reference.prepare(wide, folded.to(torch.float64))(x.double(), None if residual is None else residual.double())
+    rounded = tf32.exact(problem, folded)(x, residual) if tf32.used(problem) else None
 
     def compute(*variant: str) -> Tensor:
         return backend.prepare(problem, folded, *variant)(x, residual)
@@ -109,9 +119,9 @@ def _convs(backend: Any, entry: Entry, problem: Problem) -> Iterator[Trial]:
     variants = backend.variants(problem) if hasattr(backend, "variants") else []
     what = f"{entry.why}: {problem}"
     # What the backend takes by itself, and each by its name.
-    yield Trial(backend.name, "", entry.op, problem.dtype, what, compute, stock, truth)
+    yield Trial(backend.name, "", entry.op, problem.dtype, what, compute, stock, truth, rounded)
     for variant in variants:
-        yield Trial(backend.name, variant, entry.op, problem.dtype, what, partial(compute, variant), stock, truth)
+        yield Trial(backend.name, variant, entry.op, problem.dtype, what, partial(compute, variant), stock, truth, rounded)
 
 
 def _add_relu(backend: Any, problem: Problem) -> Trial:

@@ -16,6 +16,7 @@ from resnet_fused.backends import Kernel, library, records
 from resnet_fused.backends.cuda_norm import CUDANorm
 from resnet_fused.backends.norm import NORM_OPS
 from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends.tf32 import to_tf32
 
 _LIBRARY = "resnet_fused_cuda"
 _CONV_OPS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
@@ -52,8 +53,7 @@ def pack_weight(weight: Tensor, layout: list[int], tf32: bool) -> Tensor:
     packed = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], filter_rows, runs, length)
     packed = F.pad(packed, (lead, padded - lead - length)).contiguous()
     if tf32:
-        rounded = ((packed.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-        packed = torch.where(packed.isfinite(), rounded, packed)
+        packed = to_tf32(packed)
     return packed
 
 

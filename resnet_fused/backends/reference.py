@@ -21,25 +21,11 @@ def conv2d(x: Tensor, weight: Tensor, shift: Tensor, conv: Conv) -> Tensor:
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def basic_block(
-    x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], convs: tuple[Conv, ...], shortcut: bool
-) -> Tensor:
-    """relu(conv_n(… relu(conv_1(x)) …) + shortcut(x)), for any number of convolutions on the main path."""
-    layers = list(zip(weights, shifts, convs, strict=True))
-    residual = x
-    if shortcut:
-        residual = conv2d(x, *layers.pop())
-    *inner, last = layers
-    y = x
-    for layer in inner:
-        y = conv2d(y, *layer).relu_()
-    return conv2d(y, *last).add_(residual).relu_()
-
-
 class Reference:
     """Stock PyTorch ops on folded weights."""
 
     name = "reference"
+    conv2d = staticmethod(conv2d)
 
     def unavailable(self) -> str | None:
         return None
@@ -51,7 +37,7 @@ class Reference:
         return True
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
-        op, convs = problem.op, problem.convs
+        op, convs, conv2d = problem.op, problem.convs, self.conv2d
         weights, shifts = folded.plain()
 
         def add_relu(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -67,7 +53,7 @@ class Reference:
         if op == "add_relu_backward":
             return lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0)
         if op in ("basic_block", "bottleneck"):
-            return lambda x, residual: basic_block(x, weights, shifts, convs, problem.shortcut)
+            return lambda x, residual: self._block(x, weights, shifts, convs, problem.shortcut)
         weight, shift, conv = weights[0], shifts[0], convs[0]
         if op == "conv2d":
             return lambda x, residual: F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -82,6 +68,20 @@ class Reference:
             assert pool is not None
             return lambda x, residual: F.max_pool2d(conv2d(x, weight, shift, conv).relu_(), *pool)
         raise AssertionError(f"unknown op {op!r}")
+
+    def _block(
+        self, x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], convs: tuple[Conv, ...], shortcut: bool
+    ) -> Tensor:
+        """relu(conv_n(… relu(conv_1(x)) …) + shortcut(x)), for any number of convolutions on the main path."""
+        layers = list(zip(weights, shifts, convs, strict=True))
+        residual = x
+        if shortcut:
+            residual = self.conv2d(x, *layers.pop())
+        *inner, last = layers
+        y = x
+        for layer in inner:
+            y = self.conv2d(y, *layer).relu_()
+        return self.conv2d(y, *last).add_(residual).relu_()
 
     def norm(self) -> NormKernels:
         return ReferenceNorm()

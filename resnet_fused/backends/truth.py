@@ -1,4 +1,8 @@
-"""Whether a kernel computes a problem as it should: compared with float64, with stock PyTorch as the yardstick."""
+"""Whether a kernel computes a problem as it should: compared with float64, with stock PyTorch as the yardstick.
+
+Where kernels compute in TF32, exact sums of operands rounded to it are one too: for some problems stock takes float32 though
+TF32 is allowed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, get
+from resnet_fused.backends import Kernel, get, tf32
 from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.tolerance import allowed, relative_error
 
@@ -30,6 +34,7 @@ class Truth:
         reference = get("reference")
         self._stock = reference.prepare(problem, folded)
         self._exact = reference.prepare(replace(problem, dtype=torch.float64), folded.to(torch.float64))
+        self._rounded = tf32.exact(problem, folded) if tf32.used(problem) else None
         self.x, self.residual = _inputs(problem)
         images = problem.shape[0]
         ends = range(images) if images <= _IMAGES else (*range(_IMAGES // 2), *range(images - _IMAGES // 2, images))
@@ -56,6 +61,9 @@ class _Case:
         self._exact = truth._exact(ends[0], ends[1])
         self._finite = self._exact.isfinite() & self._stock[self._ends].isfinite()
         self._error = relative_error(self._stock[self._ends], self._exact, self._finite)
+        if truth._rounded is not None:
+            least = truth._rounded(x[self._ends], None if residual is None else residual[self._ends])
+            self._error = max(self._error, relative_error(least.to(x.dtype), self._exact, self._finite))
 
     def fault(self, kernel: Kernel) -> str | None:
         before = [None if t is None else t.clone() for t in (self._x, self._residual)]

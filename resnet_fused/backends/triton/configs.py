@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from resnet_fused.backends.problem import Conv, Problem
-from resnet_fused.backends.triton import boxes
 
 # How the kernel walks over the filter; the kernel's own constants of the same names.
 POINTWISE, TAPS, ROWS = 0, 1, 2
@@ -53,10 +52,9 @@ class Chip:
             return "fma"
         return {9: "wgmma", 10: "tcgen05"}.get(self.capability // 10, "mma.sync")
 
-    @property
-    def tma(self) -> bool:
-        """Whether it has the unit that copies boxes of a tensor."""
-        return self.vendor == "cuda" and self.capability >= 90
+    def precision(self, tf32: bool) -> str:
+        """What tl.dot is to multiply float32 in, "ieee" or, if `tf32` allows it and there are such units, "tf32"."""
+        return "tf32" if tf32 and self.unit not in ("fma", "mfma") else "ieee"
 
     @classmethod
     @functools.cache
@@ -85,7 +83,6 @@ class Tile:
         stages: depth of the software pipeline.
         why: what the entry is good for.
         units: the matrix units (`Chip.unit`) that it is meant for; empty for all.
-        tma: whether tensors are read and written by descriptors, see conv2d_tma.py.
     """
 
     m: int
@@ -95,22 +92,20 @@ class Tile:
     stages: int
     why: str
     units: tuple[str, ...] = ()
-    tma: bool = False
 
     def fits_registers(self, chip: Chip, walk: int, residual: bool, wide: bool = False) -> bool:
         """Whether it compiles without spills; `wide` is for offsets of 64 bits, which take two registers each.
 
         With 128 accumulators a thread, half of the registers, there is no room for such offsets, nor for the masks of a
-        filter row, nor for a residual where ptxas keeps what it loads beside all the accumulators: those of a wgmma or,
-        with descriptors, of tcgen05. A box has no offsets.
+        filter row, nor for a residual where ptxas keeps what it loads beside all the accumulators: those of a wgmma.
         """
         accumulators = self.m * self.n // (32 * self.warps)
         by_rows = walk in (ROWS, PAIRS)
-        if wide and not self.tma:
+        if wide:
             return accumulators <= (32 if by_rows else 64)
         if accumulators <= 64:
             return True
-        return not by_rows and not (residual and chip.unit == ("tcgen05" if self.tma else "wgmma"))
+        return not by_rows and not (residual and chip.unit == "wgmma")
 
     def shared_bytes(self, chip: Chip, itemsize: int, walk: int = TAPS) -> int:
         """Shared memory of the main loop's tiles of k elements a row, in bytes."""
@@ -124,10 +119,6 @@ _SYNC = ("mma.sync", "mfma")
 
 # float16 and bfloat16. Warp tiles of 64×64 (128×128 by 4 warps) need the fewest shared-memory reads per mma.
 HALF = (
-    Tile(128, 256, 64, 8, 3, "widest tile; by descriptors it keeps room for a residual on 9.0", tma=True),
-    Tile(128, 128, 64, 8, 4, "the work horse from 9.0 on: no registers for offsets and masks", tma=True),
-    Tile(128, 64, 64, 4, 4, "the same for K of 64", tma=True),
-    Tile(64, 64, 64, 4, 5, "the same for small batch", tma=True),
     Tile(128, 256, 64, 8, 3, "widest tile: 85 flop per byte read; res4 and res5 at large batch"),
     Tile(256, 128, 32, 8, 3, "as wide, for K of 128: res3 at large batch", _SYNC),
     Tile(128, 128, 32, 4, 4, "64×64 warp tiles, 48 KiB: two programs share an SM; the work horse without wgmma", _SYNC),
@@ -177,7 +168,7 @@ class Plan:
     def name(self) -> str:
         """As the tuning cache spells it: block sizes, warps, stages and splits."""
         t = self.tile
-        return f"{t.m}x{t.n}x{t.k}-w{t.warps}-s{t.stages}-k{self.splits}{'-tma' if t.tma else ''}"
+        return f"{t.m}x{t.n}x{t.k}-w{t.warps}-s{t.stages}-k{self.splits}"
 
     def steps(self, conv: Conv) -> int:
         """Turns of the main loop, over all splits."""
@@ -223,7 +214,7 @@ def table(dtype: torch.dtype, chip: Chip, tf32: bool) -> tuple[Tile, ...]:
         tiles: tuple[Tile, ...] = FMA
     else:
         tiles = TF32 if dtype == torch.float32 else HALF
-    return tuple(t for t in tiles if (not t.units or chip.unit in t.units) and (chip.tma or not t.tma))
+    return tuple(t for t in tiles if not t.units or chip.unit in t.units)
 
 
 def wide(problem: Problem) -> bool:
@@ -245,10 +236,8 @@ def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
         residual = problem.op == "conv2d_bn_add_relu"
         if bytes_used > chip.shared_limit or not tile.fits_registers(chip, walk, residual, wide(problem)):
             continue
-        if tile.tma and (by_rows or not boxes.serves(problem)):
-            continue
         base = Plan(tile, walk, block_k)
-        most = 1 if tile.tma or walk == PAIRS else _MOST_SPLITS
+        most = 1 if walk == PAIRS else _MOST_SPLITS
         splits = _splits(base.steps(conv), math.prod(problem.output_shape()), most)
         found += [Plan(tile, walk, block_k, number) for number in splits]
     best: dict[Tile, Plan] = {}
@@ -283,11 +272,7 @@ def _cost(plan: Plan, problem: Problem, chip: Chip) -> float:
     (conv,) = problem.convs
     tile, (n, _, oh, ow) = plan.tile, problem.output_shape()
     pixels, channels = n * oh * ow, conv.out_channels // conv.groups
-    if tile.tma:
-        tiles = boxes.programs(boxes.grid_of_pixels(problem), boxes.box_of(problem, tile.m))
-    else:
-        tiles = math.ceil(pixels / tile.m)
-    programs = tiles * math.ceil(channels / tile.n) * conv.groups * plan.splits
+    programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n) * conv.groups * plan.splits
     steps = math.ceil(plan.steps(conv) / plan.splits)
     step = plan.block_k * max(tile.m * tile.n, 64 * (tile.m + tile.n))
     # Filling the pipeline, and the epilogue: reading the residual and writing the result, or the partial sums of a

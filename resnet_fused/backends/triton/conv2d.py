@@ -32,7 +32,7 @@ from torch import Tensor
 
 from resnet_fused.backends.problem import Conv, Problem
 from resnet_fused.backends.triton import configs
-from resnet_fused.backends.triton.configs import Plan
+from resnet_fused.backends.triton.configs import Chip, Plan
 from resnet_fused.backends.triton.launch import Launch
 
 POINTWISE = tl.constexpr(configs.POINTWISE)
@@ -48,6 +48,26 @@ def tile_of(pid, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
     height = tl.minimum(tiles_m - first, GROUP_M)
     within = pid % (GROUP_M * TILES_N)
     return first + within % height, within // height
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """x as matrix units take it. They would cut float32 off to TF32, which has twice the error of rounding it to nearest."""
+    if PRECISION == "tf32":
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def settled(acc, REGISTERS: tl.constexpr):
+    """acc; with REGISTERS the loop's next turn begins when the wgmma that made it, and those before it, have ended.
+
+    Triton 3.6 doesn't see to that where a wgmma takes x from registers: the next turn writes into these while they are read.
+    Any use of acc makes it wait. This one is no instruction.
+    """
+    if REGISTERS:
+        acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
 
 
 @triton.jit
@@ -103,6 +123,7 @@ def conv2d_fwd_kernel(
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     PRECISION: tl.constexpr,
+    REGISTERS: tl.constexpr,  # whether a wgmma takes x from registers
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -159,7 +180,7 @@ def conv2d_fwd_kernel(
             else:
                 x = tl.load(x_rows + step * BLOCK_K, mask=(step * BLOCK_K + lane < C)[None, :], other=0.0)
             w = tl.load(w_rows + step * BLOCK_K)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = settled(tl.dot(operand(x, PRECISION), w, acc, input_precision=PRECISION), REGISTERS)
     elif WALK == TAPS:
         r = first_step // (S * C_STEPS)
         s = first_step // C_STEPS % S
@@ -174,7 +195,7 @@ def conv2d_fwd_kernel(
             tap = (r * DILATION_H * W + s * DILATION_W) * (GROUPS * C) + c
             x = tl.load(x_rows + tap, mask=inside, other=0.0)
             w = tl.load(w_rows + step * BLOCK_K)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = settled(tl.dot(operand(x, PRECISION), w, acc, input_precision=PRECISION), REGISTERS)
             c += BLOCK_K
             tap_done = c >= C
             c = tl.where(tap_done, 0, c)
@@ -192,7 +213,7 @@ def conv2d_fwd_kernel(
             inside = across & (h.to(tl.uint32, bitcast=True) < H)[:, None]
             x = tl.load(x_lanes + r * (DILATION_H * GROUPS * C) * W, mask=inside, other=0.0)
             w = tl.load(w_rows + r * BLOCK_K)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = settled(tl.dot(operand(x, PRECISION), w, acc, input_precision=PRECISION), REGISTERS)
 
     first = group * K
     if SPLIT:
@@ -236,7 +257,7 @@ def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
     return torch.nn.functional.pad(steps, (0, padding)).contiguous()
 
 
-def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, Launch | None]:
+def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Launch, Launch | None]:
     """The launch of (x, w, shift, residual or None, y), and with splits a second one of (partial, shift, residual or
     None, y).
 
@@ -248,7 +269,7 @@ def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, Laun
     pixels, group_k, tile = n * oh * ow, k // conv.groups, plan.tile
     split, relu, dtype = plan.splits > 1, problem.op != "conv2d_bn", problem.dtype
     residual = dtype if problem.op == "conv2d_bn_add_relu" else None
-    steps = plan.steps(conv)
+    precision, steps = chip.precision(tf32), plan.steps(conv)
     steps_per_split = triton.cdiv(steps, plan.splits)
     splits = triton.cdiv(steps, steps_per_split)
     constants = {
@@ -264,6 +285,7 @@ def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, Laun
         "SPLIT": split,
         "WIDE": configs.wide(problem),
         "PRECISION": precision,
+        "REGISTERS": chip.unit == "wgmma" and precision == "tf32",
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": plan.block_k,
@@ -292,9 +314,9 @@ def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, Laun
     return main, rest
 
 
-def bind(problem: Problem, plan: Plan, precision: str) -> Callable[..., None]:
+def bind(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> Callable[..., None]:
     """A function of (x, w, shift, residual, y), all channels_last and aligned, that fills y."""
-    main, rest = launches(problem, plan, precision)
+    main, rest = launches(problem, plan, chip, tf32)
     run = main.bind()
     if rest is None:
         return run

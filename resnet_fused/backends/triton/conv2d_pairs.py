@@ -21,8 +21,8 @@ from torch import Tensor
 
 from resnet_fused.backends.problem import Conv, Problem
 from resnet_fused.backends.triton import configs
-from resnet_fused.backends.triton.configs import Plan
-from resnet_fused.backends.triton.conv2d import epilogue, tile_of
+from resnet_fused.backends.triton.configs import Chip, Plan
+from resnet_fused.backends.triton.conv2d import epilogue, operand, settled, tile_of
 from resnet_fused.backends.triton.launch import Launch
 
 UNIT = tl.constexpr(configs.UNIT)
@@ -53,6 +53,7 @@ def conv2d_pairs_fwd_kernel(
     RELU: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     PRECISION: tl.constexpr,
+    REGISTERS: tl.constexpr,  # whether a wgmma takes x from registers
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -87,11 +88,12 @@ def conv2d_pairs_fwd_kernel(
     for r in range(R):
         h = h0 + r * DILATION_H
         inside = across & (h.to(tl.uint32, bitcast=True) < H)[:, None]
-        x = tl.load(x_rows + r * (DILATION_H * UNIT) * UNITS, mask=inside, other=0.0)
+        x = operand(tl.load(x_rows + r * (DILATION_H * UNIT) * UNITS, mask=inside, other=0.0), PRECISION)
         left_w = tl.load(w_rows + r * BLOCK_K)
         right_w = tl.load(w_rows + (K * R + r) * BLOCK_K)
         left_acc = tl.dot(tl.where(left, x, 0.0), left_w, left_acc, input_precision=PRECISION)
         right_acc = tl.dot(tl.where(right, x, 0.0), right_w, right_acc, input_precision=PRECISION)
+        right_acc = settled(right_acc, REGISTERS)
 
     acc = tl.join(left_acc, right_acc).permute(0, 2, 1).reshape(BLOCK_M, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,7 +111,7 @@ def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
     return packed
 
 
-def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, None]:
+def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Launch, None]:
     """The launch of (x, w, shift, residual or None, y), and no second one."""
     (conv,) = problem.convs
     n, c, h, w = problem.shape
@@ -125,7 +127,9 @@ def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, None
         "LEAD": configs.lead(conv),
         "RELU": problem.op != "conv2d_bn",
         "WIDE": configs.wide(problem),
-        "PRECISION": precision,
+        "PRECISION": chip.precision(tf32),
+        # What of x is set to 0 is in registers.
+        "REGISTERS": chip.unit == "wgmma",
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": plan.block_k,
@@ -143,6 +147,6 @@ def launches(problem: Problem, plan: Plan, precision: str) -> tuple[Launch, None
     return main, None
 
 
-def bind(problem: Problem, plan: Plan, precision: str) -> Callable[..., None]:
+def bind(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> Callable[..., None]:
     """A function of (x, w, shift, residual, y), all channels_last and aligned, that fills y."""
-    return launches(problem, plan, precision)[0].bind()
+    return launches(problem, plan, chip, tf32)[0].bind()

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,32 +21,6 @@ from resnet_fused import config
 _INTERPRETER = threading.Lock()
 _ALIGNMENT = 16
 _TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-class Box(NamedTuple):
-    """A tensor that a kernel reads or writes by a tensor descriptor: its type, shape and strides, and the box of one access."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-
-    def maker(self) -> Callable[[Any], Any]:
-        """A function that gives the descriptor of a tensor's memory."""
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        checked = TensorDescriptor(_Anything(self.dtype), [*self.shape], [*self.strides], [*self.block])
-        # Its constructor checks all again, which takes 4 µs a tensor and launch; what doesn't change is of the class.
-        fixed = {name: value for name, value in vars(checked).items() if name != "base"}
-        descriptor_class = type("BoxDescriptor", (TensorDescriptor,), fixed)
-        new = object.__new__
-
-        def make(base: Any) -> Any:
-            descriptor: Any = new(descriptor_class)
-            descriptor.base = base
-            return descriptor
-
-        return make
 
 
 @dataclass(frozen=True)
@@ -69,7 +42,7 @@ class Launch:
 
     Attributes:
         kernel: a function decorated with triton.jit; its arguments are tensors, then integers, then constants.
-        tensors: the type of each tensor in order; a `Box` if it is passed as a descriptor, None if it isn't there.
+        tensors: the type of each tensor in order; None if it isn't there.
         scalars: the integers, in order.
         constants: the compile-time constants, in order.
         grid: number of programs along the three axes.
@@ -78,7 +51,7 @@ class Launch:
     """
 
     kernel: Any
-    tensors: tuple[torch.dtype | Box | None, ...]
+    tensors: tuple[torch.dtype | None, ...]
     scalars: tuple[int, ...]
     constants: dict[str, Any]
     grid: tuple[int, int, int]
@@ -90,7 +63,7 @@ class Launch:
         scalars, constants, grid = self.scalars, self.constants, self.grid
         if config.triton_interpreted():
             return functools.partial(_interpret, self.kernel[grid], scalars, constants)
-        tensors = [t.maker()(_Anything(t.dtype)) if isinstance(t, Box) else t and _Anything(t) for t in self.tensors]
+        tensors = [t and _Anything(t) for t in self.tensors]
         compiled = self.kernel.warmup(*tensors, *scalars, **constants, grid=grid, num_warps=self.warps, num_stages=self.stages)
         runner = compiled[grid]
         tail = (*scalars, *constants.values())
@@ -105,8 +78,6 @@ class Launch:
         for index, (name, tensor) in enumerate(zip(names, self.tensors, strict=False)):
             if tensor is None:
                 signature[name], constants[name] = "constexpr", None
-            elif isinstance(tensor, Box):
-                signature[name] = f"tensordesc<{_TRITON_TYPES[tensor.dtype]}[{','.join(map(str, tensor.block))}]>"
             else:
                 signature[name] = "*" + _TRITON_TYPES[tensor]
                 attributes[(index,)] = [["tt.divisibility", _ALIGNMENT]]

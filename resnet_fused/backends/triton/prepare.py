@@ -11,8 +11,9 @@ from torch import Tensor
 
 from resnet_fused import config
 from resnet_fused.backends import Kernel, records
-from resnet_fused.backends.problem import Folded, Problem
-from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, conv2d_tma, elementwise
+from resnet_fused.backends.problem import Conv, Folded, Problem
+from resnet_fused.backends.tf32 import to_tf32
+from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, elementwise
 from resnet_fused.backends.triton.launch import aligned
 
 
@@ -27,8 +28,14 @@ def variants(problem: Problem) -> list[str]:
 
 
 def module_of(plan: configs.Plan) -> ModuleType:
-    """The module whose `pack`, `launches` and `bind` belong to a plan without descriptors."""
+    """The module whose `pack`, `launches` and `bind` belong to a plan."""
     return conv2d_pairs if plan.walk == configs.PAIRS else conv2d
+
+
+def pack(weight: Tensor, conv: Conv, plan: configs.Plan, precision: str) -> Tensor:
+    """The weight as the plan's kernel reads it, which doesn't round it to TF32 itself."""
+    packed = module_of(plan).pack(weight, conv, plan)
+    return to_tf32(packed) if precision == "tf32" else packed
 
 
 def prepare(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
@@ -81,13 +88,12 @@ class Conv2d(_Prepared):
         plans = configs.plans(problem, chip, tf32)
         # A recorded name may be of the other TF32 setting's table; then the model chooses.
         plan = next((plan for plan in plans if plan.name == self.variant), plans[0])
-        key = ("triton", plan.walk, plan.block_k)
-        kernel = module_of(plan)
-        weight = self.folded.pack(key, lambda: kernel.pack(self.folded.weights[0], conv, plan))
-        if plan.tile.tma:
-            run = conv2d_tma.bind(problem, plan)
-        else:
-            run = kernel.bind(problem, plan, "tf32" if tf32 and chip.unit not in ("fma", "mfma") else "ieee")
+        # Triton's interpreter has no TF32: what the tiles for it multiply there is float32.
+        rounds = tf32 and not config.triton_interpreted()
+        precision = chip.precision(rounds)
+        key = ("triton", plan.walk, plan.block_k, precision)
+        weight = self.folded.pack(key, lambda: pack(self.folded.weights[0], conv, plan, precision))
+        run = module_of(plan).bind(problem, plan, chip, rounds)
         self.kernels[tf32] = run, weight
         return run, weight
 

@@ -10,11 +10,12 @@ from tolerances import relative_error
 
 from resnet_fused import backends
 from resnet_fused.backends import Problem
-from resnet_fused.backends.triton import boxes, configs, conv2d, conv2d_tma, launch
+from resnet_fused.backends.triton import configs, conv2d, launch
 from resnet_fused.backends.triton.configs import Chip, Plan
 from resnet_fused.backends.triton.prepare import module_of
 
 P1, F16, BF16 = (1, 1), torch.float16, torch.bfloat16
+CPU_CHIP = Chip.of(torch.device("cpu"))
 RAGGED = Case("ragged in every dimension", (2, 72, 7, 11), 50, (3, 3), padding=P1)
 
 CASES = {
@@ -117,7 +118,7 @@ def test_a_sum_beyond_float16_is_inf_as_in_stock(splits):
     plan = Plan(configs.HALF[-3], configs.POINTWISE, 64, splits)
     y = torch.empty_like(residual)
     packed = conv2d.pack(weight, case.problem.convs[0], plan)
-    conv2d.bind(case.problem, plan, "ieee")(x, packed, shift, residual, y)
+    conv2d.bind(case.problem, plan, CPU_CHIP, False)(x, packed, shift, residual, y)
     expected = stock(case, x, weight, shift, residual)
     assert expected[0, 0].isinf().all()
     torch.testing.assert_close(y, expected, equal_nan=True)
@@ -126,7 +127,7 @@ def test_a_sum_beyond_float16_is_inf_as_in_stock(splits):
 TILES = [
     pytest.param(dtype, tf32, tile.name, id=f"{kind}-{tile.name}")
     for kind, dtype, tf32 in (("half", F16, False), ("tf32", torch.float32, True), ("ieee", torch.float32, False))
-    for tile in (Plan(tile, configs.TAPS, tile.k) for tile in configs.table(dtype, Chip.of(torch.device("cpu")), tf32))
+    for tile in (Plan(tile, configs.TAPS, tile.k) for tile in configs.table(dtype, CPU_CHIP, tf32))
 ]
 
 
@@ -151,59 +152,16 @@ def test_a_split_reduction_gives_the_same_result(splits):
     x, weight, shift, residual = tensors = case.tensors()
     y = torch.empty_like(residual)
     packed = conv2d.pack(weight, case.problem.convs[0], plan)
-    conv2d.bind(case.problem, plan, "ieee")(x, packed, shift, residual, y)
+    conv2d.bind(case.problem, plan, CPU_CHIP, False)(x, packed, shift, residual, y)
     check(case, y, tensors)
-
-
-DESCRIPTORS = {
-    "taps": CASES["taps"].with_(dtype=F16),
-    "batch-one": CASES["batch-one"],
-    "ragged-channels": RAGGED.with_(k=56, dtype=F16),
-    "dilation": CASES["dilation"].with_(dtype=F16),
-    "uneven": Case("a filter wider than high", (3, 40, 5, 9), 24, (1, 3), padding=(0, 1), dtype=F16),
-    "no-padding": Case("fewer rows out than in", (1, 16, 3, 6), 16, (3, 3), op="conv2d_bn_relu", dtype=F16),
-    "pointwise": CASES["pointwise"],
-    "pointwise-stride": CASES["pointwise-stride"].with_(dtype=F16),
-    "pointwise-padding": CASES["pointwise-padding"].with_(dtype=F16),
-}
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in DESCRIPTORS.items()])
-def test_tensor_descriptors_give_the_same_result(case):
-    tile = next(tile for tile in configs.HALF if tile.tma and tile.m == 64)
-    plan = Plan(tile, configs.walk_of(case.problem), tile.k)
-    plan = dataclasses.replace(plan, walk=configs.TAPS) if plan.walk == configs.ROWS else plan
-    assert boxes.serves(case.problem)
-    x, weight, shift, residual = tensors = case.tensors()
-    y = torch.empty(case.problem.output_shape(), dtype=case.dtype, memory_format=torch.channels_last)
-    packed = conv2d.pack(weight, case.problem.convs[0], plan)
-    added = residual if case.op == "conv2d_bn_add_relu" else None
-    conv2d_tma.bind(case.problem, plan)(x, packed, shift, added, y)
-    check(case, y, tensors)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(CASES["taps"], id="float32"),
-        pytest.param(CASES["stride"].with_(dtype=F16), id="strided-taps"),
-        pytest.param(CASES["grouped"].with_(dtype=F16), id="groups"),
-        pytest.param(CASES["stem"], id="three-channels"),
-    ],
-)
-def test_tensor_descriptors_are_left_out_where_they_can_not_serve(case):
-    hopper = Chip("cuda", 90, 132, 227 << 10)
-    assert not boxes.serves(case.problem)
-    assert not any(plan.tile.tma for plan in configs.plans(case.problem, hopper, True))
-    assert any(plan.tile.tma for plan in configs.plans(CASES["taps-f16"].problem, hopper, True))
 
 
 @pytest.mark.parametrize("name", ["ragged", "stem", "pairs-f16", "pointwise-stride", "grouped"])
 def test_64_bit_offsets_give_the_same_result(name):
     case = CASES[name]
-    plan = configs.plans(case.problem, Chip.of(torch.device("cpu")), False)[0]
+    plan = configs.plans(case.problem, CPU_CHIP, False)[0]
     kernel = module_of(plan)
-    main, _ = kernel.launches(case.problem, plan, "ieee")
+    main, _ = kernel.launches(case.problem, plan, CPU_CHIP, False)
     x, weight, shift, residual = tensors = case.tensors()
     if case.op != "conv2d_bn_add_relu":
         residual = None
@@ -220,24 +178,26 @@ def test_64_bit_offsets_give_the_same_result(name):
 )
 def test_offsets_have_64_bits_where_a_tensor_needs_them(shape, k, wide):
     problem = Case("", shape, k, (1, 1)).problem
-    plan = configs.plans(problem, Chip.of(torch.device("cpu")), False)[0]
-    assert conv2d.launches(problem, plan, "ieee")[0].constants["WIDE"] is wide
+    plan = configs.plans(problem, CPU_CHIP, False)[0]
+    assert conv2d.launches(problem, plan, CPU_CHIP, False)[0].constants["WIDE"] is wide
 
 
 def test_tf32_setting_is_followed_from_call_to_call(monkeypatch, float32_precision):
-    precisions = []
+    tables = []
     bind = conv2d.bind
-    monkeypatch.setattr(conv2d, "bind", lambda *args: precisions.append(args[2]) or bind(*args))
+    monkeypatch.setattr(
+        conv2d, "bind", lambda *args: tables.append("tf32" if args[1].tile in configs.TF32 else "ieee") or bind(*args)
+    )
     x, _, _, residual = RAGGED.tensors()
     float32_precision("ieee")
     kernel = backends.get("triton").prepare(RAGGED.problem, RAGGED.folded())
     float32_precision("tf32")
     kernel(x, residual)
     kernel(x, residual)
-    assert precisions == ["ieee", "tf32"]
+    assert tables == ["ieee", "tf32"]
     exact = dataclasses.replace(RAGGED.problem, precision="exact")
     backends.get("triton").prepare(exact, RAGGED.folded())(x, residual)
-    assert precisions[2:] == ["ieee"]
+    assert tables[2:] == ["ieee"]
 
 
 def test_weights_are_read_again_after_a_change_in_place():

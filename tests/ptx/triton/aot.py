@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from resnet_fused.backends.problem import Conv, Problem
-from resnet_fused.backends.triton import configs, conv2d_tma
+from resnet_fused.backends.triton import configs
 from resnet_fused.backends.triton.configs import Chip, Plan, Tile
 from resnet_fused.backends.triton.prepare import module_of
 
@@ -61,11 +61,9 @@ def plan(tile: Tile, problem: Problem, splits: int = 1) -> Plan:
     return Plan(tile, walk, configs.row_lanes(conv) if walk in (configs.ROWS, configs.PAIRS) else tile.k, splits)
 
 
-def compile_conv(problem: Problem, plan: Plan, arch: Arch, precision: str = "ieee") -> Any:
+def compile_conv(problem: Problem, plan: Plan, arch: Arch, tf32: bool = False) -> Any:
     """The convolution kernel (its first one, with splits) compiled for a chip."""
-    if plan.tile.tma:
-        return conv2d_tma.launch(problem, plan).compile(target(arch))
-    return module_of(plan).launches(problem, plan, precision)[0].compile(target(arch))
+    return module_of(plan).launches(problem, plan, CHIPS[arch], tf32)[0].compile(target(arch))
 
 
 def target(arch: Arch) -> GPUTarget:
@@ -94,7 +92,7 @@ def spilled_registers(compiled: Any) -> int:
 
 def instructions(ptx: str) -> list[str]:
     """The instructions of a PTX text in order, one a string, without labels and directives."""
-    return [line.strip().rstrip(";") for line in ptx.splitlines() if re.match(r"\s+(@!?%p\d+\s+)?[a-z][\w.:]+\s", line)]
+    return [line.strip().rstrip(";") for line in ptx.splitlines() if re.match(r"\s+(@!?%p\d+\s+)?[a-z][\w.:]+[\s;]", line)]
 
 
 def main_loop(ptx: str) -> list[str]:
@@ -112,3 +110,25 @@ def main_loop(ptx: str) -> list[str]:
 def opcodes(code: list[str]) -> collections.Counter[str]:
     """How often each instruction occurs, by its full name."""
     return collections.Counter(re.sub(r"^@!?%p\d+\s+", "", line).split()[0] for line in code)
+
+
+def overwritten(loop: list[str]) -> list[str]:
+    """The instructions of a loop that write registers of a wgmma before it is waited for.
+
+    The hardware reads and writes them while the threads run on (PTX ISA, "wgmma.mma_async"), and so into the next turn.
+    """
+    groups: list[set[str]] = [set()]  # those that were committed, and the one that is being made
+    found = []
+    for line in loop * 2:
+        operation, _, operands = re.sub(r"^@!?%p\d+\s+", "", line).partition(" ")
+        if operation.startswith("wgmma.mma_async"):
+            groups[-1] |= set(re.findall(r"%\w+", operands))
+        elif operation.startswith("wgmma.commit_group"):
+            groups.append(set())
+        elif operation.startswith("wgmma.wait_group"):
+            groups = groups[len(groups) - 1 - min(int(operands), len(groups) - 1) :]
+        elif not operation.startswith(("st.", "cp.", "bar.", "bra")):
+            written = re.match(r"\{[^}]*\}|[^,]+", operands.strip())
+            if written and set(re.findall(r"%r\d+", written[0])) & set().union(*groups):
+                found.append(line)
+    return found

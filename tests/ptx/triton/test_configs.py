@@ -6,7 +6,7 @@ import pytest
 import torch
 from aot import CHIPS, problem
 
-from resnet_fused.backends.triton import boxes, configs
+from resnet_fused.backends.triton import configs
 
 ARCHS = pytest.mark.parametrize("arch", CHIPS, ids=str)
 
@@ -76,23 +76,6 @@ def test_rows_go_in_pairs_where_that_aligns_them():
     }
     for (channels, size, stride, width), walk in walks.items():
         assert configs.walk_of(problem("conv2d_bn_relu", (1, channels, 32, width), 64, size, stride)) == walk
-
-
-@pytest.mark.parametrize(
-    ("shape", "box"),
-    [
-        pytest.param((1, 64, 56, 56), (1, 16, 8), id="56-has-sevens-of-8"),
-        pytest.param((8, 64, 28, 28), (8, 4, 4), id="28-has-sevens-of-4"),
-        pytest.param((128, 64, 7, 7), (128, 1, 1), id="7-has-no-power-of-two"),
-    ],
-)
-def test_boxes_waste_no_pixels_where_they_need_not(shape, box):
-    posed = problem("conv2d_bn", shape, 64, 3)
-    found = boxes.box_of(posed, 128)
-    wasted = boxes.programs(boxes.grid_of_pixels(posed), found) * 128 - shape[0] * shape[2] * shape[3]
-    expected = boxes.programs(boxes.grid_of_pixels(posed), box) * 128 - shape[0] * shape[2] * shape[3]
-    assert math.prod(found) == 128
-    assert wasted <= expected
 
 
 def test_tf32_is_only_used_where_it_is_allowed():

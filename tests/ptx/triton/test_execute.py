@@ -10,18 +10,17 @@ import ptx_executor as px
 import pytest
 import torch
 import torch.nn.functional as F
-from aot import plan, problem, target
-from tolerances import assert_as_good_as_stock, relative_error
+from aot import CHIPS, plan, problem, target
+from tolerances import assert_as_good_as_stock
 from torch import Tensor
 
 from resnet_fused.backends.problem import Problem
-from resnet_fused.backends.triton import elementwise
+from resnet_fused.backends.tf32 import to_tf32
+from resnet_fused.backends.triton import conv2d, elementwise
 from resnet_fused.backends.triton.configs import HALF, TF32, Plan, Tile
-from resnet_fused.backends.triton.prepare import module_of
+from resnet_fused.backends.triton.prepare import module_of, pack
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-# Rounding of the operands of a TF32 product, which stock PyTorch doesn't do on a CPU: 10 bits, see the PTX ISA.
-TF32_ERROR = 2**-11
 LOOP_KINDS = ("cp_async_shared", "ldmatrix", "shared_load")
 
 
@@ -72,7 +71,10 @@ RUNS = {
 
 
 def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
-    """The kernels' result, float64's, stock's, and the counters of each launch."""
+    """The kernels' result, float64's, stock's, and the counters of each launch.
+
+    In TF32, which a CPU doesn't have, the latter two are of operands rounded to it.
+    """
     (conv,) = run.problem.convs
     dtype = run.problem.dtype
     generator = torch.Generator().manual_seed(11)
@@ -87,9 +89,9 @@ def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
     shift = random((conv.out_channels,))
     added = residual if run.problem.op == "conv2d_bn_add_relu" else None
 
-    kernel = module_of(run.plan)
-    main, finish = kernel.launches(run.problem, run.plan, "tf32" if dtype == F32 else "ieee")
-    packed = kernel.pack(weight, conv, run.plan)
+    chip, tf32 = CHIPS[80], dtype == F32
+    main, finish = module_of(run.plan).launches(run.problem, run.plan, chip, tf32)
+    packed = pack(weight, conv, run.plan, chip.precision(tf32))
     y = torch.empty_like(residual)
     pixels = (y.permute(0, 2, 3, 1), None if added is None else added.permute(0, 2, 3, 1))
     counters = []
@@ -102,7 +104,8 @@ def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
         counters.append(launch(finish, [partial, shift, pixels[1], px.Output(pixels[0])]))
 
     def stock(to: Any) -> Tensor:
-        result = F.conv2d(to(x), to(weight), to(shift), conv.stride, conv.padding, conv.dilation, conv.groups)
+        operands = (to_tf32(x), to_tf32(weight)) if dtype == F32 else (x, weight)
+        result = F.conv2d(*map(to, operands), to(shift), conv.stride, conv.padding, conv.dilation, conv.groups)
         result = result if added is None else result + to(added)
         return result if run.problem.op == "conv2d_bn" else result.relu()
 
@@ -117,15 +120,26 @@ def launch(kernel: Any, tensors: list[Any]) -> px.Counters:
 @pytest.mark.parametrize("run", [pytest.param(run, id=name) for name, run in RUNS.items()])
 def test_compiled_convolution(run):
     y, truth, stock, counters = execute(run)
-    if run.problem.dtype == F32:
-        # A CPU has no TF32 to compare with.
-        assert relative_error(y, truth) <= TF32_ERROR
-    else:
-        assert_as_good_as_stock(y, stock, truth)
+    assert_as_good_as_stock(y, stock, truth)
     for count in counters:
         assert count.global_factor <= run.sectors
         for kind in LOOP_KINDS:
             assert count.of(kind).units == count.of(kind).ideal
+
+
+def test_tf32_keeps_nan_and_inf():
+    """Tensor cores would make an Inf of the first NaN, and adding to the second one to round it a zero."""
+    run = case("NaN and Inf", tile(32, 32, 32, TF32), op="conv2d_bn", shape=(1, 32, 4, 8), k=32, size=1, dtype=F32)
+    (conv,) = run.problem.convs
+    x = torch.ones(1, 4, 8, 32)
+    x.view(torch.int32)[0, 0, :3, 0] = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7F800000])
+    weight = torch.ones(32, 32, 1, 1)
+    weight.view(torch.int32)[:2, 0, 0, 0] = torch.tensor([0x7F800001, 0x7FFFFFFF])
+    main, _ = conv2d.launches(run.problem, run.plan, CHIPS[80], True)
+    y = torch.empty(1, 4, 8, 32)
+    launch(main, [x, pack(weight, conv, run.plan, "tf32"), torch.zeros(32), px.Output(y)])
+    expected = x.flatten(0, 2) @ weight.flatten(1).T
+    torch.testing.assert_close(y.flatten(0, 2), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def activations(shape: tuple[int, ...], count: int) -> list[Tensor]:
