@@ -14,7 +14,7 @@ import torch
 from tolerances import FLOOR, TIMES_STOCK
 
 import resnet_fused as rf
-from resnet_fused import tolerance
+from resnet_fused import modules, tolerance
 
 ROOT = Path(rf.__file__).parent
 
@@ -115,7 +115,7 @@ def test_unknown_names_are_refused_as_ever():
     with pytest.raises(AttributeError, match="module 'resnet_fused' has no attribute 'resnet51'"):
         _ = rf.resnet51
     with pytest.raises(AttributeError, match=r"module 'resnet_fused\.modules' has no attribute 'Block3'"):
-        _ = rf.modules.Block3
+        _ = modules.Block3
 
 
 def test_only_config_reads_the_environment():
