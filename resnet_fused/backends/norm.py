@@ -74,10 +74,12 @@ def served(op: str, x: Tensor) -> bool:
     """Whether another backend than the reference, which is stock PyTorch, is chosen for `op` on an input like x."""
     if x.device.type == "cuda" and not x.is_contiguous(memory_format=torch.channels_last):
         return False  # the GPU's kernels take channels_last only, and stock's batch norm is one kernel
-    return _served(op, x.dtype, x.device.type, x.device.index or 0)
+    return _served(op, x.dtype, x.device.type, x.device.index or 0, torch.compiler.is_compiling())
 
 
-def _served(op: str, dtype: torch.dtype, device_type: str, device_index: int) -> bool:
+def _served(op: str, dtype: torch.dtype, device_type: str, device_index: int, compiling: bool) -> bool:
+    if compiling and device_type == "cuda" and choice() == "auto":
+        return False  # Inductor fuses stock's norms itself, and not with an operator of ours; neither was measured
     # The smallest shape stands for all: backends tell norms apart by dtype and device only.
     problem = Problem(
         op, (1, 1, 1, 1), dtype, torch.device(device_type if device_type == "cpu" else f"{device_type}:{device_index}")
