@@ -114,9 +114,12 @@ def _add_workloads(command: argparse.ArgumentParser) -> None:
 def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     # Without a default, so that the command knows what was given: --quick and --training have their own.
     bench.add_argument("--models", help="torchvision models, separated by commas (resnet18,resnet50; training: resnet50)")
-    bench.add_argument("--batches", help="batch sizes, separated by commas (1,8; training: 16)")
-    bench.add_argument("--dtypes", help=f"{_DTYPES} (float32,bfloat16)")
-    bench.add_argument("--size", help="pixels: SIZE or HEIGHTxWIDTH (224; training: 160)")
+    bench.add_argument("--batches", help="batch sizes, separated by commas (1,8; training: 16; GPU: 1,32,256; training: 128)")
+    bench.add_argument("--dtypes", help=f"{_DTYPES} (float32,bfloat16; GPU: float16,bfloat16; there float32 may be in TF32)")
+    bench.add_argument("--size", help="pixels: SIZE or HEIGHTxWIDTH (224; training: 160, on a GPU 224)")
+    bench.add_argument(
+        "--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s); on a GPU calls are timed in groups, without waiting"
+    )
     bench.add_argument("--peers", default="", help="other engines, separated by commas: onnxruntime, openvino")
     bench.add_argument(
         "--layers", action="store_true", help="time every kind of layer by every backend, as a share of the peak"

@@ -127,6 +127,12 @@ class Problem:
             h, w = ((size + 2 * p[i] - k[i]) // s[i] + 1 for i, size in enumerate((h, w)))
         return n, c, h, w
 
+    def shortcut_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the projection shortcut's result, which must be the result's where there is one."""
+        n, _, h, w = self.shape
+        conv = self.convs[-1]
+        return n, conv.out_channels, *conv.output_size(h, w)
+
     def tf32_allowed(self) -> bool:
         """Whether TF32 may be used now: by torch.backends.cudnn.conv.fp32_precision, and not with precision="exact"."""
         setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]

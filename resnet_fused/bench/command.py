@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -21,6 +22,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     if arguments.layers and arguments.training:
         raise options.UserError("--layers and --training were both given; choose one")
+    arguments.device = options.usable_device(arguments.device)
+    if arguments.device != "cpu":
+        for option in ("layers", "peers", "threads"):
+            if getattr(arguments, option):
+                raise options.UserError(f"--{option} is for the CPU; leave it out with --device {arguments.device}")
+        # The harder opponent: stock's convolutions by the fastest of cuDNN's engines.
+        torch.backends.cudnn.benchmark = True
     options.set_threads(arguments.threads)
     options.positive("--seconds", arguments.seconds)
     if arguments.quick:
@@ -30,28 +38,31 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _inference(arguments: argparse.Namespace) -> int:
     models = options.models(arguments.models or ("resnet18" if arguments.quick else "resnet18,resnet50"))
-    dtypes = options.names(
-        "--dtypes", arguments.dtypes or ("float32" if arguments.quick else "float32,bfloat16"), tuple(DTYPES)
-    )
-    batches = options.integers("--batches", arguments.batches or "1,8")
+    gpu = arguments.device != "cpu"
+    usual = "float16,bfloat16" if gpu else "float32,bfloat16"
+    dtypes = options.names("--dtypes", arguments.dtypes or (usual.split(",")[0] if arguments.quick else usual), tuple(DTYPES))
+    batches = options.integers("--batches", arguments.batches or ("1,32,256" if gpu else "1,8"))
     peers = options.names("--peers", arguments.peers, variants.PEERS) if arguments.peers else []
     size = options.size(arguments.size or "224")
     out = options.folder("--out", arguments.out)
     for model in models:
         Workload(model, 1, "float32", size).make()  # a model that this size doesn't fit should be known of now, not in minutes
-    workloads = [Workload(m, b, d, size) for m in models for d in dtypes for b in batches]
+    workloads = [Workload(m, b, d, size, arguments.device) for m in models for d in dtypes for b in batches]
     console = Console()
     if arguments.layers:
         return _layers(console, workloads)
-    compiled = [] if arguments.quick or arguments.no_compile else [variants.COMPILE]
+    compiled = [variants.COMPILE, variants.COMPILE_GRAPHS] if gpu else [variants.COMPILE]
+    if arguments.quick or arguments.no_compile:
+        compiled = []
     names = [variants.EAGER, variants.CHANNELS_LAST, *compiled, *peers, variants.OURS]
-    comparisons = []
+    comparisons, machine = [], inference.machine(arguments.device)
     with _progress(console, len(workloads)) as step_of:
         for i, workload in enumerate(workloads):
             comparisons.append(inference.compare(workload, names, arguments.seconds, step_of(i, str(workload))))
-    machine = inference.machine()
+            # After each, so that a run that is cut leaves what it has.
+            _write(out / "inference.json", machine, [comparison.to_json() for comparison in comparisons])
     report.print_table(console, comparisons, machine)
-    _save(console, out / "inference.json", machine, [comparison.to_json() for comparison in comparisons])
+    console.print(f"Saved {out / 'inference.json'}", highlight=False)
     report.save_chart(out / "inference.png", comparisons, machine)
     console.print(f"Saved {out / 'inference.png'}", highlight=False)
     return 0
@@ -75,24 +86,29 @@ def _layers(console: Console, workloads: list[Workload]) -> int:
 def _training(arguments: argparse.Namespace) -> int:
     models = options.names("--models", arguments.models or ("resnet18" if arguments.quick else "resnet50"), training.MODELS)
     dtypes = options.names("--dtypes", arguments.dtypes or "float32,bfloat16", ("float32", "bfloat16"))
-    batches = options.integers("--batches", arguments.batches or ("4" if arguments.quick else "16"))
-    height, width = options.size(arguments.size or "160")
+    gpu = arguments.device != "cpu"
+    batches = options.integers("--batches", arguments.batches or ("128" if gpu else "4" if arguments.quick else "16"))
+    height, width = options.size(arguments.size or ("224" if gpu else "160"))
     if height != width:
         raise options.UserError(f"--size is {arguments.size}; training takes square images, such as {height}")
     if arguments.peers:
         raise options.UserError(f"--peers is {arguments.peers!r}; other engines don't train. Leave it out with --training")
     out = options.folder("--out", arguments.out)
     workloads = [
-        training.TrainingWorkload(m, b, height, autocast=d == "bfloat16") for m in models for b in batches for d in dtypes
+        training.TrainingWorkload(m, b, height, d == "bfloat16", arguments.device)
+        for m in models
+        for b in batches
+        for d in dtypes
     ]
     names = [name for name in training.VARIANTS if name != training.COMPILE or not (arguments.quick or arguments.no_compile)]
     console = Console()
-    comparisons = []
+    comparisons, machine = [], inference.machine(arguments.device)
     with _progress(console, len(workloads)) as step_of:
         for i, workload in enumerate(workloads):
             comparisons.append(training.compare(workload, names, 4 * arguments.seconds, step_of(i, str(workload))))
+            _write(out / "training.json", machine, [comparison.to_json() for comparison in comparisons])
     (console if console.is_terminal else Console(width=160)).print(training.table(comparisons))
-    _save(console, out / "training.json", inference.machine(), [comparison.to_json() for comparison in comparisons])
+    console.print(f"Saved {out / 'training.json'}", highlight=False)
     return 0
 
 
@@ -109,6 +125,5 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[int, str], Ste
         yield step_of
 
 
-def _save(console: Console, path: Path, machine: dict[str, object], comparisons: list[dict[str, object]]) -> None:
+def _write(path: Path, machine: dict[str, object], comparisons: list[dict[str, object]]) -> None:
     path.write_text(json.dumps({"machine": machine, "comparisons": comparisons}, indent=2) + "\n")
-    console.print(f"Saved {path}", highlight=False)

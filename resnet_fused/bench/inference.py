@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
+import functools
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.backends import records
 from resnet_fused.backends.records import cpu_name
 from resnet_fused.bench import variants
 from resnet_fused.bench.timing import interleave
 from resnet_fused.bench.workloads import Workload
 from resnet_fused.tolerance import relative_error
 
+# On a GPU calls are timed in groups of about so many milliseconds, within which nothing waits for it.
+_GROUP = 20.0
 # Images on which results are compared with float64, which takes many times as long.
 _CHECKED = 2
 # A result further off than this is wrong, not rounded; no time is shown for it.
 _WRONG = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+# Convolutions of float32 on a GPU are in TF32, unless it is forbidden.
+_WRONG_IN_TF32 = 2e-2
 
 
 @dataclass
@@ -63,9 +70,14 @@ class Comparison:
         return {"workload": asdict(self.workload), "results": results}
 
 
-def machine() -> dict[str, object]:
+def machine(device: str = "cpu") -> dict[str, object]:
     """What the times were measured on."""
+    gpu: dict[str, object] = {}
+    if device != "cpu":
+        found = records.machine(torch.device(device))
+        gpu = {"gpu": found["device"], **{name: found[name] for name in ("architecture", "driver", "cudnn", "triton")}}
     return {
+        **gpu,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -73,6 +85,11 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
+
+
+def describe(machine: dict[str, object]) -> str:
+    """The machine in a line: its GPU, or its processor and threads."""
+    return str(machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads")
 
 
 @torch.no_grad()
@@ -89,7 +106,8 @@ def compare(
     step("float64 reference", 0.0)
     truth = _truth(model, x)
     comparison = Comparison(workload)
-    calls: dict[str, variants.Run] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    counts: dict[str, int] = {}
     for i, name in enumerate(names):
         step(f"preparing {name}", 0.5 * i / len(names))
         result = Result(name)
@@ -100,18 +118,37 @@ def compare(
         except variants.Unavailable as reason:
             result.note = str(reason)
             continue
-        if not result.error < _WRONG[workload.dtype]:
+        limit = _WRONG_IN_TF32 if x.is_cuda and workload.dtype == "float32" else _WRONG[workload.dtype]
+        if not result.error < limit:
             result.note = f"wrong result (relative error {result.error:.1e}), so no time is shown"
             continue
-        calls[name] = run
-    for name, samples in interleave(calls, seconds):
+        counts[name] = _group(run) if x.is_cuda else 1
+        calls[name] = run if counts[name] == 1 else functools.partial(_repeat, run, counts[name])
+    for name, samples in interleave(calls, seconds, synchronize=torch.cuda.synchronize if x.is_cuda else None):
         done = sum(sum(s.times) for s in samples.values()) * 2 / 1e3 / seconds
         step(f"timing {name}", 0.5 + 0.5 * min(done, 1.0))
     for result in comparison.results:
         if result.variant in calls:
             own = samples[result.variant]
-            result.median, result.spread, result.calls = own.median, own.spread, len(own.times)
+            result.median, result.spread = own.median / counts[result.variant], own.spread
+            result.calls = len(own.times) * counts[result.variant]
     return comparison
+
+
+def _group(run: variants.Run) -> int:
+    """How many calls are timed in one go on a GPU, after some that a model may take to become a CUDA graph."""
+    _repeat(run, 12)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    _repeat(run, 3)
+    torch.cuda.synchronize()
+    once = (time.perf_counter() - start) * 1e3 / 3
+    return max(1, min(100, round(_GROUP / once)))
+
+
+def _repeat(run: variants.Run, count: int) -> None:
+    for _ in range(count):
+        run()
 
 
 def _truth(model: nn.Module, x: Tensor) -> Tensor:

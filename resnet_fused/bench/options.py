@@ -71,6 +71,16 @@ def device(given: str) -> str:
     return given
 
 
+def usable_device(given: str) -> str:
+    """A device that is there."""
+    if device(given) != "cpu":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device is {given}, and there is no GPU here (torch.cuda.is_available() is False); leave it out")
+        if torch.device(given).index is not None and torch.device(given).index >= torch.cuda.device_count():
+            raise UserError(f"--device is {given}, and there are {torch.cuda.device_count()} GPUs; take a smaller number")
+    return given
+
+
 def set_threads(count: int | None) -> None:
     """Makes PyTorch use so many CPU threads; None leaves its own choice."""
     if count is not None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resnet_fused.bench import variants
-from resnet_fused.bench.inference import Comparison
+from resnet_fused.bench.inference import Comparison, describe
 
 
 def print_table(console: Console, comparisons: list[Comparison], machine: dict[str, object]) -> None:
@@ -16,7 +16,7 @@ def print_table(console: Console, comparisons: list[Comparison], machine: dict[s
     if not console.is_terminal:
         console = Console(width=160)
     console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}, PyTorch {machine['torch']}; "
+        f"{describe(machine)}, {machine['architecture' if 'gpu' in machine else 'capability']}, PyTorch {machine['torch']}; "
         "medians of interleaved runs",
         highlight=False,
     )
@@ -32,7 +32,7 @@ def print_table(console: Console, comparisons: list[Comparison], machine: dict[s
             table.add_row(
                 str(comparison.workload) if i == 0 else "",
                 result.variant,
-                f"{result.median:.1f}" if timed else "–",
+                f"{result.median:.{1 if result.median >= 10 else 2}f}" if timed else "–",
                 f"{result.spread:.0%}" if timed else "–",
                 f"{comparison.images_per_second(result):.1f}" if timed else "–",
                 f"{ratio:.2f}×" if timed and ratio == ratio else "–",
@@ -59,6 +59,7 @@ def save_chart(path: Path, comparisons: list[Comparison], machine: dict[str, obj
         variants.EAGER: "#9aa5b1",
         variants.CHANNELS_LAST: "#62707e",
         variants.COMPILE: "#30638e",
+        variants.COMPILE_GRAPHS: "#7fa6c9",
     }
     for i, name in enumerate(names):
         heights = []
@@ -72,7 +73,7 @@ def save_chart(path: Path, comparisons: list[Comparison], machine: dict[str, obj
     axes.set_xticks(range(len(comparisons)), labels)
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_ylabel(f"speed relative to {variants.EAGER}")
-    axes.set_title(f"Inference on {machine['cpu']}, {machine['threads']} threads", loc="left", fontsize=10)
+    axes.set_title(f"Inference on {describe(machine)}", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left", bbox_to_anchor=(0, -0.16))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,12 +48,14 @@ class TrainingWorkload:
         batch: images.
         size: height and width of the images, pixels.
         autocast: whether the forward pass runs under bfloat16 autocast; otherwise everything is float32.
+        device: cpu, cuda or cuda:N.
     """
 
     model: str = "resnet50"
     batch: int = 16
     size: int = 160
     autocast: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         dtype = "bfloat16 autocast" if self.autocast else "float32"
@@ -70,7 +72,8 @@ class TrainingResult:
         loss: after the first steps.
         kept_bytes: of the activations that forward keeps for backward, parameters not counted; None under torch.compile, which
             decides it inside of its own code.
-        peak_bytes: largest resident memory of a process that trains a few steps and does nothing else.
+        peak_bytes: largest resident memory of a process that trains a few steps and does nothing else; on a GPU the most that
+            its tensors took there.
     """
 
     variant: str
@@ -117,16 +120,16 @@ class Trainer:
                 nn.init.zeros_(module.bias)
             if variant == MEMORY_EFFICIENT and isinstance(module, rf.BasicBlock | rf.Bottleneck):
                 module.memory_efficient = True
-        self.model = model.to(memory_format=torch.channels_last).train()
+        self.model = model.to(workload.device).to(memory_format=torch.channels_last).train()
         self.run = torch.compile(self.model) if variant == COMPILE else self.model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         x = torch.randn(workload.batch, 3, workload.size, workload.size, dtype=torch.float32, device="cpu")
-        self.x = x.contiguous(memory_format=torch.channels_last)
-        self.target = torch.arange(workload.batch, device="cpu")
+        self.x = x.to(workload.device, memory_format=torch.channels_last)
+        self.target = torch.arange(workload.batch, device=workload.device)
         self.autocast = workload.autocast
 
     def loss(self) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.autocast):
             return F.cross_entropy(self.run(self.x), self.target)
 
     def __call__(self) -> float:
@@ -234,13 +237,13 @@ def _train_and_print_peak() -> None:
     trainer = Trainer(TrainingWorkload(**arguments.workload), arguments.variant)
     for _ in range(_CHECKED_STEPS):
         trainer()
-    print(_own_peak())
+    print(torch.cuda.max_memory_allocated() if trainer.x.is_cuda else _own_peak())
 
 
 def table(comparisons: list[TrainingComparison]) -> Table:
     """A row for each variant and workload."""
     result = Table(title="Training step", title_justify="left", header_style="bold")
-    columns = ("workload", "variant", "ms", "± IQR", "time / ours", "kept MiB", "peak RSS MiB", "loss", "")
+    columns = ("workload", "variant", "ms", "± IQR", "time / ours", "kept MiB", "peak MiB", "loss", "")
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i in (0, 1, 8) else "right", no_wrap=i < 8)
     for comparison in comparisons:
@@ -249,7 +252,7 @@ def table(comparisons: list[TrainingComparison]) -> Table:
             result.add_row(
                 str(comparison.workload) if i == 0 else "",
                 row.variant,
-                f"{row.median:.0f}" if timed else "–",
+                f"{row.median:.{0 if row.median >= 100 else 1}f}" if timed else "–",
                 f"{row.spread:.0%}" if timed else "–",
                 f"{comparison.ratio(row.variant):.2f}×" if timed else "–",
                 f"{row.kept_bytes / 2**20:.0f}" if row.kept_bytes is not None else "–",

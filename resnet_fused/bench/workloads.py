@@ -21,12 +21,14 @@ class Workload:
         batch: images.
         dtype: name of the dtype of weights and images.
         size: height and width of the images, pixels.
+        device: where the model and the images are: cpu, cuda or cuda:N.
     """
 
     model: str
     batch: int
     dtype: str
     size: tuple[int, int] = (224, 224)
+    device: str = "cpu"
 
     def __str__(self) -> str:
         size = f"{self.size[0]}×{self.size[1]}"
@@ -46,7 +48,7 @@ class Workload:
         try:
             _settle(model, self.size)
             x = torch.randn(self.batch, 3, *self.size, dtype=torch.float32, device="cpu")
-            return model.eval().to(dtype), x.to(dtype)
+            return model.eval().to(self.device, dtype), x.to(self.device, dtype)
         # What torchvision's models raise on images that they don't fit, and the allocator where memory doesn't suffice.
         except (AssertionError, RuntimeError, ValueError) as error:
             raise options.UserError(

@@ -62,6 +62,11 @@ def check(problem: Problem, x: Tensor, residual: Tensor | None, weights: Sequenc
             f"x has {x.shape[2]}×{x.shape[3]} pixels, and the result would have {max(shape[2], 0)}×{max(shape[3], 0)}; "
             "every convolution and pool needs an input at least as large as its window. Pass a larger image."
         )
+    if problem.shortcut and problem.shortcut_shape() != shape:
+        raise ValueError(
+            f"the shortcut's result has shape {problem.shortcut_shape()} and that of the main path {shape}; they are added, and "
+            "must be the same. Choose strides and paddings so that both paths keep as many pixels."
+        )
     if residual is not None:
         if tuple(residual.shape) != shape:
             raise ValueError(

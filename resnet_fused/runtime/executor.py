@@ -377,7 +377,12 @@ class _Settling:
     def _check_residual(self, step: Step, problem: Problem, residual: Any, format: torch.memory_format, number: int) -> None:
         """Raises Unservable where stock's sum is more than one of equal tensors, or its format isn't the convolution's."""
         whole = step.op in ("basic_block", "bottleneck")
-        if residual is None and (not whole or step.shortcut):
+        if whole and step.shortcut:
+            if problem.shortcut_shape() != problem.output_shape():
+                self.made.unequal.append(number)
+                raise Unservable("the two paths of a block differ in shape")
+            return
+        if residual is None and not whole:
             return
         # The identity shortcut of a block is its input as it was before a cast.
         own, given = (self.values[step.x], self.formats[step.x]) if whole else (residual, self.formats[step.residual])

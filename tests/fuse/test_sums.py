@@ -91,3 +91,43 @@ def test_sums_that_are_not_residuals_keep_their_meaning(add, trained):
         assert got.stride() == want.stride()
         assert (got.data_ptr() == a.data_ptr()) == (want.data_ptr() == b.data_ptr())
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg="what happens to the input differs from stock")
+
+
+class Projected(nn.Module):
+    """A block whose paths may differ in size, by the padding of its main path."""
+
+    def __init__(self, padding):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(16, 16, 3, padding=padding), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=padding), nn.BatchNorm2d(16)
+        self.downsample = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.downsample(x))
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_paths_of_different_sizes_are_refused_as_by_stock(channels_last, dtype, precision, trained):
+    model = trained(Projected(0)).to(dtype)
+    fused = rf.fuse(model, precision=precision)
+    x = torch.randn(1, 16, 9, 8, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="must match the size") as ours:
+            fused(x)
+        with torch.no_grad(), pytest.raises(RuntimeError) as stocks:
+            model(x)
+        assert str(ours.value) == str(stocks.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_path_of_one_pixel_is_broadcast_as_by_stock(dtype, trained):
+    model = trained(Projected(0)).to(dtype)
+    fused = rf.fuse(model)
+    x = torch.randn(1, 16, 5, 5, dtype=dtype)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fused(x), model(x), rtol=2e-2, atol=2e-2)

@@ -190,3 +190,14 @@ def test_a_pool_with_too_much_padding_says_how_much_is_allowed():
     x, weight, shift = torch.randn(1, 3, 16, 16), torch.randn(8, 3, 7, 7), torch.randn(8)
     with pytest.raises(ValueError, match="pool_padding is 2; it must be at most half of pool_kernel, which is 3. Pass less"):
         rf.functional.stem(x, weight, shift, pool_padding=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paths_of_different_sizes_are_refused(dtype):
+    """Without padding the main path loses four rows and columns, and the 1×1 shortcut none."""
+    weights = [torch.randn(16, 16, 3, 3), torch.randn(16, 16, 3, 3), torch.randn(16, 16, 1, 1)]
+    weights, shifts = [w.to(dtype) for w in weights], [torch.randn(16).to(dtype)] * 3
+    with pytest.raises(
+        ValueError, match=r"shortcut's result has shape \(1, 16, 9, 8\) and that of the main path \(1, 16, 5, 4\)"
+    ):
+        rf.functional.basic_block(torch.randn(1, 16, 9, 8).to(dtype), weights, shifts, padding=0)
