@@ -64,8 +64,8 @@ def check(problem: Problem, x: Tensor, residual: Tensor | None, weights: Sequenc
         )
     if problem.shortcut and problem.shortcut_shape() != shape:
         raise ValueError(
-            f"the shortcut's result has shape {problem.shortcut_shape()} and that of the main path {shape}; they are added, and "
-            "must be the same. Choose strides and paddings so that both paths keep as many pixels."
+            f"the shortcut's result has shape {problem.shortcut_shape()} and that of the main path {shape}; they are added, "
+            "and must be the same. Choose strides and paddings so that both paths keep as many pixels."
         )
     if residual is not None:
         if tuple(residual.shape) != shape:
