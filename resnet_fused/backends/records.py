@@ -162,7 +162,7 @@ def machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name
-        found["architecture"] = getattr(properties, "gcnArchName", "") or f"{properties.major}.{properties.minor}"
+        found["architecture"] = properties.gcnArchName if torch.version.hip else f"{properties.major}.{properties.minor}"
         found["multiprocessors"] = str(properties.multi_processor_count)
         found["driver"] = torch.version.hip or _first_line("/proc/driver/nvidia/version")
         found["cudnn"] = str(torch.backends.cudnn.version())
