@@ -53,8 +53,14 @@ class Structure:
         self._sequences: list[Any] = []
         self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         inlined = {*trace.inlined}
+        called = {str(node.target) for node in trace.graph.nodes if node.op == "call_module"}
+        # One that has hooks may be looped over, and not called.
+        wholes = trace.opaque.keys() & called
+        read = {*absorbed, *called} - wholes
         for path, m in module.named_modules():
-            if any(path == whole or path.startswith(f"{whole}.") for whole in trace.opaque):
+            if path not in read and any(path == whole or path.startswith(f"{whole}.") for whole in wholes):
+                if any(other.startswith(f"{path}.") for other in read):
+                    self._dicts.append(m._modules)
                 # It may change itself when it is called; what the traced code reads of it must stay.
                 own = vars(m)
                 self._attributes += [(own, name, own[name]) for name in trace.names & own.keys()]

@@ -76,7 +76,12 @@ def convolution(module: nn.Module, node: fx.Node) -> Convolution | None:
             raise NotFoldable("it is called with more than its input")
         path = str(node.target)
         bias = None if conv.bias is None else _join(path, "bias")
-        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        padding: Any = conv.padding
+        if conv.padding_mode != "zeros":
+            # Then stock pads by what it noted when the layer was made, whatever `padding` is now.
+            left, right, top, bottom = conv._reversed_padding_repeated_twice
+            padding = ((top, bottom), (left, right))
+        geometry = (conv.stride, padding, conv.dilation, conv.groups)
         return _convolution(conv.weight, _join(path, "weight"), bias, *geometry, conv.padding_mode)
     if node.op != "call_function" or node.target not in (F.conv2d, torch.conv2d):
         return None
@@ -112,7 +117,7 @@ def _convolution(
         # As stock: an odd number puts the extra pixel behind.
         sides = [(t // 2, t - t // 2) for t in total]
     else:
-        sides = [(int(p), int(p)) for p in pair(padding)]
+        sides = [(int(p[0]), int(p[1])) if isinstance(p, tuple) else (int(p), int(p)) for p in pair(padding)]
     (top, bottom), (left, right) = sides
     if padding_mode == "zeros" and top == bottom and left == right:
         return Convolution(Conv.of(tensor, stride, (top, left), dilation, groups), (), "constant", weight, bias)

@@ -315,6 +315,16 @@ class _Settling:
         parameters = self.parameters
         return lambda x, residual=None: stock_step(step, parameters, x, residual)
 
+    def _plain_padded(self, step: Step) -> Callable[..., Any]:
+        """A step of one layer in stock's ops, on an input that is padded already."""
+        parameters, (layer,) = self.parameters, step.layers
+        padded = step._replace(layers=(layer._replace(pad=()),))
+
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return stock_step(padded, parameters, x, residual).contiguous(memory_format=torch.channels_last)
+
+        return run
+
     def _fused(self, step: Step, number: int) -> None:
         x = self.values[step.x]
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
@@ -347,6 +357,8 @@ class _Settling:
             raise Unservable(f"the input is on {x.device} and the weight on {weight.device}")
         reads = (source, *step.reads[1:])
         problem = self._problem(step, x)
+        if any(own.promotes for own in step.layers) and problem.output_shape()[2:] == (1, 1):
+            raise Unservable("of one pixel, what a batch norm written out gives has strides that depend on how it is written")
         residual = self.values[step.residual] if len(reads) > 1 else None
         self._check_residual(step, problem, residual, format, number)
         folded = self.folded.step(step.layers, self.parameters, x.dtype)
@@ -355,7 +367,8 @@ class _Settling:
         self.made.folded.append(folded)
         run: Callable[..., Any] = kernel if residual is not None else _without_residual(kernel)
         chain = kernel if isinstance(kernel, ChainKernel) and residual is None else None
-        self._do(_Operation(run, reads, (number,), chain, self._plain(step, number, torch.channels_last)))
+        plain = self._plain_padded(step) if pad else self._plain(step, number, torch.channels_last)
+        self._do(_Operation(run, reads, (number,), chain, plain))
         self.formats[number] = format
 
     def _derive(self, make: Callable[[Tensor], Tensor], source: int) -> int:

@@ -176,8 +176,9 @@ def result_format(
     for layer in layers:
         channels_last = channels_last or memory_format(parameters[layer.tensors[0]]) == torch.channels_last
         h, w = layer.conv.output_size(h, w)
-        # Where both formats hold, stock's batch norm gives a contiguous result.
-        if not layer.promotes and (layer.conv.out_channels == 1 or h == w == 1):
+        # Where both formats hold, stock's batch norm gives a contiguous result; one written out in sums and products does for
+        # one value a channel alone.
+        if (h == w == 1 and (x.shape[0] == 1 or not layer.promotes)) or (layer.conv.out_channels == 1 and not layer.promotes):
             channels_last = False
     return torch.channels_last if channels_last else torch.contiguous_format
 

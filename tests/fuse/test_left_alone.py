@@ -431,3 +431,55 @@ def test_a_convolution_without_filters_does_not_keep_the_others_from_being_fused
         for net in (model, fused):
             with pytest.raises(RuntimeError, match="at least 1"):
                 net(x)
+
+
+class Looped(nn.Module):
+    """Calls what is in a container one by one, not the container."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(ConvBN(), nn.MaxPool2d(2), ConvBN())
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _no_statistics(m):
+    m.layers[0].bn.running_mean = m.layers[0].bn.running_var = None
+
+
+def _another_convolution(m):
+    torch.manual_seed(5)
+    m.layers[2].conv = nn.Conv2d(8, 8, 3, padding=1)
+
+
+def _another_layer(m):
+    m.layers[1] = nn.AvgPool2d(2)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("change", [_no_statistics, _another_convolution, _another_layer], ids=lambda f: f.__name__)
+def test_changes_inside_of_a_container_with_hooks_are_seen(change, hooked, trained):
+    model = trained(Looped())
+    if hooked:
+        model.layers.register_forward_hook(lambda *args: None)
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+        change(model), change(fused)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes_pad_by_what_was_noted_when_the_layer_was_made(mode, trained):
+    """Stock reads the attribute `padding` only where it pads with zeros."""
+    model = trained(ConvBN(conv=nn.Conv2d(8, 8, 5, padding="same", padding_mode=mode)))
+    model.conv.padding = (1, 1)
+    x = torch.randn(2, 8, 9, 7)
+    with torch.no_grad():
+        want = model(x)
+        assert want.shape == x.shape
+        torch.testing.assert_close(rf.fuse(model)(x), want, rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import types
 
 import pytest
 import torch
@@ -288,3 +289,34 @@ def test_shortcuts_and_activations_that_users_put_in(trained):
                 + (x if block.downsample is None else block.downsample(x))
             )
             torch.testing.assert_close(block(x), want, rtol=1e-5, atol=1e-5)
+
+
+def _halved(self, x):
+    return type(self).forward(self, x) * 0.5
+
+
+PARTS = {
+    "shortcut": "downsample",
+    "shortcuts-convolution": "downsample.0",
+    "convolution": "conv1",
+    "norm": "bn2",
+    "activation": "relu",
+}
+
+
+@pytest.mark.parametrize("fuse_first", [False, True])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_forward_of_its_own_put_into_a_part_is_called(part, fuse_first, trained):
+    block = trained(rf.BasicBlock(8, 16, 2))
+    other = copy.deepcopy(block)
+    if fuse_first:
+        block = rf.fuse(block)
+    for each in (block, other):
+        module = each.get_submodule(part)
+        module.forward = types.MethodType(_halved, module)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), other.plain_forward(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(block(x), other.plain_forward(x), rtol=1e-5, atol=1e-5)
+    block.train(), other.train()
+    torch.testing.assert_close(block(x), other.plain_forward(x), rtol=1e-5, atol=1e-5)

@@ -138,7 +138,8 @@ class Driver:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     self.run_step(text)
-            self.step, self.label = len(steps), "plain"
+            # Results of autocast are compared as they were when they came.
+            self.step, self.label = len(steps), "autocast" if any("autocast" in text for text in steps) else "plain"
             # What was returned earlier is still what it was, or what stock's has become.
             self.add("earlier results", {k: v for name, value in self.kept for k, v in flatten(value, name).items()})
             return self.events
