@@ -158,16 +158,16 @@ def test_a_masked_region_in_a_sentinel_value(trained):
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), 1e10])
-@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-def test_what_a_padded_layer_declines_is_not_padded_twice(mode, count, value, trained):
+def test_what_a_padded_layer_declines_is_not_padded_twice(mode, value, trained):
     """A kernel that leaves values to stock's ops hands them what it was given: an input that is padded already."""
-    convs = [nn.Conv2d(16, 16, 3, padding=1, padding_mode=mode) for _ in range(count)]
+    padded = nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode)
     if mode == "zeros":
-        convs = [nn.Conv2d(16, 16, 4, padding="same") for _ in range(count)]  # more on one side than on the other
-    model = trained(nn.Sequential(*[layer for conv in convs for layer in (conv, nn.BatchNorm2d(16), nn.ReLU())]))
+        padded = nn.Conv2d(8, 8, 4, padding="same")  # more on one side than on the other
+    convs = [nn.Conv2d(8, 8, 3, padding=1), padded, nn.Conv2d(8, 8, 3, padding=1)]
+    model = trained(nn.Sequential(*[layer for conv in convs for layer in (conv, nn.BatchNorm2d(8), nn.ReLU())]))
     fused = rf.fuse(model)
-    x = torch.randn(2, 16, 12, 9)
+    x = torch.randn(1, 8, 12, 7)
     with torch.no_grad():
         fused(x)
         x[0, 0, 3, 3] = value
