@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def cuda_toolkit() -> Path | None:
     return next((root for root in roots if all((root / part).is_file() for part in whole)), None)
 
 
+def nvcc_fault(toolkit: Path) -> str | None:
+    """What nvcc says of a kernel of one line; None if it compiles. Parts of several versions are found by it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("__global__ void probe(float* x) { *x += 1; }\n")
+        command = [str(toolkit / "bin" / "nvcc"), "-arch=sm_80", "-cubin", "-o", str(source.with_suffix(".cubin")), str(source)]
+        found = subprocess.run(command, capture_output=True, text=True)
+    lines = (found.stderr or found.stdout).strip().splitlines()
+    return None if found.returncode == 0 else lines[0] if lines else f"exit status {found.returncode}"
+
+
 def cuda_missing() -> str | None:
     """Why the CUDA kernels can't be built here, with the remedy; None if they can."""
     import torch
@@ -87,7 +99,7 @@ def cuda_missing() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
     major = torch.version.cuda.split(".")[0]
-    remedy = f'pip install "cuda-toolkit[nvcc,cccl]=={major}.*" and build again with --no-build-isolation'
+    remedy = f'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda}.*" and build again with --no-build-isolation'
     if toolkit is None:
         home = os.environ.get("CUDA_HOME")
         return f"there is no nvcc in CUDA_HOME={home}; correct or unset it" if home else f"there is no nvcc; {remedy}"
@@ -95,6 +107,9 @@ def cuda_missing() -> str | None:
     release = re.search(r"release (\d+)", version)
     if release is None or release.group(1) != major:
         return f"the nvcc in {toolkit} is not of CUDA {major}, which PyTorch was built with; {remedy}, or set CUDA_HOME"
+    fault = nvcc_fault(toolkit)
+    if fault is not None:
+        return f"the nvcc in {toolkit} can't compile ({fault}); its parts must be of one version: {remedy}"
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX")  # the driver compiles the PTX for newer GPUs
     return None

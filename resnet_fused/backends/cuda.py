@@ -66,7 +66,7 @@ class CUDA:
     def unavailable(self) -> str | None:
         reason = library.load(_LIBRARY)
         if reason is not None:
-            toolkit = f"cuda-toolkit[nvcc,cccl]=={(torch.version.cuda or '13').split('.')[0]}.*"
+            toolkit = f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda or '13.0'}.*"
             return f"{reason}; nvcc of PyTorch's CUDA must be there before: pip install '{toolkit}'"
         return None if torch.cuda.is_available() else "there is no GPU (torch.cuda.is_available() is False)"
 

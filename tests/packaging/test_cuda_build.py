@@ -37,4 +37,4 @@ def test_a_missing_library_names_the_compiler_that_pip_can_bring(tmp_path: Path,
         library.load.cache_clear()
     assert reason is not None
     assert "resnet_fused_cuda.so was not built" in reason
-    assert "must be there before: pip install 'cuda-toolkit[nvcc,cccl]==" in reason
+    assert "must be there before: pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]==" in reason
