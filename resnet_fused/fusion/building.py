@@ -89,7 +89,8 @@ class _Builder:
                 absorbed += [str(n.target) for unit in group.units for n in unit.covered if n.op == "call_module"]
             elif node in identities:
                 absorbed.append(str(node.target))
-            elif node not in covered and node.op not in ("placeholder", "output") and (node.users or matcher.may_write(node)):
+            elif node not in covered and node.op not in ("placeholder", "output"):
+                # What nobody reads is called all the same: it may raise, or move running statistics.
                 if node.op == "get_attr" and not self._used(node, covered):
                     continue
                 if matcher.may_write(node) and self._writes_input(node):
@@ -200,6 +201,9 @@ class _Builder:
             called = self.matcher.called(node)
             return called is not None and is_layer(called) and not called.training
         name = str(getattr(node.target, "__name__", node.target))
+        given = {**dict(zip(_NORM_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+        if name in _NORMS and given.get("training", name != "batch_norm") is not False:
+            return False  # it moves running statistics
         return not any(word in name for word in _RANDOM) or node.kwargs.get("training") is False
 
     def _template(self, value: Any) -> Any:
@@ -226,5 +230,7 @@ def _template(value: Any, number: Callable[[fx.Node], int]) -> Any:
     return value
 
 
+# F.batch_norm, and F.instance_norm, whose argument of that place has the same meaning.
+_NORMS, _NORM_ARGUMENTS = ("batch_norm", "instance_norm"), ("x", "mean", "var", "weight", "bias", "training")
 _RANDOM = ("dropout", "rand", "bernoulli", "normal", "uniform", "multinomial", "poisson", "exponential", "geometric", "cauchy")
 _FAST_LAYERS = (nn.Linear, nn.AdaptiveAvgPool2d)

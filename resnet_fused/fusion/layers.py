@@ -112,6 +112,8 @@ def _convolution(
     pair = torch.nn.modules.utils._pair
     stride, dilation = pair(stride), pair(dilation)
     kernel = tensor.shape[2:]
+    if padding == "same" and stride != (1, 1):
+        raise NotFoldable("padding is 'same' and the stride not 1, which stock refuses")
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
         # As stock: an odd number puts the extra pixel behind.
