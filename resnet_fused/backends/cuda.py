@@ -1,7 +1,7 @@
 """Our own CUDA C++ kernels: convolution with shift, residual and ReLU fused, add_relu, and batch norm's passes.
 
-Which kernel a problem gets, and how it is launched, is planned in csrc/cuda/conv2d_plan.cpp, a pure function that the
-operators call at every launch and that the tests call as well.
+Which kernel a problem gets, and how it is launched, is planned in csrc/cuda/conv2d_plan.cpp, which keeps the plans. The operators
+ask it at every launch, and the tests ask it as well.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class CUDA:
     def unavailable(self) -> str | None:
         reason = library.load(_LIBRARY)
         if reason is not None:
-            toolkit = f"cuda-toolkit[nvcc,cccl]=={(torch.version.cuda or '13').split('.')[0]}.*"
+            toolkit = f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda or '13.0'}.*"
             return f"{reason}; nvcc of PyTorch's CUDA must be there before: pip install '{toolkit}'"
         return None if torch.cuda.is_available() else "there is no GPU (torch.cuda.is_available() is False)"
 
