@@ -68,8 +68,8 @@ def test_threads_share_plans() -> None:
     numbers = [problem(2, size, 32, 32, 3) for size in range(5, 45)]
     alone = [plan(own, T4) for own in numbers]
     with ThreadPoolExecutor(4) as pool:
-        for own in pool.map(lambda _: [plan(own, RTX4090) and plan(own, T4) for own in numbers], range(8)):
-            assert own == alone
+        for found in pool.map(lambda _: [plan(own, RTX4090) and plan(own, T4) for own in numbers], range(8)):
+            assert found == alone
 
 
 @pytest.mark.parametrize("gpu", GPUS)
