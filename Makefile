@@ -29,7 +29,7 @@ format: $(VENV)/.installed
 # repeated when a native source or the build's own files change.
 $(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "torch>=2.10" "cuda-toolkit[nvcc,cccl]==13.0.*"
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "torch>=2.10" "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.*"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,cuda,dev]"
 	touch $@
 

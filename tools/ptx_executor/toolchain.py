@@ -1,6 +1,6 @@
 """Finds the CUDA compiler, compiles with it, and reads what ptxas and the disassembler say.
 
-The tools come from the PyPI packages ``cuda-toolkit[nvcc,cccl]`` and ``nvidia-cuda-nvdisasm`` or from an installed
+The tools come from the PyPI packages ``cuda-toolkit[nvcc,nvvm,crt,cccl]`` and ``nvidia-cuda-nvdisasm`` or from an installed
 CUDA toolkit. Standard library only: importing this module needs neither NumPy nor CUDA.
 """
 
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-REMEDY = 'pip install "cuda-toolkit[nvcc,cccl]==13.0.*" "nvidia-cuda-nvdisasm==13.*", or set CUDA_HOME to a CUDA toolkit'
+REMEDY = (
+    'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.*" "nvidia-cuda-nvdisasm==13.*", or set CUDA_HOME to a CUDA toolkit'
+)
 
 
 class ToolkitNotFound(RuntimeError):

@@ -31,7 +31,7 @@ def fake_toolkit(root: Path) -> Path:
 
 @pytest.mark.usefixtures("nothing_installed")
 def test_missing_toolkit_names_the_remedy() -> None:
-    with pytest.raises(px.ToolkitNotFound, match=r'pip install "cuda-toolkit\[nvcc,cccl\]==13.0') as missing:
+    with pytest.raises(px.ToolkitNotFound, match=r'pip install "cuda-toolkit\[nvcc,nvvm,crt,cccl\]==13.0') as missing:
         px.find_toolkit()
     assert "CUDA_HOME (not set)" in str(missing.value)
     with pytest.raises(px.ToolkitNotFound, match="nvdisasm is not installed"):
