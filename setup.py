@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +80,25 @@ def cuda_toolkit() -> Path | None:
     return next((root for root in roots if all((root / part).is_file() for part in whole)), None)
 
 
-def nvcc_fault(toolkit: Path) -> str | None:
-    """What nvcc says of a kernel of one line; None if it compiles. Parts of several versions are found by it."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cu")
-        source.write_text("__global__ void probe(float* x) { *x += 1; }\n")
-        command = [str(toolkit / "bin" / "nvcc"), "-arch=sm_80", "-cubin", "-o", str(source.with_suffix(".cubin")), str(source)]
-        found = subprocess.run(command, capture_output=True, text=True)
-    lines = (found.stderr or found.stdout).strip().splitlines()
-    return None if found.returncode == 0 else lines[0] if lines else f"exit status {found.returncode}"
+# Machine code is made for these GPUs where none is visible, and PTX for later ones. docs/cuda-kernels.md has the build's time.
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+def nvcc_says(*arguments: str) -> str:
+    assert toolkit is not None
+    return subprocess.run([toolkit / "bin" / "nvcc", *arguments], capture_output=True, text=True).stdout
+
+
+def say(text: str) -> None:
+    print(f"resnet_fused: {text}", file=sys.stderr)
+
+
+def cuda_remedy() -> str:
+    import torch
+
+    # The extra nvcc alone leaves the versions of its parts free, and parts of two releases don't work together.
+    package = f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda}.*"
+    return f'pip install "{package}" and build again with --no-build-isolation'
 
 
 def cuda_missing() -> str | None:
@@ -98,25 +107,43 @@ def cuda_missing() -> str | None:
 
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
-    major = torch.version.cuda.split(".")[0]
-    remedy = f'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda}.*" and build again with --no-build-isolation'
+    major, minor = torch.version.cuda.split(".")[:2]
+    remedy = cuda_remedy()
     if toolkit is None:
         home = os.environ.get("CUDA_HOME")
         return f"there is no nvcc in CUDA_HOME={home}; correct or unset it" if home else f"there is no nvcc; {remedy}"
-    version = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)", version)
+    release = re.search(r"release (\d+)\.(\d+)", nvcc_says("--version"))
     if release is None or release.group(1) != major:
         return f"the nvcc in {toolkit} is not of CUDA {major}, which PyTorch was built with; {remedy}, or set CUDA_HOME"
-    fault = nvcc_fault(toolkit)
-    if fault is not None:
-        return f"the nvcc in {toolkit} can't compile ({fault}); its parts must be of one version: {remedy}"
+    if int(release.group(2)) > int(minor):
+        newer = f"{major}.{release.group(2)}"
+        say(f"nvcc is of CUDA {newer}, PyTorch of {torch.version.cuda}: PTX of it needs a driver of CUDA {newer} or newer.")
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX")  # the driver compiles the PTX for newer GPUs
+        known = nvcc_says("--list-gpu-code").split()
+        served = [name for name in ARCHITECTURES if f"sm_{name.replace('.', '')}" in known] or ["8.0"]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{' '.join(served)}+PTX")
     return None
 
 
+def cuda_fault(folder: Path) -> str | None:
+    """Why this nvcc compiles nothing, such as parts of two releases, found on an empty kernel; None if it does."""
+    assert toolkit is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / "probe.cu"
+    probe.write_text("__global__ void probe() {}\n")
+    command = [toolkit / "bin" / "nvcc", "-c", probe, "-o", folder / "probe.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    # The compiler's own line, not what led to it.
+    said = next((line for line in lines if re.search("fatal|error|unsupported", line, re.IGNORECASE)), "")
+    said = said or next(iter(lines), f"exit status {done.returncode}")
+    return f"the nvcc in {toolkit} can't compile an empty kernel ({said}); {cuda_remedy()}"
+
+
 def cuda_extension() -> Extension:
-    """resnet_fused/lib/resnet_fused_cuda.so: for TORCH_CUDA_ARCH_LIST, else the GPUs visible, else sm_80 and later."""
+    """resnet_fused/lib/resnet_fused_cuda.so: for TORCH_CUDA_ARCH_LIST, else the GPUs visible, else ARCHITECTURES."""
     import torch
     from torch.utils.cpp_extension import CppExtension
 
@@ -144,7 +171,7 @@ def extensions() -> list[Extension]:
     """Every library that can be built here."""
     without_cuda = cuda_missing()
     if without_cuda is not None:
-        print(f"resnet_fused: the CUDA kernels are not built, since {without_cuda}.", file=sys.stderr)
+        say(f"the CUDA kernels are not built, since {without_cuda}.")
         return [cpu_extension()]
     return [cpu_extension(), cuda_extension()]
 
@@ -159,12 +186,18 @@ def build_command() -> type[Any]:
             super().run()
 
         def build_extension(self, ext: Extension) -> None:
+            if ext.name != CUDA_LIBRARY:
+                super().build_extension(ext)
+                return
+            fault = cuda_fault(Path(self.build_temp))
+            if fault is not None:
+                say(f"the CUDA kernels are not built, since {fault}.")
+                return
             try:
                 super().build_extension(ext)
             except Exception as error:
-                if ext.name != CUDA_LIBRARY:
-                    raise
-                print(f"resnet_fused: the CUDA kernels are not built, since compiling them failed: {error}", file=sys.stderr)
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                say(f"the CUDA kernels are not built, since compiling them failed: {reason}; see the compiler's output above.")
 
         def get_ext_filename(self, name: str) -> str:
             return str(Path(*name.split(".")).with_suffix(".so"))
@@ -182,7 +215,5 @@ reason = compiler_missing()
 if reason is None:
     setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})
 else:
-    print(
-        f"resnet_fused: the compiled kernels are not built, since {reason}; the Python package works without.", file=sys.stderr
-    )
+    say(f"the compiled kernels are not built, since {reason}; the Python package works without.")
     setup()

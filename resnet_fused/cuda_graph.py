@@ -17,11 +17,16 @@ from torch.utils import _pytree
 from resnet_fused import config
 from resnet_fused.backends import choice, records
 from resnet_fused.backends.binding import serving
+from resnet_fused.fusion.guards import versions
+from resnet_fused.runtime.capture import Captured, overlaps
+from resnet_fused.runtime.parameters import Look
 
 # The device that graphs are captured on, and the most graphs that a model keeps; the least recently used one goes.
 _DEVICE = "cuda"
 _MOST_GRAPHS = 16
 _MOST_COUNTED = 1024
+# Calls of a kind before it is captured; twice as many after each graph that had to go, up to the other number.
+_CALLS, _MOST_NEEDED = 2, 1 << 20
 
 
 class CudaGraphed(nn.Module):
@@ -30,7 +35,9 @@ class CudaGraphed(nn.Module):
     The first call with a kind of input (shapes, strides, types, settings) runs the model as it is, the second one
     captures it, and later ones copy the input into the graph's own, replay, and return copies of its results. The
     model runs as it is where a replay could differ or isn't possible: a derivative is asked for, in training mode,
-    with hooks, under torch.compile, with tensors elsewhere than on one GPU, or where capture failed before. When a
+    with hooks, under torch.compile, with tensors elsewhere than on one GPU, where it changes its input in place or launches
+    nothing, or where capture failed before. Where more kinds of input come in turn than it keeps graphs, it captures less and
+    less often. When a
     parameter or buffer changed, all is captured anew. Its state dict is the model's.
 
     Args:
@@ -46,6 +53,8 @@ class CudaGraphed(nn.Module):
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._state: tuple[Any, ...] = ()
+        self._look: _Look | None = None
+        self._needed = _CALLS
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._calls: Counter[Any] = Counter()
         self._refused: set[Any] = set()
@@ -58,7 +67,7 @@ class CudaGraphed(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_lock", "_state", "_graphs", "_calls", "_refused")
+        own = ("_lock", "_state", "_look", "_needed", "_graphs", "_calls", "_refused")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,7 +107,7 @@ class CudaGraphed(nn.Module):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or any(type(t) is not Tensor or t.device.type != _DEVICE for t in tensors):
             return None
-        if len({t.device for t in tensors}) != 1 or _capturing() or any(map(_overlaps, tensors)):
+        if len({t.device for t in tensors}) != 1 or _capturing() or any(map(overlaps, tensors)):
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.model.parameters())):
             return None
@@ -114,22 +123,20 @@ class CudaGraphed(nn.Module):
 
     def _graph(self, key: Any, leaves: list[Any], structure: Any) -> _Graph | None:
         """The graph for a call, captured if this is the second one; None if the model must run as it is."""
-        state = self._current_state()
-        if state is None:
+        if not self._as_it_was():
             return None
-        if state != self._state:
-            self._graphs.clear()
-            self._calls.clear()
-            self._refused.clear()
-            self._state = state
         graph = self._graphs.get(key)
         if graph is not None or key in self._refused:
             return graph
         if len(self._calls) > _MOST_COUNTED:
             self._calls.clear()
         self._calls[key] += 1
-        if self._calls[key] < 2:
+        if self._calls[key] < self._needed:
             return None
+        del self._calls[key]
+        if len(self._graphs) >= _MOST_GRAPHS:
+            # More kinds of input than graphs: a capture takes as long as many calls, and this one may go before it has paid.
+            self._needed = min(2 * self._needed, _MOST_NEEDED)
         while len(self._graphs) >= _MOST_GRAPHS:
             self._graphs.popitem(last=False)
 
@@ -149,15 +156,30 @@ class CudaGraphed(nn.Module):
             )
         return graph
 
+    def _as_it_was(self) -> bool:
+        """Drops what was captured of another state. False where a replay would leave something out."""
+        if self._look is not None and self._look.unchanged():
+            return True
+        self._look, state = None, self._current_state()
+        if state is None:
+            return False
+        if state != self._state:
+            self._graphs.clear()
+            self._calls.clear()
+            self._refused.clear()
+            self._state, self._needed = state, _CALLS
+        self._look = _Look(self.model)
+        return True
+
     def _current_state(self) -> tuple[Any, ...] | None:
-        """Addresses and versions of all parameters and buffers; None where a replay would leave something out."""
-        everywhere = torch.nn.modules.module
-        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        """Modules, and addresses and versions of their tensors; None where a replay would leave something out."""
+        if _hooks_everywhere():
             return None
-        state: list[int] = []
+        state: list[Any] = []
         for module in self.model.modules():
             if module.training or module._forward_hooks or module._forward_pre_hooks:
                 return None
+            state.append(module)  # is equal to itself alone, and another one may have no tensors
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
                     if tensor.is_inference():
@@ -165,11 +187,6 @@ class CudaGraphed(nn.Module):
                         return None
                     state += (tensor.data_ptr(), tensor._version)
         return tuple(state)
-
-
-def _overlaps(x: Tensor) -> bool:
-    """Whether elements share memory, as in an expanded tensor, whose strides a copy can't have."""
-    return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _capturing() -> bool:
@@ -195,32 +212,43 @@ def _settings() -> tuple[Any, ...]:
 
 
 class _Graph:
-    """One captured run: its own inputs, results and the graph between them."""
+    """One captured run, and its results' structure."""
 
     def __init__(self, run: Callable[[list[Any]], Any], leaves: list[Any]) -> None:
-        # Normal tensors, into which can be copied within inference mode and without.
-        with torch.inference_mode(False):
-            self.inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-        with torch.cuda.device(self.device):
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs, self.structure = _pytree.tree_flatten(run(self.inputs))
-            self.stream = torch.cuda.current_stream()
-            self.done = torch.cuda.Event()
-            self.done.record(self.stream)
+        self._captured = Captured(run, leaves)
+        self._outputs, self._structure = _pytree.tree_flatten(self._captured.values)
 
     def __call__(self, leaves: list[Any]) -> Any:
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            if stream != self.stream:
-                # Another stream's call may still be at work on the graph's tensors.
-                stream.wait_event(self.done)
-                self.stream = stream
-            for own, given in zip(self.inputs, leaves, strict=True):
-                if isinstance(own, Tensor):
-                    own.copy_(given)
-            self.graph.replay()
-            results = [out.clone() if isinstance(out, Tensor) else out for out in self.outputs]
-            self.done.record(stream)
-        return _pytree.tree_unflatten(results, self.structure)
+        with self._captured.replayed(leaves):
+            results = [out.clone() if isinstance(out, Tensor) else out for out in self._outputs]
+        return _pytree.tree_unflatten(results, self._structure)
+
+
+class _Look:
+    """Whether a model without hooks, none of whose modules is in training, is as it was when the look was made.
+
+    This stands before every replay, so it is flat and loops in C: versions of dicts, versions and addresses of tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [*model.modules()]
+        contents = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._dicts: list[dict[Any, Any]] = [*(vars(m) for m in modules), *(d for d in contents if d)]
+        hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self._empty = [*hooks, *(d for d in contents if not d)]
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        self._versions, self._values = versions(self._dicts), Look(tensors)
+
+    def unchanged(self) -> bool:
+        return (
+            self._versions is not None
+            and not any(self._empty)
+            and not _hooks_everywhere()
+            and versions(self._dicts) == self._versions
+            and self._values.unchanged()
+        )
+
+
+def _hooks_everywhere() -> bool:
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)

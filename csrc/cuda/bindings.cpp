@@ -49,8 +49,8 @@ PlanWords conv2d_plan_op(Ints problem, Ints device, Ints pointers, std::string k
                      " integers; it takes 6: x, weight, shift, residual, y, partial");
   const auto pointer = [&](size_t i) { return reinterpret_cast<void*>(pointers[i]); };
   const Conv2dPointers to{pointer(0), pointer(1), pointer(2), pointer(3), pointer(4), pointer(5)};
-  const Conv2dPlan plan = plan_conv2d(problem_of(problem), device_of(device), to, kernel, splits);
-  return plan_words(plan.launches, plan.params, plan.workspace_bytes);
+  const auto plan = plan_conv2d(problem_of(problem), device_of(device), kernel, splits);
+  return plan_words(plan->launches, with_pointers(*plan, to), plan->workspace_bytes);
 }
 
 Tensor conv2d_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& shift, std::optional<Tensor> residual_any,
@@ -86,19 +86,20 @@ Tensor conv2d_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& sh
 
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Conv2dPointers pointers{x.const_data_ptr(),     weight.const_data_ptr(),
+  Conv2dPointers pointers{x.const_data_ptr(),     weight.const_data_ptr(),
                                 shift.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr,
                                 y.mutable_data_ptr(),   nullptr};
-  Conv2dPlan plan = plan_conv2d(problem, device_properties(device), pointers, kernel, splits);
+  const auto plan = plan_conv2d(problem, device_properties(device), kernel, splits);
   std::optional<Tensor>
       workspace;  // lives until the launches are queued; the allocator keeps its memory for this stream
-  if (plan.workspace_bytes > 0) {
-    workspace = torch::stable::empty({plan.workspace_bytes / int64_t(sizeof(float))}, ScalarType::Float, std::nullopt,
+  if (plan->workspace_bytes > 0) {
+    workspace = torch::stable::empty({plan->workspace_bytes / int64_t(sizeof(float))}, ScalarType::Float, std::nullopt,
                                      x.device());
-    plan.params.partial = static_cast<float*>(workspace->mutable_data_ptr());
+    pointers.partial = workspace->mutable_data_ptr();
   }
+  Conv2dParams params = with_pointers(*plan, pointers);
   try {
-    for (const KernelLaunch& l : plan.launches) launch(l, &plan.params, device);
+    for (const KernelLaunch& l : plan->launches) launch(l, &params, device);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(message(describe(problem), ": ", error.what()));
   }
@@ -114,6 +115,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cuda, m) {
       "kernel, "
       "int splits) -> Tensor");
   m.def("device_properties(int device) -> int[]");
+  m.def("conv2d_kept_plans() -> int");
   m.def("conv2d_weight_layout(int[] problem) -> int[]");
   m.def("conv2d_kernels(int[] problem, int[] device) -> str[]");
   m.def(
@@ -126,5 +128,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CompositeExplicitAutograd, m) {
   m.impl("device_properties", TORCH_BOX(&resnet_fused::device_properties_op));
   m.impl("conv2d_weight_layout", TORCH_BOX(&resnet_fused::conv2d_weight_layout_op));
   m.impl("conv2d_kernels", TORCH_BOX(&resnet_fused::conv2d_kernels_op));
+  m.impl("conv2d_kept_plans", TORCH_BOX(&resnet_fused::kept_conv2d_plans));
   m.impl("conv2d_plan", TORCH_BOX(&resnet_fused::conv2d_plan_op));
 }

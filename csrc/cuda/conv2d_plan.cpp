@@ -4,8 +4,12 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <mutex>
+#include <shared_mutex>
 #include <sstream>
 #include <stdexcept>
+#include <unordered_map>
+#include <utility>
 
 #include "conv2d_tiles.h"
 
@@ -171,15 +175,12 @@ int32_t group_shift(const Kernel& k, const DeviceProperties& device, int64_t til
   return 0;
 }
 
-Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPointers& pointers,
-                        const DeviceProperties& device, int64_t splits) {
+Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const DeviceProperties& device, int64_t splits) {
   const WeightLayout layout = conv2d_weight_layout(p);
   const int64_t bytes = element_bytes(p.type), pixel = p.channels * bytes, row = p.width * pixel;
   const int64_t steps_per_run = ceil_div(layout.padded_run_length, k.block_k);
   const int64_t within_run = (steps_per_run - 1) * k.row_bytes();
   Conv2dParams q{};
-  q.x = pointers.x, q.weight = pointers.weight, q.shift = static_cast<const float*>(pointers.shift);
-  q.residual = pointers.residual, q.y = pointers.y;
   q.image_stride = p.height * row, q.row_stride = row, q.pixel_stride = int32_t(pixel);
   q.run_delta = p.dilation_w * pixel - within_run;
   q.row_delta = p.dilation_h * row - (layout.runs - 1) * p.dilation_w * pixel - within_run;
@@ -198,7 +199,6 @@ Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPoi
   q.steps = int32_t(layout.filter_rows * layout.runs * steps_per_run);
   q.steps_per_split = int32_t(ceil_div(q.steps, splits));
   q.splits = int32_t(ceil_div(q.steps, q.steps_per_split));
-  q.partial = q.splits > 1 ? static_cast<float*>(pointers.partial) : nullptr;
   q.tiles_n = int32_t(ceil_div(p.out_channels, k.block_n));
   q.group_shift = group_shift(k, device, q.tiles_n);
   q.relu = p.relu;
@@ -209,25 +209,8 @@ Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const Conv2dPoi
   return q;
 }
 
-}  // namespace
-
-WeightLayout conv2d_weight_layout(const Conv2dProblem& p) {
-  const bool whole_row = gathers(p) && p.dilation_w == 1;
-  const int64_t vector = 16 / element_bytes(p.type), length = whole_row ? p.kernel_w * p.channels : p.channels;
-  const int64_t lead = gathers(p) ? kRunLead : 0;
-  return {p.kernel_h, whole_row ? 1 : p.kernel_w, lead, length, ceil_div(lead + length, vector) * vector};
-}
-
-std::vector<std::string> conv2d_kernels(const Conv2dProblem& problem, const DeviceProperties& device) {
-  std::vector<std::string> names;
-  const std::string stem = stem_kernel(problem, device);
-  if (!stem.empty()) names.push_back(stem);
-  for (const Choice& choice : choices(canonical(problem), device, 0)) names.push_back(choice.kernel->name);
-  return names;
-}
-
-Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& device, const Conv2dPointers& pointers,
-                       const std::string& kernel, int64_t splits) {
+Conv2dPlan make_plan(const Conv2dProblem& problem, const DeviceProperties& device, const std::string& kernel,
+                     int64_t splits) {
   const Conv2dProblem p = canonical(problem);
   check(p, conv2d_weight_layout(p));
   const std::vector<Choice> found = choices(p, device, splits);
@@ -245,7 +228,7 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& dev
   }
   const Kernel& k = *chosen->kernel;
   Conv2dPlan plan{};
-  plan.params = parameters(p, k, pointers, device, is_stem ? 1 : chosen->splits);
+  plan.params = parameters(p, k, device, is_stem ? 1 : chosen->splits);
   if (is_stem) {
     plan.launches.push_back(stem_launch(p, stem));
     return plan;
@@ -266,6 +249,101 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& dev
         {std::string("conv2d_reduce_fwd_") + suffix(p.type), {uint32_t(blocks), 1, 1}, uint32_t(kThreads), 0});
   }
   return plan;
+}
+
+// What a plan depends on, for a table of plans.
+struct PlanKey {
+  std::array<int64_t, 20> numbers;
+  std::string kernel;
+
+  bool operator==(const PlanKey& other) const { return numbers == other.numbers && kernel == other.kernel; }
+};
+
+struct PlanKeyHash {
+  size_t operator()(const PlanKey& key) const {
+    uint64_t hash = std::hash<std::string>()(key.kernel);
+    // Multiplication by an odd constant, then a shift: each number changes bits of both halves.
+    for (const int64_t number : key.numbers) {
+      hash = (hash ^ uint64_t(number)) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 32;
+    }
+    return size_t(hash);
+  }
+};
+
+PlanKey plan_key(const Conv2dProblem& p, const DeviceProperties& device, const std::string& kernel, int64_t splits) {
+  return {{p.batch, p.height, p.width, p.channels, p.out_channels, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w,
+           p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, int64_t(p.type), p.relu, splits, device.compute_capability,
+           device.multiprocessors, device.shared_per_block, device.shared_per_multiprocessor},
+          kernel};
+}
+
+// Plans by what they depend on. Readers share the lock; a full table is emptied, which costs its problems one planning.
+class PlanTable {
+ public:
+  std::shared_ptr<const Conv2dPlan> find(const PlanKey& key) {
+    const std::shared_lock lock(mutex_);
+    const auto found = plans_.find(key);
+    return found == plans_.end() ? nullptr : found->second;
+  }
+
+  void keep(PlanKey key, std::shared_ptr<const Conv2dPlan> plan) {
+    constexpr size_t kMost = 4096;
+    const std::unique_lock lock(mutex_);
+    if (plans_.size() >= kMost) plans_.clear();
+    plans_.emplace(std::move(key), std::move(plan));
+  }
+
+  int64_t size() {
+    const std::shared_lock lock(mutex_);
+    return int64_t(plans_.size());
+  }
+
+ private:
+  std::shared_mutex mutex_;
+  std::unordered_map<PlanKey, std::shared_ptr<const Conv2dPlan>, PlanKeyHash> plans_;
+};
+
+// Never destroyed: threads may launch while the process ends.
+PlanTable& plan_table() {
+  static PlanTable& table = *new PlanTable;
+  return table;
+}
+
+}  // namespace
+
+WeightLayout conv2d_weight_layout(const Conv2dProblem& p) {
+  const bool whole_row = gathers(p) && p.dilation_w == 1;
+  const int64_t vector = 16 / element_bytes(p.type), length = whole_row ? p.kernel_w * p.channels : p.channels;
+  const int64_t lead = gathers(p) ? kRunLead : 0;
+  return {p.kernel_h, whole_row ? 1 : p.kernel_w, lead, length, ceil_div(lead + length, vector) * vector};
+}
+
+std::vector<std::string> conv2d_kernels(const Conv2dProblem& problem, const DeviceProperties& device) {
+  std::vector<std::string> names;
+  const std::string stem = stem_kernel(problem, device);
+  if (!stem.empty()) names.push_back(stem);
+  for (const Choice& choice : choices(canonical(problem), device, 0)) names.push_back(choice.kernel->name);
+  return names;
+}
+
+std::shared_ptr<const Conv2dPlan> plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& device,
+                                              const std::string& kernel, int64_t splits) {
+  PlanKey key = plan_key(problem, device, kernel, splits);
+  if (auto kept = plan_table().find(key)) return kept;
+  auto plan = std::make_shared<const Conv2dPlan>(make_plan(problem, device, kernel, splits));
+  plan_table().keep(std::move(key), plan);
+  return plan;
+}
+
+int64_t kept_conv2d_plans() { return plan_table().size(); }
+
+Conv2dParams with_pointers(const Conv2dPlan& plan, const Conv2dPointers& pointers) {
+  Conv2dParams q = plan.params;
+  q.x = pointers.x, q.weight = pointers.weight, q.shift = static_cast<const float*>(pointers.shift);
+  q.residual = pointers.residual, q.y = pointers.y;
+  q.partial = q.splits > 1 ? static_cast<float*>(pointers.partial) : nullptr;
+  return q;
 }
 
 }  // namespace resnet_fused

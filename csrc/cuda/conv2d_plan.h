@@ -1,8 +1,9 @@
-// The launch of a convolution, planned by a pure function: problem and device in, kernels, grids and parameters out.
+// The launch of a convolution, planned by pure arithmetic: problem and device in, kernels, grids and parameters out.
 // The CUDA operator launches the plan; the tests hand the same plan to an executor on the CPU.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -37,15 +38,22 @@ struct WeightLayout {
 struct Conv2dPlan {
   std::vector<KernelLaunch> launches;  // in order; all take `params`
   int64_t workspace_bytes;             // of Conv2dPointers::partial
-  Conv2dParams params;
+  Conv2dParams params;                 // without the pointers; see with_pointers
 };
 
 WeightLayout conv2d_weight_layout(const Conv2dProblem& problem);
 
-// `kernel` asks for one instantiation by name and `splits` for a number of parts of k; empty and 0 leave the choice to
-// a model of the GPU's time. Throws std::invalid_argument with the reason where no kernel serves the problem.
-Conv2dPlan plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& device, const Conv2dPointers& pointers,
-                       const std::string& kernel, int64_t splits);
+// The plan without pointers. `kernel` asks for one instantiation by name and `splits` for a number of parts of k; empty
+// and 0 leave the choice to a model of the GPU's time. Plans are kept, since planning takes longer than a launch; any
+// thread may ask. Throws std::invalid_argument with the reason where no kernel serves the problem.
+std::shared_ptr<const Conv2dPlan> plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& device,
+                                              const std::string& kernel, int64_t splits);
+
+// A plan's parameters with the pointers filled in.
+Conv2dParams with_pointers(const Conv2dPlan& plan, const Conv2dPointers& pointers);
+
+// How many plans are kept.
+int64_t kept_conv2d_plans();
 
 // Names of the instantiations that serve the problem on the device, best first by the model.
 std::vector<std::string> conv2d_kernels(const Conv2dProblem& problem, const DeviceProperties& device);

@@ -31,8 +31,8 @@ _STOCK = "reference"
 _GAIN = 0.97
 # Each kernel is timed in so many turns, in each of which it runs for about so many milliseconds, and at least so often.
 _TURNS, _MILLISECONDS, _FEWEST, _MOST = 3, 1.0, 3, 20
-# Clock cycles for which the GPU waits while launches queue up: about a millisecond.
-_SLEEP = 2_000_000
+# Clock cycles for which the GPU waits while launches queue up: about a millisecond; and the longest wait in milliseconds.
+_SLEEP, _LONGEST_SLEEP = 2_000_000, 50.0
 
 _trials = threading.Lock()
 
@@ -128,10 +128,15 @@ def _times(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
+def let_launches_queue(milliseconds: float = 1.0) -> None:
+    """Lets the current stream wait for about so long, while the host launches what is to be timed, and the GPU needn't then."""
+    torch.cuda._sleep(int(_SLEEP * min(max(milliseconds, 1.0), _LONGEST_SLEEP)))
+
+
 def _elapsed(call: Callable[[], object], count: int) -> float:
     """Milliseconds that the GPU takes for so many calls, whose launches wait for it and not it for them."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_SLEEP)
+    let_launches_queue()
     begin.record()
     for _ in range(count):
         call()

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from resnet_fused import config
+from resnet_fused.backends import library
 from resnet_fused.backends.problem import Problem
 
 _FORMAT = 1
@@ -159,10 +160,14 @@ def key(problem: Problem) -> str:
 def machine(device: torch.device) -> dict[str, str]:
     """What the times depend on, beside the problem: the chip, its driver, and versions."""
     found = {"torch": torch.__version__, "resnet_fused": _version("resnet_fused"), "triton": _version("triton")}
+    # Another build's kernels may take other times, and be right where these are wrong.
+    found["library"] = library.digest("resnet_fused_cuda" if device.type == "cuda" else "resnet_fused_cpu")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name
-        found["architecture"] = properties.gcnArchName if torch.version.hip else f"{properties.major}.{properties.minor}"
+        # PyTorch gives NVIDIA's GPUs a gcnArchName as well, which is their name.
+        capability = f"{properties.major}.{properties.minor}"
+        found["architecture"] = properties.gcnArchName if torch.version.hip else capability
         found["multiprocessors"] = str(properties.multi_processor_count)
         found["driver"] = torch.version.hip or _first_line("/proc/driver/nvidia/version")
         found["cudnn"] = str(torch.backends.cudnn.version())

@@ -32,6 +32,11 @@ def _find_dict_version() -> Callable[[dict[str, Any]], int] | None:
 _dict_version = _find_dict_version()
 
 
+def versions(dicts: list[dict[Any, Any]]) -> list[int] | None:
+    """A number for each dict that changes with it; None where Python and PyTorch keep none."""
+    return None if _dict_version is None else [*map(_dict_version, dicts)]
+
+
 class Structure:
     """What a program relies on beside the values of parameters.
 
@@ -74,7 +79,7 @@ class Structure:
                 # Those too that a class inherits: it may be given one of its own.
                 names = trace.names & {name for held in classes for name in held}
                 self._attributes += [(held, name, held.get(name)) for held in classes for name in names]
-        self._versions = self._now_versions()
+        self._versions = versions(self._dicts)
         self._handles = RemovableHandle.next_id
         self._values = self._look()
 
@@ -97,9 +102,6 @@ class Structure:
             elif is_object(value):
                 self._dicts.append(vars(value))
                 held += vars(value).values()
-
-    def _now_versions(self) -> list[int] | None:
-        return None if _dict_version is None else [*map(_dict_version, self._dicts)]
 
     def _look(self) -> list[Any]:
         """All that the watched containers hold now."""
@@ -129,14 +131,14 @@ class Structure:
         for sequence in self._sequences:
             if sequence:
                 return self._compare()
-        versions = self._now_versions()
-        return self._compare() if versions is None or versions != self._versions else None
+        now = versions(self._dicts)
+        return self._compare() if now is None or now != self._versions else None
 
     def _compare(self) -> str | None:
-        versions, now = self._now_versions(), self._look()
+        now_versions, now = versions(self._dicts), self._look()
         if len(now) != len(self._values) or not all(map(_is, now, self._values)):
             return "a module, parameter or attribute was replaced"
-        self._versions = versions
+        self._versions = now_versions
         return None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from resnet_fused import config
 from resnet_fused.backends.binding import serving
 from resnet_fused.runtime.calls import autocast_dtype
+from resnet_fused.runtime.capture import Captured, overlaps
 
 _DEVICE = "cuda"
 # Calls that a run serves before it is timed, and how often it is timed before it is left alone.
@@ -39,7 +40,7 @@ def replayable(inputs: Sequence[Tensor], operations: int) -> bool:
         and len(devices) == 1
         and inputs[0].device.type == _DEVICE
         and torch.version.hip is None
-        and not any(map(_overlaps, inputs))
+        and not any(map(overlaps, inputs))
     )
 
 
@@ -130,52 +131,21 @@ class _Graph:
         state: tuple[Any, ...],
     ) -> None:
         self.state = state
-        self._device = inputs[0].device
-        # Normal tensors, into which can be copied within inference mode and without.
-        with torch.inference_mode(False), torch.no_grad():
-            self._inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in inputs]
-        self._stream = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(self._stream)
-        self._graph = torch.cuda.CUDAGraph()
-        cache = torch.is_autocast_cache_enabled()
-        # What autocast keeps of weights is freed when it ends, and a graph would read it after.
-        torch.set_autocast_cache_enabled(False)
-        try:
-            with torch.cuda.device(self._device), torch.cuda.stream(side):
-                versions = [x._version for x in self._inputs]
-                run(self._inputs)  # on this thread and stream, whose workspaces and plans are made by it
-                if versions != [x._version for x in self._inputs]:
-                    raise RuntimeError("an input is changed in place")
-                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                    values = run(self._inputs)
-        finally:
-            torch.set_autocast_cache_enabled(cache)
-            self._stream.wait_stream(side)
+        self._captured = Captured(run, inputs)
+        # The run's other values are the graph's own business.
+        values, self._captured.values = self._captured.values, None
         self._count = len(values)
         self._results = {number: values[number] for number in kept if number >= len(inputs)}
         self._given = {number for number in kept if number < len(inputs)}
-        memory = [_memory(x) for x in (*self._inputs, *self._results.values()) if isinstance(x, Tensor)]
+        memory = [_memory(x) for x in (*self._captured.inputs, *self._results.values()) if isinstance(x, Tensor)]
         if len({*memory}) < len(memory):
             raise RuntimeError("results share memory with each other or with an input")
 
     def __call__(self, inputs: Sequence[Tensor]) -> Values:
-        if torch.cuda.current_device() != self._device.index:
-            with torch.cuda.device(self._device):
-                return self._replay(inputs)
-        return self._replay(inputs)
-
-    def _replay(self, inputs: Sequence[Tensor]) -> Values:
-        stream = torch.cuda.current_stream(self._device)
-        if stream != self._stream:
-            stream.wait_stream(self._stream)  # where an earlier call may still be at work on the graph's tensors
-            self._stream = stream
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
-        self._graph.replay()
         values: Values = [None] * self._count
-        for number, value in self._results.items():
-            values[number] = value.clone() if isinstance(value, Tensor) else value
+        with self._captured.replayed(inputs):
+            for number, value in self._results.items():
+                values[number] = value.clone() if isinstance(value, Tensor) else value
         for number in self._given:
             values[number] = inputs[number]
         return values
@@ -195,8 +165,3 @@ def _settings() -> tuple[Any, ...]:
 
 def _memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
-
-
-def _overlaps(x: Tensor) -> bool:
-    """Whether elements share memory, as in an expanded tensor, whose strides a copy can't have."""
-    return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -41,13 +41,16 @@ class Result:
         problem: the problem.
         chosen: the candidate taken: a backend's name, "backend:variant", or "parts" for a whole op in its parts.
         ms: median time of each candidate in the model, in ms a call.
-        dropped: why a candidate was dropped, by its name.
+        dropped: why a candidate was found wrong, by its name. It isn't tried again.
+        failed: why a candidate gave no result, by its name: memory may not have sufficed, or no compiler been there. It is
+            tried again by the next `rf.tune`.
     """
 
     problem: Problem
     chosen: str
     ms: dict[str, float]
     dropped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,7 +73,8 @@ class Tuning:
         rows = []
         for result in self.results:
             stock, best = (result.ms.get(name, float("nan")) for name in (STOCK, result.chosen))
-            notes = f"{len(result.dropped)} dropped" if result.dropped else ""
+            counts = {"dropped": len(result.dropped), "failed": len(result.failed)}
+            notes = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
             rows.append((str(result.problem), f"{stock:.3f}", result.chosen, f"{best:.3f}", f"{stock / best:.2f}×", notes))
         model = ", ".join(f"{ms:.3f} ms {name}" for name, ms in self.model_ms.items())
         return (
@@ -148,17 +152,17 @@ def _tune(tasks: dict[str, _Task], model: InModel, bar: Bar) -> tuple[list[Resul
     """The results, times of the whole model, and which of these choices was taken."""
     rules, results = {}, {}
     for whole in sorted({task.whole for task in tasks.values()}):
-        names, dropped = {}, {}
+        names, dropped, failed = {}, {}, {}
         for key, task in tasks.items():
             if task.whole == whole:
-                names[key], dropped[key] = _right(task, bar.show)
+                names[key], dropped[key], failed[key] = _right(task, bar.show)
                 by_rule = candidates.by_rules(task.problem)
                 rules[key] = by_rule if by_rule in names[key] else STOCK
                 bar.done += 1
         times = model.measure(names, {key: {STOCK, rules[key]} for key in names}, bar.show)
         for key, found in times.items():
             ms = {name: 1e3 * statistics.median(own) for name, own in found.items() if own}
-            results[key] = Result(tasks[key].problem, _fastest(found, rules[key], _GAIN), ms, dropped[key])
+            results[key] = Result(tasks[key].problem, _fastest(found, rules[key], _GAIN), ms, dropped[key], failed[key])
             model.chosen[key] = results[key].chosen
     choices = {"stock": dict.fromkeys(tasks, STOCK), "by rule": rules, "tuned": {key: r.chosen for key, r in results.items()}}
     model_times = model.compare(choices, bar.show)
@@ -168,12 +172,12 @@ def _tune(tasks: dict[str, _Task], model: InModel, bar: Bar) -> tuple[list[Resul
     return list(results.values()), model_times, taken
 
 
-def _right(task: _Task, show: Callable[[str], object]) -> tuple[list[str], dict[str, str]]:
-    """Names of the candidates that compute the problem as they should, and why others were dropped, now or before."""
+def _right(task: _Task, show: Callable[[str], object]) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Candidates that compute the problem as they should; why others are wrong, by now or before; why others failed."""
     problem = task.problem
     show(f"{problem}: stock")
     truth = Truth(problem, task.folded)
-    right, dropped = [STOCK], records.dropped(problem)
+    right, dropped, failed = [STOCK], records.dropped(problem), {}
     for name in candidates.names(problem):
         if name == STOCK or name in dropped:
             continue
@@ -181,14 +185,18 @@ def _right(task: _Task, show: Callable[[str], object]) -> tuple[list[str], dict[
         try:
             reason = truth.fault(candidates.prepare(problem, task.folded, name))
         except Exception as error:
-            reason = f"it failed: {type(error).__name__}: {error}"
+            # That says nothing of its results: memory, a compiler or disk space may be there the next time.
+            failed[name] = f"{type(error).__name__}: {error}"
+            config.logger().warning("rf.tune leaves out %s for %s: it failed: %s", name, problem, failed[name])
+            _check_device(problem, dropped, name, failed[name])
+            continue
         if reason is None:
             right.append(name)
             continue
         dropped[name] = reason
         config.logger().warning("rf.tune drops %s for %s: %s", name, problem, reason)
-        _check_device(problem, dropped)
-    return right, dropped
+        _check_device(problem, dropped, name, reason)
+    return right, dropped, failed
 
 
 def _fastest(times: Times, base: str, gain: float) -> str:
@@ -219,13 +227,12 @@ def _entry(result: Result) -> dict[str, Any]:
     return {"backend": backend, "variant": variant or None, "ms": result.ms, "dropped": result.dropped}
 
 
-def _check_device(problem: Problem, dropped: dict[str, str]) -> None:
-    """Raises if the GPU is of no more use to this process, after recording what was dropped."""
+def _check_device(problem: Problem, dropped: dict[str, str], name: str, reason: str) -> None:
+    """Raises if the GPU is of no more use to this process, after recording what was dropped and the candidate that did it."""
     if problem.device.type != "cuda":
         return
     try:
         torch.cuda.synchronize(problem.device)
     except RuntimeError as error:
-        _record([Result(problem, STOCK, {}, dropped)])
-        name = list(dropped)[-1]
+        _record([Result(problem, STOCK, {}, {**dropped, name: reason})])
         raise RuntimeError(f"{name} left the GPU unusable for {problem}; it is recorded, start a new process.") from error

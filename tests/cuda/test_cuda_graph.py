@@ -7,6 +7,7 @@ notes again into the same results, as a GPU would. Results of the capture itself
 import contextlib
 import copy
 import logging
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ import resnet_fused as rf
 from resnet_fused import cuda_graph
 from resnet_fused.backends.binding import served
 from resnet_fused.cuda_graph import CudaGraphed
+from resnet_fused.runtime import capture
 
 NAN = float("nan")
 
@@ -46,25 +48,39 @@ class Notes(TorchDispatchMode):
 
 
 class Stream:
-    def wait_event(self, event):
-        pass
+    def __init__(self, device=None):
+        self.device = device
 
-
-class Event:
-    def record(self, stream):
+    def wait_stream(self, other):
         pass
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """Puts the emulation in CUDA's place, and gives the captures that were made."""
-    captures, stream = [], Stream()
+    captures, current = [], [Stream()]
 
     @contextlib.contextmanager
-    def graph(notes):
+    def on(stream):
+        current.append(stream)
+        try:
+            yield
+        finally:
+            del current[current.index(stream) :]
+
+    @contextlib.contextmanager
+    def graph(notes, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        assert stream is current[-1]
+        assert not torch.is_autocast_cache_enabled()
         captures.append(notes)
+        notes.pool, notes.stream = pool, stream
+        current.append(stream)  # which is left current where the capture fails, as by PyTorch
         with notes:
             yield
+        current.pop()
+        if not notes.operations:
+            warnings.warn("The CUDA Graph is empty. This usually means ...", stacklevel=1)
         for *_, results in notes.operations:
             for leaf in _pytree.tree_leaves(results):
                 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
@@ -72,15 +88,26 @@ def emulated(monkeypatch):
 
     fake = SimpleNamespace(
         CUDAGraph=Notes,
+        Stream=Stream,
         graph=graph,
-        Event=Event,
-        current_stream=lambda: stream,
+        graph_pool_handle=lambda: (0, len(captures)),
+        current_stream=lambda device=None: current[-1],
+        current_device=lambda: None,
+        stream=on,
         device=lambda device: contextlib.nullcontext(),
         is_available=lambda: False,
+        streams=current,
     )
+    capture._stream_of.cache_clear()
     monkeypatch.setattr(cuda_graph.torch, "cuda", fake)
     monkeypatch.setattr(cuda_graph, "_DEVICE", "cpu")
-    return captures
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda index, pool: captures[-1].__dict__.update(ended=pool), False
+    )
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda index, pool: captures[-1].__dict__.update(freed=pool), False)
+    yield captures
+    assert len(current) == 1
+    capture._stream_of.cache_clear()
 
 
 @pytest.fixture
@@ -211,6 +238,75 @@ def test_what_can_not_be_captured_runs_on_and_says_so_once(caplog):
             assert graphed(torch.full((2,), value)).tolist() == [2.0 * value if value > 0 else 3.0 * value] * 2
     assert caplog.text.count("can't be captured") == 1
     assert "Branching" in caplog.text
+
+
+def test_a_failed_capture_leaves_no_pool_open(emulated):
+    class Waits(nn.Module):
+        def forward(self, x):
+            return x * x.sum().item() if emulated else x * 2
+
+    graphed = CudaGraphed(Waits().eval())
+    with torch.no_grad():
+        for _ in range(3):
+            graphed(torch.ones(2))
+    (failed,) = emulated
+    assert failed.ended == failed.freed == failed.pool
+
+
+def test_a_graph_of_nothing_is_refused(emulated, caplog):
+    graphed, x = CudaGraphed(nn.Identity().eval()), image()
+    with torch.no_grad():
+        assert all(graphed(x) is x for _ in range(4))
+    assert len(emulated) == 1
+    assert "nothing is launched on the GPU" in caplog.text
+
+
+def test_an_input_that_is_changed_in_place_is_the_callers(emulated):
+    graphed = CudaGraphed(nn.ReLU(inplace=True).eval())
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.full((2,), -1.0)
+            assert graphed(x) is x
+            assert x.tolist() == [0.0, 0.0]
+    assert not emulated
+
+
+def test_captures_of_a_device_share_a_stream_of_it(graphed, emulated):
+    for size in (4, 5):
+        for _ in range(2):
+            graphed(image(size))
+    first, second = emulated
+    assert first.stream is second.stream
+    assert first.stream.device == torch.device("cpu")
+
+
+def test_more_kinds_of_input_than_graphs_are_captured_less_and_less_often(graphed, emulated):
+    rounds = 200
+    for _ in range(rounds):
+        for size in range(3, 23):
+            graphed(torch.empty(1, 3, size, 3))
+    assert len(emulated) < 80
+    assert len(graphed._graphs) == 16
+
+
+def test_a_replay_looks_at_the_model_in_one_flat_way(graphed, model, monkeypatch):
+    x = image()
+    for _ in range(3):
+        graphed(x)
+    monkeypatch.setattr(CudaGraphed, "_current_state", lambda self: pytest.fail("it was looked at module by module"))
+    expected = model(x)
+    for _ in range(3):
+        torch.testing.assert_close(graphed(x), expected)
+
+
+def test_another_module_without_parameters_is_seen(graphed, model):
+    x = image()
+    for _ in range(3):
+        graphed(x)
+    model[2] = nn.Tanh().eval()
+    torch.testing.assert_close(graphed(x), model(x))
+    model.append(nn.Sigmoid().eval())
+    torch.testing.assert_close(graphed(x), model(x))
 
 
 def test_keeps_no_more_graphs_than_it_may(graphed, monkeypatch):

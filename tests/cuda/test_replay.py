@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resnet_fused as rf
 from resnet_fused.cuda_graph import CudaGraphed
 from resnet_fused.fusion.rows import path_of
-from resnet_fused.runtime import replay
+from resnet_fused.runtime import capture, replay
 from resnet_fused.runtime.replay import Replay
 
 
@@ -59,7 +59,7 @@ class Notes(TorchDispatchMode):
 
 class Stream:
     def __init__(self, device=None):
-        self.waited = []
+        self.device, self.waited = device, []
 
     def wait_stream(self, other):
         self.waited.append(other)
@@ -79,8 +79,9 @@ def gpu(monkeypatch):
     gpu = GPU()
 
     @contextlib.contextmanager
-    def graph(notes, stream, capture_error_mode):
+    def graph(notes, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
+        assert stream.device is not None
         gpu.captures.append(notes)
         gpu.autocast_cache.append(torch.is_autocast_cache_enabled())
         with notes:
@@ -105,6 +106,7 @@ def gpu(monkeypatch):
 
     emulated = {
         "CUDAGraph": Notes,
+        "graph_pool_handle": lambda: (0, 1),
         "Event": Event,
         "Stream": Stream,
         "graph": graph,
@@ -116,10 +118,13 @@ def gpu(monkeypatch):
     }
     for name, stand_in in emulated.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture._stream_of.cache_clear()
+    monkeypatch.setattr(capture, "_close", lambda device, pool: None)
     monkeypatch.setattr(replay, "_DEVICE", "cpu")
     monkeypatch.setattr(replay, "_FEWEST_OPERATIONS", 1)
     with torch.no_grad():
         yield gpu
+    capture._stream_of.cache_clear()
 
 
 def plain(trained) -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 
 import pytest
 import torch
@@ -150,6 +152,42 @@ def test_the_whole_model_is_timed_with_each_choice(run, keys, monkeypatch):
         "mixed": {5.0},
     }
     assert {len(found) for found in times.values()} == {in_model._TURNS}
+
+
+def test_on_a_gpu_launches_queue_up_before_each_timed_run(run, keys, monkeypatch):
+    """At small batch the host takes longer than the kernels, and events would time it."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            done.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    model = InModel(lambda: (done.append("run"), time.sleep(0.004)), dict.fromkeys(keys, "reference"))
+    model._devices = {torch.device("cuda", 0)}
+    times = model.compare({"one": {}}, lambda text: None)
+    assert set(times["one"]) == {2e-3}
+    first, second = done[:4], done[4:8]
+    assert first == ["sleep 2000000", "event", "run", "event"]
+    assert second[1:] == first[1:]
+    assert int(second[0].split()[1]) > 4 * 2_000_000  # as long as the host took
+    done.clear()
+    model.measure({"a problem": ["reference"]}, {"a problem": {"reference"}}, lambda text: None)
+    assert done[2] == "run"
+    assert done[0].startswith("sleep")
 
 
 @pytest.mark.parametrize("problem", ["interrupted", "records-can-not-be-kept"])

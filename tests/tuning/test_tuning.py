@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tuning_fakes import fake_times, tune_problem
 
 import resnet_fused as rf
 from resnet_fused import backends, tuning
-from resnet_fused.backends import Problem, records
+from resnet_fused.backends import Problem, library, records
 from resnet_fused.backends.problem import Conv, Folded
 from resnet_fused.modules import BasicBlock
 from resnet_fused.tuning import bar, candidates, in_model
@@ -123,7 +124,6 @@ WRONG = {
     "wrong-shape": (lambda y, x: y[:1], "of shape"),
     "wrong-type": (lambda y, x: y.double(), "float64"),
     "changes-its-input": (lambda y, x: x.add_(1) * 0 + y, "changes its input"),
-    "raises": (lambda y, x: 1 / 0, "ZeroDivisionError"),
 }
 
 
@@ -147,6 +147,56 @@ def test_a_wrong_candidate_is_dropped_loudly_recorded_and_not_tried_again(spoil,
     assert reason in records.dropped(PROBLEM)["onednn"]
     assert "onednn" in tune_problem(PROBLEM, folded()).dropped
     assert len(tried) == 1
+
+
+FAILURES = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Failed to find C compiler"), OSError("disk is full")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_candidate_that_fails_is_left_out_and_tried_again(failure, monkeypatch, caplog):
+    onednn = backends.get("onednn")
+    prepare = onednn.prepare
+
+    def fail(problem, folded):
+        raise failure
+
+    monkeypatch.setattr(onednn, "prepare", fail)
+    fake_times(monkeypatch, {"onednn": 0.01})
+    with caplog.at_level(logging.WARNING, "resnet_fused"):
+        result = tune_problem(PROBLEM, folded())
+    assert result.chosen != "onednn"
+    assert str(failure) in result.failed["onednn"]
+    assert "rf.tune leaves out onednn" in caplog.text
+    assert not result.dropped
+    assert not records.dropped(PROBLEM)
+    monkeypatch.setattr(onednn, "prepare", prepare)
+    assert tune_problem(PROBLEM, folded()).chosen == "onednn"
+
+
+def test_records_of_another_build_of_the_library_are_others(tmp_path, monkeypatch):
+    paths = set()
+    for content in (b"one build", b"another build", None):
+        monkeypatch.setattr(library, "FOLDER", tmp_path)
+        (tmp_path / "resnet_fused_cpu.so").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "resnet_fused_cpu.so").write_bytes(content)
+        library.digest.cache_clear()
+        records.machine.cache_clear()
+        paths.add(records._path(CPU))
+    monkeypatch.undo()
+    library.digest.cache_clear()
+    records.machine.cache_clear()
+    assert len(paths) == 3
+
+
+@pytest.mark.parametrize(("hip", "architecture"), [(None, "9.0"), ("6.4", "gfx942")])
+def test_the_architecture_is_a_compute_capability_or_amds_name(hip, architecture, monkeypatch):
+    properties = SimpleNamespace(
+        name="chip", major=9, minor=0, multi_processor_count=132, gcnArchName="gfx942" if hip else "chip"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert records.machine.__wrapped__(torch.device("cuda", 0))["architecture"] == architecture
 
 
 def valid() -> dict:

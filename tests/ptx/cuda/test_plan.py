@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import ptx_executor as px
 import pytest
@@ -35,6 +37,39 @@ LAYERS = {
 
 def plan(numbers: list[int], device: list[int], kernel: str = "", splits: int = 0) -> tuple:
     return torch.ops.resnet_fused_cuda.conv2d_plan(numbers, device, [0] * 6, kernel, splits)
+
+
+def test_plans_are_kept_without_pointers() -> None:
+    numbers, kept = problem(3, 21, 64, 72, 3), torch.ops.resnet_fused_cuda.conv2d_kept_plans
+    before, made = kept(), {}
+    for pointers in ([16, 32, 48, 64, 80, 96], [0] * 6, [160, 320, 480, 640, 800, 960]):
+        names, launches, params, workspace = torch.ops.resnet_fused_cuda.conv2d_plan(numbers, A100, pointers, "", 2)
+        assert params[:6] == pointers
+        made[tuple(pointers)] = (names, launches, params[6:], workspace)
+    assert kept() == before + 1
+    assert len({str(plan) for plan in made.values()}) == 1
+    # What a plan depends on tells it from others.
+    kernels = torch.ops.resnet_fused_cuda.conv2d_kernels(numbers, A100)
+    others = [
+        (numbers, A100, "", 1),
+        (numbers, A100, kernels[-1], 2),
+        (numbers, H100, "", 2),
+        ([*numbers[:-1], 0], A100, "", 2),
+        ([4, *numbers[1:]], A100, "", 2),
+    ]
+    for count, (own, device, kernel, splits) in enumerate(others, 2):
+        params = plan(own, device, kernel, splits)[2]
+        assert params[5] == 0
+        assert kept() == before + count
+    assert plan(numbers, A100, kernels[-1], 2)[0][0] == kernels[-1]
+
+
+def test_threads_share_plans() -> None:
+    numbers = [problem(2, size, 32, 32, 3) for size in range(5, 45)]
+    alone = [plan(own, T4) for own in numbers]
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: [plan(own, RTX4090) and plan(own, T4) for own in numbers], range(8)):
+            assert found == alone
 
 
 @pytest.mark.parametrize("gpu", GPUS)
