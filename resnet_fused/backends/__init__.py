@@ -48,7 +48,10 @@ Kernel = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Backend(Protocol):
-    """What a backend provides."""
+    """What a backend provides.
+
+    One whose `unavailable` asks for a GPU has the attribute `asks_for_gpu`, and `unsupported` then refuses CPU tensors first.
+    """
 
     name: str
 
@@ -164,7 +167,16 @@ def choice(argument: str = "auto") -> str:
 
 def candidates(problem: Problem) -> list[str]:
     """Backends that are available and can serve the problem, in automatic order, then the others."""
-    return [name for name in available_backends() if get(name).unsupported(problem) is None]
+    ordered = [*_AUTOMATIC_ORDER, *(n for n in _BACKENDS if n not in _AUTOMATIC_ORDER)]
+    return [name for name in ordered if _refusal(get(name), problem) is None]
+
+
+def _refusal(backend: Backend, problem: Problem) -> str | None:
+    """Why the automatic choice can't take a backend for a problem; None if it can."""
+    # Where CUDA was asked for its devices, processes that are forked later can't use it. A CPU's problem needs no answer.
+    if problem.device.type == "cpu" and getattr(backend, "asks_for_gpu", False):
+        return backend.unsupported(problem) or backend.unavailable()
+    return backend.unavailable() or backend.unsupported(problem)
 
 
 @functools.cache
@@ -187,7 +199,7 @@ def resolve(problem: Problem, chosen: str) -> Backend:
     recorded = records.choice(problem)
     if recorded is not None and recorded.backend in _BACKENDS:
         backend = get(recorded.backend)
-        if backend.unavailable() is None and backend.unsupported(problem) is None:
+        if _refusal(backend, problem) is None:
             return backend
     return by_rules(problem)
 
@@ -196,7 +208,7 @@ def by_rules(problem: Problem) -> Backend:
     """The backend that the automatic choice takes for the problem where nothing was recorded."""
     for name in _AUTOMATIC_ORDER:
         backend = get(name)
-        reason = backend.unavailable() or backend.unsupported(problem)
+        reason = _refusal(backend, problem)
         if reason is not None:
             _log_once(f"backend {name!r} was passed over for {problem.op} on {problem.device.type}: {reason}")
             continue

@@ -61,6 +61,7 @@ class CUDA:
     """Compiled kernels of csrc/cuda for NVIDIA GPUs of compute capability 7.5 and newer."""
 
     name = "cuda"
+    asks_for_gpu = True
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:

@@ -33,6 +33,7 @@ class CuDNN:
     """cuDNN's fused convolution operations, for CUDA tensors."""
 
     name = "cudnn"
+    asks_for_gpu = True
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:

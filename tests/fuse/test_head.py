@@ -49,7 +49,9 @@ def test_rows_are_multiplied_by_our_kernel(dtype, rows, classes):
     got, want = fused(x), net(x)
     assert_as_good_as_stock(got, want, copy.deepcopy(net).double()(x.double()))
     assert got.stride() == want.stride()
-    assert classifiers(fused) == ["cpu"]
+    # With AMX oneDNN is faster, and the layer is stock's.
+    amx = dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16()
+    assert classifiers(fused) == ([] if amx else ["cpu"])
 
 
 @needs_kernels

@@ -9,6 +9,7 @@ from kinds import Unit, assert_same, check, counts, ops, unit
 from torch import nn
 
 import resnet_fused as rf
+from resnet_fused.backends import get
 
 X = torch.randn(2, 8, 9, 7)
 
@@ -270,6 +271,11 @@ def test_strides_of_results_are_those_of_stock(make, convert, weights, trained):
 @pytest.mark.parametrize("convert", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_of_a_network_with_a_stem(convert, dtype, trained):
+    amx = get("cpu").unavailable() is None and torch.ops.resnet_fused_cpu.amx_bf16()
+    if amx and dtype == torch.bfloat16 and convert is FORMATS["one-column"]:
+        pytest.skip(
+            "stock's result for an image of one column has NaN now and then where oneDNN uses AMX; run it on another CPU"
+        )
     model = trained(_features()).to(dtype)
     fused = rf.fuse(model)
     x = convert(

@@ -28,6 +28,7 @@ class Triton:
     """Convolution, elementwise and batch norm kernels in Triton."""
 
     name = "triton"
+    asks_for_gpu = True
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:

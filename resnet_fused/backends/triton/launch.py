@@ -96,6 +96,11 @@ def _interpret(launch: Any, scalars: tuple[int, ...], constants: dict[str, Any],
         launch(*tensors, *scalars, **constants)
 
 
+def on(device: torch.device) -> torch.cuda.device:
+    """Makes a CUDA device the current one within a `with` block; does nothing for CPU tensors."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
 def aligned(x: Tensor) -> Tensor:
     """x itself if it starts at a multiple of 16 bytes, else a copy that does (the allocator's blocks all do)."""
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from resnet_fused.backends.triton import bn
-from resnet_fused.backends.triton.launch import Launch, aligned
+from resnet_fused.backends.triton.launch import Launch, aligned, on
+
+_Result = TypeVar("_Result")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -22,9 +25,23 @@ def _bound(make: Any, device: torch.device, *args: Any) -> Any:
     return first.bind(), second.bind()
 
 
+def _on_its_device(run: Callable[..., _Result]) -> Callable[..., _Result]:
+    """A pass with its first tensor's device as the current one, because kernels are compiled for that and launched there."""
+
+    @functools.wraps(run)
+    def guarded(self: TritonNorm, first: Tensor, *args: Any, **kwargs: Any) -> _Result:
+        if first.device.type == "cuda" and torch.cuda.current_device() != first.device.index:
+            with on(first.device):
+                return run(self, first, *args, **kwargs)
+        return run(self, first, *args, **kwargs)
+
+    return guarded
+
+
 class TritonNorm:
     """The passes of backends.norm.NormKernels in Triton."""
 
+    @_on_its_device
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         p = _plan_of(x)
         reduce, combine = _bound(bn.statistics, x.device, p, x.dtype)
@@ -34,6 +51,7 @@ class TritonNorm:
         combine(partial, mean, var)
         return mean, var
 
+    @_on_its_device
     def apply(
         self,
         x: Tensor,
@@ -51,6 +69,7 @@ class TritonNorm:
         run(aligned(x), _aligned(residual), aligned(mean), aligned(var), _aligned(weight), _aligned(bias), y)
         return y
 
+    @_on_its_device
     def backward_reduce(
         self, dy: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, eps: float, keep_masked: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -63,6 +82,7 @@ class TritonNorm:
         combine(partial, aligned(var), dweight, dbias)
         return dweight, dbias, masked
 
+    @_on_its_device
     def backward_apply(
         self,
         dy: Tensor,

@@ -14,12 +14,7 @@ from resnet_fused.backends import Kernel, records
 from resnet_fused.backends.problem import Conv, Folded, Problem
 from resnet_fused.backends.tf32 import to_tf32
 from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, elementwise
-from resnet_fused.backends.triton.launch import aligned
-
-
-def on(device: torch.device) -> torch.cuda.device:
-    """Makes a CUDA device the current one within a `with` block; does nothing for CPU tensors."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+from resnet_fused.backends.triton.launch import aligned, on
 
 
 def variants(problem: Problem) -> list[str]:
