@@ -102,6 +102,8 @@ def compare(
         seconds: of timing, for all variants together.
         step: is told what happens and which share of the workload is done, for a progress bar.
     """
+    # Once for all variants: what one of them compiled would be lost with another's reset.
+    torch._dynamo.reset()
     model, x = workload.make()
     step("float64 reference", 0.0)
     truth = _truth(model, x)

@@ -48,7 +48,6 @@ def _channels_last(model: nn.Module, x: Tensor) -> Run:
 
 
 def _compile(model: nn.Module, x: Tensor, graphs: bool = False) -> Run:
-    torch._dynamo.reset()
     options: dict[str, Any] = {"freezing": True, "triton.cudagraphs": graphs}  # the latter is what mode="reduce-overhead" is
     compiled = torch.compile(model.to(memory_format=torch.channels_last), options=options)
     x = x.contiguous(memory_format=torch.channels_last)
