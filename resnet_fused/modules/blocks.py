@@ -61,7 +61,9 @@ class Block(nn.Module):
             y = x
             for inner_conv, inner_norm in inner:
                 y = self.relu(bn(inner_norm, inner_conv(y)))
-            return self.relu(bn(norm, conv(y)) + identity)
+            y = bn(norm, conv(y))
+            y += identity  # in place, so that y's dtype stays where the shortcut has a wider one, as in torchvision
+            return self.relu(y)
         y = conv2d(layers[0][0], x)
         for (_, norm), (conv, _) in itertools.pairwise(layers):
             y = bn_relu_conv2d(norm, conv, y) if self.memory_efficient else conv2d(conv, bn_relu(norm, y))

@@ -320,3 +320,16 @@ def test_a_forward_of_its_own_put_into_a_part_is_called(part, fuse_first, traine
     torch.testing.assert_close(block(x), other.plain_forward(x), rtol=1e-5, atol=1e-5)
     block.train(), other.train()
     torch.testing.assert_close(block(x), other.plain_forward(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BasicBlock", "Bottleneck"])
+def test_a_hooked_activation_sees_what_it_sees_in_torchvisions_block(name):
+    """Under autocast the shortcut may be float32 and the main path bfloat16."""
+    x = torch.randn(2, 16, 6, 6)
+    dtypes = []
+    for module in (getattr(rf, name), getattr(TV, name)):
+        block = module(16, 16 if name == "BasicBlock" else 4).eval()
+        block.relu.register_forward_pre_hook(lambda m, args: dtypes.append(args[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            block(x)
+    assert dtypes[: len(dtypes) // 2] == dtypes[len(dtypes) // 2 :]
