@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from resnet_fused import backends, config
 from resnet_fused.bench import options
 
@@ -172,9 +170,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     import resnet_fused as rf
     from resnet_fused.bench.workloads import Workload
 
-    device = options.device(arguments.device)
-    if device != "cpu" and not torch.cuda.is_available():
-        raise options.UserError(f"--device is {device}, and there is no GPU here; --device cpu tunes for the CPU")
+    device = options.usable_device(arguments.device)
     dtypes = options.names("--dtypes", arguments.dtypes, options.DTYPES)
     batches = options.integers("--batches", arguments.batches)
     size = options.size(arguments.size)

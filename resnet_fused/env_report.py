@@ -58,6 +58,7 @@ def text() -> str:
     settings = [
         ("RESNET_FUSED_BACKEND", config.backend()),
         ("RESNET_FUSED_CACHE_DIR", str(config.cache_dir())),
+        ("RESNET_FUSED_TRIAL", "1" if config.trial() else "0"),
         ("RESNET_FUSED_LOG", logging.getLevelName(config.logger().getEffectiveLevel())),
         ("TRITON_INTERPRET", "1" if config.triton_interpreted() else "0"),
     ]

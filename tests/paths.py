@@ -11,7 +11,7 @@ from torch import nn
 import resnet_fused as rf
 from resnet_fused import backends
 from resnet_fused.fusion.rows import Row, path_of
-from resnet_fused.runtime.executor import Run
+from resnet_fused.runtime.run import Run
 
 needs_kernels = pytest.mark.skipif(
     backends.get("cpu").unavailable() is not None, reason=f"cpu backend: {backends.get('cpu').unavailable()}"

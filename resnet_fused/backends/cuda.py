@@ -102,8 +102,8 @@ class CUDA:
     def wins(self, problem: Problem) -> bool:
         # Where no trial was made. On an H200 in half precision a ResNet's stem took 0.11 to 0.28 of the time of stock's ops,
         # and its convolutions without ReLU 0.36 to 0.94 (batch 1 to 256). Where cuDNN has a fused op, that was mostly faster.
-        # The passes of batch norm take the GPU less time than stock's, and the host more: a training step of a ResNet-50 (batch
-        # 128, bfloat16) took 38.8 ms with them and 30.1 without.
+        # The passes of batch norm take an H200 less time than stock's, and the host more: a training step of a ResNet-50
+        # (batch 128, bfloat16) took 38.8 ms with them and 30.1 without.
         if problem.op not in _CONV_OPS or problem.dtype not in (torch.float16, torch.bfloat16):
             return False
         stem = problem.convs[0].in_channels % 8 != 0

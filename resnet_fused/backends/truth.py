@@ -84,10 +84,10 @@ class _Case:
 
     def _between(self, y: Tensor, limit: float) -> str | None:
         """What is wrong with the images that float64 wasn't asked for."""
-        half = _IMAGES // 2
-        ours, stock = y[half:-half], self._stock[half:-half]
         if y.shape[0] <= _IMAGES:
             return None
+        half = _IMAGES // 2
+        ours, stock = y[half:-half], self._stock[half:-half]
         # The NaN and Inf of `_with_nan` are in the image in the middle and in the last one.
         finite = stock.isfinite()
         if not bool(finite.all()):

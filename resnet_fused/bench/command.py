@@ -27,13 +27,17 @@ def run(arguments: argparse.Namespace) -> int:
         for option in ("layers", "peers", "threads"):
             if getattr(arguments, option):
                 raise options.UserError(f"--{option} is for the CPU; leave it out with --device {arguments.device}")
-        # The harder opponent: stock's convolutions by the fastest of cuDNN's engines.
-        torch.backends.cudnn.benchmark = True
     options.set_threads(arguments.threads)
     options.positive("--seconds", arguments.seconds)
     if arguments.quick:
         arguments.seconds = min(arguments.seconds, 4.0)
-    return _training(arguments) if arguments.training else _inference(arguments)
+    before = torch.backends.cudnn.benchmark
+    # For every variant, so that stock's convolutions have the fastest of cuDNN's engines too.
+    torch.backends.cudnn.benchmark = before or arguments.device != "cpu"
+    try:
+        return _training(arguments) if arguments.training else _inference(arguments)
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _inference(arguments: argparse.Namespace) -> int:

@@ -75,7 +75,7 @@ def usable_device(given: str) -> str:
     """A device that is there."""
     if device(given) != "cpu":
         if not torch.cuda.is_available():
-            raise UserError(f"--device is {given}, and there is no GPU here (torch.cuda.is_available() is False); leave it out")
+            raise UserError(f"--device is {given}, and there is no GPU here (torch.cuda.is_available() is False); take cpu")
         if torch.device(given).index is not None and torch.device(given).index >= torch.cuda.device_count():
             raise UserError(f"--device is {given}, and there are {torch.cuda.device_count()} GPUs; take a smaller number")
     return given

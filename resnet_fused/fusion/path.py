@@ -29,10 +29,11 @@ from resnet_fused.fusion.layers import get
 from resnet_fused.fusion.screening import CannotTrace
 from resnet_fused.fusion.tracing import class_forward, own_forward
 from resnet_fused.runtime.calls import MAX_KERNELS, autocast_dtype, plain
-from resnet_fused.runtime.executor import Run, Settings, settle
+from resnet_fused.runtime.executor import Settings, settle
 from resnet_fused.runtime.parameters import Look, Parameters, Unservable, kept
 from resnet_fused.runtime.program import Call
 from resnet_fused.runtime.released import release
+from resnet_fused.runtime.run import Run
 
 _STOCK: Any = object()  # what `_serve` gives where the module's own forward must run
 _requires_grad = operator.attrgetter("requires_grad")

@@ -19,10 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from resnet_fused.backends import Declined, Problem, choice, records
 from resnet_fused.ops.common import LIBRARY, register
 from resnet_fused.runtime.calls import MAX_KERNELS, autocast_dtype, stamp
-from resnet_fused.runtime.executor import Run, Settings, settle
+from resnet_fused.runtime.executor import Settings, settle
 from resnet_fused.runtime.parameters import Look, Parameters, Unservable
 from resnet_fused.runtime.plain import stock_step
 from resnet_fused.runtime.program import NONE, Program, Step, from_text, result_format
+from resnet_fused.runtime.run import Run
 
 
 class _State:

@@ -1,4 +1,4 @@
-"""Runs programs: finds the kernels for a kind of input at its first call, and then runs them one after the other.
+"""Finds the kernels of a program for a kind of input, at its first call, and runs it with them.
 
 Inside of a program results of steps are channels_last, the kernels' own format. What is called beside them, and what is given
 to the caller, has the strides that it would have in stock PyTorch.
@@ -7,21 +7,21 @@ to the caller, has the strides that it would have in stock PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.backends import BackendError, Conv, Declined, Folded, Kernel, Precision, Problem, choice, get
+from resnet_fused.backends import BackendError, Conv, Declined, Precision, Problem, choice, get
 from resnet_fused.backends.binding import bind
-from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
+from resnet_fused.backends.cpu_chain import ChainKernel
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.parameters import Parameters, Unservable
 from resnet_fused.runtime.plain import stock_step
 from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, result_format
-from resnet_fused.runtime.replay import Replay, replayable
+from resnet_fused.runtime.run import Operation, Run, without_residual
 
 # Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
 # classes, two cores of a Zen 5); with 256 rows the two are level in bfloat16.
@@ -40,128 +40,6 @@ class Settings:
     precision: Precision = "fast"
     backend: str = "auto"
     replay: bool = False
-
-
-@dataclass
-class _Operation:
-    """What a run does in one go: values[writes] = run(*values of reads); then `frees` aren't needed any more.
-
-    `chain`: the kernel, where it can be joined with the next one's. `plain`: the same in stock's ops, for values that a kernel
-    declines.
-    """
-
-    run: Callable[..., Any]
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    chain: ChainKernel | None = None
-    plain: Callable[..., Any] | None = None
-    frees: list[int] = field(default_factory=list)
-
-
-class Run:
-    """A program's kernels for one kind of input.
-
-    Attributes:
-        problems: by the number of a step, its problem and the name of the backend that serves it.
-        folded: what was packed for the kernels, kept as long as the run.
-        unequal: numbers of steps whose residual isn't as what it is added to, which run as stock.
-        declined: how often in a row kernels left values to stock's ops.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.problems: dict[int, tuple[Problem, str]] = {}
-        self.folded: list[Folded] = []
-        self.unequal: list[int] = []
-        self.declined = 0
-        self._operations: list[_Operation] = []
-        self._count = 0
-        self._single = type(program.outputs) is Value
-        self.replay: Replay | None = None
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        values = self._values(inputs) if self.replay is None else self.replay(inputs)
-        if self._single:
-            return values[self.program.outputs.number]
-        return fill(self.program.outputs, values.__getitem__)
-
-    def _values(self, inputs: Sequence[Tensor]) -> list[Any]:
-        values: list[Any] = [*inputs, *(None,) * (self._count - len(inputs))]
-        declined = False
-        for operation in self._operations:
-            given = [values[number] for number in operation.reads]
-            try:
-                result = operation.run(*given)
-            except Declined:
-                assert operation.plain is not None
-                result, declined = operation.plain(*given), True
-            for number in operation.writes:
-                values[number] = result
-            for number in operation.frees:
-                values[number] = None
-        self.declined = self.declined + 1 if declined else 0
-        return values
-
-    def may_replay(self, inputs: Sequence[Tensor], kept: set[int], held: Sequence[Tensor]) -> None:
-        """Lets the run become a CUDA graph, if it can; arguments as a `Replay`'s."""
-        if replayable(inputs, len(self._operations)):
-            self.replay = Replay(self._values, kept, held)
-
-    def finish(self, operations: list[_Operation], kept: set[int], count: int) -> None:
-        """Joins kernels in a row and notes from when on values aren't needed.
-
-        Args:
-            operations: what the first call did.
-            kept: values of the result.
-            count: of values.
-        """
-        self._count = count
-        readers: dict[int, int] = {}
-        for operation in operations:
-            for number in operation.reads:
-                readers[number] = readers.get(number, 0) + 1
-        joined: list[list[_Operation]] = []
-        for operation in operations:
-            before = joined[-1][-1] if joined else None
-            follows = (
-                before is not None
-                and before.chain is not None
-                and operation.chain is not None
-                and operation.reads == before.writes
-                and readers[before.writes[0]] == 1
-                and before.writes[0] not in kept
-            )
-            if follows:
-                joined[-1].append(operation)
-            else:
-                joined.append([operation])
-        self._operations = [_join(row) for row in joined]
-        last: dict[int, _Operation] = {}
-        for operation in self._operations:
-            for number in (*operation.reads, *operation.writes):
-                last[number] = operation
-        for number, operation in last.items():
-            if number not in kept and number >= self.program.inputs:
-                operation.frees.append(number)
-
-
-def _join(row: list[_Operation]) -> _Operation:
-    if len(row) == 1:
-        return row[0]
-    chain = in_a_row([operation.chain for operation in row if operation.chain is not None])
-    assert chain is not None
-
-    def plain(x: Tensor) -> Tensor:
-        for operation in row:
-            assert operation.plain is not None
-            x = operation.plain(x)
-        return x
-
-    return _Operation(_without_residual(chain), row[0].reads, row[-1].writes, plain=plain)
-
-
-def _without_residual(kernel: Kernel) -> Callable[[Tensor], Tensor]:
-    return lambda x: kernel(x, None)
 
 
 def settle(
@@ -203,7 +81,7 @@ class _Settling:
         self.values: list[Any] = [*inputs, *(None,) * len(program.items)]
         # The format that stock's tensor has; None where this one is as in stock.
         self.formats: list[torch.memory_format | None] = [None] * len(self.values)
-        self.operations: list[_Operation] = []
+        self.operations: list[Operation] = []
         self.made = Run(program)
 
     def run(self) -> tuple[Run, Any]:
@@ -249,7 +127,7 @@ class _Settling:
                 held += [*layer.parameters(), *layer.buffers()]
         return [t for t in held if isinstance(t, Tensor)]
 
-    def _do(self, operation: _Operation) -> None:
+    def _do(self, operation: Operation) -> None:
         given = [self.values[number] for number in operation.reads]
         try:
             result = operation.run(*given)
@@ -271,7 +149,7 @@ class _Settling:
             for i in same:
                 self.formats[i] = None
             return
-        self._do(_Operation(lambda y: in_format(y, format), (number,), same))
+        self._do(Operation(lambda y: in_format(y, format), (number,), same))
         for i in same:
             self.formats[i] = None
 
@@ -284,7 +162,7 @@ class _Settling:
             # By what the step was made of, which does all that stock does.
             for read in step.reads:
                 self._as_stock(read)
-            self._do(_Operation(self._plain(step, number, None), step.reads, (number,)))
+            self._do(Operation(self._plain(step, number, None), step.reads, (number,)))
 
     def _plain(self, step: Step, number: int, format: torch.memory_format | None) -> Callable[..., Any]:
         """The step in stock's ops. `format`: which they are to give their result; None: as it comes."""
@@ -365,10 +243,10 @@ class _Settling:
         kernel, backend = bind(problem, folded, choice(self.settings.backend))
         self.made.problems[number] = (problem, backend)
         self.made.folded.append(folded)
-        run: Callable[..., Any] = kernel if residual is not None else _without_residual(kernel)
+        run: Callable[..., Any] = kernel if residual is not None else without_residual(kernel)
         chain = kernel if isinstance(kernel, ChainKernel) and residual is None else None
         plain = self._plain_padded(step) if pad else self._plain(step, number, torch.channels_last)
-        self._do(_Operation(run, reads, (number,), chain, plain))
+        self._do(Operation(run, reads, (number,), chain, plain))
         self.formats[number] = format
 
     def _derive(self, make: Callable[[Tensor], Tensor], source: int) -> int:
@@ -376,7 +254,7 @@ class _Settling:
         self.values.append(None)
         self.formats.append(self.formats[source])
         made = len(self.values) - 1
-        self._do(_Operation(make, (source,), (made,)))
+        self._do(Operation(make, (source,), (made,)))
         return made
 
     def _problem(self, step: Step, x: Tensor) -> Problem:
@@ -420,7 +298,7 @@ class _Settling:
             for read in call.reads:
                 self._as_stock(read)
         format = next((f for read in call.reads if (f := self.formats[read]) is not None), None)
-        self._do(_Operation(_caller(call, self.module), call.reads, (number,)))
+        self._do(Operation(_caller(call, self.module), call.reads, (number,)))
         value = self.values[number]
         if transparent and isinstance(value, Tensor) and value.dim() == 4:
             self.formats[number] = format
@@ -433,7 +311,7 @@ class _Settling:
             return False
         return len({*whole}) == 1 and all(value.dim() in (0, 4) for value, _ in tensors)
 
-    def _fast_layer(self, call: Call, number: int) -> _Operation | None:
+    def _fast_layer(self, call: Call, number: int) -> Operation | None:
         """Our kernel for a layer that isn't fused with another: the average pool before the classifier, and the classifier."""
         if not call.fast or self.module is None or len(call.reads) != 1 or self.settings.precision != "fast":
             return None
@@ -453,15 +331,15 @@ class _Settling:
             return self._average_pool(x, call, number)
         return self._linear(layer, x, call, number) if type(layer) is nn.Linear else None
 
-    def _average_pool(self, x: Tensor, call: Call, number: int) -> _Operation | None:
+    def _average_pool(self, x: Tensor, call: Call, number: int) -> Operation | None:
         if x.dim() != 4 or x.shape[2:].numel() <= 1 or not x.is_contiguous(memory_format=torch.channels_last):
             return None
         if x.is_contiguous():
             return None  # of one channel: as quick in stock
         self.formats[number] = self.formats[call.reads[0]] or torch.channels_last
-        return _Operation(torch.ops.resnet_fused_cpu.average_pool.default, call.reads, (number,))
+        return Operation(torch.ops.resnet_fused_cpu.average_pool.default, call.reads, (number,))
 
-    def _linear(self, layer: nn.Linear, x: Tensor, call: Call, number: int) -> _Operation | None:
+    def _linear(self, layer: nn.Linear, x: Tensor, call: Call, number: int) -> Operation | None:
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if weight is None or bias is None or weight.numel() > _MOST_WEIGHTS or weight.numel() == 0 or x.dim() != 2:
             return None
@@ -475,7 +353,7 @@ class _Settling:
             return None  # where another is faster, as in bfloat16 with AMX, stock's layer is what it is
         self.made.problems[number] = (problem, backend)
         self.made.folded.append(folded)
-        return _Operation(lambda x: kernel(x[:, :, None, None], None).flatten(1), call.reads, (number,))
+        return Operation(lambda x: kernel(x[:, :, None, None], None).flatten(1), call.reads, (number,))
 
 
 def _format_of(x: Tensor) -> torch.memory_format | None:

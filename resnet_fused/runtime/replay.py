@@ -99,7 +99,7 @@ class Replay:
             return values
         begin, end, host = self._pending
         if not end.query():
-            return self._run(inputs)  # the GPU is behind; it will be asked again
+            return self._run(inputs)  # the GPU hasn't come so far; the next call asks again
         self._pending, self._timings = None, self._timings + 1
         if begin.elapsed_time(end) <= _HOST_BOUND * host:
             return self._capture(inputs)

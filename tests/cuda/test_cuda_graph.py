@@ -1,7 +1,6 @@
 """rf.fuse(…, cuda_graph=True): when calls are captured, replayed, or left alone.
 
-CUDA's graphs are emulated on the CPU: within a capture every operation is noted with its tensors, and a replay runs the
-notes again into the same results, as a GPU would. Results of the capture itself are spoilt, because a GPU only records.
+CUDA's graphs are emulated on the CPU, see graph_notes.py.
 """
 
 import contextlib
@@ -12,39 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from graph_notes import Notes
 from torch import nn
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused as rf
 from resnet_fused import cuda_graph
 from resnet_fused.backends.binding import served
 from resnet_fused.cuda_graph import CudaGraphed
 from resnet_fused.runtime import capture
-
-NAN = float("nan")
-
-
-class Notes(TorchDispatchMode):
-    """Notes operations of a capture, and repeats them."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        results = operation(*args, **(kwargs or {}))
-        self.operations.append((operation, args, kwargs or {}, results))
-        return results
-
-    def replay(self):
-        for operation, args, kwargs, results in self.operations:
-            again = operation(*args, **kwargs)
-            for old, new in zip(_pytree.tree_leaves(results), _pytree.tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
-                    old.detach().copy_(new)
 
 
 class Stream:
@@ -81,10 +55,7 @@ def emulated(monkeypatch):
         current.pop()
         if not notes.operations:
             warnings.warn("The CUDA Graph is empty. This usually means ...", stacklevel=1)
-        for *_, results in notes.operations:
-            for leaf in _pytree.tree_leaves(results):
-                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-                    leaf.detach().fill_(NAN)
+        notes.spoil()
 
     fake = SimpleNamespace(
         CUDAGraph=Notes,

@@ -107,6 +107,24 @@ BAD_OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_a_device_that_is_not_there_is_refused(command, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([command, "--device", "cuda"]) == 2
+    assert "--device is cuda, and there is no GPU here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cli.main([command, "--device", "cuda:1"]) == 2
+    assert "--device is cuda:1, and there are 1 GPUs; take a smaller number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--layers"], ["--peers", "openvino"], ["--threads", "2"]], ids=lambda given: given[0])
+def test_what_is_for_the_cpu_is_refused_on_a_gpu(option, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.main(["bench", "--device", "cuda", *option]) == 2
+    assert f"{option[0]} is for the CPU; leave it out with --device cuda" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, message", BAD_OPTIONS, ids=[" ".join(arguments) for arguments, _ in BAD_OPTIONS])
 def test_errors_have_no_traceback(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -51,7 +51,7 @@ def toolkit(folder: Path, release: str, compiles: bool = True) -> Path:
 case "$1" in
 --version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
 --list-gpu-code) echo "sm_75 sm_80 sm_90 sm_100" ;;
--c) {"true" if compiles else f'echo "ptxas /tmp/probe.ptx, line 9; note" >&2; echo "{fatal}" >&2; exit 255'} ;;
+-c) {"true" if compiles else f'echo "ptxas probe.ptx, line 9; note" >&2; echo "{fatal}" >&2; exit 255'} ;;
 esac
 """)
     nvcc.chmod(0o755)

@@ -164,7 +164,7 @@ def test_no_trial_for_an_explicit_choice(monkeypatch):
     assert not timed
 
 
-def test_calls_queue_up_behind_a_sleeping_gpu(monkeypatch):
+def test_launches_are_made_while_the_gpu_sleeps(monkeypatch):
     """A kernel's time is the GPU's, not the host's: launches are made before the first event is reached."""
     done: list[str] = []
 

@@ -1,0 +1,136 @@
+"""A program's kernels for one kind of input, run one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from resnet_fused.backends import Declined, Folded, Kernel, Problem
+from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
+from resnet_fused.runtime.program import Program, Value, fill
+from resnet_fused.runtime.replay import Replay, replayable
+
+
+@dataclass
+class Operation:
+    """What a run does in one go: values[writes] = run(*values of reads); then `frees` aren't needed any more.
+
+    `chain`: the kernel, where it can be joined with the next one's. `plain`: the same in stock's ops, for values that a kernel
+    declines.
+    """
+
+    run: Callable[..., Any]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    chain: ChainKernel | None = None
+    plain: Callable[..., Any] | None = None
+    frees: list[int] = field(default_factory=list)
+
+
+class Run:
+    """A program's kernels for one kind of input.
+
+    Attributes:
+        problems: by the number of a step, its problem and the name of the backend that serves it.
+        folded: what was packed for the kernels, kept as long as the run.
+        unequal: numbers of steps whose residual isn't as what it is added to, which run as stock.
+        declined: how often in a row kernels left values to stock's ops.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.problems: dict[int, tuple[Problem, str]] = {}
+        self.folded: list[Folded] = []
+        self.unequal: list[int] = []
+        self.declined = 0
+        self._operations: list[Operation] = []
+        self._count = 0
+        self._single = type(program.outputs) is Value
+        self.replay: Replay | None = None
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        values = self._values(inputs) if self.replay is None else self.replay(inputs)
+        if self._single:
+            return values[self.program.outputs.number]
+        return fill(self.program.outputs, values.__getitem__)
+
+    def _values(self, inputs: Sequence[Tensor]) -> list[Any]:
+        values: list[Any] = [*inputs, *(None,) * (self._count - len(inputs))]
+        declined = False
+        for operation in self._operations:
+            given = [values[number] for number in operation.reads]
+            try:
+                result = operation.run(*given)
+            except Declined:
+                assert operation.plain is not None
+                result, declined = operation.plain(*given), True
+            for number in operation.writes:
+                values[number] = result
+            for number in operation.frees:
+                values[number] = None
+        self.declined = self.declined + 1 if declined else 0
+        return values
+
+    def may_replay(self, inputs: Sequence[Tensor], kept: set[int], held: Sequence[Tensor]) -> None:
+        """Lets the run become a CUDA graph, if it can; arguments as a `Replay`'s."""
+        if replayable(inputs, len(self._operations)):
+            self.replay = Replay(self._values, kept, held)
+
+    def finish(self, operations: list[Operation], kept: set[int], count: int) -> None:
+        """Joins kernels in a row and notes from when on values aren't needed.
+
+        Args:
+            operations: what the first call did.
+            kept: values of the result.
+            count: of values.
+        """
+        self._count = count
+        readers: dict[int, int] = {}
+        for operation in operations:
+            for number in operation.reads:
+                readers[number] = readers.get(number, 0) + 1
+        joined: list[list[Operation]] = []
+        for operation in operations:
+            before = joined[-1][-1] if joined else None
+            follows = (
+                before is not None
+                and before.chain is not None
+                and operation.chain is not None
+                and operation.reads == before.writes
+                and readers[before.writes[0]] == 1
+                and before.writes[0] not in kept
+            )
+            if follows:
+                joined[-1].append(operation)
+            else:
+                joined.append([operation])
+        self._operations = [_join(row) for row in joined]
+        last: dict[int, Operation] = {}
+        for operation in self._operations:
+            for number in (*operation.reads, *operation.writes):
+                last[number] = operation
+        for number, operation in last.items():
+            if number not in kept and number >= self.program.inputs:
+                operation.frees.append(number)
+
+
+def _join(row: list[Operation]) -> Operation:
+    if len(row) == 1:
+        return row[0]
+    chain = in_a_row([operation.chain for operation in row if operation.chain is not None])
+    assert chain is not None
+
+    def plain(x: Tensor) -> Tensor:
+        for operation in row:
+            assert operation.plain is not None
+            x = operation.plain(x)
+        return x
+
+    return Operation(without_residual(chain), row[0].reads, row[-1].writes, plain=plain)
+
+
+def without_residual(kernel: Kernel) -> Callable[[Tensor], Tensor]:
+    return lambda x: kernel(x, None)
