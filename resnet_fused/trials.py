@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,25 +87,28 @@ ENTRIES = (
 ELEMENTWISE = ((2, 64, 28, 28), (2, 31, 9, 7), (4, 8, 1, 1), (1, 2048, 7, 7))
 
 
-def trials(name: str, device: torch.device) -> Iterator[Trial]:
-    """All kernels of a backend that can run here, on all problems that it serves on the device."""
+def trials(name: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[tuple[str, Iterator[Trial]]]:
+    """All problems of a backend on a device, each with the trials of its kernels, which are none where it isn't served.
+
+    Making a trial runs stock's ops, and may raise what they raise.
+    """
     backend = backends.get(name)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for entry in ENTRIES:
             problem = Problem(entry.op, entry.shape, dtype, device, entry.convs, entry.shortcut)
-            if backend.unsupported(problem) is None:
-                yield from _convs(backend, entry, problem)
+            yield str(problem), _convs(backend, entry, problem)
         for shape in ELEMENTWISE:
             for op in ("add_relu", "add_relu_backward"):
                 problem = Problem(op, shape, dtype, device)
-                if backend.unsupported(problem) is None:
-                    yield _add_relu(backend, problem)
+                yield str(problem), _add_relu(backend, problem)
             norms = [Problem(op, shape, dtype, device) for op in NORM_OPS]
-            if hasattr(backend, "norm") and all(backend.unsupported(norm) is None for norm in norms):
-                yield from _norms(name, backend.norm(), norms)
+            if hasattr(backend, "norm"):
+                yield str(norms[0]), _norms(backend, norms)
 
 
 def _convs(backend: Any, entry: Entry, problem: Problem) -> Iterator[Trial]:
+    if backend.unsupported(problem) is not None:
+        return
     reference = backends.get("reference")
     x, folded, residual = tensors(problem, entry.special)
     stock = reference.prepare(problem, folded)(x, residual)
@@ -124,8 +127,10 @@ def _convs(backend: Any, entry: Entry, problem: Problem) -> Iterator[Trial]:
         yield Trial(backend.name, variant, entry.op, problem.dtype, what, partial(compute, variant), stock, truth, rounded)
 
 
-def _add_relu(backend: Any, problem: Problem) -> Trial:
+def _add_relu(backend: Any, problem: Problem) -> Iterator[Trial]:
     """add_relu of x and the residual, or add_relu_backward of the gradient and the result."""
+    if backend.unsupported(problem) is not None:
+        return
     a, b = (_activation(problem.shape, problem.dtype, problem.device, seed) for seed in range(2))
     b[0, 0, 0, 0] = torch.nan
     nothing, reference = Folded((), ()), backends.get("reference")
@@ -135,11 +140,14 @@ def _add_relu(backend: Any, problem: Problem) -> Trial:
 
     stock = reference.prepare(problem, nothing)(a, b)
     truth = reference.prepare(dataclasses.replace(problem, dtype=torch.float64), nothing)(a.double(), b.double())
-    return Trial(backend.name, "", problem.op, problem.dtype, str(problem), compute, stock, truth)
+    yield Trial(backend.name, "", problem.op, problem.dtype, str(problem), compute, stock, truth)
 
 
-def _norms(name: str, kernels: NormKernels, problems: list[Problem]) -> Iterator[Trial]:
+def _norms(backend: Any, problems: list[Problem]) -> Iterator[Trial]:
     """The four passes, all on stock's statistics, so that errors don't add up. They are the same for all norm ops."""
+    if any(backend.unsupported(problem) is not None for problem in problems):
+        return
+    kernels: NormKernels = backend.norm()
     shape, dtype, device = problems[0].shape, problems[0].dtype, problems[0].device
     stock = ReferenceNorm()
     x, residual, dy = (_activation(shape, dtype, device, seed) for seed in range(3))
@@ -163,7 +171,7 @@ def _norms(name: str, kernels: NormKernels, problems: list[Problem]) -> Iterator
         for i, result in enumerate(results):
             compute = partial(lambda run, i: run(kernels, lambda t: t)[i], run, i)
             for problem in problems:
-                yield Trial(name, "", problem.op, dtype, f"{result} of {problem}", compute, by_stock[i], truth[i])
+                yield Trial(backend.name, "", problem.op, dtype, f"{result} of {problem}", compute, by_stock[i], truth[i])
 
 
 def tensors(problem: Problem, special: bool = False) -> tuple[Tensor, Folded, Tensor | None]:

@@ -81,8 +81,8 @@ def test_verification_takes_right_tf32_kernels_where_they_are_used(
 ) -> None:
     found = {"reference": backends.get("reference"), "on-tensor-cores": OnTensorCores(convert)}
     monkeypatch.setattr(backends, "get", found.__getitem__)
-    monkeypatch.setattr(trials, "DTYPES", (torch.float32,))
-    problems = [t for t in trials.trials("on-tensor-cores", CPU) if t.op.startswith("conv2d")]
+    float32 = trials.trials("on-tensor-cores", CPU, (torch.float32,))
+    problems = [t for _, made in float32 for t in made if t.op.startswith("conv2d")]
     failed = [t.problem for t in problems if not acceptance._check(t).passed]
     assert bool(failed) != (used and convert is tf32.to_tf32)
 

@@ -4,9 +4,10 @@ They are reached through PyTorch's aten::cudnn_convolution_relu and aten::cudnn_
 checked:
 
 * There is no convolution with bias alone, so conv2d_bn is left to stock PyTorch, which calls the same cuDNN kernels.
-* cuDNN's ReLU may turn NaN into 0, where stock PyTorch keeps it. That depends on the version, so it is tried once a
-  process, and where it does, the backend serves nothing.
-* Some shapes have no fused engine, which is known only when it is run: a problem is run once when it is prepared.
+* Some shapes have no fused engine, which is known only when it is run: a problem is run when it is prepared.
+* cuDNN's ReLU may turn NaN into 0, where stock PyTorch keeps it, and PyTorch passes uninitialised memory as a residual
+  with the factor 0. What an engine makes of both depends on the engine, so each problem is run on an input with a NaN, and
+  its memory is full of NaN.
 * A residual that is the input itself failed before cuDNN 8.3 (pytorch/pytorch issue 62926).
 * TF32 follows torch.backends.cudnn, and nothing else, so precision="exact" is served only where that forbids it.
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import config
@@ -67,8 +69,6 @@ class CuDNN:
             return "a tensor has 2^31 elements or more, and cuDNN's fused convolution indexes by 32 bits"
         if torch.cuda.is_current_stream_capturing():
             return "the stream is being captured, and a problem must be tried before; run it once without capture"
-        if not _keeps_nan(problem.device, problem.dtype):
-            return f"cuDNN {torch.backends.cudnn.version()}'s fused ReLU turns NaN into 0"
         return None
 
     def wins(self, problem: Problem) -> bool:
@@ -82,20 +82,26 @@ class CuDNN:
         return conv.groups == 1 and conv.in_channels % 8 == 0 and _measured(problem.device)
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
-        """The kernel for the problem; runs it once on zeros, which lets cuDNN time its engines.
+        """The kernel for the problem; runs it on zeros and a NaN, which lets cuDNN time its engines.
 
         Raises:
-            BackendError: cuDNN has no engine for it.
+            BackendError: cuDNN has no engine for it, or one that loses a NaN or makes one.
         """
-        kernel = get("reference").prepare(problem, folded) if problem.op == "conv2d" else self._fused(problem, folded)
-        with torch.no_grad(), _benchmark():
-            x = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
-            add = problem.op == "conv2d_bn_add_relu"
-            try:
-                kernel(x, x.new_zeros(problem.output_shape()) if add else None)
-            except RuntimeError as error:
-                reason = f"cuDNN has no fused engine for {problem}: {error}. Choose another backend, or 'auto'."
-                raise BackendError(reason) from error
+        fused = problem.op != "conv2d"
+        kernel = self._fused(problem, folded) if fused else get("reference").prepare(problem, folded)
+        x = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
+        residual = x.new_zeros(problem.output_shape()) if problem.op == "conv2d_bn_add_relu" else None
+        place = tuple(size // 2 for size in (problem.shape[0], *problem.shape[2:]))
+        x[place[0], :, place[1], place[2]] = torch.nan
+        try:
+            with torch.no_grad(), _benchmark():
+                kernel(x, residual)
+            fault = _fault_of_nan(kernel, problem, folded, x, residual) if fused else None
+        except RuntimeError as error:
+            reason = f"cuDNN has no fused engine for {problem}: {error}. Choose another backend, or 'auto'."
+            raise BackendError(reason) from error
+        if fault is not None:
+            raise BackendError(f"cuDNN's fused engine for {problem} {fault}. Choose another backend, or 'auto'.")
         return kernel
 
     def _fused(self, problem: Problem, folded: Folded) -> Kernel:
@@ -140,17 +146,22 @@ def _measured(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@functools.cache
-def _keeps_nan(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether relu(NaN) is NaN in cuDNN's fused convolution."""
-    with torch.no_grad():
-        x = torch.full((1, 8, 4, 4), float("nan"), dtype=dtype, device=device)
-        weight = torch.ones((8, 8, 1, 1), dtype=dtype, device=device)
-        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        shift = torch.zeros(8, dtype=dtype, device=device)
-        try:
-            y = torch.ops.aten.cudnn_convolution_relu(x, weight, shift, [1, 1], [0, 0], [1, 1], 1)
-        except RuntimeError:
-            # No engine for this type: `prepare` says so for the problem at hand.
-            return True
-        return bool(y.isnan().all())
+@torch.no_grad()
+def _fault_of_nan(kernel: Kernel, problem: Problem, folded: Folded, x: Tensor, residual: Tensor | None) -> str | None:
+    """What an engine does wrong with the NaN in x, which fill all channels of a pixel; None if nothing."""
+    # The result is likely to be allocated where this was.
+    poison = torch.full(problem.output_shape(), torch.nan, dtype=x.dtype, device=x.device)
+    del poison
+    y = kernel(x, residual)
+    (conv,) = problem.convs
+    # One channel tells whose windows have the NaN.
+    ones = x.new_ones((1, 1, *conv.kernel), dtype=torch.float32)
+    expected = F.conv2d(x[:, :1].isnan().float(), ones, None, conv.stride, conv.padding, conv.dilation) > 0
+    if not bool((y.isnan() | ~expected).all()):
+        return "turns NaN into a number"
+    if bool((y.isnan() & ~expected).any()):
+        # Stock's algorithm may spread a NaN as well, as Winograd's do over a tile.
+        stock = get("reference").prepare(problem, folded)(x, residual)
+        if bool((y.isnan() & ~stock.isnan()).any()):
+            return "makes a NaN where stock has none"
+    return None

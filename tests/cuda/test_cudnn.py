@@ -21,7 +21,6 @@ def problem(op="conv2d_bn_add_relu", shape=(2, 8, 9, 9), dtype=torch.float16, de
 
 @pytest.fixture
 def backend(monkeypatch):
-    monkeypatch.setattr(cudnn, "_keeps_nan", lambda device, dtype: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return cudnn.CuDNN()
 
@@ -75,11 +74,6 @@ def test_is_the_rules_choice_only_where_it_was_measured(dtype, groups, measured,
     assert backend.wins(posed) == wins
 
 
-def test_serves_nothing_where_its_relu_drops_nan(backend, monkeypatch):
-    monkeypatch.setattr(cudnn, "_keeps_nan", lambda device, dtype: False)
-    assert "NaN into 0" in backend.unsupported(problem())
-
-
 @pytest.fixture
 def operators(monkeypatch):
     """Stands in for PyTorch's CUDA operators, on CPU tensors."""
@@ -118,6 +112,49 @@ def test_a_problem_without_an_engine_is_an_error_when_it_is_prepared(backend, op
         )
 
 
+def numbers_for_nan(y):
+    return y.nan_to_num(0.0)
+
+
+def garbage_of_z(y):
+    y[-1, -1, -1, -1] = torch.nan
+    return y
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(numbers_for_nan, "turns NaN into a number"), (garbage_of_z, "makes a NaN where stock has none"), (lambda y: y, None)],
+)
+@pytest.mark.parametrize("op", ["conv2d_bn_relu", "conv2d_bn_add_relu"])
+def test_an_engine_that_is_wrong_about_nan_is_not_taken(op, fault, reason, backend, operators):
+    for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu"):
+        right = getattr(operators, name)
+        setattr(operators, name, lambda *args, right=right: fault(right(*args)))
+    posed = problem(op, dtype=torch.float32, device=torch.device("cpu"))
+    folded = Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),))
+    if reason is None:
+        backend.prepare(posed, folded)
+        return
+    with pytest.raises(BackendError, match=reason):
+        backend.prepare(posed, folded)
+
+
+def test_a_nan_that_stock_spreads_as_well_is_no_fault(backend, operators, monkeypatch):
+    def spread(y):
+        """To the whole image."""
+        return y.masked_fill(y.isnan().flatten(1).any(1)[:, None, None, None], torch.nan)
+
+    right, stock = operators.cudnn_convolution_relu, backends.get("reference").prepare
+    operators.cudnn_convolution_relu = lambda *args: spread(right(*args))
+    folded = Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),))
+    posed = problem("conv2d_bn_relu", dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(BackendError, match="makes a NaN"):
+        backend.prepare(posed, folded)
+    spreading = SimpleNamespace(prepare=lambda *args: lambda x, residual: spread(stock(*args)(x, residual)))
+    monkeypatch.setattr(cudnn, "get", lambda name: spreading)
+    backend.prepare(posed, folded)
+
+
 @pytest.mark.parametrize(("trial", "during"), [("1", True), ("0", False)])
 def test_engines_are_timed_when_a_problem_is_prepared(trial, during, backend, operators, monkeypatch):
     monkeypatch.setenv("RESNET_FUSED_TRIAL", trial)
@@ -132,4 +169,5 @@ def test_engines_are_timed_when_a_problem_is_prepared(trial, during, backend, op
     posed = problem("conv2d_bn_relu", dtype=torch.float32, device=torch.device("cpu"))
     kernel = backend.prepare(posed, Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),)))
     kernel(torch.randn(posed.shape), None)
-    assert seen == [during, False]
+    assert seen[0] == during
+    assert not seen[-1]
