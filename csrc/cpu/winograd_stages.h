@@ -105,10 +105,10 @@ bool transform_input(int64_t tiles, Place&& place, const T* zeros, float* v, int
   bool uneven = false;
   for (int64_t t = 0; t < tiles && !uneven; ++t) {
     const TilePlace<T> tile = place(t);
-    for_each_phase_of<F>(tile, [&](int64_t top, int64_t left, int) {
+    for_each_phase_of<F>(tile, [&](int64_t top, int64_t left, int phase) {
       const T* pixels[F::A][F::A];
       find_pixels<F>(tile.x, top, left, zeros, pixels);
-      uneven |= uneven_tile<F, T>(pixels, tile.x.channels, zeros);
+      uneven |= uneven_tile<F, T>(pixels, tile.x.channels, zeros, phase);
     });
   }
   return !uneven;

@@ -10,7 +10,8 @@
 // Members common to all: M, the output tile; A, the input tile; PAD, how far above and left of its first output it begins;
 // STRIDE of the convolution; PHASES, the images that an image of stride 2 splits into (even and odd rows and columns); TAPS of a
 // phase's kernel in a line, and which row and column of the whole kernel each is (-1: none); watched(), whether uneven.h is to
-// see a result of input().
+// see a result of input(). GROUPS, those of the channels that have taps of their own, and has_tap(), where in a window a phase and
+// a group have one: uneven.h asks.
 #pragma once
 
 namespace resnet_fused::cpu::RF_ISA {
@@ -28,6 +29,8 @@ struct OnePhase {
   static constexpr int TAPS = 3;
   static constexpr int kernel_row(int, int tap) { return tap; }
   static constexpr int kernel_column(int, int tap) { return tap; }
+  static constexpr int GROUPS = 1;
+  static constexpr bool has_tap(int, int, int, int) { return true; }
   static RF_INLINE int64_t first_row(int64_t top, int64_t pad, int) { return top - pad; }
   static RF_INLINE int64_t first_column(int64_t left, int64_t pad, int) { return left - pad; }
 };
@@ -113,6 +116,11 @@ struct Stem34 : OnePhase {
   static constexpr int M = 3;
   static constexpr int A = 6;
   static constexpr int PAD = 2;
+  // Of the eight rows and columns that a window of four of each phase has, 7 x 7 taps lack the first, which is even.
+  static constexpr int GROUPS = 4;
+  static constexpr bool has_tap(int, int group, int row, int column) {
+    return (row > 0 || group / 2 == 1) && (column > 0 || group % 2 == 1);
+  }
 
   static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) { F4::input(x, y); }
   static constexpr bool watched(int i) { return F4::watched(i); }
@@ -144,6 +152,10 @@ struct Stride2 {
   // The taps are 0 and 2 in the odd phase, none and 1 in the even one.
   static constexpr int kernel_row(int phase, int tap) { return odd_row(phase) ? 2 * tap : tap == 0 ? -1 : 1; }
   static constexpr int kernel_column(int phase, int tap) { return odd_column(phase) ? 2 * tap : tap == 0 ? -1 : 1; }
+  static constexpr int GROUPS = 1;
+  static constexpr bool has_tap(int phase, int, int row, int column) {
+    return kernel_row(phase, row) >= 0 && kernel_column(phase, column) >= 0;
+  }
   static RF_INLINE PhaseRun run(int point) {
     if (point == 0) return {1, 1};
     if (point < A) return {0, 2};

@@ -152,6 +152,40 @@ def test_every_plan_declines_one_such_pixel(isa: str, sizes: dict, plan: list[in
                 assert_unspoiled(y, layer.stock(dtype), clean, op.reached(n, h, w))
 
 
+EVERYWHERE = {
+    "stem": Op(3, 3, 30, 30, 16, 7, 2),
+    "stem of 4 channels": Op(3, 4, 30, 30, 6, 7, 2),
+    "3x3": Op(3, 32, 20, 20, 32),
+    "3x3 strided": Op(3, 32, 30, 30, 32, stride=2),
+}
+
+
+@pytest.mark.parametrize("op", EVERYWHERE.values(), ids=[*EVERYWHERE])
+def test_a_large_pixel_spoils_nothing_wherever_it_is_in_a_tile(isa: str, op: Op):
+    """Not where a phase of a strided filter has no tap for it either."""
+    x, weight, shift = op.parameters(torch.float32)
+    clean = op.stock(x.double(), weight.double(), shift.double())
+    for h in range(14):
+        for w in range(14):
+            bad = x.clone()
+            bad[0, :, h, w] = 1e10
+            assert_unspoiled(op.ours(bad, weight, shift), op.stock(bad, weight, shift), clean, op.reached(0, h, w))
+
+
+def test_a_large_pixel_spoils_nothing_wherever_it_is_in_the_phases_of_a_tile(isa: str):
+    sizes, plan = PLANS["stride 2"]
+    layer = Layer(**sizes, dtype=torch.float32)
+    op = Op(layer.n, layer.c, layer.h, layer.w, layer.out, 3, layer.stride)
+    ordinary, clean = layer.x, layer.stock(torch.float64)
+    for h in range(14):
+        for w in range(14):
+            layer.x = ordinary.clone()
+            layer.x[0, 0, h, w] = 1e10
+            y = layer.ours(plan)
+            if y is not None:
+                assert_unspoiled(y, layer.stock(torch.float32), clean, op.reached(0, h, w))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("basic", [True, False], ids=["basic", "bottleneck"])
 def test_blocks_as_a_whole_decline(isa: str, basic: bool, dtype: torch.dtype):
