@@ -1,4 +1,4 @@
-"""resnet-fused: info, bench, verify, tune, roofline."""
+"""resnet-fused: info, bench, verify, tune, roofline, accept."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", help="check every kernel of every backend on this device instead of models: cuda, cuda:1 or cpu"
     )
     verify.add_argument("--out", type=Path, default=Path("verify-results.json"), help="JSON of --device (%(default)s)")
+    verify.add_argument("--minutes", type=float, help="that --device may take on a GPU; the rest is not verified (no limit)")
     verify.add_argument("--models", default="resnet18,resnet50", help=_MODELS)
     verify.add_argument("--dtype", default="float32", choices=options.DTYPES, help="of weights and images (%(default)s)")
     verify.add_argument("--size", default="224", help=_SIZE)
@@ -99,6 +100,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_roofline_arguments(roofline)
     roofline.set_defaults(run=_roofline)
+
+    accept = commands.add_parser(
+        "accept",
+        help="on a new machine: is it right, is it fast, where is time left? One page, within so many minutes",
+        description="Runs verify and bench on a device, the most important first, each in a process of its own, and writes one "
+        "page (report.md) with tables and charts. What takes too long is stopped; what it measured until then counts. Nothing "
+        "else should run meanwhile.",
+        epilog="Example: resnet-fused accept --device cuda --minutes 8 --out h100",
+    )
+    accept.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+    accept.add_argument("--minutes", type=float, default=8.0, help="for everything (%(default)s)")
+    accept.add_argument("--out", type=Path, default=Path("accept-results"), help="folder for the page (%(default)s)")
+    accept.set_defaults(run=_accept)
     return parser
 
 
@@ -118,9 +132,11 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s); on a GPU calls are timed in groups, without waiting"
     )
-    bench.add_argument("--peers", default="", help="other engines, separated by commas: onnxruntime, openvino")
     bench.add_argument(
-        "--layers", action="store_true", help="time every kind of layer by every backend, as a share of the peak"
+        "--peers", default="", help="other engines, separated by commas: onnxruntime, openvino; on a GPU max-autotune, tensorrt"
+    )
+    bench.add_argument(
+        "--layers", action="store_true", help="time every kind of layer by every backend, as a share of what is possible"
     )
     bench.add_argument("--training", action="store_true", help="time training steps, with peak memory, instead of inference")
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
@@ -139,8 +155,9 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
 
 def _add_roofline_arguments(roofline: argparse.ArgumentParser) -> None:
     _add_workloads(roofline)
-    roofline.add_argument("--peak", type=float, help="arithmetic peak, GFLOP/s (measured on this CPU)")
-    roofline.add_argument("--bandwidth", type=float, help="memory bandwidth, GB/s (measured on this CPU)")
+    roofline.add_argument("--device", default="cpu", help="whose peak and bandwidth: cpu, cuda or cuda:N (%(default)s)")
+    roofline.add_argument("--peak", type=float, help="arithmetic peak, GFLOP/s (measured)")
+    roofline.add_argument("--bandwidth", type=float, help="memory bandwidth, GB/s (measured)")
     roofline.add_argument("--threads", type=int, help="CPU threads to measure with (PyTorch's default)")
     roofline.add_argument("--plot", type=Path, help="PNG to draw the roofline into, a point for each layer before and after")
 
@@ -184,13 +201,24 @@ def _tune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _accept(arguments: argparse.Namespace) -> int:
+    options.need("accept", "rich", "matplotlib", "torchvision")
+    from resnet_fused import accept
+
+    device = options.usable_device(arguments.device)
+    options.positive("--minutes", arguments.minutes)
+    return accept.main(device, arguments.minutes, options.folder("--out", arguments.out))
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.device is not None:
-        from resnet_fused import acceptance
+        from resnet_fused import verify_device
 
         device = options.device(arguments.device)
         options.folder("--out", arguments.out.parent)
-        return acceptance.main(device, arguments.out)
+        if arguments.minutes is not None:
+            options.positive("--minutes", arguments.minutes)
+        return verify_device.main(device, arguments.out, arguments.minutes)
     import resnet_fused as rf
     from resnet_fused.bench.workloads import Workload
 

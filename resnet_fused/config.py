@@ -58,6 +58,11 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes")
 
 
+def environment_of_child() -> dict[str, str]:
+    """Environment of a Python process that finds the modules which this one finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def logger() -> logging.Logger:
     """The library's logger, at the level that RESNET_FUSED_LOG asks for."""
     log = logging.getLogger("resnet_fused")

@@ -12,14 +12,12 @@ Then, and where memory doesn't suffice, the backends' rules choose.
 from __future__ import annotations
 
 import functools
-import statistics
 import threading
-from collections.abc import Callable
 
 import torch
 
 from resnet_fused import config
-from resnet_fused.backends import Declined, Kernel, candidates, get, records
+from resnet_fused.backends import Declined, Kernel, candidates, get, gpu_time, records
 from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.backends.truth import Truth
 
@@ -29,10 +27,6 @@ _BACKENDS, _VARIANTS = ("reference", "cudnn", "cuda"), 3
 _STOCK = "reference"
 # A kernel takes stock's place if it takes at most this share of its time.
 _GAIN = 0.97
-# Each kernel is timed in so many turns, in each of which it runs for about so many milliseconds, and at least so often.
-_TURNS, _MILLISECONDS, _FEWEST, _MOST = 3, 1.0, 3, 20
-# Clock cycles for which the GPU waits while launches queue up: about a millisecond; and the longest wait in milliseconds.
-_SLEEP, _LONGEST_SLEEP = 2_000_000, 50.0
 
 _trials = threading.Lock()
 
@@ -106,43 +100,12 @@ def _try(problem: Problem, folded: Folded, names: list[str]) -> dict[str, object
         else:
             dropped[name] = fault
             config.logger().warning("%s is wrong for %s and won't be used for it: %s", name, problem, fault)
-    ms = _times({name: functools.partial(kernel, truth.x, truth.residual) for name, kernel in kernels.items()})
+    ms = gpu_time.medians({name: functools.partial(kernel, truth.x, truth.residual) for name, kernel in kernels.items()})
     best = min(ms, key=ms.__getitem__)
     if ms[best] > _GAIN * ms[_STOCK]:
         best = _STOCK
     backend, _, variant = best.partition(":")
     return {"backend": backend, "variant": variant or None, "ms": ms, "dropped": dropped}
-
-
-def _times(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each call on the GPU, taken in turns."""
-    counts = {}
-    for name, call in calls.items():
-        call()
-        once = _elapsed(call, 1)
-        counts[name] = max(_FEWEST, min(_MOST, int(_MILLISECONDS / max(once, 1e-3))))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_TURNS):
-        for name, call in calls.items():
-            found[name].append(_elapsed(call, counts[name]) / counts[name])
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def let_launches_queue(milliseconds: float = 1.0) -> None:
-    """Lets the current stream wait for about so long, while the host launches what is to be timed, and the GPU needn't then."""
-    torch.cuda._sleep(int(_SLEEP * min(max(milliseconds, 1.0), _LONGEST_SLEEP)))
-
-
-def _elapsed(call: Callable[[], object], count: int) -> float:
-    """Milliseconds that the GPU takes for so many calls, whose launches wait for it and not it for them."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    let_launches_queue()
-    begin.record()
-    for _ in range(count):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 @functools.cache

@@ -6,13 +6,15 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from resnet_fused.bench import inference, layers, options, report, training, variants
+from resnet_fused.bench import inference, layers, options, report, roofline, training, variants
+from resnet_fused.bench.layers import LayerResult
 from resnet_fused.bench.workloads import DTYPES, Workload
 
 Step = Callable[[str, float], None]
@@ -23,10 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.layers and arguments.training:
         raise options.UserError("--layers and --training were both given; choose one")
     arguments.device = options.usable_device(arguments.device)
-    if arguments.device != "cpu":
-        for option in ("layers", "peers", "threads"):
-            if getattr(arguments, option):
-                raise options.UserError(f"--{option} is for the CPU; leave it out with --device {arguments.device}")
+    if arguments.device != "cpu" and arguments.threads:
+        raise options.UserError(f"--threads is for the CPU; leave it out with --device {arguments.device}")
     options.set_threads(arguments.threads)
     options.positive("--seconds", arguments.seconds)
     if arguments.quick:
@@ -46,23 +46,27 @@ def _inference(arguments: argparse.Namespace) -> int:
     usual = "float16,bfloat16" if gpu else "float32,bfloat16"
     dtypes = options.names("--dtypes", arguments.dtypes or (usual.split(",")[0] if arguments.quick else usual), tuple(DTYPES))
     batches = options.integers("--batches", arguments.batches or ("1,32,256" if gpu else "1,8"))
-    peers = options.names("--peers", arguments.peers, variants.PEERS) if arguments.peers else []
+    known = variants.GPU_PEERS if gpu else variants.PEERS
+    peers = [known[name] for name in options.names("--peers", arguments.peers, tuple(known))] if arguments.peers else []
     size = options.size(arguments.size or "224")
     out = options.folder("--out", arguments.out)
     for model in models:
         Workload(model, 1, "float32", size).make()  # a model that this size doesn't fit should be known of now, not in minutes
     workloads = [Workload(m, b, d, size, arguments.device) for m in models for d in dtypes for b in batches]
     console = Console()
+    limits = _limits(console, workloads) if gpu or arguments.layers else {}
+    machine = inference.machine(arguments.device)
     if arguments.layers:
-        return _layers(console, workloads)
+        return _layers(console, workloads, limits, machine, out)
     compiled = [variants.COMPILE, variants.COMPILE_GRAPHS] if gpu else [variants.COMPILE]
     if arguments.quick or arguments.no_compile:
         compiled = []
-    names = [variants.EAGER, variants.CHANNELS_LAST, *compiled, *peers, variants.OURS]
-    comparisons, machine = [], inference.machine(arguments.device)
+    names = [variants.EAGER, variants.CHANNELS_LAST, *compiled, *peers, variants.OURS, *([variants.OURS_GRAPH] if gpu else [])]
+    comparisons = []
     with _progress(console, len(workloads)) as step_of:
         for i, workload in enumerate(workloads):
-            comparisons.append(inference.compare(workload, names, arguments.seconds, step_of(i, str(workload))))
+            step, limit = step_of(i, str(workload)), limits.get(workload.dtype)
+            comparisons.append(inference.compare(workload, names, arguments.seconds, step, limit))
             # After each, so that a run that is cut leaves what it has.
             _write(out / "inference.json", machine, [comparison.to_json() for comparison in comparisons])
     report.print_table(console, comparisons, machine)
@@ -72,18 +76,37 @@ def _inference(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _layers(console: Console, workloads: list[Workload]) -> int:
-    peaks = {dtype: layers.measure_peak(DTYPES[dtype]) for dtype in {workload.dtype for workload in workloads}}
+def _limits(console: Console, workloads: list[Workload]) -> dict[str, roofline.Machine]:
+    """What the machine can do at most, by dtype."""
+    found = {}
+    with console.status("measuring the machine's peak and memory bandwidth"):
+        for dtype in {workload.dtype for workload in workloads}:
+            machine = roofline.Machine.measured(dtype, workloads[0].device)
+            if machine is not None:
+                found[dtype] = machine
+    return found
+
+
+def _layers(
+    console: Console, workloads: list[Workload], limits: dict[str, roofline.Machine], machine: dict[str, object], out: Path
+) -> int:
+    saved: list[dict[str, object]] = []
     for workload in workloads:
-        results = []
+        limit = limits.get(workload.dtype)
+        results: list[LayerResult] = []
+        rows: list[dict[str, object]] = []
+        saved.append({"workload": asdict(workload), "layers": rows})
         with console.status(str(workload)) as status:
             for result in layers.run_layers(workload):
                 results.append(result)
+                rows.append(result.to_json(limit.bound_of({result.problem: 1}) if limit else None))
+                _write(out / "layers.json", machine, saved)
                 status.update(f"{workload}: {len(results)} kinds of layers timed")
         if results:
-            layers.print_layers(console, workload, results, peaks[workload.dtype])
+            report.print_layers(console, workload, results, limit)
         else:
             console.print(f"{workload}: rf.fuse found nothing to fuse in it, so there are no layers to time", highlight=False)
+    console.print(f"Saved {out / 'layers.json'}", highlight=False)
     return 0
 
 

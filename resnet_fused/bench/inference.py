@@ -12,15 +12,18 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.backends import records
+from resnet_fused.backends import gpu_time, records
 from resnet_fused.backends.records import cpu_name
-from resnet_fused.bench import variants
-from resnet_fused.bench.timing import interleave
+from resnet_fused.bench import roofline, variants
+from resnet_fused.bench.roofline import Machine
+from resnet_fused.bench.timing import interleave, quantile
 from resnet_fused.bench.workloads import Workload
 from resnet_fused.tolerance import relative_error
 
 # On a GPU calls are timed in groups of about so many milliseconds, within which nothing waits for it.
 _GROUP = 20.0
+# How often a GPU's own time is taken.
+_GPU_TURNS = 9
 # Images on which results are compared with float64, which takes many times as long.
 _CHECKED = 2
 # A result further off than this is wrong, not rounded; no time is shown for it.
@@ -36,6 +39,8 @@ class Result:
     Attributes:
         median: milliseconds a call.
         spread: distance between the quartiles of the times, relative to the median.
+        gpu: milliseconds that a GPU works for a call, without waiting for the host.
+        first_call: seconds until the first result, with what the variant prepares, compiles and tries for it.
         error: relative norm of the result's distance from float64.
         note: why there is no time.
     """
@@ -43,6 +48,8 @@ class Result:
     variant: str
     median: float = float("nan")
     spread: float = float("nan")
+    gpu: float = float("nan")
+    first_call: float = float("nan")
     error: float = float("nan")
     calls: int = 0
     note: str = ""
@@ -50,10 +57,17 @@ class Result:
 
 @dataclass
 class Comparison:
-    """All variants on one workload. `ratio` is another variant's time to ours: above 1, ours is faster."""
+    """All variants on one workload. `ratio` is another variant's time to ours: above 1, ours is faster.
+
+    Attributes:
+        bound: milliseconds that the convolutions take at least, each with what follows it as one op (bench.roofline).
+        moved: bytes that these ops read and write.
+    """
 
     workload: Workload
     results: list[Result] = field(default_factory=list)
+    bound: float | None = None
+    moved: int = 0
 
     def ratio(self, variant: str) -> float:
         by_name = {r.variant: r for r in self.results}
@@ -67,7 +81,7 @@ class Comparison:
             {**asdict(r), "images_per_second": self.images_per_second(r), "time_over_ours": self.ratio(r.variant)}
             for r in self.results
         ]
-        return {"workload": asdict(self.workload), "results": results}
+        return {"workload": asdict(self.workload), "bound": self.bound, "moved": self.moved, "results": results}
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
@@ -94,12 +108,17 @@ def describe(machine: dict[str, object]) -> str:
 
 @torch.no_grad()
 def compare(
-    workload: Workload, names: list[str], seconds: float, step: Callable[[str, float], None] = lambda text, share: None
+    workload: Workload,
+    names: list[str],
+    seconds: float,
+    step: Callable[[str, float], None] = lambda text, share: None,
+    limits: Machine | None = None,
 ) -> Comparison:
     """Runs one workload by the variants of these names.
 
     Args:
         seconds: of timing, for all variants together.
+        limits: of the machine, from which the bound follows; None to leave it out.
         step: is told what happens and which share of the workload is done, for a progress bar.
     """
     # Once for all variants: what one of them compiled would be lost with another's reset.
@@ -108,15 +127,21 @@ def compare(
     step("float64 reference", 0.0)
     truth = _truth(model, x)
     comparison = Comparison(workload)
+    if limits is not None:
+        problems = roofline.posed(workload)
+        comparison.bound, comparison.moved = limits.bound_of(problems), roofline.moved(problems)
+    runs: dict[str, variants.Run] = {}
     calls: dict[str, Callable[[], object]] = {}
     counts: dict[str, int] = {}
     for i, name in enumerate(names):
         step(f"preparing {name}", 0.5 * i / len(names))
         result = Result(name)
         comparison.results.append(result)
+        start = time.perf_counter()
         try:
             run = variants.make(name, model, x)
-            result.error = relative_error(run()[: len(truth)], truth)
+            result.error = relative_error(run()[: len(truth)], truth)  # which waits for a GPU
+            result.first_call = time.perf_counter() - start
         except variants.Unavailable as reason:
             result.note = str(reason)
             continue
@@ -124,7 +149,7 @@ def compare(
         if not result.error < limit:
             result.note = f"wrong result (relative error {result.error:.1e}), so no time is shown"
             continue
-        counts[name] = _group(run) if x.is_cuda else 1
+        runs[name], counts[name] = run, _group(run) if x.is_cuda else 1
         calls[name] = run if counts[name] == 1 else functools.partial(_repeat, run, counts[name])
     for name, samples in interleave(calls, seconds, synchronize=torch.cuda.synchronize if x.is_cuda else None):
         done = sum(sum(s.times) for s in samples.values()) * 2 / 1e3 / seconds
@@ -134,7 +159,18 @@ def compare(
             own = samples[result.variant]
             result.median, result.spread = own.median / counts[result.variant], own.spread
             result.calls = len(own.times) * counts[result.variant]
+            if x.is_cuda:
+                step(f"GPU time of {result.variant}", 1.0)
+                with torch.cuda.device(x.device):
+                    result.gpu = _gpu_time(runs[result.variant], result.median)
     return comparison
+
+
+def _gpu_time(run: variants.Run, wall: float) -> float:
+    """Median milliseconds that the GPU works for a call, which takes `wall` milliseconds with what the host does."""
+    # The host launches them in less than these times, while the GPU waits.
+    count = 2
+    return quantile([gpu_time.elapsed(run, count, (count + 1) * wall) / count for _ in range(_GPU_TURNS)], 0.5)
 
 
 def _group(run: variants.Run) -> int:

@@ -1,46 +1,104 @@
-"""Shows comparisons: a table in the terminal and a chart as PNG."""
+"""Shows comparisons and layers: tables in the terminal, and a chart as PNG."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from resnet_fused.bench import variants
-from resnet_fused.bench.inference import Comparison, describe
+from resnet_fused.bench import layers, variants
+from resnet_fused.bench.inference import Comparison, Result, describe
+from resnet_fused.bench.layers import LayerResult
+from resnet_fused.bench.roofline import Machine
+from resnet_fused.bench.workloads import Workload
 
 
 def print_table(console: Console, comparisons: list[Comparison], machine: dict[str, object]) -> None:
     """A row for each variant and workload."""
+    gpu = "gpu" in machine
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=190 if gpu else 160)
     console.print(
-        f"{describe(machine)}, {machine['architecture' if 'gpu' in machine else 'capability']}, PyTorch {machine['torch']}; "
+        f"{describe(machine)}, {machine['architecture' if gpu else 'capability']}, PyTorch {machine['torch']}; "
         "medians of interleaved runs",
         highlight=False,
     )
     table = Table(title="Inference", title_justify="left", header_style="bold")
-    columns = ("workload", "variant", "ms", "± IQR", "images/s", "time / ours", "error vs float64", "")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i in (0, 1, 7) else "right", no_wrap=i < 7)
+    for column in ("workload", *columns(gpu)):
+        table.add_column(column, justify="left" if column in ("workload", "variant", "") else "right", no_wrap=column != "")
     for comparison in comparisons:
         for i, result in enumerate(comparison.results):
-            ours = result.variant == variants.OURS
-            timed = result.calls > 0
-            ratio = comparison.ratio(result.variant)
-            table.add_row(
-                str(comparison.workload) if i == 0 else "",
-                result.variant,
-                f"{result.median:.{1 if result.median >= 10 else 2}f}" if timed else "–",
-                f"{result.spread:.0%}" if timed else "–",
-                f"{comparison.images_per_second(result):.1f}" if timed else "–",
-                f"{ratio:.2f}×" if timed and ratio == ratio else "–",
-                f"{result.error:.1e}" if result.error == result.error else "–",
-                result.note,
-                style="bold" if ours else None,
-                end_section=i == len(comparison.results) - 1,
-            )
+            workload = str(comparison.workload) if i == 0 else ""
+            style = "bold" if result.variant == variants.OURS else None
+            last = i == len(comparison.results) - 1
+            table.add_row(workload, *cells(comparison, result, gpu), style=style, end_section=last)
+    console.print(table)
+    for comparison in comparisons:
+        if comparison.bound is not None:
+            moved = comparison.moved / comparison.workload.batch * 1e-6
+            text = f"{comparison.workload}: bound {comparison.bound:.3f} ms (no measurement), {moved:.1f} MB an image"
+            console.print(text, highlight=False)
+
+
+def columns(gpu: bool) -> list[str]:
+    """Names of the `cells`."""
+    on_gpu = ("GPU ms", "bound / GPU ms") if gpu else ()
+    return ["variant", "ms", "± IQR", *on_gpu, "images/s", "time / ours", "error vs float64", "first call, s", ""]
+
+
+def cells(comparison: Comparison, result: Result, gpu: bool) -> list[str]:
+    """What is told of a variant; a dash for what wasn't measured."""
+
+    def cell(value: float, format: str) -> str:
+        return format.format(value) if value == value else "–"
+
+    bound = float("nan") if comparison.bound is None else comparison.bound
+    on_gpu = [cell(result.gpu, "{:.3f}"), cell(bound / result.gpu, "{:.0%}")] if gpu else []
+    return [
+        result.variant,
+        cell(result.median, "{:.1f}" if result.median >= 10 else "{:.2f}"),
+        cell(result.spread, "{:.0%}"),
+        *on_gpu,
+        cell(comparison.images_per_second(result), "{:.1f}"),
+        cell(comparison.ratio(result.variant), "{:.2f}×"),
+        cell(result.error, "{:.1e}"),
+        cell(result.first_call, "{:.2f}"),
+        result.note,
+    ]
+
+
+def print_layers(console: Console, workload: Workload, results: list[LayerResult], machine: Machine | None) -> None:
+    """A row for each kind of layer: the automatic choice's GFLOP/s, its share of what is possible, and every time."""
+    gpu = workload.device != "cpu"
+    if not console.is_terminal:
+        console = Console(width=160)
+    where = workload.device if gpu else f"{torch.get_num_threads()} threads"
+    peak = f"peak {machine.peak:.0f} GFLOP/s, memory {machine.bandwidth:.0f} GB/s" if machine else "peak not measured"
+    console.print(f"{workload}; {where}, {peak}; GFLOP/s count the direct sum", highlight=False)
+    table = Table(header_style="bold")
+    backends = sorted({name for result in results for name in result.milliseconds})
+    share = "of bound" if gpu else "of peak"
+    for name in ("layer", "input", "×", "chosen", "GFLOP/s", share, *(f"{b}, ms" for b in backends)):
+        table.add_column(name, justify="left" if name in ("layer", "input", "chosen") else "right", no_wrap=True)
+    for result in results:
+        fastest = min(result.milliseconds, key=result.milliseconds.__getitem__)
+        reached = None
+        if machine is not None:
+            bound = machine.bound_of({result.problem: 1})
+            reached = bound / result.milliseconds["auto"] if gpu else result.gflops / machine.peak
+        times = {backend: f"{ms:.{3 if gpu else 2}f}" for backend, ms in result.milliseconds.items()}
+        times[fastest] = f"[bold]{times[fastest]}[/bold]"
+        table.add_row(
+            layers.describe(result.problem),
+            "×".join(map(str, result.problem.shape)),
+            str(result.count),
+            result.chosen,
+            f"{result.gflops:.0f}",
+            f"{reached:.0%}" if reached is not None else "–",
+            *(times.get(backend, "–") for backend in backends),
+        )
     console.print(table)
 
 
@@ -60,6 +118,7 @@ def save_chart(path: Path, comparisons: list[Comparison], machine: dict[str, obj
         variants.CHANNELS_LAST: "#62707e",
         variants.COMPILE: "#30638e",
         variants.COMPILE_GRAPHS: "#7fa6c9",
+        variants.OURS_GRAPH: "#e08a97",
     }
     for i, name in enumerate(names):
         heights = []

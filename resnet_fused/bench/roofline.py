@@ -11,8 +11,10 @@ Source: Williams, Waterman and Patterson, Roofline: an insightful visual perform
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +25,8 @@ from rich.table import Table
 
 from resnet_fused.backends.problem import Problem
 from resnet_fused.bench import layers, options
-from resnet_fused.bench.timing import quantile
+from resnet_fused.bench.peaks import measure_bandwidth, measure_peak
 from resnet_fused.bench.workloads import DTYPES, Workload
-
-# Larger than any cache by far.
-_COPIED_BYTES = 2**28
-
 
 STOCK, LAYERS, WHOLE = "stock", "layers", "whole"
 
@@ -94,21 +92,39 @@ class Machine:
         """The least time for ops one after the other, ms."""
         return sum(max(op.operations / self.peak, op.moved / self.bandwidth) for op in ops) * 1e-6
 
+    @classmethod
+    def measured(cls, dtype: str, device: str) -> Machine | None:
+        """Of this machine, for a dtype; None where its peak can't be measured."""
+        peak = measure_peak(DTYPES[dtype], device)
+        return None if peak is None else cls(peak, measure_bandwidth(device))
+
+    def bound_of(self, problems: Mapping[Problem, int]) -> float:
+        """The least time for these problems, each so often, with every convolution fused, ms."""
+        return sum(self.bound(work(problem)[LAYERS]) * count for problem, count in problems.items())
+
     def limit(self, op: Work) -> str:
         """What an op's bound comes from."""
         return "arithmetic" if op.operations / self.peak >= op.moved / self.bandwidth else "memory"
 
 
-def measure_bandwidth() -> float:
-    """Memory bandwidth of this CPU on PyTorch's threads, GB/s: median of copies, of which each byte is read and written."""
-    source = torch.zeros(_COPIED_BYTES // 4, dtype=torch.float32, device="cpu")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 2 * _COPIED_BYTES / quantile(times, 0.5) * 1e-9
+@functools.cache
+def problems(model: str, size: tuple[int, int]) -> Counter[Problem]:
+    """What a model poses for one image in float32 on the CPU: the layers are the same for every batch, dtype and device."""
+    return layers.problems(Workload(model, 1, "float32", size))
+
+
+def moved(problems: Mapping[Problem, int]) -> int:
+    """Bytes that the ops of these problems read and write, with every convolution fused."""
+    return sum(op.moved * count for problem, count in problems.items() for op in work(problem)[LAYERS])
+
+
+def posed(workload: Workload) -> dict[Problem, int]:
+    """The problems of a workload, and how often each occurs."""
+    dtype, device = DTYPES[workload.dtype], torch.device(workload.device)
+    return {
+        replace(problem, shape=(workload.batch, *problem.shape[1:]), dtype=dtype, device=device): count
+        for problem, count in problems(workload.model, workload.size).items()
+    }
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -117,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtypes = options.names("--dtypes", arguments.dtypes, options.DTYPES)
     batches = options.integers("--batches", arguments.batches)
     size = options.size(arguments.size)
+    device = options.usable_device(arguments.device)
     options.set_threads(arguments.threads)
     for option, value in (("--peak", arguments.peak), ("--bandwidth", arguments.bandwidth)):
         if value is not None:
@@ -127,18 +144,13 @@ def run(arguments: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=160)
     points: dict[str, tuple[Machine, list[Problem]]] = {}
-    bandwidth = arguments.bandwidth or measure_bandwidth()
+    bandwidth = arguments.bandwidth or measure_bandwidth(device)
     for dtype in dtypes:
-        machine = Machine(arguments.peak or _measured_peak(dtype), bandwidth)
+        machine = Machine(arguments.peak or _measured_peak(dtype, device), bandwidth)
         for model in models:
-            # The layers are the same for every batch and dtype, so that the model runs on one image in float32.
-            found = layers.problems(Workload(model, 1, "float32", size))
             for batch in batches:
                 workload = Workload(model, batch, dtype, size)
-                counts = {
-                    replace(problem, shape=(batch, *problem.shape[1:]), dtype=DTYPES[dtype]): count
-                    for problem, count in found.items()
-                }
+                counts = posed(workload)
                 if not counts:
                     console.print(f"{workload}: rf.fuse found nothing in it to fuse, and so to count", highlight=False)
                     continue
@@ -150,8 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measured_peak(dtype: str) -> float:
-    peak = layers.measure_peak(DTYPES[dtype])
+def _measured_peak(dtype: str, device: str) -> float:
+    peak = measure_peak(DTYPES[dtype], device)
     if peak is None:
         raise options.UserError(
             "the peak can't be measured without the compiled CPU kernels, which are missing here; "

@@ -22,7 +22,10 @@ CHANNELS_LAST = "stock channels_last"
 COMPILE = "torch.compile, frozen"
 COMPILE_GRAPHS = "torch.compile, frozen, CUDA graphs"
 OURS = "resnet_fused"
-PEERS = ("onnxruntime", "openvino")
+OURS_GRAPH = "resnet_fused, cuda_graph=True"
+# Other engines by the names that the command's option takes.
+PEERS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+GPU_PEERS = {"max-autotune": "torch.compile, max-autotune", "tensorrt": "Torch-TensorRT"}
 
 
 class Unavailable(Exception):
@@ -47,8 +50,9 @@ def _channels_last(model: nn.Module, x: Tensor) -> Run:
     return lambda: model(x)
 
 
-def _compile(model: nn.Module, x: Tensor, graphs: bool = False) -> Run:
-    options: dict[str, Any] = {"freezing": True, "triton.cudagraphs": graphs}  # the latter is what mode="reduce-overhead" is
+def _compile(model: nn.Module, x: Tensor, graphs: bool = False, tuned: bool = False) -> Run:
+    # With the second mode="reduce-overhead" differs from the default, and with both of the latter "max-autotune".
+    options: dict[str, Any] = {"freezing": True, "triton.cudagraphs": graphs, "max_autotune": tuned}
     compiled = torch.compile(model.to(memory_format=torch.channels_last), options=options)
     x = x.contiguous(memory_format=torch.channels_last)
     try:
@@ -59,8 +63,28 @@ def _compile(model: nn.Module, x: Tensor, graphs: bool = False) -> Run:
     return lambda: compiled(x)
 
 
+def _tensorrt(model: nn.Module, x: Tensor) -> Run:
+    _need("torch_tensorrt")
+    import torch_tensorrt
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    try:
+        # The precision is the weights' own.
+        compiled = torch_tensorrt.compile(model, ir="dynamo", inputs=[x], use_explicit_typing=True)
+        compiled(x)
+    except Exception as error:  # TensorRT's own, which are of many kinds
+        reason = str(error).strip().splitlines() or [""]
+        raise Unavailable(f"Torch-TensorRT failed: {type(error).__name__}: {reason[0][:80]}") from error
+    return lambda: compiled(x)
+
+
 def _ours(model: nn.Module, x: Tensor) -> Run:
     fused = rf.fuse(model, inplace=True)
+    return lambda: fused(x)
+
+
+def _ours_graph(model: nn.Module, x: Tensor) -> Run:
+    fused = rf.fuse(model, inplace=True, cuda_graph=True)
     return lambda: fused(x)
 
 
@@ -100,7 +124,8 @@ def _openvino(model: nn.Module, x: Tensor) -> Run:
 
 def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise Unavailable(f"{package} is not installed; pip install 'resnet_fused[peers]'")
+        install = "torch_tensorrt" if package == "torch_tensorrt" else "'resnet_fused[peers]'"
+        raise Unavailable(f"{package} is not installed; pip install {install}")
 
 
 _MAKERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
@@ -109,6 +134,9 @@ _MAKERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
     COMPILE: _compile,
     COMPILE_GRAPHS: functools.partial(_compile, graphs=True),
     OURS: _ours,
+    OURS_GRAPH: _ours_graph,
+    GPU_PEERS["max-autotune"]: functools.partial(_compile, graphs=True, tuned=True),
+    GPU_PEERS["tensorrt"]: _tensorrt,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import Kernel, records
-from resnet_fused.backends.first_call import let_launches_queue
+from resnet_fused.backends.gpu_time import let_launches_queue
 from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.tuning.candidates import prepare
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from resnet_fused.backends import Conv, Problem
-from resnet_fused.bench.layers import LayerResult, measure_peak, operations, run_layers
+from resnet_fused.bench.layers import LayerResult, operations, run_layers
+from resnet_fused.bench.peaks import measure_peak
 from resnet_fused.bench.workloads import Workload
 
 

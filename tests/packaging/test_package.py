@@ -21,7 +21,9 @@ ROOT = Path(rf.__file__).parent
 # A module may import from its own layer and from those to the right.
 LAYERS = [
     "cli",
-    "acceptance",
+    "accept",
+    "accept_page",
+    "verify_device",
     "trials",
     "bench",
     "fuse",

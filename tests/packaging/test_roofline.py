@@ -7,7 +7,8 @@ import torch
 
 from resnet_fused import cli
 from resnet_fused.backends import Conv, Pool, Problem
-from resnet_fused.bench.roofline import LAYERS, STOCK, WHOLE, Machine, Work, measure_bandwidth, work
+from resnet_fused.bench.peaks import measure_bandwidth
+from resnet_fused.bench.roofline import LAYERS, STOCK, WHOLE, Machine, Work, work
 
 CPU = torch.device("cpu")
 

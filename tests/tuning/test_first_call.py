@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resnet_fused import backends
-from resnet_fused.backends import BackendError, Problem, binding, first_call, get, records
+from resnet_fused.backends import BackendError, Problem, binding, first_call, get, gpu_time, records
 from resnet_fused.backends.problem import Conv, Folded
 
 CONV = Conv(16, 16, (3, 3), (1, 1), (1, 1))
@@ -41,7 +41,7 @@ def fake_times(monkeypatch, ms: dict[str, float]) -> list[str]:
         timed.extend(calls)
         return {name: ms.get(name.partition(":")[0], 1.0) for name in calls}
 
-    monkeypatch.setattr(first_call, "_times", times)
+    monkeypatch.setattr(gpu_time, "medians", times)
     return timed
 
 
@@ -183,8 +183,8 @@ def test_launches_are_made_while_the_gpu_sleeps(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
-    ms = first_call._times({"a": lambda: done.append("a")})
-    assert ms == {"a": 2.0 / first_call._FEWEST}
+    ms = gpu_time.medians({"a": lambda: done.append("a")})
+    assert ms == {"a": 2.0 / gpu_time._FEWEST}
     first = done.index("sleep")
     assert done[first : first + 5] == ["sleep", "event", "a", "event", "wait"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_fused import acceptance, backends, cli, trials
+from resnet_fused import backends, cli, trials, verify_device
 from resnet_fused.backends import Folded, Problem, records
 from resnet_fused.backends.reference import Reference
 from resnet_fused.trials import ENTRIES
@@ -69,7 +69,7 @@ def automatic_choice() -> str:
 def test_a_wrong_kernel_is_avoided_until_it_passes(faulty: Faulty, fault: str, reason: str) -> None:
     assert automatic_choice() == "faulty"
     faulty.fault = fault
-    result = acceptance.accept(CPU)
+    result = verify_device.check_kernels(CPU)
     assert not result.passed
     assert {c.backend for c in result.checks} == {"faulty"}
     assert all(c.reason.startswith(reason) and c.fallback == "reference" for c in result.checks)
@@ -77,15 +77,15 @@ def test_a_wrong_kernel_is_avoided_until_it_passes(faulty: Faulty, fault: str, r
     assert automatic_choice() == "reference"
 
     faulty.fault = None
-    assert acceptance.accept(CPU).passed
+    assert verify_device.check_kernels(CPU).passed
     assert automatic_choice() == "faulty"
 
 
 def test_after_a_kernel_that_spoils_the_gpu_nothing_else_is_recorded(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(acceptance.accept(CPU).checks) > 1
+    assert len(verify_device.check_kernels(CPU).checks) > 1
     faulty.fault = "error"
-    monkeypatch.setattr(acceptance, "_dead", lambda device: "AcceleratorError: an illegal memory access")
-    result = acceptance.accept(CPU)
+    monkeypatch.setattr(verify_device, "_dead", lambda device: "AcceleratorError: an illegal memory access")
+    result = verify_device.check_kernels(CPU)
     (culprit,) = result.checks
     assert culprit.reason.endswith("it leaves the GPU unusable")
     ((what, why),) = result.unavailable
@@ -102,7 +102,7 @@ def test_want_of_memory_is_no_kernels_fault(where: str, faulty: Faulty, monkeypa
         monkeypatch.setattr(trials, "tensors", fail)
     else:
         monkeypatch.setattr(Faulty, "prepare", fail)
-    result = acceptance.accept(CPU)
+    result = verify_device.check_kernels(CPU)
     assert result.passed
     assert not result.checks
     assert {why for _, why in result.unavailable} == {"OutOfMemoryError: CUDA out of memory"}
@@ -116,13 +116,13 @@ def test_want_of_memory_is_no_kernels_fault(where: str, faulty: Faulty, monkeypa
 def test_what_a_process_had_checked_before_its_end_counts(
     ends: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = acceptance.Check("triton", "a", "add_relu", "float32", "a problem", 0.0, 0.0, "")
+    made = verify_device.Check("triton", "a", "add_relu", "float32", "a problem", 0.0, 0.0, "")
     python = tmp_path / "python"
     lines = f"{json.dumps(dataclasses.asdict(made))}\n{{"  # the second is cut off
     python.write_text(f"#!/bin/sh\nprintf '%s' '{lines}' > \"$6\"\nexec 2>&-\n{ends}\n")
     python.chmod(0o755)
-    monkeypatch.setattr(acceptance.sys, "executable", str(python))
-    ((name, checks, skipped),) = acceptance._in_processes(["triton"], torch.device("cuda", 0), 2.0)
+    monkeypatch.setattr(verify_device.sys, "executable", str(python))
+    ((name, checks, skipped),) = verify_device._in_processes(["triton"], torch.device("cuda", 0), 2.0)
     assert name == "triton"
     assert checks[0] == made
     assert skipped[0] == ("triton: further kernels in float32", fault)
@@ -130,9 +130,9 @@ def test_what_a_process_had_checked_before_its_end_counts(
 
 def test_the_process_of_a_backend() -> None:
     """It finds the package, and gives what the same checks give here."""
-    checks, skipped = acceptance._checks_of_process("onednn", torch.float32, CPU, None)
+    checks, skipped = verify_device._checks_of_process("onednn", torch.float32, CPU, None)
     assert not skipped
-    assert [c.problem for c in checks] == [c.problem for c in acceptance._checks("onednn", CPU, (torch.float32,))[0]]
+    assert [c.problem for c in checks] == [c.problem for c in verify_device._checks("onednn", CPU, (torch.float32,))[0]]
     assert all(c.passed for c in checks)
 
 
@@ -141,9 +141,9 @@ def test_finite_where_stock_is_not_is_right_where_float64_is_finite() -> None:
     truth = torch.tensor([1.0, 2.0, torch.nan], dtype=torch.float64)
     stock = torch.tensor([1.0, torch.nan, torch.nan])
     trial = trials.Trial("a", "", "conv2d_bn", torch.float32, "", torch.empty, stock, truth)
-    assert acceptance._judge(torch.tensor([1.0, 2.0, torch.nan]), trial)[2] == ""
-    assert acceptance._judge(torch.tensor([1.0, 2.0, 3.0]), trial)[2] == "a NaN or Inf of stock's disappeared"
-    assert acceptance._judge(torch.tensor([torch.nan, 2.0, torch.nan]), trial)[2] == "a NaN or Inf appeared"
+    assert verify_device._judge(torch.tensor([1.0, 2.0, torch.nan]), trial)[2] == ""
+    assert verify_device._judge(torch.tensor([1.0, 2.0, 3.0]), trial)[2] == "a NaN or Inf of stock's disappeared"
+    assert verify_device._judge(torch.tensor([torch.nan, 2.0, torch.nan]), trial)[2] == "a NaN or Inf appeared"
 
 
 def test_command(faulty: Faulty, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import backends, env_report
+from resnet_fused import backends, config, env_report
 from resnet_fused.backends import records
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.problem import Problem
@@ -55,7 +55,7 @@ class Check:
 
 
 @dataclasses.dataclass
-class Acceptance:
+class Verification:
     """All checks of one device, and what they were made on."""
 
     device: str
@@ -102,13 +102,19 @@ class Acceptance:
         path.write_text(json.dumps(content, indent=1))
 
 
-def main(device: str, out: Path) -> int:
-    """Verifies the device's kernels, prints the report and saves it to `out`; the exit status is 1 if one failed."""
+def main(device: str, out: Path, minutes: float | None = None) -> int:
+    """Verifies the device's kernels, prints the report and saves it to `out`; the exit status is 1 if one failed.
+
+    Args:
+        minutes: that the checks may take on a GPU.
+    """
     if device.startswith("cuda") and not torch.cuda.is_available():
         print("There is no GPU here (torch.cuda.is_available() is False).")
         print("GPU kernels are NOT verified, only those for CPUs.\n")
         device = "cpu"
-    result = accept(torch.device(device), lambda text: print(text, flush=True))
+    result = check_kernels(
+        torch.device(device), lambda text: print(text, flush=True), None if minutes is None else 60 * minutes
+    )
     result.save(out)
     verdict = "All kernels passed" if result.passed else "Some kernels FAILED"
     print(f"\n{result.summary()}\n\n{verdict} on {result.device}; saved {out}")
@@ -116,9 +122,9 @@ def main(device: str, out: Path) -> int:
 
 
 @torch.no_grad()
-def accept(
+def check_kernels(
     device: torch.device, progress: Callable[[str], object] = lambda text: None, seconds: float | None = None
-) -> Acceptance:
+) -> Verification:
     """Checks every kernel of every backend that can run here on `device`, and records which ones failed.
 
     Args:
@@ -144,7 +150,7 @@ def accept(
     for check in checks:
         if not check.passed:
             check.fallback = _fallback(check, device)
-    return Acceptance(str(device), env_report.machine(), checks, unavailable)
+    return Verification(str(device), env_report.machine(), checks, unavailable)
 
 
 # What was not verified, and why.
@@ -211,11 +217,10 @@ def _checks_of_process(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checks"
         path.touch()
-        code = "import sys; from resnet_fused import acceptance; acceptance._child(*sys.argv[1:])"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        code = "import sys; from resnet_fused import verify_device; verify_device._child(*sys.argv[1:])"
         command = [sys.executable, "-c", code, name, _name(dtype), str(device), str(path)]
         try:
-            status = subprocess.run(command, env=environment, check=False, timeout=seconds).returncode
+            status = subprocess.run(command, env=config.environment_of_child(), check=False, timeout=seconds).returncode
             fault = f"the process that checked them ended with status {status}" if status else None
         except subprocess.TimeoutExpired:
             fault = "there was no time left"
