@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,20 +28,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(autouse=True)
-def _on_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test makes without naming a device is made on --device."""
-    device = request.config.getoption("--device")
+# Folders of the tests that make their tensors on --device.
+ON_DEVICE = ("ops", "modules", "training", "fuse", "tuning")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whatever a test, or its file, makes without naming a device is made on --device."""
+    device = config.getoption("--device")
+    if device != "cpu":
+        torch.set_default_device(device)
+        # Tolerances are those of float32; `resnet-fused verify --device` judges TF32.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        # Where a test compares bits, stock's own must be the same twice.
+        torch.backends.cudnn.deterministic = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = config.getoption("--device")
     if device == "cpu":
-        yield
         return
-    # Tolerances are those of float32; `resnet-fused verify --device` judges TF32.
-    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = conv.fp32_precision, matmul.fp32_precision
-    conv.fp32_precision = matmul.fp32_precision = "ieee"
-    with torch.device(device):
-        yield
-    conv.fp32_precision, matmul.fp32_precision = before
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] not in ON_DEVICE:
+            item.add_marker(pytest.mark.skip(reason="it doesn't depend on --device; run it without"))
+        elif item.get_closest_marker("cpu") is not None or "isa" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.skip(reason="its subject is for CPU tensors; run it without --device"))
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from torchvision.models import resnet18
 
 import resnet_fused as rf
 
+pytestmark = pytest.mark.cpu
+
 channels_last = torch.channels_last
 
 

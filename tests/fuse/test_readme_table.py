@@ -111,10 +111,11 @@ def _writes(model, fused, tmp_path):
         torch.optim.SGD(m.parameters(), 1e-3).step()
     check(fused, model, X)
     for m in (model, fused):
-        m.layer1[0].conv1.weight.data.mul_(1.5)
         m.layer2[0].conv1.weight.data = m.layer2[0].conv1.weight.data.flip(0)
         m.bn1.running_mean.add_(0.5)
-        m.layer3[0].conv2.weight.detach().numpy()[:] *= 0.5
+        if X.device.type == "cpu":  # where writes that PyTorch doesn't count are noticed as well
+            m.layer1[0].conv1.weight.data.mul_(1.5)
+            m.layer3[0].conv2.weight.detach().numpy()[:] *= 0.5
     check(fused, model, X)
 
 

@@ -48,11 +48,11 @@ class Case:
         elif self.layout == "sliced":
             x = torch.cat([x, x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, c : 2 * c]
         elif self.layout == "numpy":
-            array = x.permute(0, 2, 3, 1).numpy().copy()
+            array = x.permute(0, 2, 3, 1).cpu().numpy().copy()
             array.flags.writeable = False
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's, of memory that may not be written
-                x = torch.from_numpy(array).permute(0, 3, 1, 2)
+                x = torch.from_numpy(array).permute(0, 3, 1, 2).to(x.device)
         elif self.layout == "unaligned":
             memory = torch.empty(1 + x.numel(), dtype=x.dtype)
             x = memory[1:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)

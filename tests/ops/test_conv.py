@@ -84,6 +84,7 @@ def test_nan_made_by_an_overflow_in_the_middle_survives(backend: str):
     assert torch.equal(y.isfinite(), want.isfinite())
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("precision", ["fast", "exact"])
 def test_a_nan_written_where_no_counter_sees_it_survives(precision: str):
     """Numpy's memory, and `.data`, change without a trace on the tensor: nothing may be remembered of its values."""
@@ -105,12 +106,13 @@ def test_a_nan_written_into_a_result_survives():
     weight, shift = torch.randn(8, 8, 3, 3), torch.randn(8)
     x = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
     for mode in (torch.no_grad, torch.inference_mode):
-        with mode(), rf.use_backend("onednn"):
+        with mode(), rf.use_backend("onednn" if x.device.type == "cpu" else "auto"):
             y = rf.functional.conv2d_bn_relu(x, weight, shift, padding=1)
             y.data[0, 0, 0, 0] = float("nan")
             assert rf.functional.conv2d_bn_relu(y, weight, shift, padding=1).isnan().sum() == 4 * 8
 
 
+@pytest.mark.cpu
 def test_an_image_without_pixels_is_refused_as_by_stock():
     """Its padding alone would give a result."""
     x, weight, shift = torch.ones(2, 4, 5, 0), torch.ones(8, 4, 3, 3), torch.ones(8)
@@ -207,6 +209,7 @@ def test_errors_name_argument_value_rule_and_remedy(call, message):
         call(*Case("").tensors())
 
 
+@pytest.mark.cpu
 def test_onednn_layout_runs_on_stock_ops():
     x, weight, shift = Case("").tensors()
     residual = torch.randn(2, 24, 9, 9)
@@ -220,6 +223,7 @@ def test_onednn_layout_runs_on_stock_ops():
             call()
 
 
+@pytest.mark.cpu
 def test_explicit_backend_that_cannot_serve_raises_with_the_reason():
     x, weight, shift = Case("", dtype=torch.float64).tensors()
     with (

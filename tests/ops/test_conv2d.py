@@ -45,6 +45,7 @@ def gradients(y: torch.Tensor, dy: torch.Tensor, *inputs: torch.Tensor) -> tuple
     return torch.autograd.grad(y, inputs, dy.to(y.dtype))
 
 
+@pytest.mark.cpu
 def test_values_and_gradients():
     for name in CASES:
         x, weight, stride, padding = leaves(name)
@@ -81,6 +82,7 @@ def test_bfloat16_with_float32_weights(name: str):
     assert_as_good_as_stock(dweight, stock[1].float(), right[1])
 
 
+@pytest.mark.cpu
 def test_only_what_is_needed():
     for name in ("3x3", "1x1"):
         x, weight, stride, padding = leaves(name)

@@ -170,8 +170,10 @@ def test_derivatives_of_blocks(block: Block):
     def function(x, *parameters):
         return block.run(x, list(parameters[:count]), list(parameters[count:]))
 
-    assert torch.autograd.gradcheck(function, arguments)
-    assert torch.autograd.gradgradcheck(function, arguments)
+    # Stock's own derivatives may differ in rounding from call to call on a GPU.
+    nondet_tol = 0.0 if x.device.type == "cpu" else 1e-12
+    assert torch.autograd.gradcheck(function, arguments, nondet_tol=nondet_tol)
+    assert torch.autograd.gradgradcheck(function, arguments, nondet_tol=nondet_tol)
 
 
 def test_derivative_of_the_stem():

@@ -57,6 +57,21 @@ def test_bench_shows_no_time_for_a_wrong_result(tmp_path, monkeypatch, capsys):
     assert ours.calls > 0
 
 
+def test_bench_shows_no_time_for_a_result_that_becomes_wrong(monkeypatch):
+    """As that of a graph whose memory belongs to another."""
+    from resnet_fused.bench import inference, variants
+    from resnet_fused.bench.workloads import Workload
+
+    def worsening(model, x):
+        results = iter([model(x)] * 3)
+        return lambda: next(results, torch.full((1, 1000), torch.nan))
+
+    monkeypatch.setitem(variants._MAKERS, "worsening", worsening)
+    (result,) = inference.compare(Workload("resnet18", 1, "float32", (64, 64)), ["worsening"], 0.1).results
+    assert result.calls == 0
+    assert "wrong result (relative error nan)" in result.note
+
+
 def test_bench_goes_on_where_torch_compile_fails(monkeypatch):
     from resnet_fused.bench import inference, variants
     from resnet_fused.bench.workloads import Workload

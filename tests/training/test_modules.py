@@ -48,6 +48,7 @@ def test_three_steps_leave_the_module_as_stock_leaves_it(name: str, format: torc
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif("cpu" not in rf.available_backends(), reason="the compiled CPU kernels aren't built; pip install -e .")
 def test_the_fused_op_is_what_runs():
     """Guards all other tests here: without it they would pass by falling back to stock."""

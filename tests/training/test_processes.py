@@ -13,10 +13,13 @@ import torch
 
 WORKER = Path(__file__).with_name("worker.py")
 
-pytestmark = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this PyTorch has no gloo (torch.distributed.is_gloo_available()); install a build with it",
-)
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+        reason="this PyTorch has no gloo (torch.distributed.is_gloo_available()); install a build with it",
+    ),
+]
 
 
 def run(job: str, processes: int) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,8 @@ from resnet_fused import backends
 from resnet_fused.backends import BackendError, Problem, binding, first_call, get, gpu_time, records
 from resnet_fused.backends.problem import Conv, Folded
 
+pytestmark = pytest.mark.cpu
+
 CONV = Conv(16, 16, (3, 3), (1, 1), (1, 1))
 PROBLEM = Problem("conv2d_bn_add_relu", (10, 16, 6, 6), torch.float32, torch.device("cpu"), (CONV,))
 

@@ -18,6 +18,8 @@ from resnet_fused.backends.binding import served
 from resnet_fused.tuning import in_model
 from resnet_fused.tuning.in_model import InModel
 
+pytestmark = pytest.mark.cpu
+
 CANDIDATES = ["reference", "onednn", "cpu"]
 
 

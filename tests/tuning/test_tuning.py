@@ -20,6 +20,8 @@ from resnet_fused.backends.problem import Conv, Folded
 from resnet_fused.modules import BasicBlock
 from resnet_fused.tuning import bar, candidates, in_model
 
+pytestmark = pytest.mark.cpu
+
 CPU = torch.device("cpu")
 CONV = Conv(16, 16, (3, 3), (1, 1), (1, 1))
 PROBLEM = Problem("conv2d_bn_add_relu", (2, 16, 6, 6), torch.float32, CPU, (CONV,))
