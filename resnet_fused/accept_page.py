@@ -157,8 +157,12 @@ def _right(out: Path) -> Iterator[str]:
         columns = ("backend", "kernel", "problem", "reason", "fallback")
         header = ("failed: backend", "kernel", "problem", "reason", "used instead")
         yield _table(header, [[str(check[column]) for column in columns] for check in wrong])
-    if verified["unavailable"]:
-        yield _table(("not verified", "because"), verified["unavailable"].items())
+    reasons: dict[str, list[str]] = {}
+    for what, why in verified["unavailable"].items():
+        reasons.setdefault(why, []).append(what)
+    if reasons:
+        found = [(what[0] + (f", and {len(what) - 1} more" if len(what) > 1 else ""), why) for why, what in reasons.items()]
+        yield _table(("not verified", "because"), found)
 
 
 def _fast(record: Record, out: Path) -> Iterator[str]:

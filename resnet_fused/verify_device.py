@@ -233,6 +233,8 @@ def _checks_of_process(
 
 def _child(name: str, dtype: str, device: str, path: str) -> None:
     """Writes each check as a line of JSON when it is made, then a list of what was not verified."""
+    reason = backends.get(name).unavailable()  # which loads what the backend consists of
+    assert reason is None, reason
     with open(path, "w", buffering=1) as file:
 
         def write(content: object) -> None:

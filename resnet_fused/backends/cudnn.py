@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -82,27 +83,27 @@ class CuDNN:
         return conv.groups == 1 and conv.in_channels % 8 == 0 and _measured(problem.device)
 
     def prepare(self, problem: Problem, folded: Folded) -> Kernel:
-        """The kernel for the problem; runs it on zeros and a NaN, which lets cuDNN time its engines.
+        """The kernel for the problem. Each thread runs it on zeros and a NaN before, so that cuDNN times its engines.
 
         Raises:
             BackendError: cuDNN has no engine for it, or one that loses a NaN or makes one.
         """
-        fused = problem.op != "conv2d"
-        kernel = self._fused(problem, folded) if fused else get("reference").prepare(problem, folded)
-        x = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
-        residual = x.new_zeros(problem.output_shape()) if problem.op == "conv2d_bn_add_relu" else None
-        place = tuple(size // 2 for size in (problem.shape[0], *problem.shape[2:]))
-        x[place[0], :, place[1], place[2]] = torch.nan
-        try:
-            with torch.no_grad(), _benchmark():
-                kernel(x, residual)
-            fault = _fault_of_nan(kernel, problem, folded, x, residual) if fused else None
-        except RuntimeError as error:
-            reason = f"cuDNN has no fused engine for {problem}: {error}. Choose another backend, or 'auto'."
-            raise BackendError(reason) from error
-        if fault is not None:
-            raise BackendError(f"cuDNN's fused engine for {problem} {fault}. Choose another backend, or 'auto'.")
-        return kernel
+        kernel = self._fused(problem, folded) if problem.op != "conv2d" else get("reference").prepare(problem, folded)
+        # PyTorch keeps what cuDNN found for the thread that asked.
+        of_thread = threading.local()
+
+        def on_its_thread(x: Tensor, residual: Tensor | None) -> Tensor:
+            try:
+                own = of_thread.kernel
+            except AttributeError:
+                if torch.cuda.is_current_stream_capturing():
+                    return kernel(x, residual)
+                own = of_thread.kernel = _tried_or_stock(kernel, problem, folded)
+            return own(x, residual)
+
+        _try(kernel, problem, folded)
+        of_thread.kernel = kernel
+        return on_its_thread
 
     def _fused(self, problem: Problem, folded: Folded) -> Kernel:
         (conv,) = problem.convs
@@ -144,6 +145,36 @@ def _benchmark() -> Iterator[None]:
 def _measured(device: torch.device) -> bool:
     """Whether the device is of the architecture that `wins` was measured on."""
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _try(kernel: Kernel, problem: Problem, folded: Folded) -> None:
+    """Lets cuDNN choose an engine for this thread, and looks what it makes of NaN.
+
+    Raises:
+        BackendError: there is none, or it isn't right.
+    """
+    x = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
+    residual = x.new_zeros(problem.output_shape()) if problem.op == "conv2d_bn_add_relu" else None
+    x[problem.shape[0] // 2, :, problem.shape[2] // 2, problem.shape[3] // 2] = torch.nan
+    try:
+        with torch.no_grad(), _benchmark():
+            kernel(x, residual)
+        fault = None if problem.op == "conv2d" else _fault_of_nan(kernel, problem, folded, x, residual)
+    except RuntimeError as error:
+        reason = f"cuDNN has no fused engine for {problem}: {error}. Choose another backend, or 'auto'."
+        raise BackendError(reason) from error
+    if fault is not None:
+        raise BackendError(f"cuDNN's fused engine for {problem} {fault}. Choose another backend, or 'auto'.")
+
+
+def _tried_or_stock(kernel: Kernel, problem: Problem, folded: Folded) -> Kernel:
+    """The kernel, or stock's where it isn't right on this thread."""
+    try:
+        _try(kernel, problem, folded)
+    except BackendError as error:
+        config.logger().warning("stock's convolution serves on a thread: %s", error)
+        return get("reference").prepare(problem, folded)
+    return kernel
 
 
 @torch.no_grad()

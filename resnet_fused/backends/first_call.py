@@ -82,6 +82,8 @@ def _names(problem: Problem) -> list[str]:
 
 def _try(problem: Problem, folded: Folded, names: list[str]) -> dict[str, object]:
     """What is recorded: the fastest candidate, the times, and why others were dropped."""
+    # So that what the others packed goes with them.
+    folded = Folded(*folded.tensors())
     truth = Truth(problem, folded, special=False)
     kernels: dict[str, Kernel] = {}
     dropped: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -191,6 +192,10 @@ class Folded:
             kept = self.packings["with shift"] = _WithShift(self, other)
         return kept
 
+    def forget(self) -> None:
+        """Drops all packings, which are made again when they are needed."""
+        self.packings.clear()
+
     def pack(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The packing of that key, made by `make` at the first call. Keys start with the backend's name."""
         found = self.packings.get(key)
@@ -251,16 +256,24 @@ class _Joined(Folded):
     def part(self, index: int) -> Folded:
         return self._parts[index]
 
+    def forget(self) -> None:
+        super().forget()
+        for part in self._parts:
+            part.forget()
+
 
 class _WithShift(Folded):
-    """One convolution's parameters, to whose shift another's is added."""
+    """One convolution's parameters, to whose shift another's is added. It belongs to the former, and lives as long."""
 
     def __init__(self, own: Folded, other: Folded) -> None:
         super().__init__((), ())
-        self._own, self.other = own, other
+        # Not a cycle, in which packings would outlive their model until a garbage collection.
+        self._own, self.other = weakref.ref(own), other
 
     def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        weights, (shift,) = self._own.tensors()
+        own = self._own()
+        assert own is not None
+        weights, (shift,) = own.tensors()
         (more,) = self.other.shifts
         with torch.inference_mode(False), torch.no_grad():
             return weights, ((shift.double() + more.double()).to(shift.dtype),)

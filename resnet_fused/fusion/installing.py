@@ -138,23 +138,26 @@ def _warn_of_training(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-@torch.random.fork_rng(devices=[])
 def _fault(model: nn.Module, arguments: tuple[Any, ...]) -> str | None:
     """What is wrong with a fused model's result on an example; None if it is as good as stock's."""
-    state = torch.get_rng_state()
+    tensors = [*model.parameters(), *model.buffers(), *torch.utils._pytree.tree_leaves(arguments)]
+    gpus = sorted({t.device.index for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"})
+    with torch.random.fork_rng(gpus):
+        state, states = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in gpus]
 
-    def run(call: Callable[..., Any], given: tuple[Any, ...]) -> Any:
-        torch.set_rng_state(state)
-        return call(*given)
+        def run(call: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+            torch.set_rng_state(state)
+            for gpu, own in zip(gpus, states, strict=True):
+                torch.cuda.set_rng_state(own, gpu)
+            return call(*given)
 
-    with paths_off():
-        want = run(model, copy.deepcopy(arguments))
-        truth = _truth(model, arguments, run)
-    torch.set_rng_state(state)
-    try:
-        got = run(model, copy.deepcopy(arguments))
-    except Exception as error:
-        return f"it raises {type(error).__name__}: {error}"
+        with paths_off():
+            want = run(model, copy.deepcopy(arguments))
+            truth = _truth(model, arguments, run)
+        try:
+            got = run(model, copy.deepcopy(arguments))
+        except Exception as error:
+            return f"it raises {type(error).__name__}: {error}"
     return difference(got, want, truth)
 
 

@@ -179,7 +179,8 @@ def result_format(
         # Where both formats hold, stock's batch norm gives a contiguous result; one written out in sums and products does for
         # one value a channel alone.
         if (h == w == 1 and (x.shape[0] == 1 or not layer.promotes)) or (layer.conv.out_channels == 1 and not layer.promotes):
-            channels_last = False
+            # On a GPU it is the ReLU's that is contiguous.
+            channels_last = channels_last and x.is_cuda and step.op == "conv2d_bn"
     return torch.channels_last if channels_last else torch.contiguous_format
 
 

@@ -128,6 +128,8 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
             results, times, taken = _tune(tasks, in_model, bar)
     finally:
         bar.close()
+        for task in tasks.values():
+            task.folded.forget()  # what was packed for candidates
     model_ms = {name: 1e3 * statistics.median(found) for name, found in times.items()}
     return Tuning(results, model_ms, taken, _record(results))
 

@@ -1,5 +1,6 @@
 """The cudnn backend: its limits, and what it passes to PyTorch's operators (which need a GPU to run)."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -171,3 +172,45 @@ def test_engines_are_timed_when_a_problem_is_prepared(trial, during, backend, op
     kernel(torch.randn(posed.shape), None)
     assert seen[0] == during
     assert not seen[-1]
+
+
+def test_each_thread_lets_cudnn_time_its_engines(backend, operators, monkeypatch):
+    """PyTorch keeps an engine for the thread alone, and a heuristic one serves another."""
+    seen = []
+    relu = operators.cudnn_convolution_relu
+
+    def spy(*args):
+        seen.append((threading.current_thread().name, torch.backends.cudnn.benchmark))
+        return relu(*args)
+
+    operators.cudnn_convolution_relu = spy
+    monkeypatch.setenv("RESNET_FUSED_TRIAL", "1")
+    posed = problem("conv2d_bn_relu", dtype=torch.float32, device=torch.device("cpu"))
+    kernel = backend.prepare(posed, Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),)))
+    x, results = torch.randn(posed.shape), []
+    main = threading.current_thread().name
+    assert seen[0] == (main, True)
+    seen.clear()
+    kernel(x, None)
+    assert seen == [(main, False)]
+    seen.clear()
+    thread = threading.Thread(target=lambda: results.extend(kernel(x, None) for _ in range(2)), name="other")
+    thread.start()
+    thread.join()
+    assert seen[0] == ("other", True)
+    assert seen[-2:] == [("other", False)] * 2
+    torch.testing.assert_close(results, [kernel(x, None)] * 2)
+
+
+def test_stock_serves_a_thread_whose_engine_is_wrong(backend, operators, caplog):
+    relu = operators.cudnn_convolution_relu
+    main = threading.current_thread()
+    operators.cudnn_convolution_relu = lambda *a: relu(*a) if threading.current_thread() is main else relu(*a).nan_to_num(0)
+    posed = problem("conv2d_bn_relu", dtype=torch.float32, device=torch.device("cpu"))
+    kernel = backend.prepare(posed, Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),)))
+    x, results = torch.full(posed.shape, torch.nan), []
+    thread = threading.Thread(target=lambda: results.append(kernel(x, None)))
+    thread.start()
+    thread.join()
+    assert results[0].isnan().any()
+    assert "turns NaN into a number" in caplog.text

@@ -114,7 +114,9 @@ class DataSGD(torch.optim.Optimizer):
                     p.data.add_(p.grad.data, alpha=-0.1)
 
 
-@pytest.mark.parametrize("assign", [False, True], ids=["in-place", "assigned"])
+@pytest.mark.parametrize(
+    "assign", [pytest.param(False, marks=pytest.mark.cpu, id="in-place"), pytest.param(True, id="assigned")]
+)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_an_optimizer_that_writes_data(make, assign, trained):
     model = trained(make())

@@ -206,7 +206,9 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("convert", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("kind", READERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.cpu if kind is Numpy else (), id=kind.__name__) for kind in READERS]
+)
 @torch.no_grad()
 def test_readers_of_formats(kind, convert, trained):
     model = trained(nn.Sequential(*unit(), kind()))

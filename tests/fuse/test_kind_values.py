@@ -37,11 +37,17 @@ WRITES = {
     "in-place": lambda x, memory: x.fill_(NAN),
     "one-pixel": lambda x, memory: memory.__setitem__((0, 7, 9), np.nan),
 }
+IN_MEMORY = ("numpy", "one-pixel")
+
+
+def _hidden_write():
+    """The write that is hardest to see."""
+    return WRITES["numpy" if torch.get_default_device().type == "cpu" else "data"]
 
 
 def _assert_nan_is_kept(model: nn.Module, fused: nn.Module, write, channels: int = 3) -> None:
     memory = np.zeros((1, 20, 20, channels), np.float32)
-    x = torch.from_numpy(memory).permute(0, 3, 1, 2)
+    x = torch.from_numpy(memory).permute(0, 3, 1, 2).to(torch.get_default_device())
     with torch.no_grad():
         fused(x)
         write(x, memory)
@@ -52,7 +58,10 @@ def _assert_nan_is_kept(model: nn.Module, fused: nn.Module, write, channels: int
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize(
+    "write",
+    [pytest.param(write, id=name, marks=pytest.mark.cpu if name in IN_MEMORY else ()) for name, write in WRITES.items()],
+)
 def test_a_nan_that_is_written_into_the_input_after_a_call(write, backend, trained):
     model = trained(LAYERS["stem-3x3"]())
     _assert_nan_is_kept(model, rf.fuse(model, backend=backend), write)
@@ -62,7 +71,7 @@ def test_a_nan_that_is_written_into_the_input_after_a_call(write, backend, train
 @pytest.mark.parametrize("precision", ["fast", "exact"])
 def test_a_nan_in_every_kind_of_layer(make, precision, trained):
     model = trained(make())
-    _assert_nan_is_kept(model, rf.fuse(model, precision=precision), WRITES["numpy"])
+    _assert_nan_is_kept(model, rf.fuse(model, precision=precision), _hidden_write())
     _assert_nan_is_kept(model, rf.fuse(model, precision=precision), WRITES["one-pixel"])
 
 
@@ -71,7 +80,7 @@ def test_a_nan_in_every_kind_of_layer(make, precision, trained):
 def test_a_nan_in_grouped_convolutions(groups, backend, trained):
     model = trained(nn.Sequential(*unit(8, 8, groups=groups)))
     fused = rf.fuse(model, backend=backend)
-    _assert_nan_is_kept(model, fused, WRITES["numpy"], channels=8)
+    _assert_nan_is_kept(model, fused, _hidden_write(), channels=8)
     memory = torch.zeros(1, 8, 9, 9)
     memory[0, 3, 4, 4] = NAN  # of one group alone
     got = check(fused, model, memory)
@@ -124,8 +133,10 @@ def test_a_large_pixel_changes_no_element_that_its_window_does_not_reach(make, s
     for _ in range(2):  # the first call of a kind of input, and later ones
         got, want = fused(dirty), model(dirty)
         if dtype is torch.float32:
-            assert torch.equal(got.isfinite(), want.isfinite())
-            assert torch.equal(got.isnan(), want.isnan())
+            # On a GPU sums may overflow in one order of their terms, and not in another.
+            same = outside if got.is_cuda else torch.ones_like(outside)
+            assert torch.equal(got[same].isfinite(), want[same].isfinite())
+            assert torch.equal(got[same].isnan(), want[same].isnan())
         else:
             # oneDNN takes the third channel with the next pixel's first, times zero, in stock too: NaN spreads by a column.
             reached = torch.nn.functional.max_pool2d((~outside).double(), 3, 1, 1) > 0

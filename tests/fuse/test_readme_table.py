@@ -53,6 +53,8 @@ def _network() -> nn.Module:
 @pytest.mark.parametrize("key", _rows())
 def test_row(key, trained, tmp_path):
     assert key in TESTS, "this row has no test"
+    if X.is_cuda and key == "`quantize_dynamic`":
+        pytest.skip("PyTorch quantizes dynamically on CPUs only; run it without --device")
     model = trained(_network())
     fused = rf.fuse(model)
     check(fused, model, X)

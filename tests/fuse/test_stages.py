@@ -312,7 +312,9 @@ def test_threads_share_a_stage(stage):
         return stage(y)
 
     with ThreadPoolExecutor(4) as pool:
-        assert all(map(torch.equal, pool.map(run, inputs), want))
+        for got, wanted in zip(pool.map(run, inputs), want, strict=True):
+            # On a GPU cuDNN chooses its engines for each thread.
+            torch.testing.assert_close(got, wanted, **({"rtol": 1e-4, "atol": 1e-5} if got.is_cuda else {"rtol": 0, "atol": 0}))
     assert report(stage).calls_stock == 0
 
 

@@ -74,6 +74,8 @@ def test_residual_may_be_the_input_itself():
 def test_nan_made_by_an_overflow_in_the_middle_survives(backend: str):
     """Finite inputs whose products overflow to Inf − Inf: stock gives NaN, and a max(y, 0) would make it 0."""
     x = torch.full((1, 32, 8, 8), 3e38).contiguous(memory_format=torch.channels_last)
+    if x.is_cuda and backend in ("cpu", "onednn"):
+        pytest.skip("this backend serves CPU tensors; run it without --device")
     weight = torch.ones(32, 32, 1, 1)
     weight[:, ::2] = -1
     weight[:, :2] *= 4

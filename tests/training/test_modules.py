@@ -19,13 +19,19 @@ def stock(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Ten
     return F.relu(norm(x) + residual)
 
 
+def without_bias() -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(16)
+    norm.bias = None  # as BatchNorm2d(16, bias=False), which older releases of PyTorch don't know
+    return norm
+
+
 NORMS = {
     "default": lambda: nn.BatchNorm2d(16),
     "momentum-none": lambda: nn.BatchNorm2d(16, momentum=None),
     "momentum-0.5-eps-0.1": lambda: nn.BatchNorm2d(16, momentum=0.5, eps=0.1),
     "no-running-stats": lambda: nn.BatchNorm2d(16, track_running_stats=False),
     "not-affine": lambda: nn.BatchNorm2d(16, affine=False),
-    "weight-without-bias": lambda: nn.BatchNorm2d(16, bias=False),
+    "weight-without-bias": without_bias,
     "sync-without-processes": lambda: nn.SyncBatchNorm(16),
 }
 

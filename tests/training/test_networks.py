@@ -82,7 +82,8 @@ def test_fifty_steps_have_stock_s_loss_curve(block: type, rate: float):
     assert stock[-1] < stock[0] / 2, "the network doesn't learn"
     assert noise < 0.05 * stock[0], "the test is no test"
     assert (curve - stock).abs().max() <= 4 * noise + 1e-4
-    assert not torch.equal(curve, stock) or "cpu" not in rf.available_backends(), "our ops didn't run"
+    # On a GPU stock's batch norms do.
+    assert not torch.equal(curve, stock) or curve.is_cuda or "cpu" not in rf.available_backends(), "our ops didn't run"
 
 
 def gradients(model: nn.Module, x: torch.Tensor, dy: torch.Tensor, autocast: bool = False) -> dict[str, torch.Tensor]:

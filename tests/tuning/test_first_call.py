@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -166,6 +168,15 @@ def test_no_trial_for_an_explicit_choice(monkeypatch):
     assert not timed
 
 
+def test_what_other_candidates_packed_goes_with_the_trial(monkeypatch):
+    fake_times(monkeypatch, {"onednn": 0.1, "cpu": 0.5})
+    own = folded()
+    assert binding.bind(PROBLEM, own, "auto").backend == "onednn"
+    alone = folded()
+    get("onednn").prepare(PROBLEM, alone)
+    assert {*own.packings} == {*alone.packings}
+
+
 def test_launches_are_made_while_the_gpu_sleeps(monkeypatch):
     """A kernel's time is the GPU's, not the host's: launches are made before the first event is reached."""
     done: list[str] = []
@@ -189,6 +200,20 @@ def test_launches_are_made_while_the_gpu_sleeps(monkeypatch):
     assert ms == {"a": 2.0 / gpu_time._FEWEST}
     first = done.index("sleep")
     assert done[first : first + 5] == ["sleep", "event", "a", "event", "wait"]
+
+
+def test_a_shift_with_anothers_lives_as_long_as_its_own():
+    """And no longer, without a garbage collection."""
+    own, other = folded(), folded()
+    weak = weakref.ref(own.with_shift_of(other)), weakref.ref(own)
+    assert torch.equal(weak[0]().shifts[0], own.shifts[0] + other.shifts[0])
+    assert own.with_shift_of(other) is weak[0]()
+    gc.disable()
+    try:
+        del own
+        assert [ref() for ref in weak] == [None, None]
+    finally:
+        gc.enable()
 
 
 class TestProjection:
