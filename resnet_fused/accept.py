@@ -61,7 +61,16 @@ def plan(device: str, seconds: float) -> list[Step]:
             *("--dtypes", "bfloat16,float32", "--batches", "1,32", "--no-compile", "--seconds", "1"),
         ),
         bench("Training", "training", 0.3, "--training", "--dtypes", "bfloat16", "--no-compile", "--seconds", "2"),
-        bench("Bfloat16", "bfloat16", 0.3, "--models", "resnet50", "--dtypes", "bfloat16", "--seconds", "2"),
+        Step(
+            "Tuning",
+            ("tune", "--device", device, "--models", "resnet50", "--dtypes", "float16", "--batches", "1"),
+            0.35,
+        ),
+        bench(
+            *("Inference after tuning", "tuned", 0.1, "--models", "resnet50", "--dtypes", "float16", "--batches", "1"),
+            *("--no-compile", "--seconds", "2"),
+        ),
+        bench("Inference in bfloat16", "bfloat16", 0.3, "--models", "resnet50", "--dtypes", "bfloat16", "--seconds", "2"),
     ]
 
 

@@ -169,6 +169,7 @@ def _fast(record: Record, out: Path) -> Iterator[str]:
     found = False
     for folder, content in _saved(record, out, "inference.json"):
         found = True
+        yield f"### {next(o.step.title for o in record.outcomes if o.step.folder == folder.name)}"
         gpu = "gpu" in content["machine"]
         header = ["workload", "variant", "ms", "± IQR", *(["GPU ms", "bound / GPU ms"] if gpu else []), "images/s"]
         rows = []

@@ -27,6 +27,7 @@ from resnet_fused.text import table
 from resnet_fused.tuning import candidates
 from resnet_fused.tuning.bar import Bar
 from resnet_fused.tuning.candidates import STOCK
+from resnet_fused.tuning.compiling import Candidate, compile_ahead
 from resnet_fused.tuning.in_model import InModel, Times
 
 # Clearly faster: beyond what two measurements of the same kernel in the same place, or of the same model, differ by.
@@ -125,6 +126,7 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
     bar = Bar(len(tasks), progress)
     try:
         with served(in_model.serve):
+            compile_ahead(_to_compile(tasks), bar.show)
             results, times, taken = _tune(tasks, in_model, bar)
     finally:
         bar.close()
@@ -148,6 +150,17 @@ def _tasks(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Task]:
     with served(add):
         model(*arguments)
     return dict(sorted(found.items(), key=lambda item: item[1].whole))
+
+
+def _to_compile(tasks: dict[str, _Task]) -> list[Candidate]:
+    """Triton's candidates for a GPU's problems, which have to be compiled."""
+    found = []
+    for task in tasks.values():
+        if task.problem.device.type == "cuda":
+            names = [name.partition(":") for name in candidates.names(task.problem)]
+            dropped = records.dropped(task.problem)
+            found += [(task.problem, v) for backend, _, v in names if backend == "triton" and f"triton:{v}" not in dropped]
+    return found
 
 
 def _tune(tasks: dict[str, _Task], model: InModel, bar: Bar) -> tuple[list[Result], Times, str]:
