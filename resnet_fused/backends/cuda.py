@@ -168,12 +168,12 @@ class CUDA:
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
             assert residual is not None
-            x, residual = (_aligned(t.contiguous(memory_format=format)) for t in (x, residual))
+            x, residual = (aligned(t.contiguous(memory_format=format)) for t in (x, residual))
             return run(x, residual)
 
         return kernel
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """t, or a copy if its first element is not at a multiple of 16 bytes (a view into another tensor)."""
     return t if t.data_ptr() % 16 == 0 else t.clone()

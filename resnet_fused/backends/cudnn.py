@@ -1,9 +1,11 @@
-"""cuDNN's fused convolutions: convolution, bias, residual and ReLU as one operation, chosen by cuDNN's own heuristics.
+"""cuDNN's convolutions, and what follows them: fused by cuDNN, or in one pass of ours over the result.
 
-They are reached through PyTorch's aten::cudnn_convolution_relu and aten::cudnn_convolution_add_relu. Known limits, each
+The variant "fused" is convolution, bias, residual and ReLU as one operation, through PyTorch's aten::cudnn_convolution_relu and
+aten::cudnn_convolution_add_relu. "pass" is stock's convolution, then a kernel of csrc/cuda that adds shift and residual and
+applies ReLU: each element is read and written once, where stock's ops take up to three turns. Known limits of the former, each
 checked:
 
-* There is no convolution with bias alone, so conv2d_bn is left to stock PyTorch, which calls the same cuDNN kernels.
+* There is no convolution with bias alone, so that conv2d_bn is served by a pass only.
 * Some shapes have no fused engine, which is known only when it is run: a problem is run when it is prepared.
 * cuDNN's ReLU may turn NaN into 0, where stock PyTorch keeps it, and PyTorch passes uninitialised memory as a residual
   with the factor 0. What an engine makes of both depends on the engine, so each problem is run on an input with a NaN, and
@@ -25,11 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import config
-from resnet_fused.backends import BackendError, Kernel, get
+from resnet_fused.backends import BackendError, Kernel, get, records
+from resnet_fused.backends.cuda import aligned
 from resnet_fused.backends.problem import Folded, Problem
 
 _OLDEST_CUDNN = 8300
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OPS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
+_FUSED, _PASS = "fused", "pass"
+_FUSED_OPS = _OPS[1:]
 
 
 class CuDNN:
@@ -52,12 +58,14 @@ class CuDNN:
         return None
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.op not in ("conv2d", "conv2d_bn_relu", "conv2d_bn_add_relu"):
-            return f"cuDNN has no fused operation for {problem.op}"
+        if problem.op not in ("conv2d", *_OPS):
+            return f"cuDNN has no operation for {problem.op}"
         if problem.device.type != "cuda":
             return f"it serves cuda tensors, not {problem.device.type}"
         if problem.dtype not in _DTYPES:
             return f"it serves float32, float16 and bfloat16, not {problem.dtype}"
+        if problem.op not in ("conv2d", *_FUSED_OPS) and (missing := _pass_missing(problem)) is not None:
+            return f"cuDNN has no fused operation for {problem.op}, and there is no pass for it: {missing}"
         if not torch.backends.cudnn.enabled:
             return "torch.backends.cudnn.enabled is False"
         if problem.precision == "exact" and replace(problem, precision="fast").tf32_allowed():
@@ -77,33 +85,64 @@ class CuDNN:
         # of the time of stock's ops (batch 1, 32 and 256).
         if problem.op == "conv2d":
             return True  # it is stock's convolution, with the engine that `prepare` found
-        if problem.dtype not in (torch.float16, torch.bfloat16):
-            return False
-        (conv,) = problem.convs
-        return conv.groups == 1 and conv.in_channels % 8 == 0 and _measured(problem.device)
+        if problem.op not in _FUSED_OPS:
+            return False  # a pass, as stock's bias
+        return self._fusing_was_faster(problem) or _pass_missing(problem) is None  # a pass is one turn where stock takes two
 
-    def prepare(self, problem: Problem, folded: Folded) -> Kernel:
+    def _fusing_was_faster(self, problem: Problem) -> bool:
+        (conv,) = problem.convs
+        half = problem.dtype in (torch.float16, torch.bfloat16)
+        return half and conv.groups == 1 and conv.in_channels % 8 == 0 and _measured(problem.device)
+
+    def variants(self, problem: Problem) -> list[str]:
+        """Names of the ways to compute it, which `prepare` takes, the most promising first; empty where there is no choice."""
+        if problem.op == "conv2d":
+            return []
+        found = [_FUSED] if problem.op in _FUSED_OPS else []
+        if _pass_missing(problem) is None:
+            found.append(_PASS)
+        return found if self._fusing_was_faster(problem) else found[::-1]
+
+    def prepare(self, problem: Problem, folded: Folded, variant: str | None = None) -> Kernel:
         """The kernel for the problem. Each thread runs it on zeros and a NaN before, so that cuDNN times its engines.
+
+        Args:
+            variant: one of `variants`; None: the recorded one, or the first that is right.
 
         Raises:
             BackendError: cuDNN has no engine for it, or one that loses a NaN or makes one.
         """
-        kernel = self._fused(problem, folded) if problem.op != "conv2d" else get("reference").prepare(problem, folded)
-        # PyTorch keeps what cuDNN found for the thread that asked.
-        of_thread = threading.local()
+        if problem.op == "conv2d":
+            return _on_each_thread(get("reference").prepare(problem, folded), problem, folded)
+        known, named = self.variants(problem), variant or records.variant(problem, self.name)
+        names = [named] if named in known else known
+        for name in names[:-1]:
+            with contextlib.suppress(BackendError):
+                return self._by(name, problem, folded)
+        return self._by(names[-1], problem, folded)
 
-        def on_its_thread(x: Tensor, residual: Tensor | None) -> Tensor:
-            try:
-                own = of_thread.kernel
-            except AttributeError:
-                if torch.cuda.is_current_stream_capturing():
-                    return kernel(x, residual)
-                own = of_thread.kernel = _tried_or_stock(kernel, problem, folded)
-            return own(x, residual)
+    def _by(self, name: str, problem: Problem, folded: Folded) -> Kernel:
+        return _on_each_thread((self._fused if name == _FUSED else self._with_a_pass)(problem, folded), problem, folded)
 
-        _try(kernel, problem, folded)
-        of_thread.kernel = kernel
-        return on_its_thread
+    def _with_a_pass(self, problem: Problem, folded: Folded) -> Kernel:
+        conv = get("reference").prepare(replace(problem, op="conv2d"), folded)
+        relu, channels = problem.op != "conv2d_bn", problem.convs[0].out_channels
+
+        def pack() -> tuple[Tensor, Tensor, Tensor]:
+            shift = folded.shifts[0].detach().float().contiguous().clone()
+            return shift, shift.new_zeros(channels), shift.new_ones(channels)
+
+        # A batch norm with the mean 0 and the variance 1, whose bias is the shift.
+        shift, mean, var = folded.pack(("cudnn", "pass"), pack)
+        apply = torch.ops.resnet_fused_cuda.bn_apply_fwd.default
+
+        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+            y = conv(x, None).contiguous(memory_format=torch.channels_last)
+            if residual is not None:
+                residual = aligned(residual.contiguous(memory_format=torch.channels_last))
+            return apply(y, residual, mean, var, None, shift, 0.0, relu)
+
+        return kernel
 
     def _fused(self, problem: Problem, folded: Folded) -> Kernel:
         (conv,) = problem.convs
@@ -145,6 +184,38 @@ def _benchmark() -> Iterator[None]:
 def _measured(device: torch.device) -> bool:
     """Whether the device is of the architecture that `wins` was measured on."""
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _on_each_thread(kernel: Kernel, problem: Problem, folded: Folded) -> Kernel:
+    """The kernel, tried on this thread now and on others when they first run it.
+
+    Raises:
+        BackendError: cuDNN has no engine on this thread, or one that isn't right.
+    """
+    # PyTorch keeps what cuDNN found for the thread that asked.
+    of_thread = threading.local()
+
+    def on_its_thread(x: Tensor, residual: Tensor | None) -> Tensor:
+        try:
+            own = of_thread.kernel
+        except AttributeError:
+            if torch.cuda.is_current_stream_capturing():
+                return kernel(x, residual)
+            own = of_thread.kernel = _tried_or_stock(kernel, problem, folded)
+        return own(x, residual)
+
+    _try(kernel, problem, folded)
+    of_thread.kernel = kernel
+    return on_its_thread
+
+
+def _pass_missing(problem: Problem) -> str | None:
+    """Why there is no pass over the problem's result; None if there is one."""
+    if problem.memory_format != torch.channels_last:
+        return "it goes over channels_last tensors"
+    passes = get("cuda")
+    result = Problem("bn_relu", problem.output_shape(), problem.dtype, problem.device)
+    return passes.unavailable() or passes.unsupported(result)
 
 
 def _try(kernel: Kernel, problem: Problem, folded: Folded) -> None:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import resnet_fused as rf
 from resnet_fused import backends
-from resnet_fused.backends import BackendError, Problem, cudnn
+from resnet_fused.backends import BackendError, Problem, cudnn, get
 from resnet_fused.backends.problem import Conv, Folded
+from resnet_fused.backends.reference_bn import ReferenceNorm
 
 CUDA = torch.device("cuda", 0)
 CONV = Conv(8, 16, (3, 3), (2, 1), (1, 0), (1, 2), 2)
@@ -86,7 +87,8 @@ def operators(monkeypatch):
         return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z)
 
     aten = SimpleNamespace(cudnn_convolution_relu=relu, cudnn_convolution_add_relu=add_relu)
-    monkeypatch.setattr(cudnn.torch, "ops", SimpleNamespace(aten=aten))
+    passes = SimpleNamespace(bn_apply_fwd=SimpleNamespace(default=ReferenceNorm().apply))
+    monkeypatch.setattr(cudnn.torch, "ops", SimpleNamespace(aten=aten, resnet_fused_cuda=passes))
     return aten
 
 
@@ -153,6 +155,7 @@ def test_a_nan_that_stock_spreads_as_well_is_no_fault(backend, operators, monkey
         backend.prepare(posed, folded)
     spreading = SimpleNamespace(prepare=lambda *args: lambda x, residual: spread(stock(*args)(x, residual)))
     monkeypatch.setattr(cudnn, "get", lambda name: spreading)
+    monkeypatch.setattr(cudnn, "_pass_missing", lambda problem: "there is none here")
     backend.prepare(posed, folded)
 
 
@@ -214,3 +217,60 @@ def test_stock_serves_a_thread_whose_engine_is_wrong(backend, operators, caplog)
     thread.join()
     assert results[0].isnan().any()
     assert "turns NaN into a number" in caplog.text
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The compiled pass is there."""
+    monkeypatch.setattr(cudnn, "_pass_missing", lambda problem: None)
+
+
+@pytest.mark.parametrize(
+    ("op", "measured", "names"),
+    [
+        ("conv2d_bn_relu", True, ["fused", "pass"]),
+        ("conv2d_bn_relu", False, ["pass", "fused"]),
+        ("conv2d_bn", True, ["pass"]),
+        ("conv2d", True, []),
+    ],
+)
+def test_the_most_promising_way_comes_first(op, measured, names, backend, passes, monkeypatch):
+    monkeypatch.setattr(cudnn, "_measured", lambda device: measured)
+    posed = Problem(op, (2, 8, 9, 9), torch.float16, CUDA, (CONV._replace(groups=1),))
+    assert backend.unsupported(posed) is None
+    assert backend.variants(posed) == names
+    assert backend.wins(posed) == (op != "conv2d_bn")
+
+
+@pytest.mark.parametrize("op", ["conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu"])
+def test_a_pass_over_stocks_convolution(op, backend, operators, passes):
+    operators.cudnn_convolution_relu = operators.cudnn_convolution_add_relu = None
+    posed = problem(op, dtype=torch.float32, device=torch.device("cpu"))
+    folded = Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),))
+    x = torch.randn(posed.shape)
+    residual = torch.randn(posed.output_shape()) if op == "conv2d_bn_add_relu" else None
+    x[0, 1, 4, 4] = torch.nan
+    y = backend.prepare(posed, folded, "pass")(x, residual)
+    expected = get("reference").prepare(posed, folded)(x, residual)
+    assert expected.isnan().any()
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_pass_serves_where_the_fused_engine_is_wrong(backend, operators, passes, monkeypatch):
+    monkeypatch.setattr(cudnn, "_measured", lambda device: True)
+    relu = operators.cudnn_convolution_relu
+    operators.cudnn_convolution_relu = lambda *args: relu(*args).nan_to_num(0.0)
+    posed = problem("conv2d_bn_relu", dtype=torch.float32, device=torch.device("cpu"))
+    folded = Folded((torch.randn(16, 4, 3, 3),), (torch.randn(16),))
+    x = torch.full(posed.shape, torch.nan)
+    assert backend.prepare(posed, folded)(x, None).isnan().any()
+    with pytest.raises(BackendError, match="turns NaN into a number"):
+        backend.prepare(posed, folded, "fused")
+
+
+def test_there_is_no_pass_over_other_formats_or_without_the_library(backend, monkeypatch):
+    contiguous = Problem("conv2d_bn", (2, 8, 9, 9), torch.float16, CUDA, (CONV,), memory_format=torch.contiguous_format)
+    assert "it goes over channels_last tensors" in backend.unsupported(contiguous)
+    monkeypatch.setattr(type(get("cuda")), "unavailable", lambda self: "it isn't built")
+    assert "there is no pass for it: it isn't built" in backend.unsupported(problem("conv2d_bn"))

@@ -134,3 +134,26 @@ def test_one_pass_of_whole_sectors() -> None:
     activations = [line for (_, kind), line in norm.counters[0].lines.items() if ".v4." in line.instruction]
     assert sum(line.traffic.bytes for line in activations) == 5 * size  # dy, y and x in; dx and the masked gradient out
     assert all(line.traffic.factor == 1.0 for line in activations)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_a_pass_after_a_convolution(dtype: torch.dtype, residual: bool) -> None:
+    """Shift, residual and ReLU as a batch norm of mean 0 and variance 1: NaN and overflow as stock's, 16 bytes at a time."""
+    shape, norm = (2, 64, 8, 8), Norm()
+    x, shift = torch.randn(shape).to(dtype), torch.randn(64)
+    added = torch.randn(shape).to(dtype) if residual else None
+    largest = torch.finfo(dtype).max
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf, largest, -largest)):
+        x[1, 3, 2, i] = value
+    shift[3] = largest / 2
+    y = norm.apply(x, added, torch.zeros(64), torch.ones(64), None, shift, 0.0, True)
+    stock = x + shift.to(dtype).view(1, -1, 1, 1) + (0 if added is None else added)
+    assert torch.equal(y.isnan(), stock.relu().isnan())
+    assert torch.equal(y.isinf(), stock.relu().isinf())
+    finite = stock.isfinite()
+    truth = x.double() + shift.view(1, -1, 1, 1).double() + (0 if added is None else added.double())
+    assert_as_good_as_stock(y[finite], stock.relu()[finite], truth.relu()[finite])
+    activations = [line for (_, kind), line in norm.counters[0].lines.items() if ".v4." in line.instruction]
+    assert sum(line.traffic.bytes for line in activations) == (3 if residual else 2) * x.numel() * dtype.itemsize
+    assert all(line.traffic.factor == 1.0 for line in activations)
