@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import BATCH, BLOCKS
+from shapes import BATCH, BLOCKS, assert_close
 from torchvision.models import resnet
 
 import resnet_fused as rf
@@ -17,6 +17,6 @@ def test_block(benchmark, name: str, inplanes: int, planes: int, size: int, vari
     ours = getattr(rf, name)(inplanes, planes).eval()
     ours.load_state_dict(stock.state_dict())
     x = torch.randn(BATCH, inplanes, size, size).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-4)
+    assert_close(ours(x), stock(x))
     benchmark.group = f"{name} {inplanes}-{planes} {size}px"
     benchmark(ours if variant == "resnet_fused" else stock, x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import BATCH, LAYERS, Layer
+from shapes import BATCH, LAYERS, Layer, assert_close
 
 import resnet_fused as rf
 
@@ -31,7 +31,7 @@ def test_conv2d_bn_relu(benchmark, layer: Layer, variant: str):
             got = rf.functional.conv2d_bn_relu(x, weight, shift, layer.stride, padding)
         except rf.BackendError as reason:
             pytest.skip(str(reason))
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert_close(got, want)
         benchmark(rf.functional.conv2d_bn_relu, x, weight, shift, layer.stride, padding)
 
 
@@ -51,5 +51,5 @@ def test_conv2d_bn_add_relu(benchmark, layer: Layer, variant: str):
             got = rf.functional.conv2d_bn_add_relu(x, weight, shift, residual, layer.stride, padding)
         except rf.BackendError as reason:
             pytest.skip(str(reason))
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert_close(got, want)
         benchmark(rf.functional.conv2d_bn_add_relu, x, weight, shift, residual, layer.stride, padding)
