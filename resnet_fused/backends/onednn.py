@@ -3,9 +3,11 @@
 The primitives are reached through the operators that TorchInductor itself uses, `mkldnn::_convolution_pointwise` and its
 `.binary` overload. They are private to PyTorch, so they are looked up at run time, and the backend is unavailable without them.
 
-oneDNN's ReLU is max(y, 0) by an instruction that turns NaN into 0, where stock PyTorch keeps NaN. Only the values of
-x tell whether a NaN can arise, so ReLU is a pass of its own, in place. On the layers of ResNet-50 and ResNeXt-50 that was
-measured to cost less than a look at all of x before the convolution: the result lies in the cache.
+oneDNN's ReLU is max(y, 0) by an instruction that turns NaN into 0, where stock PyTorch keeps NaN. So it is used only where no
+NaN can arise: the result is bounded by ‖w‖₁·max|x| + max|shift| + max|residual|, and if that is far from the largest number,
+no sum overflows. Within one call of a program the bound of a result is that of the next layer's input (backends/bounds.py), so
+that only the first input, and now and then one in the middle, is looked at. Elsewhere ReLU is a pass of its own, in place,
+which was measured to cost less than a look at all of x.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import math
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel
+from resnet_fused.backends import Kernel, bounds
 from resnet_fused.backends.problem import Folded, Problem
 
 _OPS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
+# More than a result grows by rounding to bfloat16.
+_ROUNDED = 1.01
 
 
 @functools.cache
@@ -77,15 +81,19 @@ class OneDNN:
         (conv,) = problem.convs
         geometry = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
 
-        def pack() -> tuple[Tensor, Tensor]:
+        def pack() -> tuple[Tensor, Tensor, float, float]:
             (weight,), (shift,) = folded.tensors()
-            weight = weight.detach().contiguous()
-            return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(problem.shape)), shift.detach()
+            weight, shift = weight.detach().contiguous(), shift.detach()
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(problem.shape))
+            gain = weight.double().abs().sum((1, 2, 3)).max().item()
+            return packed, shift, gain, shift.double().abs().max().item()
 
         # One packing serves every input shape: oneDNN reorders where its choice for another shape differs.
-        weight, shift = folded.pack((self.name, problem.dtype), pack)
+        weight, shift, gain, offset = folded.pack((self.name, problem.dtype), pack)
         relu, add_inside = problem.op != "conv2d_bn", _adds_inside(problem)
         channels_last = problem.memory_format == torch.channels_last
+        # What rounding adds to results is less than the other half. In float16 bounds of some layers are above its range.
+        limit = torch.finfo(problem.dtype).max / 2 if problem.dtype != torch.float16 else -torch.inf
         pointwise = torch.ops.mkldnn._convolution_pointwise.default
         binary = torch.ops.mkldnn._convolution_pointwise.binary
 
@@ -93,13 +101,21 @@ class OneDNN:
             x = x.contiguous(memory_format=torch.channels_last)
             if residual is not None:
                 residual = residual.contiguous(memory_format=torch.channels_last)
+            bound = torch.inf
+            if bounds.kept() and (residual is None or add_inside):
+                bound = gain * bounds.of(x) + offset + (0.0 if residual is None else bounds.of(residual))
+                if relu and not bound < limit:
+                    bound = gain * bounds.look(x) + offset + (0.0 if residual is None else bounds.look(residual))
+            fused = relu and bound < limit
             if residual is not None and add_inside:
-                y = binary(x, residual, weight, shift, *geometry, "add", 1.0, None, [], "")
+                y = binary(x, residual, weight, shift, *geometry, "add", 1.0, "relu" if fused else None, [], "")
             else:
-                y = pointwise(x, weight, shift, *geometry, "none", [], "")
+                y = pointwise(x, weight, shift, *geometry, "relu" if fused else "none", [], "")
                 if residual is not None:
                     y.add_(residual)
-            if relu:
+            if bound < limit:
+                bounds.tell(y, _ROUNDED * bound)
+            if relu and not fused:
                 y.relu_()
             return y if channels_last else y.contiguous()
 

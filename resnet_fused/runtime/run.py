@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_fused.backends import Declined, Folded, Kernel, Problem
+from resnet_fused.backends import Declined, Folded, Kernel, Problem, bounds
 from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
 from resnet_fused.runtime.program import Program, Value, fill
 from resnet_fused.runtime.replay import Replay, replayable
@@ -49,6 +49,7 @@ class Run:
         self._operations: list[Operation] = []
         self._count = 0
         self._single = type(program.outputs) is Value
+        self._bounded = False
         self.replay: Replay | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
@@ -58,10 +59,18 @@ class Run:
         return fill(self.program.outputs, values.__getitem__)
 
     def _values(self, inputs: Sequence[Tensor]) -> list[Any]:
+        if not self._bounded:
+            return self._run({}, inputs)
+        with bounds.within_a_call() as known:
+            return self._run(known, inputs)
+
+    def _run(self, known: dict[Any, Any], inputs: Sequence[Tensor]) -> list[Any]:
         values: list[Any] = [*inputs, *(None,) * (self._count - len(inputs))]
         declined = False
         for operation in self._operations:
             given = [values[number] for number in operation.reads]
+            if operation.plain is None:
+                known.clear()  # no kernel: it may write to what it gets
             try:
                 result = operation.run(*given)
             except Declined:
@@ -108,6 +117,7 @@ class Run:
             else:
                 joined.append([operation])
         self._operations = [_join(row) for row in joined]
+        self._bounded = any("onednn" in backend for _, backend in self.problems.values())
         last: dict[int, Operation] = {}
         for operation in self._operations:
             for number in (*operation.reads, *operation.writes):

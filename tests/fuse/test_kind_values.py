@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import numpy as np
 import pytest
@@ -185,3 +186,81 @@ def test_what_a_padded_layer_declines_is_not_padded_twice(mode, value, trained):
         want = model(x)
         torch.testing.assert_close(fused(x), want, rtol=1e-4, atol=1e-4, equal_nan=True)
         assert fused(x).stride() == want.stride()
+
+
+@pytest.fixture
+def relus(monkeypatch) -> list[int]:
+    """Notes each ReLU that is a pass of its own."""
+    found: list[int] = []
+    relu_ = torch.Tensor.relu_
+    monkeypatch.setattr(torch.Tensor, "relu_", lambda y: found.append(1) or relu_(y))
+    return found
+
+
+class WrittenInTheMiddle(nn.Module):
+    """Writes NaN into what lies between two layers, by its own code."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.write = Unit(), Unit(), Unit(), write
+
+    def forward(self, x):
+        y = self.second(self.first(x))
+        self.write(y)
+        return self.third(y)
+
+
+def _write_in_place(y):
+    y[0, 0, 0, 0] = NAN
+
+
+def _write_a_view(y):
+    y.view(-1)[3] = NAN
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("write", [_write_in_place, _write_a_view, lambda y: y.data.fill_(NAN)], ids=["", "view", "data"])
+@torch.no_grad()
+def test_a_nan_that_the_models_own_code_writes_between_layers(write, trained):
+    model = trained(WrittenInTheMiddle(write))
+    fused, x = rf.fuse(model, backend="onednn"), torch.randn(1, 8, 6, 6)
+    for _ in range(3):
+        got, want = fused(x), model(x)
+        assert want.isnan().any()
+        assert torch.equal(got.isnan(), want.isnan())
+    assert counts(fused)[0] > 0
+
+
+@pytest.mark.cpu
+@torch.no_grad()
+def test_onednns_own_relu_serves_where_no_nan_can_arise(trained, relus):
+    model = trained(nn.Sequential(*unit(), *unit(), torchvision.models.resnet.BasicBlock(8, 8)).bfloat16())
+    fused, x = rf.fuse(model, backend="onednn"), torch.randn(1, 8, 6, 6).bfloat16()
+    if "onednn" not in {backend for row in rf.report(fused, file=io.StringIO()).rows for backend in row.backends.split("+")}:
+        fused(x)
+    want = fused(x)
+    relus.clear()
+    assert torch.equal(fused(x), want)
+    assert not relus, "a ReLU was a pass of its own"
+    for bad in (NAN, float("inf"), 3e38):
+        y = x.clone()
+        y[0, 3, 2, 2] = bad
+        got, stock = fused(y), model(y)
+        assert torch.equal(got.isfinite(), stock.isfinite())
+        assert torch.equal(got.isnan(), stock.isnan())
+    assert torch.equal(fused(x), want)
+
+
+@pytest.mark.cpu
+@torch.no_grad()
+def test_sums_that_overflow_in_the_middle_of_a_program():
+    """Inf in the first layer, and Inf - Inf in the second, though no input is infinite."""
+    model = nn.Sequential(*unit(8, 8, 1, 1, 0), *unit(8, 8, 1, 1, 0)).eval()
+    model[0].weight.fill_(1e19)
+    model[3].weight.fill_(8.0)
+    model[3].weight[:, ::2] = -8.0
+    fused, x = rf.fuse(model, backend="onednn"), torch.full((1, 8, 6, 6), 1e20)
+    for _ in range(2):
+        got, want = fused(x), model(x)
+        assert want.isnan().all()
+        assert got.isnan().all()
