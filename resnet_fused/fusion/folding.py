@@ -57,8 +57,13 @@ def check_conv(conv: nn.Module) -> nn.Conv2d:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module looks like a batch norm over channels: torch's own, or a FrozenBatchNorm2d."""
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or type(module).__name__ == "FrozenBatchNorm2d"
+    """Whether a module looks like a batch norm over channels: torch's own, or a FrozenBatchNorm2d.
+
+    A class of torch's with a forward of its own, such as timm's BatchNormAct2d, is none: its forward tells what it computes.
+    """
+    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    return type(module).__name__ == "FrozenBatchNorm2d"
 
 
 def check_norm(norm: nn.Module) -> nn.Module:
