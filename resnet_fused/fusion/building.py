@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from resnet_fused.fusion.layers import Convolution, Norm
 from resnet_fused.fusion.matching import Group, Matcher, Unit
 from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
 from resnet_fused.runtime.program import NONE, Call, Layer, Program, Step, Value
@@ -119,10 +118,12 @@ class _Builder:
         """Whether what a node writes to may be the memory of an input: then it couldn't be begun twice."""
         source = node.args[0] if node.args else None
         while isinstance(source, fx.Node):
-            if source in {unit.last for unit in self.matcher.units} | {u.covered[1] for u in self.matcher.units}:
+            if source in {unit.last for unit in self.matcher.units} | {u.scaled[-1] for u in self.matcher.units}:
                 return False
             if source.op == "placeholder" or not source.args:
                 return True
+            if source.target is F.batch_norm:
+                return False
             if source.op == "call_module" and not self.matcher.has_inplace(source):
                 called = self.module.get_submodule(str(source.target))
                 if is_layer(called) and not isinstance(
@@ -166,11 +167,11 @@ class _Builder:
         return Program(len(inputs), tuple(calls), Value(numbers[group.last]))
 
     def _layer(self, unit: Unit) -> Layer:
-        layer: Convolution = unit.layer
-        norm: Norm = unit.norm
-        names = (layer.weight, layer.bias, norm.mean, norm.var, norm.gamma, norm.beta, norm.steps)
-        tensors = tuple(NONE if name is None else self._parameter(name) for name in names)
-        return Layer(layer.conv, layer.pad, layer.pad_mode, norm.eps, tensors, norm.promotes)
+        layer, norm = unit.layer, unit.norm
+        of_norm = (None,) * 5 if norm is None else (norm.mean, norm.var, norm.gamma, norm.beta, norm.steps)
+        tensors = tuple(NONE if name is None else self._parameter(name) for name in (layer.weight, layer.bias, *of_norm))
+        eps, promotes = (0.0, False) if norm is None else (norm.eps, norm.promotes)
+        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes)
 
     def _parameter(self, path: str) -> int:
         return self.parameters.setdefault(path, len(self.parameters))

@@ -27,7 +27,7 @@ class Unit:
     Attributes:
         conv: the convolution's node.
         name: its name in the report.
-        layer, norm: where its tensors are.
+        layer, norm: where its tensors are; no norm where none follows that can be folded.
         covered: nodes whose work it does, the convolution first, in order.
         add, residual: the sum's node and the operand that is not this convolution, if a sum is fused.
         relu: whether ReLU follows.
@@ -38,7 +38,7 @@ class Unit:
     conv: fx.Node
     name: str
     layer: Convolution
-    norm: Norm
+    norm: Norm | None
     covered: list[fx.Node] = field(default_factory=list)
     add: fx.Node | None = None
     residual: fx.Node | None = None
@@ -49,6 +49,11 @@ class Unit:
     @property
     def last(self) -> fx.Node:
         return self.covered[-1]
+
+    @property
+    def scaled(self) -> list[fx.Node]:
+        """The convolution and its batch norm."""
+        return self.covered[: 1 if self.norm is None else 2]
 
     @property
     def input(self) -> fx.Node:
@@ -72,6 +77,11 @@ class Group:
     op: str
     units: list[Unit]
     shortcut: bool = False
+
+    @property
+    def label(self) -> str:
+        """The op's name for the report, which says whether there is a batch norm."""
+        return self.op.replace("_bn", "") if self.units[0].norm is None else self.op
 
     @property
     def last(self) -> fx.Node:
@@ -127,15 +137,17 @@ class Matcher:
                 return None
             if not isinstance(node.args[0], fx.Node):
                 raise NotFoldable("its input is no tensor of the forward's")
+            if not node.users:
+                raise NotFoldable("its output is not used")
             following = self.next_reader(node)
-            if following is None:
-                readers = len(node.users)
-                raise NotFoldable(
-                    f"its output has {readers} readers, not one batch norm alone" if readers else "its output is not used"
-                )
-            found = norm(self.module, following)
-            if found is None:
-                raise NotFoldable(f"no batch norm follows, but {self.describe(following)}")
+            found, note = None, ""
+            if following is not None:
+                try:
+                    found = norm(self.module, following)
+                except NotFoldable as reason:
+                    note = str(reason)
+            if found is None or following is None:
+                return Unit(node, name, layer, None, [node], note=note)
             weight, var = get(self.module, layer.weight), get(self.module, found.var)
             if var.numel() != weight.shape[0]:
                 raise NotFoldable(f"the batch norm has {var.numel()} channels and the convolution {weight.shape[0]}")
@@ -196,7 +208,7 @@ class Matcher:
         """Whether a tensor may be written to between two nodes, by other nodes than those that some units cover."""
         covered = {node for unit in units for node in unit.covered}
         # A convolution's result is new, and only its batch norm, of whatever class, may write into it.
-        covered.update(node for unit in self.units for node in unit.covered[:2])
+        covered.update(node for unit in self.units for node in unit.scaled)
         inside = (n for n, at in self.order.items() if self.order[first] < at < self.order[last] and n not in covered)
         return any(self.may_write(n) and not self._writes_own(n) for n in inside)
 
@@ -205,7 +217,7 @@ class Matcher:
         source = node.args[0] if node.args else None
         if not self.is_relu(node) or not isinstance(source, fx.Node) or len(source.users) != 1:
             return False
-        return source in {unit.covered[1] for unit in self.units} or self.add_operands(source) is not None
+        return source in {unit.scaled[-1] for unit in self.units} or self.add_operands(source) is not None
 
     def _depth(self, unit: Unit) -> int:
         """Length of the chain of units that ends with this one: the main path of a block is longer than its shortcut."""
@@ -229,7 +241,7 @@ class Matcher:
                 unit.relu = True
                 unit.covered.append(following)
             elif following is None and len(unit.last.users) > 1:
-                unit.note = unit.note or "its batch norm's output has several readers, so nothing more is fused"
+                unit.note = unit.note or "its result has several readers, so nothing more is fused"
             elif following is not None and following.op == "call_module" and self.add_operands(following) is None:
                 unit.note = unit.note or f"{self.describe(following)} follows; only ReLU is fused"
         if unit.relu and unit.add is None and not unit.layer.pad:

@@ -71,7 +71,7 @@ def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
     for group in built.groups.values():
         for unit in group.units:
             row = rows.setdefault(join(path, unit.name), Row(join(path, unit.name), ""))
-            row.op, row.path, row.note = group.op, path, unit.note
+            row.op, row.path, row.note = group.label, path, unit.note
             if fast.reason and fast.reason != "not called yet":
                 row.note = f"the last call ran as stock: {fast.reason}"
     for name, reason in built.reasons.items():

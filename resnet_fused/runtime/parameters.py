@@ -56,8 +56,10 @@ def _fold(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) ->
     """Folded weight and bias of a layer, computed in float64 and rounded to the weight's dtype, then to `dtype`."""
     weight, bias, mean, var, gamma, beta = (None if t is None else t.detach() for t in tensors[:6])
     assert weight is not None
-    assert mean is not None
-    assert var is not None
+    if mean is None or var is None:
+        # Copies, since the memory of parameters may be released.
+        shift = weight.new_zeros(weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype, copy=True)
+        return weight.to(dtype, copy=True), shift
     scale, shift = folding.affine(mean, var, gamma, beta, layer.eps)
     if bias is not None:
         shift = shift + bias.double() * scale

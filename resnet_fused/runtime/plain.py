@@ -33,4 +33,4 @@ def _layer(layer: Layer, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
     conv = layer.conv
     assert weight is not None
     y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return F.batch_norm(y, mean, var, gamma, beta, False, 0.0, layer.eps)
+    return F.batch_norm(y, mean, var, gamma, beta, False, 0.0, layer.eps) if layer.normed else y

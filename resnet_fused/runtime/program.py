@@ -21,7 +21,7 @@ NONE = -1
 
 
 class Layer(NamedTuple):
-    """One convolution with its batch norm.
+    """One convolution with its batch norm, if it has one.
 
     Attributes:
         conv: geometry.
@@ -38,6 +38,11 @@ class Layer(NamedTuple):
     eps: float
     tensors: tuple[int, ...]
     promotes: bool = False
+
+    @property
+    def normed(self) -> bool:
+        """Whether there is a batch norm."""
+        return self.tensors[2] != NONE
 
 
 class Step(NamedTuple):
@@ -176,6 +181,8 @@ def result_format(
     for layer in layers:
         channels_last = channels_last or memory_format(parameters[layer.tensors[0]]) == torch.channels_last
         h, w = layer.conv.output_size(h, w)
+        if not layer.normed:
+            continue
         # Where both formats hold, stock's batch norm gives a contiguous result; one written out in sums and products does for
         # one value a channel alone.
         if (h == w == 1 and (x.shape[0] == 1 or not layer.promotes)) or (layer.conv.out_channels == 1 and not layer.promotes):

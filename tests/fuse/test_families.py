@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import timm
@@ -108,3 +109,127 @@ def test_a_model_of_timm(name, share, trained):
     found = ops(fused)
     assert sum(bool(op) for op in found) >= share * len(found)
     assert counts(fused) == (1, 0)
+
+
+class SqueezeExcite(nn.Module):
+    """A gate by two convolutions with biases, which scale what a sum is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = NormAct(apply_act=False)
+        self.reduce, self.expand, self.relu = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.main(x)
+        gate = self.expand(self.relu(self.reduce(y.mean((2, 3), keepdim=True)))).sigmoid()
+        return (y * gate + x).relu()
+
+
+class SecondReader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + y.mean(), y
+
+
+class InPlace(SecondReader):
+    """Writes into a convolution's result before others read it."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = y.add_(1)
+        return torch.relu_(z) + y, self.bn(y).relu_()
+
+
+class SumOfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return (self.a(x) + self.b(x)).relu()
+
+
+class PreActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = BatchNormAct2d(8), BatchNormAct2d(8)
+        self.conv1, self.conv2 = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        return self.conv2(self.norm2(self.conv1(self.norm1(x)))) + x
+
+
+def _in_training_mode():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    model[1].train()
+    return model
+
+
+def _hooked():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    model[1].register_forward_hook(lambda module, args, y: y * 2)
+    return model
+
+
+WITHOUT = {
+    "squeeze-excite": (SqueezeExcite, ["conv2d_bn", "conv2d_relu", "conv2d"]),
+    "second-reader": (SecondReader, ["conv2d"]),
+    "in-place": (InPlace, ["conv2d"]),
+    "sum": (SumOfTwo, None),
+    "pre-activation": (PreActivation, ["conv2d_bn_relu", "conv2d"]),
+    "vgg": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)), ["stem"]),
+    "group-norm": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()), ["conv2d"]),
+    "alone": (lambda: nn.Sequential(nn.Conv2d(8, 5, 3, 2, bias=False)), ["conv2d"]),
+    "uneven-padding": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.ReLU()), None),
+    "grouped": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.Sigmoid()), ["conv2d"]),
+    "flattened": (lambda: nn.Sequential(nn.Conv2d(8, 3, 3), nn.Flatten()), ["conv2d"]),
+    "statistics-of-the-batch": (
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()),
+        ["conv2d"],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["", "channels_last"])
+@pytest.mark.parametrize(("make", "expected"), WITHOUT.values(), ids=WITHOUT)
+def test_convolutions_that_no_batch_norm_follows(make, expected, format, dtype, trained):
+    model = trained(make()).to(dtype)
+    fused, x = rf.fuse(model), X.to(dtype).contiguous(memory_format=format)
+    for _ in range(2):
+        check(fused, model, x)
+    check(fused, model, x[..., :4, :3])
+    assert all(ops(fused))
+    if expected is not None:
+        assert ops(fused) == expected
+
+
+@pytest.mark.parametrize("make", [_in_training_mode, _hooked])
+@torch.no_grad()
+def test_a_batch_norm_that_cannot_be_folded_stays_and_says_why(make):
+    model = make()
+    fused = rf.fuse(model)
+    for _ in range(2):
+        assert_same(fused(X), model(X))
+    assert_same({**fused.state_dict()}, {**model.state_dict()})
+    assert counts(fused) == (2, 0)
+    (row,) = rf.report(fused, file=io.StringIO()).rows
+    assert row.op == "conv2d"
+    assert ("training mode" if make is _in_training_mode else "forward hooks") in row.note
+
+
+@torch.no_grad()
+def test_values_of_a_weight_without_a_batch_norm_are_followed(trained):
+    model = trained(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()))
+    fused = rf.fuse(model)
+    check(fused, model, X)
+    for m in (fused, model):
+        m[0].weight.mul_(-2)
+        m[0].bias.add_(1)
+    check(fused, model, X)
+    released = rf.fuse(model, example_inputs=X, release=True)
+    assert_same(released(X), model(X))
