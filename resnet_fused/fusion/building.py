@@ -18,13 +18,13 @@ from resnet_fused.runtime.program import NONE, Call, Layer, Program, Step, Value
 # Layers and functions that compute the same of either memory format, and whose result has that of their input.
 _TRANSPARENT_LAYERS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.Tanh, nn.ELU),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d),
 )
 _TRANSPARENT_FUNCTIONS = {
     *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh, F.max_pool2d),
     *(F.avg_pool2d, operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul),
 }
-_TRANSPARENT_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_"}
+_TRANSPARENT_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_", "mean", "dim"}
 
 
 @dataclass
@@ -194,7 +194,7 @@ class _Builder:
             called = self.matcher.called(node)
             return isinstance(called, _TRANSPARENT_LAYERS) and not called.training
         if node.op == "call_function":
-            return node.target in _TRANSPARENT_FUNCTIONS
+            return node.target in _TRANSPARENT_FUNCTIONS or (node.target is F.batch_norm and self._is_pure(node))
         return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
 
     def _is_pure(self, node: fx.Node) -> bool:
