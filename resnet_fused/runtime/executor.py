@@ -309,6 +309,9 @@ class _Settling:
         whole = [format for value, format in tensors if value.dim() == 4 and not _same_in_both(value)]
         if not whole or None in whole:
             return False
+        # What a mean of channels_last gives is contiguous or not by its dimensions.
+        if call.target == "mean" and whole[0] != torch.contiguous_format:
+            return False
         return len({*whole}) == 1 and all(value.dim() in (0, 4) for value, _ in tensors)
 
     def _fast_layer(self, call: Call, number: int) -> Operation | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from kinds import Unit, assert_same, check, counts, ops, unit
 from torch import nn
@@ -285,5 +286,43 @@ def test_strides_of_a_network_with_a_stem(convert, dtype, trained):
         if convert is not FORMATS["sliced-channels"]
         else torch.randn(2, 3, 40, 33, dtype=dtype)
     )
+    for _ in range(2):
+        check(fused, model, x)
+
+
+class After(nn.Module):
+    """What is computed from a fused result, and given."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.unit, self.same, self.drop, self.call = Unit(), nn.Identity(), nn.Dropout(), call
+
+    def forward(self, x):
+        return self.call(self, self.unit(x))
+
+
+READ = {
+    "mean": lambda m, y: y.mean((2, 3)),
+    "mean-kept": lambda m, y: y.mean((-2, -1), keepdim=True),
+    "mean-of-channels": lambda m, y: y.mean(1, keepdim=True),
+    "mean-of-images": lambda m, y: y.mean(0, keepdim=True),
+    "mean-of-columns": lambda m, y: y.mean(3, keepdim=True),
+    "mean-of-all": lambda m, y: y.mean(),
+    "gate": lambda m, y: y * y.mean((2, 3), keepdim=True).sigmoid(),
+    "view-of-a-mean": lambda m, y: y.mean((2, 3), keepdim=True).view(y.shape[0], -1),
+    "batch-norm": lambda m, y: F.batch_norm(y, m.unit.bn.running_mean, m.unit.bn.running_var),
+    "identity": lambda m, y: m.same(y),
+    "identity-written-to": lambda m, y: (m.same(y).add_(1), y),
+    "dropout": lambda m, y: m.drop(y) * 2,
+    "dimensions": lambda m, y: y * y.dim(),
+}
+
+
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last], ids=["", "channels_last-weights"])
+@pytest.mark.parametrize("convert", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+def test_what_reads_any_format_gives_stocks_strides(read, convert, weights, trained):
+    model = trained(After(read)).to(memory_format=weights)
+    fused, x = rf.fuse(model), convert(X)
     for _ in range(2):
         check(fused, model, x)
