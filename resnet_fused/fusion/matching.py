@@ -1,4 +1,4 @@
-"""Matches Conv-BN, Conv-BN-ReLU, Conv-BN-add-ReLU, stems and whole residual blocks in a trace."""
+"""Matches convolutions with what follows them (batch norm, sum, ReLU, max-pool), and whole residual blocks, in a trace."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Matcher:
     # ---- what follows ------------------------------------------------------------------------------------------------
 
     def _match_sum(self, node: fx.Node) -> None:
-        """Conv-BN-add-ReLU: gives the sum to one of its operands if that is a unit which nothing else reads."""
+        """A sum with ReLU: gives it to one of its operands if that is a unit which nothing else reads."""
         operands = self.add_operands(node)
         if operands is None:
             return
@@ -234,7 +234,7 @@ class Matcher:
         return source
 
     def _match_tail(self, unit: Unit) -> None:
-        """Conv-BN-ReLU, and the max-pool of a stem."""
+        """A ReLU, and the max-pool of a stem."""
         if unit.add is None and not unit.relu:
             following = self.next_reader(unit.last)
             if following is not None and self.is_relu(following):
