@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from resnet_fused import config
-from resnet_fused.backends import choice, records
-from resnet_fused.backends.binding import serving
+from resnet_fused.backends import choice, tuning_cache
+from resnet_fused.backends.binding import overridden
 from resnet_fused.fusion.guards import versions
 from resnet_fused.runtime.capture import Captured, overlaps
-from resnet_fused.runtime.parameters import Look
+from resnet_fused.runtime.kept import Look
 
 # The device that graphs are captured on, and the most graphs that a model keeps; the least recently used one goes.
 _DEVICE = "cuda"
@@ -102,7 +102,7 @@ class CudaGraphed(nn.Module):
 
     def _key(self, leaves: list[Any], structure: Any) -> Any:
         """What a graph holds for; None where the call can't be a replay."""
-        if self.training or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or serving():
+        if self.training or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or overridden():
             return None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or any(type(t) is not Tensor or t.device.type != _DEVICE for t in tensors):
@@ -198,7 +198,7 @@ def _settings() -> tuple[Any, ...]:
     cudnn = torch.backends.cudnn
     return (
         choice(),
-        records.generation(),
+        tuning_cache.generation(),
         torch.is_autocast_enabled(_DEVICE),
         torch.get_autocast_dtype(_DEVICE),
         torch.is_inference_mode_enabled(),

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from resnet_fused import backends, config
-from resnet_fused.backends import records
+from resnet_fused.backends import tuning_cache
 from resnet_fused.text import table
 
 
@@ -30,7 +30,7 @@ def machine() -> list[tuple[str, str]]:
     lines = [
         ("python", sys.version.split()[0]),
         ("system", platform.platform()),
-        ("CPU", records.cpu_name()),
+        ("CPU", tuning_cache.cpu_name()),
         ("CPU capability", torch.backends.cpu.get_cpu_capability()),
         ("threads", str(torch.get_num_threads())),
         ("CUDA build of torch", str(torch.version.cuda or "no")),

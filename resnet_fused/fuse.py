@@ -7,7 +7,6 @@ from typing import Any, Literal
 from torch import nn
 
 from resnet_fused import tuning
-from resnet_fused.backends import Precision
 from resnet_fused.cuda_graph import CudaGraphed
 from resnet_fused.fusion.installing import install_checked, release_packed
 
@@ -18,7 +17,7 @@ def fuse(
     example_inputs: Any = None,
     inplace: bool = False,
     backend: str = "auto",
-    precision: Precision = "fast",
+    precision: Literal["fast", "direct", "exact"] = "fast",
     tune: bool = False,
     cuda_graph: bool | Literal["auto"] = "auto",
     release: bool = False,
@@ -37,7 +36,8 @@ def fuse(
             original, and the original is returned, with an error in the log, should they disagree.
         inplace: put the fast paths into `model` itself, instead of a copy.
         backend: name of the backend for all fused ops, or "auto".
-        precision: "exact" keeps to direct arithmetic; "fast" allows algorithms that trade rounding for speed (Winograd).
+        precision: "direct" keeps to direct sums; "fast" allows algorithms that trade rounding for speed (Winograd). "exact" is
+            the old name of "direct".
         tune: measure the candidates of every problem of the model, see `rf.tune`. Needs `example_inputs`.
         cuda_graph: "auto": on a GPU, after a few calls with one kind of input, the fused part is replayed as a CUDA graph where
             launching its kernels takes longer than they do (small batches). True: the model as a whole is replayed, from the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends
-from resnet_fused.backends import tf32
-from resnet_fused.backends.norm import NORM_OPS, NormKernels
-from resnet_fused.backends.problem import Conv, Folded, Problem
-from resnet_fused.backends.reference_bn import ReferenceNorm
+from resnet_fused.backends import NO_PARAMETERS, Activation, Backend, Conv, ConvParameters, Epilogue, Problem, Step, tf32
+from resnet_fused.backends.batch_norm import BatchNormPasses
+from resnet_fused.backends.problem import RESIDUAL, Pointwise, Types, X, residual_block
+from resnet_fused.backends.reference.batch_norm import StockPasses
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _EPS = 1e-5
@@ -46,10 +45,11 @@ class Entry(NamedTuple):
 
     why: str
     shape: tuple[int, int, int, int]
-    convs: tuple[Conv, ...]
-    op: str = "conv2d_bn_add_relu"
-    shortcut: bool = False
+    steps: tuple[Step, ...]
     special: bool = False
+
+    def problem(self, dtype: torch.dtype, device: torch.device) -> Problem:
+        return Problem(self.steps, self.shape, Types.of(dtype), device)
 
 
 def _3x3(channels_in: int, channels_out: int, stride: int = 1) -> Conv:
@@ -60,30 +60,36 @@ def _1x1(channels_in: int, channels_out: int, stride: int = 1) -> Conv:
     return Conv(channels_in, channels_out, (1, 1), (stride, stride))
 
 
+_RELU, _ADD_RELU = Epilogue(activation=Activation.RELU), Epilogue(residual=True, activation=Activation.RELU)
+
+
+def _one(conv: Conv, epilogue: Epilogue = _ADD_RELU) -> tuple[Step, ...]:
+    return (Step(conv, epilogue, (X, RESIDUAL) if epilogue.residual else (X,)),)
+
+
 # What a ResNet has, and what is easily wrong: partial tiles, halos, odd channels, split k, one pixel.
 ENTRIES = (
-    Entry("stem", (2, 3, 64, 64), (Conv(3, 64, (7, 7), (2, 2), (3, 3)),), "conv2d_bn_relu"),
-    Entry("3x3", (2, 64, 28, 28), (_3x3(64, 64),)),
-    Entry("3x3 strided", (2, 128, 27, 29), (_3x3(128, 136, 2),), "conv2d_bn_relu"),
-    Entry("1x1", (4, 256, 14, 14), (_1x1(256, 512),)),
-    Entry("1x1 strided, no ReLU", (4, 64, 28, 28), (_1x1(64, 256, 2),), "conv2d_bn"),
-    Entry("long k, few pixels", (1, 512, 7, 7), (_3x3(512, 512),)),
-    Entry("one pixel", (1, 64, 1, 1), (_1x1(64, 40),)),
-    Entry("odd channels", (2, 5, 13, 11), (_3x3(5, 23),)),
-    Entry("dilated", (1, 24, 20, 18), (Conv(24, 48, (3, 3), (1, 1), (2, 2), (2, 2)),)),
-    Entry("grouped", (2, 64, 14, 14), (Conv(64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 32),)),
-    Entry("large image", (1, 64, 112, 112), (_3x3(64, 64),)),
-    Entry("NaN and Inf", (1, 64, 14, 14), (_1x1(64, 64),), special=True),
-    Entry("block", (2, 64, 20, 24), (_3x3(64, 64), _3x3(64, 64)), "basic_block"),
+    Entry("stem", (2, 3, 64, 64), _one(Conv(3, 64, (7, 7), (2, 2), (3, 3)), _RELU)),
+    Entry("3x3", (2, 64, 28, 28), _one(_3x3(64, 64))),
+    Entry("3x3 strided", (2, 128, 27, 29), _one(_3x3(128, 136, 2), _RELU)),
+    Entry("1x1", (4, 256, 14, 14), _one(_1x1(256, 512))),
+    Entry("1x1 strided, no ReLU", (4, 64, 28, 28), _one(_1x1(64, 256, 2), Epilogue())),
+    Entry("long k, few pixels", (1, 512, 7, 7), _one(_3x3(512, 512))),
+    Entry("one pixel", (1, 64, 1, 1), _one(_1x1(64, 40))),
+    Entry("odd channels", (2, 5, 13, 11), _one(_3x3(5, 23))),
+    Entry("dilated", (1, 24, 20, 18), _one(Conv(24, 48, (3, 3), (1, 1), (2, 2), (2, 2)))),
+    Entry("grouped", (2, 64, 14, 14), _one(Conv(64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 32))),
+    Entry("large image", (1, 64, 112, 112), _one(_3x3(64, 64))),
+    Entry("NaN and Inf", (1, 64, 14, 14), _one(_1x1(64, 64)), special=True),
+    Entry("block", (2, 64, 20, 24), residual_block([_3x3(64, 64), _3x3(64, 64)], None)),
+    Entry("block, projected", (2, 64, 20, 24), residual_block([_3x3(64, 128, 2), _3x3(128, 128)], _1x1(64, 128, 2))),
+    Entry("block", (2, 256, 14, 18), residual_block([_1x1(256, 64), _3x3(64, 64), _1x1(64, 256)], None)),
     Entry(
-        "block, projected", (2, 64, 20, 24), (_3x3(64, 128, 2), _3x3(128, 128), _1x1(64, 128, 2)), "basic_block", True
+        "block, projected",
+        (2, 256, 14, 18),
+        residual_block([_1x1(256, 128), _3x3(128, 128, 2), _1x1(128, 512)], _1x1(256, 512, 2)),
     ),
-    Entry("block", (2, 256, 14, 18), (_1x1(256, 64), _3x3(64, 64), _1x1(64, 256)), "bottleneck"),
-    Entry(
-        "block, projected", (2, 256, 14, 18), (_1x1(256, 128), _3x3(128, 128, 2), _1x1(128, 512), _1x1(256, 512, 2)),
-        "bottleneck", True,
-    ),
-)  # fmt: skip
+)
 ELEMENTWISE = ((2, 64, 28, 28), (2, 31, 9, 7), (4, 8, 1, 1), (1, 2048, 7, 7))
 
 
@@ -95,61 +101,72 @@ def trials(name: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYP
     backend = backends.get(name)
     for dtype in dtypes:
         for entry in ENTRIES:
-            problem = Problem(entry.op, entry.shape, dtype, device, entry.convs, entry.shortcut)
+            problem = entry.problem(dtype, device)
             yield str(problem), _convs(backend, entry, problem)
         for shape in ELEMENTWISE:
-            for op in ("add_relu", "add_relu_backward"):
-                problem = Problem(op, shape, dtype, device)
+            *sums, bn, bn_relu, bn_add_relu = _elementwise(shape, dtype, device)
+            for problem in sums:
                 yield str(problem), _add_relu(backend, problem)
-            norms = [Problem(op, shape, dtype, device) for op in NORM_OPS]
-            if hasattr(backend, "norm"):
-                yield str(norms[0]), _norms(backend, norms)
+            yield str(bn), _norms(backend, [bn, bn_relu, bn_add_relu])
 
 
-def _convs(backend: Any, entry: Entry, problem: Problem) -> Iterator[Trial]:
-    if backend.unsupported(problem) is not None:
+def problems(dtype: torch.dtype, device: torch.device) -> Iterator[Problem]:
+    """Problems of every kind that is verified."""
+    yield from (entry.problem(dtype, device) for entry in ENTRIES)
+    yield from (problem for shape in ELEMENTWISE for problem in _elementwise(shape, dtype, device))
+
+
+def _elementwise(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> list[Problem]:
+    """add_relu and its gradient, then the batch norms."""
+    kinds = [(Pointwise.IDENTITY, _ADD_RELU), (Pointwise.RELU_GRADIENT, Epilogue())]
+    kinds += [(Pointwise.BATCH_NORM, epilogue) for epilogue in (Epilogue(), _RELU, _ADD_RELU)]
+    return [Problem.of(operation, shape, dtype, device, epilogue) for operation, epilogue in kinds]
+
+
+def _convs(backend: Backend, entry: Entry, problem: Problem) -> Iterator[Trial]:
+    if backend.why_not(problem) is not None:
         return
-    reference = backends.get("reference")
-    x, folded, residual = tensors(problem, entry.special)
-    stock = reference.prepare(problem, folded)(x, residual)
-    wide = dataclasses.replace(problem, dtype=torch.float64)
-    truth = reference.prepare(wide, folded.to(torch.float64))(x.double(), None if residual is None else residual.double())
-    rounded = tf32.exact(problem, folded)(x, residual) if tf32.used(problem) else None
+    reference = backends.stock()
+    x, parameters, residual = tensors(problem, entry.special)
+    stock = reference.prepare(problem, parameters)(x, residual)
+    wide = problem.with_dtype(torch.float64)
+    truth = reference.prepare(wide, parameters.to(torch.float64))(x.double(), None if residual is None else residual.double())
+    rounded = tf32.exact(problem, parameters)(x, residual) if tf32.used(problem) else None
 
-    def compute(*variant: str) -> Tensor:
-        return backend.prepare(problem, folded, *variant)(x, residual)
+    def compute(plan: str | None = None) -> Tensor:
+        return backend.prepare(problem, parameters, plan)(x, residual)
 
-    variants = backend.variants(problem) if hasattr(backend, "variants") else []
     what = f"{entry.why}: {problem}"
     # What the backend takes by itself, and each by its name.
-    yield Trial(backend.name, "", entry.op, problem.dtype, what, compute, stock, truth, rounded)
-    for variant in variants:
-        yield Trial(backend.name, variant, entry.op, problem.dtype, what, partial(compute, variant), stock, truth, rounded)
+    found = (problem.label, problem.types.source, what)
+    yield Trial(backend.name, "", *found, compute, stock, truth, rounded)
+    for plan in backend.plans(problem):
+        yield Trial(backend.name, plan, *found, partial(compute, plan), stock, truth, rounded)
 
 
-def _add_relu(backend: Any, problem: Problem) -> Iterator[Trial]:
+def _add_relu(backend: Backend, problem: Problem) -> Iterator[Trial]:
     """add_relu of x and the residual, or add_relu_backward of the gradient and the result."""
-    if backend.unsupported(problem) is not None:
+    if backend.why_not(problem) is not None:
         return
-    a, b = (_activation(problem.shape, problem.dtype, problem.device, seed) for seed in range(2))
+    a, b = (_activation(problem.shape, problem.types.source, problem.device, seed) for seed in range(2))
     b[0, 0, 0, 0] = torch.nan
-    nothing, reference = Folded((), ()), backends.get("reference")
+    nothing, reference = NO_PARAMETERS, backends.stock()
 
     def compute() -> Tensor:
         return backend.prepare(problem, nothing)(a, b)
 
     stock = reference.prepare(problem, nothing)(a, b)
-    truth = reference.prepare(dataclasses.replace(problem, dtype=torch.float64), nothing)(a.double(), b.double())
-    yield Trial(backend.name, "", problem.op, problem.dtype, str(problem), compute, stock, truth)
+    truth = reference.prepare(problem.with_dtype(torch.float64), nothing)(a.double(), b.double())
+    yield Trial(backend.name, "", problem.label, problem.types.source, str(problem), compute, stock, truth)
 
 
-def _norms(backend: Any, problems: list[Problem]) -> Iterator[Trial]:
+def _norms(backend: Backend, problems: list[Problem]) -> Iterator[Trial]:
     """The four passes, all on stock's statistics, so that errors don't add up. They are the same for all norm ops."""
-    if any(backend.unsupported(problem) is not None for problem in problems):
+    if any(backend.why_not(problem) is not None for problem in problems):
         return
-    kernels: NormKernels = backend.norm()
-    shape, dtype, device = problems[0].shape, problems[0].dtype, problems[0].device
-    stock = ReferenceNorm()
+    kernels: BatchNormPasses = backend.prepare(problems[0], NO_PARAMETERS)
+    shape, dtype, device = problems[0].shape, problems[0].types.source, problems[0].device
+    stock = StockPasses()
     x, residual, dy = (_activation(shape, dtype, device, seed) for seed in range(3))
     x = x * 2 + 1
     weight, bias = (_activation((1, shape[1], 1, 1), torch.float32, device, seed).flatten() for seed in (4, 5))
@@ -171,22 +188,24 @@ def _norms(backend: Any, problems: list[Problem]) -> Iterator[Trial]:
         for i, result in enumerate(results):
             compute = partial(lambda run, i: run(kernels, lambda t: t)[i], run, i)
             for problem in problems:
-                yield Trial(backend.name, "", problem.op, dtype, f"{result} of {problem}", compute, by_stock[i], truth[i])
+                yield Trial(backend.name, "", problem.label, dtype, f"{result} of {problem}", compute, by_stock[i], truth[i])
 
 
-def tensors(problem: Problem, special: bool = False) -> tuple[Tensor, Folded, Tensor | None]:
+def tensors(problem: Problem, special: bool = False) -> tuple[Tensor, ConvParameters, Tensor | None]:
     """x, parameters and residual, the same everywhere."""
-    x = _activation(problem.shape, problem.dtype, problem.device, 0)
+    x = _activation(problem.shape, problem.types.source, problem.device, 0)
     if special:
         x[0, 0, 3, 5], x[-1, -1, -1, -1] = torch.nan, torch.inf
-    weights, shifts = [], []
+    weights, biases = [], []
     for i, conv in enumerate(problem.convs):
         shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel
         fan_in = torch.Size(shape[1:]).numel()
-        weights.append(_activation(shape, problem.dtype, problem.device, 3 * i + 1) / fan_in**0.5)
-        shifts.append(_activation((1, shape[0], 1, 1), problem.dtype, problem.device, 3 * i + 2).flatten())
-    residual = _activation(problem.output_shape(), problem.dtype, problem.device, 3) if "add" in problem.op else None
-    return x, Folded(tuple(weights), tuple(shifts)), residual
+        weights.append(_activation(shape, problem.types.source, problem.device, 3 * i + 1) / fan_in**0.5)
+        biases.append(_activation((1, shape[0], 1, 1), problem.types.source, problem.device, 3 * i + 2).flatten())
+    residual = None
+    if problem.reads_residual:
+        residual = _activation(problem.shapes()[RESIDUAL], problem.types.source, problem.device, 3)
+    return x, ConvParameters(tuple(weights), tuple(biases)), residual
 
 
 def _activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:

@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends, config, env_report
-from resnet_fused.backends import records
+from resnet_fused.backends import tuning_cache
 from resnet_fused.backends.binding import bind
-from resnet_fused.backends.problem import Problem
 from resnet_fused.text import table
 from resnet_fused.tolerance import allowed, relative_error
-from resnet_fused.trials import DTYPES, ELEMENTWISE, ENTRIES, Trial, tensors, trials
+from resnet_fused.trials import DTYPES, Trial, problems, tensors, trials
 
 
 @dataclasses.dataclass
@@ -289,21 +288,22 @@ def _record(device: torch.device, checks: list[Check]) -> None:
     """Tells the automatic choice which kernels failed, and which of those that failed earlier pass now."""
     entries: dict[str, dict[str, Any]] = {}
     for check in checks:
-        key = records.rejection_key(check.backend, check.op, check.dtype, check.kernel)
+        key = tuning_cache.rejection_key(check.backend, check.op, check.dtype, check.kernel)
         known = entries.setdefault(key, {"backend": check.backend, "rejected": ""})
         known["rejected"] = known["rejected"] or check.reason
     if entries:
-        records.record(device, entries)
+        tuning_cache.record(device, entries)
 
 
 def _fallback(check: Check, device: torch.device) -> str:
     """The backend that the automatic choice takes for such a problem now."""
     dtype = getattr(torch, check.dtype)
-    for entry in ENTRIES:
-        if entry.op == check.op:
-            problem = Problem(entry.op, entry.shape, dtype, device, entry.convs, entry.shortcut)
-            return bind(problem, tensors(problem)[1], "auto").backend
-    return backends.resolve(Problem(check.op, ELEMENTWISE[0], dtype, device), "auto").name
+    for problem in problems(dtype, device):
+        if problem.label == check.op:
+            if problem.convs:
+                return bind(problem, tensors(problem)[1], "auto").backend
+            return backends.resolve(problem, "auto").name
+    raise AssertionError(f"no problem of {check.op} is verified")
 
 
 def _judge(ours: Tensor, trial: Trial) -> tuple[float, float, str]:

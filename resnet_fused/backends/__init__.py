@@ -1,6 +1,6 @@
 """The registry of backends, and the choice of one for a problem.
 
-A backend is an object with the methods of `Backend`. Its choice follows, in this order: the argument, `use_backend`,
+A backend is a `Backend` with a list of implementations. Its choice follows, in this order: the argument, `use_backend`,
 the environment's RESNET_FUSED_BACKEND, automatic. An explicit choice that can't serve raises `BackendError` with the
 reason; the automatic one takes what `rf.tune` recorded, else the first backend of `_AUTOMATIC_ORDER` that serves the
 problem and is known to win it, and ends with the reference, which is stock PyTorch and serves everything.
@@ -11,26 +11,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Protocol
-
-from torch import Tensor
 
 from resnet_fused import config
-from resnet_fused.backends import records
-from resnet_fused.backends.problem import Conv, Folded, Pool, Precision, Problem
+from resnet_fused.backends import tuning_cache
+from resnet_fused.backends.implementation import Backend, BackendError, Declined, Implementation, JoinableKernel, Kernel
+from resnet_fused.backends.parameters import NO_PARAMETERS, ConvParameters
+from resnet_fused.backends.problem import Activation, Conv, Epilogue, Pool, Precision, Problem, Step
 
 __all__ = [
+    "NO_PARAMETERS",
+    "STOCK",
+    "Activation",
     "Backend",
     "BackendError",
     "Conv",
+    "ConvParameters",
     "Declined",
-    "Folded",
+    "Epilogue",
+    "Implementation",
+    "JoinableKernel",
     "Kernel",
     "Pool",
     "Precision",
     "Problem",
+    "Step",
     "available_backends",
     "by_rules",
     "candidates",
@@ -40,53 +46,24 @@ __all__ = [
     "get",
     "names",
     "resolve",
+    "stock",
     "use_backend",
 ]
 
-Kernel = Callable[[Tensor, Tensor | None], Tensor]
-"""A prepared problem: kernel(x, residual) gives the result. `residual` is None unless the op adds one. May raise `Declined`."""
-
-
-class Backend(Protocol):
-    """What a backend provides.
-
-    One whose `unavailable` asks for a GPU has the attribute `asks_for_gpu`, and `unsupported` then refuses CPU tensors first.
-    """
-
-    name: str
-
-    def unavailable(self) -> str | None:
-        """Why this backend can't run on this machine, with the remedy; None if it can."""
-
-    def unsupported(self, problem: Problem) -> str | None:
-        """Why this backend can't serve the problem; None if it can."""
-
-    def wins(self, problem: Problem) -> bool:
-        """Whether it was measured, or is known, to be no slower than the backends behind it in the automatic order."""
-
-    def prepare(self, problem: Problem, folded: Folded) -> Kernel:
-        """The kernel for the problem. Packs weights through `folded.pack`; called once per problem and weights."""
-
-
-class Declined(Exception):
-    """A kernel found at run time that it can't give stock's answer for these values; the caller runs stock's op instead."""
-
-
-class BackendError(RuntimeError):
-    """An explicitly chosen backend can't serve; the message says why and what to do."""
-
-
 # Module and class of each backend; the module is imported when the backend is first asked for.
 _BACKENDS: dict[str, tuple[str, str]] = {
-    "reference": ("resnet_fused.backends.reference", "Reference"),
-    "onednn": ("resnet_fused.backends.onednn", "OneDNN"),
-    "cpu": ("resnet_fused.backends.cpu", "CPU"),
-    "cuda": ("resnet_fused.backends.cuda", "CUDA"),
+    "reference": ("resnet_fused.backends.reference.backend", "Reference"),
+    "onednn": ("resnet_fused.backends.onednn.backend", "OneDNN"),
+    "cpu": ("resnet_fused.backends.cpu.backend", "CPU"),
+    "cuda": ("resnet_fused.backends.cuda.backend", "CUDA"),
     "triton": ("resnet_fused.backends.triton.backend", "Triton"),
-    "cudnn": ("resnet_fused.backends.cudnn", "CuDNN"),
+    "cudnn": ("resnet_fused.backends.cudnn.backend", "CuDNN"),
 }
 
-_AUTOMATIC_ORDER = ("cpu", "onednn", "cudnn", "cuda", "reference")
+STOCK = "reference"
+"""Name of the backend that is stock PyTorch."""
+
+_AUTOMATIC_ORDER = ("cpu", "onednn", "cudnn", "cuda", STOCK)
 
 _context_choice: ContextVar[str | None] = ContextVar("resnet_fused_backend", default=None)
 
@@ -119,6 +96,11 @@ def get(name: str) -> Backend:
         raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, _BACKENDS))}.")
     module, attribute = _BACKENDS[name]
     return getattr(importlib.import_module(module), attribute)()
+
+
+def stock() -> Backend:
+    """The backend that is stock PyTorch, which serves every problem."""
+    return get(STOCK)
 
 
 def available_backends() -> list[str]:
@@ -174,9 +156,9 @@ def candidates(problem: Problem) -> list[str]:
 def _refusal(backend: Backend, problem: Problem) -> str | None:
     """Why the automatic choice can't take a backend for a problem; None if it can."""
     # Where CUDA was asked for its devices, processes that are forked later can't use it. A CPU's problem needs no answer.
-    if problem.device.type == "cpu" and getattr(backend, "asks_for_gpu", False):
-        return backend.unsupported(problem) or backend.unavailable()
-    return backend.unavailable() or backend.unsupported(problem)
+    if problem.device.type == "cpu" and backend.asks_for_gpu:
+        return backend.why_not(problem) or backend.unavailable()
+    return backend.unavailable() or backend.why_not(problem)
 
 
 @functools.cache
@@ -192,11 +174,11 @@ def resolve(problem: Problem, chosen: str) -> Backend:
     """
     if chosen != "auto":
         backend = get(chosen)
-        reason = backend.unavailable() or backend.unsupported(problem)
+        reason = backend.unavailable() or backend.why_not(problem)
         if reason is not None:
             raise BackendError(f"backend {chosen!r} can't serve {problem}: {reason}. Choose another backend, or 'auto'.")
         return backend
-    recorded = records.choice(problem)
+    recorded = tuning_cache.choice(problem)
     if recorded is not None and recorded.backend in _BACKENDS:
         backend = get(recorded.backend)
         if _refusal(backend, problem) is None:
@@ -210,8 +192,8 @@ def by_rules(problem: Problem) -> Backend:
         backend = get(name)
         reason = _refusal(backend, problem)
         if reason is not None:
-            _log_once(f"backend {name!r} was passed over for {problem.op} on {problem.device.type}: {reason}")
+            _log_once(f"backend {name!r} was passed over for {problem.label} on {problem.device.type}: {reason}")
             continue
-        if name == "reference" or (backend.wins(problem) and records.rejected(problem, name) is None):
+        if name == STOCK or (backend.preferred(problem) and tuning_cache.rejected(problem, name) is None):
             return backend
     raise AssertionError("the reference backend serves every problem")

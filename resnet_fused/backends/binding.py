@@ -1,4 +1,8 @@
-"""Binds a problem to a kernel: one backend's for the whole op, or a composition of kernels for its parts."""
+"""Binds a problem to a kernel: one backend's for all of its steps, or a composition of kernels for parts of them.
+
+A program of several steps, such as a residual block, is covered by the longest parts that a backend serves in one piece, where
+that is preferred. Each part is bound by the same choice.
+"""
 
 from __future__ import annotations
 
@@ -6,195 +10,263 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from resnet_fused.backends import BackendError, Kernel, by_rules, candidates, first_call, get, records, resolve
-from resnet_fused.backends.cpu_chain import Chain, ChainKernel
-from resnet_fused.backends.problem import Conv, Folded, Problem
+from resnet_fused.backends import (
+    STOCK,
+    BackendError,
+    ConvParameters,
+    JoinableKernel,
+    Kernel,
+    by_rules,
+    candidates,
+    first_call,
+    get,
+    resolve,
+    tuning_cache,
+)
+from resnet_fused.backends.implementation import in_its_format, in_turn
+from resnet_fused.backends.problem import FIRST_RESULT, RESIDUAL, Conv, Epilogue, Pointwise, Problem, Step, X
 
-_WHOLE_OPS = ("basic_block", "bottleneck", "stem")
-
-
-_Serve = Callable[[Problem, Folded], Kernel | None]
-_serve: ContextVar[_Serve | None] = ContextVar("resnet_fused_serve", default=None)
+_Override = Callable[[Problem, ConvParameters], Kernel | None]
+_override: ContextVar[_Override | None] = ContextVar("resnet_fused_override", default=None)
 
 
 @contextlib.contextmanager
-def served(serve: _Serve) -> Iterator[None]:
-    """Within the `with` block, `serve` is asked first for the kernel of every problem that is left to the automatic choice.
+def override_kernels(override: _Override) -> Iterator[None]:
+    """Within the `with` block, `override` is asked first for the kernel of every problem that is left to the automatic choice.
 
-    Where it gives None, the choice is made as ever. Kernels that were bound before are bound anew, and those bound here
-    are not used behind it.
+    Where it gives None, the usual choice is made. Kernels that were bound before the block are bound again in it, and those
+    bound in it aren't used after it.
     """
-    token = _serve.set(serve)
-    records.forget()
+    token = _override.set(override)
+    tuning_cache.forget()
     try:
         yield
     finally:
-        _serve.reset(token)
-        records.forget()
+        _override.reset(token)
+        tuning_cache.forget()
 
 
-def serving() -> bool:
-    """Whether this is within `served`, where the kernels may be others at every call."""
-    return _serve.get() is not None
+def overridden() -> bool:
+    """Whether this is within `override_kernels`, where the kernels may be others at every call."""
+    return _override.get() is not None
 
 
 class Bound(NamedTuple):
-    """A kernel and the name of the backend that made it; "onednn+reference" where the parts of a block differ."""
+    """A kernel for a problem.
+
+    Attributes:
+        kernel: the kernel.
+        backend: name of the backend that made it; "onednn+reference" where the parts of a block differ.
+        keeps_bounds: whether it is faster where values are known to be bounded (backends/bounds.py).
+    """
 
     kernel: Kernel
     backend: str
+    keeps_bounds: bool = False
 
 
-def bind(problem: Problem, folded: Folded, chosen: str) -> Bound:
-    """The kernel that computes `problem` with the parameters `folded`, on the backend `chosen` or the best one ("auto").
+class Part(NamedTuple):
+    """A part of a problem: a problem itself, its parameters, and the numbers of the whole's values that it reads."""
 
-    A whole op (basic_block, bottleneck, stem) goes to a backend that serves it in one piece, where that wins, and is
-    otherwise composed of the ops that it is made of, each bound by the same choice.
+    problem: Problem
+    parameters: ConvParameters
+    reads: tuple[int, ...]
+
+
+def bind(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound:
+    """The kernel that computes `problem` with `parameters`, on the backend `chosen` or the best one ("auto").
 
     Raises:
-        BackendError: `chosen` names a backend that can serve neither the op nor its parts.
+        BackendError: `chosen` names a backend that can serve neither the problem nor its parts.
     """
-    serve = _serve.get()
-    kernel = serve(problem, folded) if serve is not None and chosen == "auto" else None
+    override = _override.get()
+    kernel = override(problem, parameters) if override is not None and chosen == "auto" else None
     if kernel is not None:
-        return Bound(kernel, "served")
-    if not is_whole(problem):
+        return Bound(kernel, "override")
+    if not is_divisible(problem):
         if chosen == "auto":
-            first_call.trial(problem, folded)
-        return _bind_part(problem, folded, chosen)
+            first_call.trial(problem, parameters)
+        return _bind_one(problem, parameters, chosen)
     name = _backend_of_whole(problem, chosen)
-    return compose(problem, folded, chosen) if name == records.PARTS else Bound(get(name).prepare(problem, folded), name)
+    return compose(problem, parameters, chosen) if name == tuning_cache.PARTS else _prepared(name, problem, parameters)
 
 
-def _bind_part(problem: Problem, folded: Folded, chosen: str) -> Bound:
-    backend = resolve(problem, chosen)
+def _bind_one(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound:
     try:
-        return Bound(backend.prepare(problem, folded), backend.name)
+        return _prepared(resolve(problem, chosen).name, problem, parameters)
     except BackendError:  # which is known only when it is tried, for cuDNN
         if chosen != "auto":
             raise
-        return Bound(get("reference").prepare(problem, folded), "reference")
+        return _prepared(STOCK, problem, parameters)
+
+
+def _prepared(name: str, problem: Problem, parameters: ConvParameters) -> Bound:
+    backend = get(name)
+    return Bound(backend.prepare(problem, parameters), name, backend.keeps_bounds)
+
+
+def bind_if_better(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound | None:
+    """As `bind`, for a layer that stock PyTorch computes as well; None where stock is as good, or `chosen` can't serve it."""
+    try:
+        bound = bind(problem, parameters, chosen)
+    except BackendError:
+        return None
+    return None if bound.backend == STOCK else bound
+
+
+# ---- programs -----------------------------------------------------------------------------------------------------------
+
+
+def is_divisible(problem: Problem) -> bool:
+    """Whether the problem is made of several steps, or of one with a pool, that kernels of their own can compute."""
+    return len(problem.steps) > 1 or (problem.epilogue.pool is not None and problem.steps[0].operation != Pointwise.IDENTITY)
 
 
 def rules(problem: Problem) -> str:
-    """The backend that the automatic choice takes where nothing was recorded; `records.PARTS` for a whole op in its parts."""
-    if not is_whole(problem):
+    """The backend that the automatic choice takes where nothing was recorded; `PARTS` for a problem in its parts."""
+    if not is_divisible(problem):
         return by_rules(problem).name
     for name in candidates(problem):
-        # Composed of its parts an op computes what the reference does, with the best backend for each part.
-        if name != "reference" and get(name).wins(problem) and records.rejected(problem, name) is None:
+        # Composed of its parts it computes what the reference does, with the best backend for each part.
+        if name != STOCK and get(name).preferred(problem) and tuning_cache.rejected(problem, name) is None:
             return name
-    return records.PARTS
-
-
-def is_whole(problem: Problem) -> bool:
-    """Whether the op is a whole one, made of others that can take its place."""
-    return problem.op in _WHOLE_OPS and problem.convs != ()
+    return tuning_cache.PARTS
 
 
 def _backend_of_whole(problem: Problem, chosen: str) -> str:
-    """The backend that computes a whole op in one piece; `records.PARTS` for none."""
+    """The backend that computes a divisible problem in one piece; `PARTS` for none."""
     if chosen != "auto":
-        # Which backend was chosen; whether it computes the op in one piece is its own rule, as ever.
         backend = get(chosen)
-        serves = backend.unavailable() is None and backend.unsupported(problem) is None
-        return chosen if serves and backend.wins(problem) else records.PARTS
-    recorded = records.choice(problem)
-    if recorded is not None and recorded.backend in (records.PARTS, *candidates(problem)):
+        serves = backend.unavailable() is None and backend.why_not(problem) is None
+        return chosen if serves and backend.preferred(problem) else tuning_cache.PARTS
+    recorded = tuning_cache.choice(problem)
+    if recorded is not None and recorded.backend in (tuning_cache.PARTS, *candidates(problem)):
         return recorded.backend
     return rules(problem)
 
 
-def compose(problem: Problem, folded: Folded, chosen: str) -> Bound:
-    """The kernel of a whole op, made of its parts' kernels.
+def compose(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound:
+    """The kernel of a divisible problem, made of its parts' kernels.
 
     Raises:
         BackendError: `chosen` names a backend that can't serve a part.
     """
-    bound = [bind(part, own, chosen) for part, own in parts(problem, folded, chosen)]
-    kernels = [part.kernel for part in bound]
-    composed = Bound(
-        _stem(problem, kernels) if problem.op == "stem" else _block(problem, kernels),
-        "+".join(sorted({part.backend for part in bound})),
-    )
-    if composed.backend == "reference":
-        return Bound(get("reference").prepare(problem, folded), "reference")
-    if problem.memory_format == torch.channels_last:
-        return composed
+    parts = _cover(problem, parameters, chosen)
+    # Pools are stock's in every composition.
+    bound = [
+        bind(part.problem, part.parameters, chosen) if part.problem.convs else _prepared(STOCK, part.problem, part.parameters)
+        for part in parts
+    ]
+    names = sorted({one.backend for one, part in zip(bound, parts, strict=True) if part.problem.convs})
+    if names == [STOCK]:
+        return _prepared(STOCK, problem, parameters)
+    kernel = join([one.kernel for one in bound], [part.reads for part in parts])
+    if problem.memory_format != torch.channels_last:
+        composed = kernel
+        kernel = in_its_format(lambda x, r: composed(x.contiguous(memory_format=torch.channels_last), r), problem)
+    return Bound(kernel, "+".join(names), any(one.keeps_bounds for one in bound))
 
-    def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-        return composed.kernel(x.contiguous(memory_format=torch.channels_last), residual).contiguous()
 
-    return Bound(kernel, composed.backend)
+def join(kernels: Sequence[Kernel], reads: Sequence[tuple[int, ...]]) -> Kernel:
+    """Kernels on numbered values as one: by one call of their library where it can, else one after the other."""
+    own = type(kernels[0])
+    if issubclass(own, JoinableKernel) and all(type(kernel) is own for kernel in kernels):
+        return own.join(kernels, reads)
+    return in_turn(kernels, reads)
 
 
-def parts(problem: Problem, folded: Folded, chosen: str = "auto") -> list[tuple[Problem, Folded]]:
-    """The ops that a whole op is made of, one for each of its convolutions and in their order.
+def divided(problem: Problem, parameters: ConvParameters, chosen: str = "auto") -> list[Part]:
+    """The single operations that a divisible problem is made of.
 
-    On a GPU the shift of a projection shortcut is added with that of the main path's last convolution: cuDNN has no
-    convolution with a shift alone, and a pass for it would take longer than the convolution.
+    Where a convolution without bias is a kernel of the backend's, as of cuDNN's, the bias of a projection shortcut is added
+    with that of the convolution that adds the shortcut: a pass for it would take longer than the convolution.
     """
     # They work in channels_last, so that nothing is converted between them.
     inside = replace(problem, memory_format=torch.channels_last)
-    if problem.op == "stem":
-        return [_part(inside, folded, 0, "conv2d_bn_relu", *problem.shape[2:])]
-    h, w = problem.shape[2:]
-    main = len(problem.main_path)
-    moves = problem.shortcut and problem.device.type == "cuda" and chosen in ("auto", "cudnn")
-    found = []
-    for index, conv in enumerate(problem.main_path):
-        op = "conv2d_bn_relu" if index < main - 1 else "conv2d_bn_add_relu"
-        part, own = _part(inside, folded, index, op, h, w)
-        if moves and index == main - 1:
-            own = own.with_shift_of(folded.part(main))
-        found.append((part, own))
-        h, w = conv.output_size(h, w)
-    if problem.shortcut:
-        found.append(_part(inside, folded, main, "conv2d" if moves else "conv2d_bn", *problem.shape[2:]))
+    shapes, moved = problem.shapes(), _moved_bias(inside, chosen)
+    found: list[Part] = []
+    numbers = [X, RESIDUAL]  # of the values, among those of the parts
+    owned = 0
+    for index, step in enumerate(problem.steps):
+        own = parameters
+        if isinstance(step.operation, Conv):
+            own = parameters.part(owned)
+            owned += 1
+        reads = tuple(numbers[number] for number in step.reads)
+        if moved is not None and index == moved:
+            step = step._replace(epilogue=step.epilogue._replace(bias=False))
+        elif moved is not None and step.epilogue.residual and step.reads[1] == FIRST_RESULT + moved:
+            own = own.with_bias_of(parameters.part(moved))
+        pool, shape = step.epilogue.pool, shapes[step.reads[0]]
+        for each in (step,) if pool is None else (step._replace(epilogue=step.epilogue._replace(pool=None)), _pool_of(step)):
+            alone = each._replace(reads=(X, RESIDUAL)[: len(reads)])
+            part = replace(inside, steps=(alone,), shape=shape)
+            found.append(Part(part, own, reads))
+            reads, shape = (FIRST_RESULT + len(found) - 1,), part.output_shape()
+        numbers.append(FIRST_RESULT + len(found) - 1)
     return found
 
 
-def _part(problem: Problem, folded: Folded, index: int, op: str, height: int, width: int) -> tuple[Problem, Folded]:
-    """Convolution `index` of a whole op as an op of its own, on an input of height × width pixels."""
-    conv: Conv = problem.convs[index]
-    shape = (problem.shape[0], conv.in_channels, height, width)
-    part = replace(problem, op=op, shape=shape, convs=(conv,), shortcut=False, pool=None)
-    return part, folded.part(index)
+def _pool_of(step: Step) -> Step:
+    return Step(Pointwise.IDENTITY, Epilogue(pool=step.epilogue.pool))
 
 
-def _block(problem: Problem, kernels: list[Kernel]) -> Kernel:
-    main = len(problem.main_path)
-    chained = [kernel for kernel in kernels if isinstance(kernel, ChainKernel)]
-
-    def through(call: Callable[[Any, Any, Any], Any], parts: Sequence[Any], x: Any) -> Any:
-        """The block's result for x, by call(part, x, residual)."""
-        residual = call(parts[main], x, None) if problem.shortcut else x
-        y = x
-        for layer in parts[: main - 1]:
-            y = call(layer, y, None)
-        return call(parts[main - 1], y, residual)
-
-    if len(chained) < len(kernels):
-        return lambda x, residual: through(lambda kernel, *args: kernel(*args), kernels, x)
-
-    def record(chain: Chain, x: int, residual: int | None) -> int:
-        return through(lambda kernel, *args: kernel.record(chain, *args), chained, x)
-
-    return ChainKernel(problem.shape, problem.dtype, record)
+def _moved_bias(problem: Problem, chosen: str) -> int | None:
+    """Number of the step of a projection shortcut whose bias is added elsewhere; None where it stays."""
+    block = problem.block()
+    if block is None or block.shortcut is None or not problem.steps[0].epilogue.bias:
+        return None
+    first = problem.steps[0]
+    bare = replace(problem, steps=(first._replace(epilogue=Epilogue(bias=False)),))
+    names = candidates(bare) if chosen == "auto" else [chosen]
+    for name in names:
+        backend = get(name)
+        if name != STOCK and backend.unavailable() is None and backend.why_not(bare) is None and backend.preferred(bare):
+            return 0
+    return None
 
 
-def _stem(problem: Problem, kernels: list[Kernel]) -> Kernel:
-    (conv,) = kernels
-    assert problem.pool is not None
-    pool = problem.pool
+def _cover(problem: Problem, parameters: ConvParameters, chosen: str) -> list[Part]:
+    """Parts that make up a problem: from each step on the longest that a backend computes in one piece, or the step alone."""
+    single = divided(problem, parameters, chosen)
+    found: list[Part] = []
+    numbers = {X: X, RESIDUAL: RESIDUAL}  # of the values that parts give, among those of the cover
+    start = 0
+    while start < len(single):
+        part, length = single[start], 1
+        for end in range(len(single), start + 1, -1):
+            if end - start == len(single):
+                continue  # the whole was asked for already
+            longer = _joined(problem, single, start, end)
+            if longer is not None and _backend_of_whole(longer.problem, chosen) != tuning_cache.PARTS:
+                part, length = longer, end - start
+                break
+        numbers[FIRST_RESULT + start + length - 1] = FIRST_RESULT + len(found)
+        found.append(part._replace(reads=tuple(numbers[number] for number in part.reads)))
+        start += length
+    return found
 
-    def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-        return F.max_pool2d(conv(x, None), pool.kernel, pool.stride, pool.padding)
 
-    return kernel
+def _joined(problem: Problem, parts: Sequence[Part], start: int, end: int) -> Part | None:
+    """Parts in a row as one; None where it would have more than one result, or read more than an input and a residual."""
+    own = range(FIRST_RESULT + start, FIRST_RESULT + end)
+    for later in parts[end:]:
+        if any(number in own[:-1] for number in later.reads):
+            return None
+    sources = {part.reads[0] for part in parts[start:end]} - {*own}
+    added = {number for part in parts[start:end] for number in part.reads[1:]} - {*own} - sources
+    if len(sources) != 1 or len(added) > 1:
+        return None
+    (source,) = sources
+    numbers = {source: X, **dict.fromkeys(added, RESIDUAL), **{n: FIRST_RESULT + i for i, n in enumerate(own)}}
+    steps = []
+    for part in parts[start:end]:
+        (step,) = part.problem.steps
+        steps.append(step._replace(reads=tuple(numbers[number] for number in part.reads)))
+    with_weights = [part.parameters for part in parts[start:end] if part.problem.convs]
+    whole = replace(parts[start].problem, steps=tuple(steps))
+    return Part(whole, ConvParameters.joined(with_weights), (source, *added))

@@ -17,40 +17,39 @@ import threading
 import torch
 
 from resnet_fused import config
-from resnet_fused.backends import Declined, Kernel, candidates, get, gpu_time, records
-from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends import STOCK, ConvParameters, Declined, Kernel, Problem, candidates, get, gpu_time, tuning_cache
+from resnet_fused.backends.problem import Kind
 from resnet_fused.backends.truth import Truth
 
-_DEVICE, _OPS = "cuda", ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
-# Backends whose kernels are there already, and how many of a backend's variants are tried.
-_BACKENDS, _VARIANTS = ("reference", "cudnn", "cuda"), 3
-_STOCK = "reference"
+_DEVICE = "cuda"
+# How many of a backend's plans are tried.
+_PLANS = 3
 # A kernel takes stock's place if it takes at most this share of its time.
 _GAIN = 0.97
 
 _trials = threading.Lock()
 
 
-def trial(problem: Problem, folded: Folded) -> None:
+def trial(problem: Problem, parameters: ConvParameters) -> None:
     """Tries the problem's kernels and records the fastest, unless there is a record, or a trial isn't possible now."""
-    if problem.device.type != _DEVICE or problem.op not in _OPS:
+    if problem.device.type != _DEVICE or problem.kind is not Kind.CONVOLUTION or not problem.epilogue.bias:
         return
-    if records.choice(problem) is not None or not _possible():
+    if tuning_cache.choice(problem) is not None or not _possible():
         return
     with _trials, torch.no_grad(), torch.cuda.device(problem.device if problem.device.type == "cuda" else -1):
-        if records.choice(problem) is not None:
+        if tuning_cache.choice(problem) is not None:
             return
         names = _names(problem)
         if len(names) == 1:
             return
         _say_once()
         try:
-            entry = _try(problem, folded, names)
+            entry = _try(problem, parameters, names)
         except torch.OutOfMemoryError:
             config.logger().info("no kernel of %s was tried, since the GPU's memory doesn't suffice", problem)
             return
     try:
-        records.add(problem.device, {records.key(problem): entry})
+        tuning_cache.add(problem.device, {tuning_cache.key(problem): entry})
     except OSError as error:
         _warn_of_disk(str(error))
 
@@ -65,33 +64,32 @@ def _possible() -> bool:
 
 
 def _names(problem: Problem) -> list[str]:
-    """The candidates: a backend, or "backend:variant"; stock's first. None that was found wrong before."""
+    """The candidates: a backend, or "backend:plan"; stock's first. None that was found wrong before."""
     found = []
-    served, dropped = candidates(problem), records.dropped(problem)
-    for name in _BACKENDS:
-        if name not in served:
-            continue
+    served, dropped = candidates(problem), tuning_cache.dropped(problem)
+    for name in (STOCK, *(name for name in served if name != STOCK)):
         backend = get(name)
-        variants = backend.variants(problem)[:_VARIANTS] if hasattr(backend, "variants") else []
-        for variant in variants or [None]:
-            own = name if variant is None else f"{name}:{variant}"
-            if own not in dropped and records.rejected(problem, name, variant) is None:
+        if not backend.ready:
+            continue
+        for plan in backend.plans(problem)[:_PLANS] or [""]:
+            own = f"{name}:{plan}" if plan else name
+            if own not in dropped and tuning_cache.rejected(problem, name, plan) is None:
                 found.append(own)
     return found
 
 
-def _try(problem: Problem, folded: Folded, names: list[str]) -> dict[str, object]:
+def _try(problem: Problem, parameters: ConvParameters, names: list[str]) -> dict[str, object]:
     """What is recorded: the fastest candidate, the times, and why others were dropped."""
     # So that what the others packed goes with them.
-    folded = Folded(*folded.tensors())
-    truth = Truth(problem, folded, special=False)
+    parameters = ConvParameters(*parameters.tensors())
+    truth = Truth(problem, parameters, special=False)
     kernels: dict[str, Kernel] = {}
     dropped: dict[str, str] = {}
     for name in names:
-        backend, _, variant = name.partition(":")
+        backend, _, plan = name.partition(":")
         try:
-            kernel = get(backend).prepare(problem, folded, *((variant,) if variant else ()))
-            fault = None if name == _STOCK else truth.fault(kernel)
+            kernel = get(backend).prepare(problem, parameters, plan or None)
+            fault = None if name == STOCK else truth.fault(kernel)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, Declined) as error:
@@ -104,10 +102,10 @@ def _try(problem: Problem, folded: Folded, names: list[str]) -> dict[str, object
             config.logger().warning("%s is wrong for %s and won't be used for it: %s", name, problem, fault)
     ms = gpu_time.medians({name: functools.partial(kernel, truth.x, truth.residual) for name, kernel in kernels.items()})
     best = min(ms, key=ms.__getitem__)
-    if ms[best] > _GAIN * ms[_STOCK]:
-        best = _STOCK
-    backend, _, variant = best.partition(":")
-    return {"backend": backend, "variant": variant or None, "ms": ms, "dropped": dropped}
+    if ms[best] > _GAIN * ms[STOCK]:
+        best = STOCK
+    backend, _, plan = best.partition(":")
+    return {"backend": backend, "plan": plan or None, "ms": ms, "dropped": dropped}
 
 
 @functools.cache

@@ -1,17 +1,20 @@
-"""What a backend is asked to compute: the geometry of the convolutions and the problem, both hashable."""
+"""What a backend is asked to compute: steps on numbered values, each an operation with its epilogue; all of it hashable."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
-Precision = Literal["fast", "exact"]
+Shape = tuple[int, int, int, int]
+Precision = Literal["fast", "direct"]
+PRECISIONS: dict[str, Precision] = {"fast": "fast", "direct": "direct", "exact": "direct"}
+"""By the names that users may give; "exact" is an old one."""
 
 
 class Conv(NamedTuple):
@@ -48,6 +51,11 @@ class Conv(NamedTuple):
         """Whether the filter is 1×1 without padding (a matrix product, strided or not)."""
         return self.kernel == (1, 1) and self.padding == (0, 0)
 
+    @property
+    def geometry(self) -> list[int]:
+        """Kernel, stride, padding and dilation, two integers each, as the compiled operators take them."""
+        return [*self.kernel, *self.stride, *self.padding, *self.dilation]
+
     def fails_in_channels_last(self, width: int) -> bool:
         """Whether oneDNN, and stock PyTorch by it, was seen to fail on channels_last images of that width.
 
@@ -75,6 +83,19 @@ class Conv(NamedTuple):
         return tuple(cls.of(w, p[0:2], p[2:4], p[4:6], p[6]) for w, p in zip(weights, parts, strict=True))
 
 
+class Linear(NamedTuple):
+    """A matrix product with a bias, as torch.nn.Linear has it, on an input of shape (N, in_features, 1, 1)."""
+
+    in_features: int
+    out_features: int
+
+
+class TrainingConv(NamedTuple):
+    """A convolution in training, without bias: its result, and the gradients of its input and of its weights."""
+
+    conv: Conv
+
+
 class Pool(NamedTuple):
     """Geometry of a max-pool (dilation 1, floor mode), as torch.nn.MaxPool2d names it."""
 
@@ -82,215 +103,290 @@ class Pool(NamedTuple):
     stride: Pair
     padding: Pair
 
+    def output_size(self, height: int, width: int) -> Pair:
+        """Spatial size of the output for an input of height × width pixels."""
+        h, w = ((size + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1 for i, size in enumerate((height, width)))
+        return h, w
 
-def _pair(values: Sequence[int]) -> Pair:
-    height, width = values
-    return int(height), int(width)
+
+class Pointwise(Enum):
+    """Operations without parameters of their own shape."""
+
+    IDENTITY = "identity"
+    """Nothing but the epilogue."""
+    BATCH_NORM = "batch norm"
+    RELU_GRADIENT = "gradient of relu"
+    """Reads the gradient by relu's result, and the result."""
+    AVERAGE_POOL = "average pool"
+    """The mean over all pixels of an image, of shape (N, C, 1, 1)."""
+
+
+Operation = Conv | Linear | TrainingConv | Pointwise
+
+
+class Activation(str, Enum):
+    """The function at the end of an epilogue. As text, so that a program of a graph can be written down."""
+
+    NONE = "none"
+    RELU = "relu"
+
+
+class Epilogue(NamedTuple):
+    """What follows the sums of an operation, before its result is stored.
+
+        y = pool(activation(sums + bias + residual))
+
+    Attributes:
+        residual: whether a tensor of the result's shape (before the pool) is added.
+        activation: the function.
+        pool: the max-pool, if there is one.
+        bias: whether the bias is added; without, it is added elsewhere.
+    """
+
+    residual: bool = False
+    activation: Activation = Activation.NONE
+    pool: Pool | None = None
+    bias: bool = True
+
+    @property
+    def relu(self) -> bool:
+        return self.activation is Activation.RELU
+
+
+X, RESIDUAL, FIRST_RESULT = 0, 1, 2
+"""Numbers of values: a problem's input, its residual (the second input, if there is one), and the first step's result."""
+
+
+class Step(NamedTuple):
+    """One operation with its epilogue.
+
+    Attributes:
+        reads: numbers of the values that it reads: its input, and what its epilogue adds.
+    """
+
+    operation: Operation
+    epilogue: Epilogue = Epilogue()
+    reads: tuple[int, ...] = (X,)
+
+    def result_shape(self, shape: Shape) -> Shape:
+        """Shape of its result for an input of a shape."""
+        n, c, h, w = shape
+        conv = self.operation.conv if isinstance(self.operation, TrainingConv) else self.operation
+        if isinstance(conv, Conv):
+            c, (h, w) = conv.out_channels, conv.output_size(h, w)
+        elif isinstance(conv, Linear):
+            c = conv.out_features
+        elif conv is Pointwise.AVERAGE_POOL:
+            h = w = 1
+        if self.epilogue.pool is not None:
+            h, w = self.epilogue.pool.output_size(h, w)
+        return n, c, h, w
+
+
+class Kind(Enum):
+    """What an implementation computes: one operation, or a program of several."""
+
+    CONVOLUTION = "convolution"
+    LINEAR = "linear"
+    TRAINING_CONV = "convolution in training"
+    ELEMENTWISE = "elementwise"
+    BATCH_NORM = "batch norm"
+    AVERAGE_POOL = "average pool"
+    PROGRAM = "program"
+
+
+_KINDS: dict[type | Pointwise, Kind] = {
+    Conv: Kind.CONVOLUTION,
+    Linear: Kind.LINEAR,
+    TrainingConv: Kind.TRAINING_CONV,
+    Pointwise.IDENTITY: Kind.ELEMENTWISE,
+    Pointwise.RELU_GRADIENT: Kind.ELEMENTWISE,
+    Pointwise.BATCH_NORM: Kind.BATCH_NORM,
+    Pointwise.AVERAGE_POOL: Kind.AVERAGE_POOL,
+}
+
+
+class Types(NamedTuple):
+    """The dtypes of a problem's tensors: its inputs, its weights and biases, its result, and the sums in between."""
+
+    source: torch.dtype
+    weight: torch.dtype
+    destination: torch.dtype
+    accumulation: torch.dtype
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Types:
+        """One dtype for all tensors, with sums in float32, or float64 for float64."""
+        return cls(dtype, dtype, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+class Block(NamedTuple):
+    """A problem's steps as a residual block: convolutions of the main path, and of the projection shortcut, if there is one."""
+
+    main: tuple[Conv, ...]
+    shortcut: Conv | None
+
+
+def residual_block(main: Sequence[Conv], shortcut: Conv | None) -> tuple[Step, ...]:
+    """The steps of y = relu(conv_n(… relu(conv_1(x)) …) + shortcut(x)); the projection shortcut, if there is one, comes first."""
+    steps = [] if shortcut is None else [Step(shortcut)]
+    residual = X if shortcut is None else FIRST_RESULT
+    source = X
+    for conv in main[:-1]:
+        steps.append(Step(conv, Epilogue(activation=Activation.RELU), (source,)))
+        source = FIRST_RESULT + len(steps) - 1
+    steps.append(Step(main[-1], Epilogue(residual=True, activation=Activation.RELU), (source, residual)))
+    return tuple(steps)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One op on inputs of one kind: all that the choice and the preparation of a kernel may depend on.
+    """Steps on inputs of one kind: all that the choice and the preparation of a kernel may depend on.
+
+    Values are numbered: 0 is the input x, 1 the residual, 2 the first step's result, and so on. The last step's is the result.
 
     Attributes:
-        op: the op's name, such as "conv2d_bn_relu" or "bottleneck".
-        shape: of the input, (N, C, H, W).
-        dtype: of the input, the weights and the result.
+        steps: in the order in which they are computed.
+        shape: of x, (N, C, H, W).
+        types: of the tensors.
         device: where all tensors are.
-        convs: the op's convolutions in order of the arithmetic: the main path first, then the projection shortcut.
-        shortcut: whether the last of `convs` is a projection shortcut (basic_block and bottleneck).
-        pool: the max-pool behind a stem.
         memory_format: of the result, by stock PyTorch's rule (channels_last if the input or a weight is).
-        precision: "exact" forbids algorithms that trade rounding for speed; "fast" leaves the choice to the backend.
+        precision: "direct" forbids algorithms that trade rounding for speed; "fast" leaves the choice to the backend.
     """
 
-    op: str
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype
+    steps: tuple[Step, ...]
+    shape: Shape
+    types: Types
     device: torch.device
-    convs: tuple[Conv, ...] = ()
-    shortcut: bool = False
-    pool: Pool | None = None
     memory_format: torch.memory_format = torch.channels_last
     precision: Precision = "fast"
 
+    @classmethod
+    def of(
+        cls,
+        operation: Operation,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        epilogue: Epilogue = Epilogue(),
+        memory_format: torch.memory_format = torch.channels_last,
+        precision: Precision = "fast",
+    ) -> Problem:
+        """One operation on tensors of one dtype."""
+        two = epilogue.residual or operation is Pointwise.RELU_GRADIENT
+        step = Step(operation, epilogue, (X, RESIDUAL) if two else (X,))
+        return cls((step,), shape, Types.of(dtype), device, memory_format, precision)
+
     @property
-    def main_path(self) -> tuple[Conv, ...]:
-        return self.convs[:-1] if self.shortcut else self.convs
+    def dtype(self) -> torch.dtype | None:
+        """The one dtype of inputs, weights and result; None where they differ."""
+        source, weight, destination, _ = self.types
+        return source if source == weight == destination else None
 
-    def output_shape(self) -> tuple[int, int, int, int]:
-        n, c, h, w = self.shape
-        for conv in self.main_path:
-            h, w = conv.output_size(h, w)
-            c = conv.out_channels
-        if self.pool is not None:
-            k, s, p = self.pool
-            h, w = ((size + 2 * p[i] - k[i]) // s[i] + 1 for i, size in enumerate((h, w)))
-        return n, c, h, w
+    def with_dtype(self, dtype: torch.dtype) -> Problem:
+        """The same problem on tensors of another dtype."""
+        return replace(self, types=Types.of(dtype))
 
-    def shortcut_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the projection shortcut's result, which must be the result's where there is one."""
-        n, _, h, w = self.shape
-        conv = self.convs[-1]
-        return n, conv.out_channels, *conv.output_size(h, w)
+    @property
+    def kind(self) -> Kind:
+        if len(self.steps) > 1:
+            return Kind.PROGRAM
+        operation = self.steps[0].operation
+        return _KINDS[operation if isinstance(operation, Pointwise) else type(operation)]
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """The last step's."""
+        return self.steps[-1].epilogue
+
+    @property
+    def convs(self) -> tuple[Conv, ...]:
+        """The steps' convolutions."""
+        return tuple(step.operation for step in self.steps if isinstance(step.operation, Conv))
+
+    @property
+    def conv(self) -> Conv:
+        """The convolution of a problem of one."""
+        (conv,) = self.convs
+        return conv
+
+    @property
+    def reads_residual(self) -> bool:
+        """Whether it has a second input."""
+        return any(RESIDUAL in step.reads for step in self.steps)
+
+    def shapes(self) -> list[Shape]:
+        """Shapes of the values, by their numbers. A residual has the shape of the sums that it is added to."""
+        found = [self.shape, self.shape]
+        for step in self.steps:
+            if RESIDUAL in step.reads[1:]:
+                found[RESIDUAL] = step._replace(epilogue=step.epilogue._replace(pool=None)).result_shape(found[step.reads[0]])
+            found.append(step.result_shape(found[step.reads[0]]))
+        return found
+
+    def output_shape(self) -> Shape:
+        return self.shapes()[-1]
+
+    def block(self) -> Block | None:
+        """The steps as a residual block, whose shortcut may have no bias; None if they are none."""
+        return _block(self.steps)
 
     def tf32_allowed(self) -> bool:
-        """Whether TF32 may be used now: by torch.backends.cudnn.conv.fp32_precision, and not with precision="exact"."""
+        """Whether TF32 may be used now: by torch.backends.cudnn.conv.fp32_precision, and not with precision="direct"."""
         setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        return self.dtype == torch.float32 and self.precision != "exact" and setting == "tf32"
+        return self.dtype == torch.float32 and self.precision != "direct" and setting == "tf32"
+
+    @property
+    def label(self) -> str:
+        """What it computes, in the public ops' words; for people only."""
+        return label(self.steps)
 
     def __str__(self) -> str:
         convs = ", ".join(f"{c.in_channels}→{c.out_channels} {c.kernel[0]}×{c.kernel[1]}/{c.stride[0]}" for c in self.convs)
-        shape = "×".join(map(str, self.shape))
-        return f"{self.op}({shape} {str(self.dtype).removeprefix('torch.')} on {self.device}; {convs})"
+        shape, dtype = "×".join(map(str, self.shape)), str(self.types.source).removeprefix("torch.")
+        return f"{self.label}({shape} {dtype} on {self.device}; {convs})"
 
 
-class Folded:
-    """Folded parameters of one op, and what backends packed from them.
-
-    Args:
-        weights: one per convolution of the problem, in its order; shape (out_channels, in_channels / groups, kh, kw).
-        shifts: one per convolution, shape (out_channels,), in the weights' dtype.
-
-    Attributes:
-        packings: each backend's packed form, made once and shared by the problems (input shapes) that can share it.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
-        self._tensors = tuple(weights), tuple(shifts)
-        self.packings: dict[Hashable, Any] = {}
-
-    @classmethod
-    def joined(cls, parts: Sequence[Folded]) -> Folded:
-        """Those of several convolutions, each with its own, as the parameters of one op."""
-        return parts[0] if len(parts) == 1 else _Joined(parts)
-
-    def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Weights and shifts."""
-        return self._tensors
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        return self.tensors()[0]
-
-    @property
-    def shifts(self) -> tuple[Tensor, ...]:
-        return self.tensors()[1]
-
-    def plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Weights and shifts for a kernel that uses them as they are, and keeps them."""
-        return self.tensors()
-
-    def part(self, index: int) -> Folded:
-        """Those of one convolution, with what was packed from them."""
-        return self.pack(("part", index), lambda: Folded(self.weights[index : index + 1], self.shifts[index : index + 1]))
-
-    def with_shift_of(self, other: Folded) -> Folded:
-        """Those of one convolution, with the shift of another added to their own, and with packings of their own."""
-        kept = self.packings.get("with shift")
-        if kept is None or kept.other is not other:
-            kept = self.packings["with shift"] = _WithShift(self, other)
-        return kept
-
-    def forget(self) -> None:
-        """Drops all packings, which are made again when they are needed."""
-        self.packings.clear()
-
-    def pack(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The packing of that key, made by `make` at the first call. Keys start with the backend's name."""
-        found = self.packings.get(key)
-        if found is None:
-            # Two threads may both make it; setdefault lets the first one stand, and the other is dropped.
-            found = self.packings.setdefault(key, make())
-        return found
-
-    def to(self, dtype: torch.dtype) -> Folded:
-        """The parameters in another dtype, with nothing packed from them."""
-        weights, shifts = self.tensors()
-        return Folded([w.to(dtype) for w in weights], [s.to(dtype) for s in shifts])
-
-    def packed_bytes(self) -> int:
-        """Bytes of all packings. Parts that share the plain parameters count only what was packed from them."""
-        return sum(_bytes(value) for value in self.packings.values())
+def _block(steps: tuple[Step, ...]) -> Block | None:
+    convs = tuple(step.operation for step in steps if isinstance(step.operation, Conv))
+    if len(steps) < 2 or len(convs) < len(steps) or len(steps[-1].reads) < 2:
+        return None
+    projected = len(steps) > 2 and steps[-1].reads[1] == FIRST_RESULT
+    found = Block(convs[projected:], convs[0] if projected else None)
+    if projected:
+        steps = (steps[0]._replace(epilogue=steps[0].epilogue._replace(bias=True)), *steps[1:])
+    return found if steps == residual_block(*found) else None
 
 
-class FoldedLater(Folded):
-    """Folded parameters of one convolution that are made each time they are asked for, and kept by nobody.
-
-    Args:
-        make: gives weight and shift.
-        unchanged: tells whether what they are made from is as it was.
-    """
-
-    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]], unchanged: Callable[[], bool]) -> None:
-        super().__init__((), ())
-        self._make, self.unchanged = make, unchanged
-
-    def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        with torch.inference_mode(False), torch.no_grad():
-            weight, shift = self._make()
-        return (weight,), (shift,)
-
-    def plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return self.pack(("plain",), self.tensors)
-
-    def part(self, index: int) -> Folded:
-        return self
+def label(steps: tuple[Step, ...]) -> str:
+    """What steps compute, in the public ops' words; for people only."""
+    block = _block(steps)
+    if block is not None and len(block.main) in (2, 3):
+        return "basic_block" if len(block.main) == 2 else "bottleneck"
+    return " → ".join(map(_label, steps))
 
 
-class _Joined(Folded):
-    """The parameters of several convolutions, each with its own packings."""
-
-    def __init__(self, parts: Sequence[Folded]) -> None:
-        super().__init__((), ())
-        self._parts = tuple(parts)
-
-    def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        found = [part.tensors() for part in self._parts]
-        return tuple(w for weights, _ in found for w in weights), tuple(s for _, shifts in found for s in shifts)
-
-    def plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        found = [part.plain() for part in self._parts]
-        return tuple(w for weights, _ in found for w in weights), tuple(s for _, shifts in found for s in shifts)
-
-    def part(self, index: int) -> Folded:
-        return self._parts[index]
-
-    def forget(self) -> None:
-        super().forget()
-        for part in self._parts:
-            part.forget()
+def _label(step: Step) -> str:
+    operation, epilogue = step.operation, step.epilogue
+    tail = f"{'_add' if epilogue.residual else ''}{'_relu' if epilogue.relu else ''}"
+    if isinstance(operation, Conv):
+        if epilogue.pool is not None and tail == "_relu":
+            return "stem"
+        return f"conv2d{'_bn' if epilogue.bias else ''}{tail}{'_pool' if epilogue.pool is not None else ''}"
+    if isinstance(operation, TrainingConv):
+        return "conv2d"
+    if isinstance(operation, Linear):
+        return f"linear{tail}"
+    if operation is Pointwise.IDENTITY:
+        return "max_pool" if epilogue.pool is not None else tail.removeprefix("_")
+    names = {
+        Pointwise.BATCH_NORM: f"bn{tail}",
+        Pointwise.RELU_GRADIENT: "add_relu_backward",
+        Pointwise.AVERAGE_POOL: "average_pool",
+    }
+    return names[operation]
 
 
-class _WithShift(Folded):
-    """One convolution's parameters, to whose shift another's is added. It belongs to the former, and lives as long."""
-
-    def __init__(self, own: Folded, other: Folded) -> None:
-        super().__init__((), ())
-        # Not a cycle, in which packings would outlive their model until a garbage collection.
-        self._own, self.other = weakref.ref(own), other
-
-    def tensors(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        own = self._own()
-        assert own is not None
-        weights, (shift,) = own.tensors()
-        (more,) = self.other.shifts
-        with torch.inference_mode(False), torch.no_grad():
-            return weights, ((shift.double() + more.double()).to(shift.dtype),)
-
-    def plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return self.pack(("plain",), self.tensors)
-
-    def part(self, index: int) -> Folded:
-        return self
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Folded):
-        return value.packed_bytes()
-    if isinstance(value, Tensor):
-        # Tensors in oneDNN's layout have no storage to ask.
-        return value.numel() * value.element_size()
-    if isinstance(value, (tuple, list)):
-        return sum(_bytes(item) for item in value)
-    return int(getattr(value, "nbytes", 0))
+def _pair(values: Sequence[int]) -> Pair:
+    height, width = values
+    return int(height), int(width)

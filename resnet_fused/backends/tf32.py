@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, reference
-from resnet_fused.backends.problem import Conv, Folded, Problem
+from resnet_fused.backends import Conv, ConvParameters, Kernel, Problem
+from resnet_fused.backends.reference.backend import StockOps, conv2d
 
 
 def to_tf32(t: Tensor) -> Tensor:
@@ -28,19 +26,15 @@ def used(problem: Problem) -> bool:
     return torch.cuda.get_device_capability(problem.device) >= (8, 0)
 
 
-def exact(problem: Problem, folded: Folded) -> Kernel:
+def exact(problem: Problem, parameters: ConvParameters) -> Kernel:
     """The problem in float64, but for what a convolution multiplies, which is rounded to TF32: of x and residual in float32.
 
     Its error is the least that a kernel in TF32 can have. Stock's alone is no yardstick for one: cuDNN takes float32 for
     some problems though TF32 is allowed.
     """
-    kernel = _Rounded().prepare(replace(problem, dtype=torch.float64), folded.to(torch.float64))
+    kernel = StockOps(_rounded_conv2d).prepare(problem.with_dtype(torch.float64), parameters.to(torch.float64), None)
     return lambda x, residual: kernel(x.double(), None if residual is None else residual.double())
 
 
-class _Rounded(reference.Reference):
-    """Stock PyTorch's ops, but for the operands of convolutions."""
-
-    @staticmethod
-    def conv2d(x: Tensor, weight: Tensor, shift: Tensor, conv: Conv) -> Tensor:
-        return reference.conv2d(to_tf32(x.float()).double(), to_tf32(weight.float()).double(), shift, conv)
+def _rounded_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
+    return conv2d(to_tf32(x.float()).double(), to_tf32(weight.float()).double(), bias, conv)

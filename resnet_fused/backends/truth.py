@@ -7,13 +7,12 @@ TF32 is allowed.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, get, tf32
-from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends import ConvParameters, Kernel, Problem, stock, tf32
+from resnet_fused.backends.problem import RESIDUAL
 from resnet_fused.tolerance import allowed, relative_error
 
 # Images that are compared with float64: half of them the first, half the last. Those between are compared with stock's.
@@ -26,15 +25,15 @@ class Truth:
     """A problem's input, with its result in float64 and by stock, to compare kernels with.
 
     Args:
-        problem, folded: the problem and its parameters.
+        problem, parameters: the problem and its parameters.
         special: also compare results for an input with NaN and Inf, and, where that fits, for a residual that is the input.
     """
 
-    def __init__(self, problem: Problem, folded: Folded, special: bool = True) -> None:
-        reference = get("reference")
-        self._stock = reference.prepare(problem, folded)
-        self._exact = reference.prepare(replace(problem, dtype=torch.float64), folded.to(torch.float64))
-        self._rounded = tf32.exact(problem, folded) if tf32.used(problem) else None
+    def __init__(self, problem: Problem, parameters: ConvParameters, special: bool = True) -> None:
+        reference = stock()
+        self._stock = reference.prepare(problem, parameters)
+        self._exact = reference.prepare(problem.with_dtype(torch.float64), parameters.to(torch.float64))
+        self._rounded = tf32.exact(problem, parameters) if tf32.used(problem) else None
         self.x, self.residual = _inputs(problem)
         images = problem.shape[0]
         ends = range(images) if images <= _IMAGES else (*range(_IMAGES // 2), *range(images - _IMAGES // 2, images))
@@ -116,8 +115,7 @@ def _inputs(problem: Problem) -> tuple[Tensor, Tensor | None]:
     generator = torch.Generator(problem.device).manual_seed(0)
 
     def random(shape: tuple[int, ...]) -> Tensor:
-        values = torch.empty(shape, dtype=problem.dtype, device=problem.device, memory_format=problem.memory_format)
+        values = torch.empty(shape, dtype=problem.types.source, device=problem.device, memory_format=problem.memory_format)
         return values.normal_(generator=generator)
 
-    adds = problem.op in ("conv2d_bn_add_relu", "add_relu")
-    return random(problem.shape), random(problem.output_shape()) if adds else None
+    return random(problem.shape), random(problem.shapes()[RESIDUAL]) if problem.reads_residual else None

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.backends import gpu_time, records
-from resnet_fused.backends.records import cpu_name
+from resnet_fused.backends import gpu_time, tuning_cache
+from resnet_fused.backends.tuning_cache import cpu_name
 from resnet_fused.bench import roofline, variants
 from resnet_fused.bench.roofline import Machine
 from resnet_fused.bench.timing import interleave, quantile
@@ -88,7 +88,7 @@ def machine(device: str = "cpu") -> dict[str, object]:
     """What the times were measured on."""
     gpu: dict[str, object] = {}
     if device != "cpu":
-        found = records.machine(torch.device(device))
+        found = tuning_cache.machine(torch.device(device))
         gpu = {"gpu": found["device"], **{name: found[name] for name in ("architecture", "driver", "cudnn", "triton")}}
     return {
         **gpu,

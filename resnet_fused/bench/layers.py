@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import BackendError, available_backends, gpu_time
-from resnet_fused.backends.binding import bind, is_whole, parts
-from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends import BackendError, ConvParameters, Problem, available_backends, get, gpu_time
+from resnet_fused.backends.binding import bind, divided, is_divisible
+from resnet_fused.backends.problem import FIRST_RESULT, RESIDUAL, Conv, Linear, Shape
 from resnet_fused.bench.timing import interleave
 from resnet_fused.bench.workloads import Workload
 from resnet_fused.fuse import fuse
@@ -57,13 +57,15 @@ class LayerResult:
 
 def operations(problem: Problem) -> int:
     """Floating-point operations of the direct sum, a multiply-add counting as two."""
-    n, _, height, width = problem.shape
-    total, (h, w) = 0, (height, width)
-    for i, conv in enumerate(problem.convs):
-        if problem.shortcut and i == len(problem.convs) - 1:
-            h, w = height, width
-        h, w = conv.output_size(h, w)
-        total += 2 * n * h * w * conv.out_channels * conv.in_channels // conv.groups * conv.kernel[0] * conv.kernel[1]
+    shapes, total = problem.shapes(), 0
+    for number, step in enumerate(problem.steps, FIRST_RESULT):
+        operation = step.operation
+        if isinstance(operation, Conv):
+            n, _, h, w = step._replace(epilogue=step.epilogue._replace(pool=None)).result_shape(shapes[step.reads[0]])
+            taps = operation.in_channels // operation.groups * operation.kernel[0] * operation.kernel[1]
+            total += 2 * n * h * w * operation.out_channels * taps
+        elif isinstance(operation, Linear):
+            total += 2 * shapes[number][0] * operation.in_features * operation.out_features
     return total
 
 
@@ -95,24 +97,26 @@ def run_layers(workload: Workload, seconds: float = 0.5) -> Iterator[LayerResult
 def _convolutions(workload: Workload) -> Counter[Problem]:
     found: Counter[Problem] = Counter()
     for problem, count in problems(workload).items():
-        for part, _ in parts(problem, _folded(problem)) if is_whole(problem) else ((problem, None),):
-            found[part] += count
+        own = [part.problem for part in divided(problem, _parameters(problem))] if is_divisible(problem) else [problem]
+        for part in own:
+            if part.convs:
+                found[part] += count
     return found
 
 
 @torch.no_grad()
 def _run_layer(problem: Problem, count: int, seconds: float) -> LayerResult:
-    folded = _folded(problem)
+    parameters = _parameters(problem)
     x = _activations(problem, problem.shape)
-    residual = _activations(problem, problem.output_shape()) if problem.op == "conv2d_bn_add_relu" else None
-    automatic = bind(problem, folded, "auto")
+    residual = _activations(problem, problem.shapes()[RESIDUAL]) if problem.reads_residual else None
+    automatic = bind(problem, parameters, "auto")
     calls = {"auto": partial(automatic.kernel, x, residual)}
     gpu = problem.device.type == "cuda"
     for backend in available_backends():
-        if gpu and backend == "triton":
+        if gpu and not get(backend).ready:
             continue
         try:
-            calls[backend] = partial(bind(problem, folded, backend).kernel, x, residual)
+            calls[backend] = partial(bind(problem, parameters, backend).kernel, x, residual)
         except BackendError:
             continue
     if gpu:
@@ -122,17 +126,24 @@ def _run_layer(problem: Problem, count: int, seconds: float) -> LayerResult:
     return LayerResult(problem, count, automatic.backend, {name: s.median for name, s in samples.items()})
 
 
-def _folded(problem: Problem) -> Folded:
+def _parameters(problem: Problem) -> ConvParameters:
     weights = []
-    for conv in problem.convs:
+    for conv in _convs(problem):
         fan_in = conv.in_channels // conv.groups * conv.kernel[0] * conv.kernel[1]
         weight = _random((conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)) * (2 / fan_in) ** 0.5
-        weights.append(weight.to(problem.device, problem.dtype))
-    return Folded(tuple(weights), tuple(w.new_zeros(w.shape[0]) for w in weights))
+        weights.append(weight.to(problem.device, problem.types.source))
+    return ConvParameters(tuple(weights), tuple(w.new_zeros(w.shape[0]) for w in weights))
 
 
-def _activations(problem: Problem, shape: tuple[int, int, int, int]) -> Tensor:
-    return _random(shape).to(problem.device, problem.dtype).contiguous(memory_format=torch.channels_last)
+def _convs(problem: Problem) -> list[Conv]:
+    """The problem's convolutions, and its linear layer as one."""
+    operations = [step.operation for step in problem.steps]
+    found = [Conv(*op, (1, 1)) if isinstance(op, Linear) else op for op in operations]
+    return [op for op in found if isinstance(op, Conv)]
+
+
+def _activations(problem: Problem, shape: Shape) -> Tensor:
+    return _random(shape).to(problem.device, problem.types.source).contiguous(memory_format=torch.channels_last)
 
 
 def _random(shape: tuple[int, ...]) -> Tensor:
@@ -143,6 +154,6 @@ def describe(problem: Problem) -> str:
     """The layer in few words, such as "conv2d_bn_relu(64 3×3/2)"."""
     convs = ", ".join(
         f"{c.out_channels} {c.kernel[0]}×{c.kernel[1]}" + (f"/{c.stride[0]}" if c.stride != (1, 1) else "")
-        for c in problem.convs
+        for c in _convs(problem)
     )
-    return f"{problem.op}({convs})"
+    return f"{problem.label}({convs})"

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from resnet_fused.backends.problem import Problem
+from resnet_fused.backends.problem import Conv, Linear, Problem, Step, Types
 from resnet_fused.bench import layers, options
 from resnet_fused.bench.peaks import measure_bandwidth, measure_peak
 from resnet_fused.bench.workloads import DTYPES, Workload
@@ -44,40 +44,38 @@ def work(problem: Problem) -> dict[str, list[Work]]:
     Stock: convolution, batch norm, sum, ReLU (both in place) and max-pool are an op each. Layers: a convolution has its batch
     norm, sum and ReLU with it. Whole: one op, whose results inside are never moved.
     """
-    n, channels, height, width = problem.shape
-    element = problem.dtype.itemsize
+    element, shapes = problem.types.source.itemsize, problem.shapes()
     found: dict[str, list[Work]] = {STOCK: [], LAYERS: [], WHOLE: []}
 
     def op(level: str, operations: int, *elements: int) -> None:
         found[level].append(Work(operations, sum(elements) * element))
 
-    h, w = height, width
-    main = len(problem.main_path)
     operations = parameters = 0
-    for i, conv in enumerate(problem.convs):
-        source = (h, w) if i < main else (height, width)
-        out_h, out_w = conv.output_size(*source)
-        x, y = n * conv.in_channels * source[0] * source[1], n * conv.out_channels * out_h * out_w
+    for step in problem.steps:
+        conv, epilogue = step.operation, step.epilogue
+        if isinstance(conv, Linear):
+            conv = Conv(*conv, (1, 1))
+        if not isinstance(conv, Conv):
+            continue
+        source = shapes[step.reads[0]]
+        sums = Step(conv).result_shape(source)
+        x, y, result = math.prod(source), math.prod(sums), math.prod(step.result_shape(source))
         taps = conv.in_channels // conv.groups * conv.kernel[0] * conv.kernel[1]
         weight, own = conv.out_channels * taps, 2 * y * taps
-        relu = i < main and problem.op != "conv2d_bn"
-        added = i == main - 1 and problem.op in ("conv2d_bn_add_relu", "basic_block", "bottleneck")
         op(STOCK, own, x, weight, y)
         op(STOCK, 0, y, 4 * conv.out_channels, y)  # batch norm: mean, variance, gamma, beta
-        if added:
+        if epilogue.residual:
             op(STOCK, 0, y, y, y)
-        if relu:
+        if epilogue.relu:
             op(STOCK, 0, y, y)
-        op(LAYERS, own, x, weight, conv.out_channels, *((y,) if added else ()), y)
+        op(LAYERS, own, x, weight, conv.out_channels, *((y,) if epilogue.residual else ()), y)
+        if epilogue.pool is not None:
+            for level in (STOCK, LAYERS):
+                op(level, 0, y, result)
         operations, parameters = operations + own, parameters + weight + conv.out_channels
-        if i < main:
-            h, w = out_h, out_w
     result = math.prod(problem.output_shape())
-    if problem.pool is not None:
-        for level in (STOCK, LAYERS):
-            op(level, 0, n * problem.convs[0].out_channels * h * w, result)
-    residual = (result,) if problem.op == "conv2d_bn_add_relu" else ()  # a block's is its input, or stays inside
-    op(WHOLE, operations, n * channels * height * width, *residual, parameters, result)
+    residual = (result,) if problem.reads_residual else ()  # a block's is its input, or stays inside
+    op(WHOLE, operations, math.prod(problem.shape), *residual, parameters, result)
     return found
 
 
@@ -122,7 +120,7 @@ def posed(workload: Workload) -> dict[Problem, int]:
     """The problems of a workload, and how often each occurs."""
     dtype, device = DTYPES[workload.dtype], torch.device(workload.device)
     return {
-        replace(problem, shape=(workload.batch, *problem.shape[1:]), dtype=dtype, device=device): count
+        replace(problem, shape=(workload.batch, *problem.shape[1:]), types=Types.of(dtype), device=device): count
         for problem, count in problems(workload.model, workload.size).items()
     }
 

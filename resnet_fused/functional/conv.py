@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from resnet_fused.backends import Conv
 from resnet_fused.ops.checks import check_dims, check_residual
 
 IntOrPair = int | Sequence[int]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def fold_bn(
@@ -25,7 +28,7 @@ def fold_bn(
 ) -> tuple[Tensor, Tensor]:
     """Folds a batch norm in inference into the convolution before it, in float64, rounded once.
 
-        weight' = weight · scale,  shift = (bias − running_mean) · scale + beta,  scale = gamma / sqrt(running_var + eps)
+        weight' = weight · scale,  bias' = (bias − running_mean) · scale + beta,  scale = gamma / sqrt(running_var + eps)
 
     Stock equivalent: torch.nn.utils.fusion.fuse_conv_bn_weights.
 
@@ -37,7 +40,7 @@ def fold_bn(
         eps: added to the variance.
 
     Returns:
-        weight' and shift, (out_channels,), in the weight's dtype.
+        weight' and bias', (out_channels,), in the weight's dtype.
 
     Raises:
         ValueError: the weight hasn't four dimensions, or a vector not out_channels elements.
@@ -50,16 +53,33 @@ def fold_bn(
                 f"{name} has shape {tuple(vector.shape)}; it must be ({weight.shape[0]},), one for each output channel of the "
                 f"weight of shape {tuple(weight.shape)}."
             )
-    scale, shift = folding.affine(running_mean, running_var, gamma, beta, eps)
+    scale, offset = folding.affine(running_mean, running_var, gamma, beta, eps)
     if bias is not None:
-        shift = shift + bias.double() * scale
-    return folding.scale_filters(weight, scale), shift.to(weight.dtype)
+        offset = offset + bias.double() * scale
+    return folding.scale_filters(weight, scale), offset.to(weight.dtype)
 
 
+def _renamed(**names: str) -> Callable[[_Function], _Function]:
+    """Lets a function be called with the old names of arguments, `new="old"`, too."""
+
+    def decorate(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for new, old in names.items():
+                if old in kwargs:
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+@_renamed(bias="shift")
 def conv2d_bn(
     x: Tensor,
     weight: Tensor,
-    shift: Tensor,
+    bias: Tensor,
     stride: IntOrPair = 1,
     padding: IntOrPair = 0,
     dilation: IntOrPair = 1,
@@ -67,14 +87,14 @@ def conv2d_bn(
 ) -> Tensor:
     """Convolution with a batch norm folded in.
 
-        y = conv2d(x, weight) + shift
+        y = conv2d(x, weight) + bias
 
-    Stock equivalent: bn(F.conv2d(x, …)) in inference, or F.conv2d(x, weight, shift, stride, padding, dilation, groups).
+    Stock equivalent: bn(F.conv2d(x, …)) in inference, or F.conv2d(x, weight, bias, stride, padding, dilation, groups).
 
     Args:
         x: (N, C, H, W), float32, float16 or bfloat16 (other floating-point types run on stock ops).
         weight: (K, C / groups, kh, kw), folded, of x's dtype.
-        shift: (K,), folded, of x's dtype.
+        bias: (K,), folded, of x's dtype.
         stride, padding, dilation: an integer or (height, width).
         groups: of the convolution.
 
@@ -85,13 +105,14 @@ def conv2d_bn(
         ValueError: shapes, dtypes or devices don't fit; the message names the argument and the remedy.
         BackendError: a backend was chosen explicitly and can't serve.
     """
-    return ops.conv2d_bn(x, weight, shift, *_geometry(x, weight, shift, stride, padding, dilation, groups))
+    return ops.conv2d_bn(x, weight, bias, *_geometry(x, weight, bias, stride, padding, dilation, groups))
 
 
+@_renamed(bias="shift")
 def conv2d_bn_relu(
     x: Tensor,
     weight: Tensor,
-    shift: Tensor,
+    bias: Tensor,
     stride: IntOrPair = 1,
     padding: IntOrPair = 0,
     dilation: IntOrPair = 1,
@@ -99,17 +120,18 @@ def conv2d_bn_relu(
 ) -> Tensor:
     """Convolution with a batch norm folded in, and ReLU.
 
-        y = relu(conv2d(x, weight) + shift)
+        y = relu(conv2d(x, weight) + bias)
 
     Stock equivalent: F.relu(bn(F.conv2d(x, …))) in inference. Arguments, result and errors as `conv2d_bn`.
     """
-    return ops.conv2d_bn_relu(x, weight, shift, *_geometry(x, weight, shift, stride, padding, dilation, groups))
+    return ops.conv2d_bn_relu(x, weight, bias, *_geometry(x, weight, bias, stride, padding, dilation, groups))
 
 
+@_renamed(bias="shift")
 def conv2d_bn_add_relu(
     x: Tensor,
     weight: Tensor,
-    shift: Tensor,
+    bias: Tensor,
     residual: Tensor,
     stride: IntOrPair = 1,
     padding: IntOrPair = 0,
@@ -118,7 +140,7 @@ def conv2d_bn_add_relu(
 ) -> Tensor:
     """Convolution with a batch norm folded in, a residual added, and ReLU: the end of a residual block.
 
-        y = relu(conv2d(x, weight) + shift + residual)
+        y = relu(conv2d(x, weight) + bias + residual)
 
     Stock equivalent: F.relu(bn(F.conv2d(x, …)) + residual) in inference. Arguments, result and errors as `conv2d_bn`, and
 
@@ -126,8 +148,8 @@ def conv2d_bn_add_relu(
         residual: of the result's shape, dtype and device; it is not modified.
     """
     check_dims("residual", residual, 4, "(N, K, H', W')")
-    geometry = _geometry(x, weight, shift, stride, padding, dilation, groups)
-    return ops.conv2d_bn_add_relu(x, weight, shift, residual, *geometry)
+    geometry = _geometry(x, weight, bias, stride, padding, dilation, groups)
+    return ops.conv2d_bn_add_relu(x, weight, bias, residual, *geometry)
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
@@ -153,8 +175,9 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return ops.add_relu(x, residual)
 
 
+@_renamed(biases="shifts")
 def basic_block(
-    x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], stride: int = 1, padding: IntOrPair = 1
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], stride: int = 1, padding: IntOrPair = 1
 ) -> Tensor:
     """The residual block of ResNet-18 and -34 with its batch norms folded in.
 
@@ -166,7 +189,7 @@ def basic_block(
         x: (N, C, H, W), dtypes as in `conv2d_bn`.
         weights: of conv1, (K, C, kh, kw), and conv2, (K, K, kh, kw), folded, of x's dtype; and for a projection shortcut of its
             convolution, (K, C, 1, 1). Without one the shortcut is x.
-        shifts: (K,) for each weight, folded, of x's dtype.
+        biases: (K,) for each weight, folded, of x's dtype.
         stride: of conv1 and of the shortcut.
         padding: of conv1 and conv2.
 
@@ -174,21 +197,22 @@ def basic_block(
         (N, K, H', W'), H' and W' as `conv2d_bn` gives them for conv1 and then conv2.
 
     Raises:
-        ValueError: as `conv2d_bn`, or the number of weights or shifts is wrong.
+        ValueError: as `conv2d_bn`, or the number of weights or biases is wrong.
         BackendError: a backend was chosen explicitly and can't serve the block, nor its parts.
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015.
     """
-    _check_block("basic_block", weights, shifts, 2)
+    _check_block("basic_block", weights, biases, 2)
     s, p = _pair("stride", stride), _pair("padding", padding)
     layers = [(s, p), ((1, 1), p), (s, (0, 0))][: len(weights)]
-    return ops.basic_block(x, list(weights), list(shifts), _flat(x, weights, shifts, layers, (1, 1), 1))
+    return ops.basic_block(x, list(weights), list(biases), _flat(x, weights, biases, layers, (1, 1), 1))
 
 
+@_renamed(biases="shifts")
 def bottleneck(
     x: Tensor,
     weights: Sequence[Tensor],
-    shifts: Sequence[Tensor],
+    biases: Sequence[Tensor],
     stride: int = 1,
     dilation: IntOrPair = 1,
     groups: int = 1,
@@ -203,7 +227,7 @@ def bottleneck(
         x: (N, C, H, W), dtypes as in `conv2d_bn`.
         weights: of conv1, (M, C, 1, 1), conv2, (M, M / groups, 3, 3), and conv3, (K, M, 1, 1), folded, of x's dtype; and for a
             projection shortcut of its convolution, (K, C, 1, 1). Without one the shortcut is x.
-        shifts: one for each weight, (M,) or (K,), folded, of x's dtype.
+        biases: one for each weight, (M,) or (K,), folded, of x's dtype.
         stride: of conv2 and of the shortcut (ResNet V1.5).
         dilation: of conv2, whose padding is the same.
         groups: of conv2 (ResNeXt).
@@ -212,21 +236,22 @@ def bottleneck(
         (N, K, ceil(H / stride), ceil(W / stride)).
 
     Raises:
-        ValueError: as `conv2d_bn`, or the number of weights or shifts is wrong.
+        ValueError: as `conv2d_bn`, or the number of weights or biases is wrong.
         BackendError: a backend was chosen explicitly and can't serve the block, nor its parts.
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015.
     """
-    _check_block("bottleneck", weights, shifts, 3)
+    _check_block("bottleneck", weights, biases, 3)
     s, d = _pair("stride", stride), _pair("dilation", dilation)
     layers = [((1, 1), (0, 0)), (s, d), ((1, 1), (0, 0)), (s, (0, 0))][: len(weights)]
-    return ops.bottleneck(x, list(weights), list(shifts), _flat(x, weights, shifts, layers, d, groups))
+    return ops.bottleneck(x, list(weights), list(biases), _flat(x, weights, biases, layers, d, groups))
 
 
+@_renamed(bias="shift")
 def stem(
     x: Tensor,
     weight: Tensor,
-    shift: Tensor,
+    bias: Tensor,
     stride: IntOrPair = 2,
     padding: IntOrPair = 3,
     pool_kernel: IntOrPair = 3,
@@ -235,7 +260,7 @@ def stem(
 ) -> Tensor:
     """The entry of a ResNet: convolution with its batch norm folded in, ReLU and max-pool.
 
-        y = max_pool2d(relu(conv2d(x, weight) + shift))
+        y = max_pool2d(relu(conv2d(x, weight) + bias))
 
     Stock equivalent: F.max_pool2d(F.relu(bn(F.conv2d(x, …))), 3, 2, 1). Arguments and errors as `conv2d_bn`, and
 
@@ -246,14 +271,14 @@ def stem(
     Returns:
         (N, K, H", W") with H" = (H' + 2·pool_padding − pool_kernel) // pool_stride + 1, H' as in `conv2d_bn`.
     """
-    geometry = _geometry(x, weight, shift, stride, padding, 1, 1)
+    geometry = _geometry(x, weight, bias, stride, padding, 1, 1)
     window = [*_pair("pool_kernel", pool_kernel), *_pair("pool_stride", pool_stride), *_pair("pool_padding", pool_padding)]
     if 2 * window[4] > window[0] or 2 * window[5] > window[1]:
         raise ValueError(
             f"pool_padding is {pool_padding!r}; it must be at most half of pool_kernel, which is {pool_kernel!r}. Pass less "
             "padding or a larger kernel."
         )
-    return ops.stem(x, weight, shift, [*geometry[0], *geometry[1], *geometry[2], geometry[3]], window)
+    return ops.stem(x, weight, bias, [*geometry[0], *geometry[1], *geometry[2], geometry[3]], window)
 
 
 def _pair(name: str, value: IntOrPair) -> tuple[int, int]:
@@ -265,28 +290,28 @@ def _pair(name: str, value: IntOrPair) -> tuple[int, int]:
 
 
 def _geometry(
-    x: Tensor, weight: Tensor, shift: Tensor, stride: IntOrPair, padding: IntOrPair, dilation: IntOrPair, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor, stride: IntOrPair, padding: IntOrPair, dilation: IntOrPair, groups: int
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
     check_dims("x", x, 4, "(N, C, H, W)")
-    _check_parameters(weight, shift, "weight", "shift")
+    _check_parameters(weight, bias, "weight", "bias")
     if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups is {groups!r}; it must be a positive divisor of the {weight.shape[0]} output channels.")
     return _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
 
 
-def _check_parameters(weight: Tensor, shift: Tensor, weight_name: str, shift_name: str) -> None:
+def _check_parameters(weight: Tensor, bias: Tensor, weight_name: str, bias_name: str) -> None:
     check_dims(weight_name, weight, 4, "(out_channels, in_channels / groups, kh, kw)")
-    if tuple(shift.shape) != (weight.shape[0],) or shift.dtype != weight.dtype:
+    if tuple(bias.shape) != (weight.shape[0],) or bias.dtype != weight.dtype:
         raise ValueError(
-            f"{shift_name} is {tuple(shift.shape)} {shift.dtype}; it must be ({weight.shape[0]},) {weight.dtype}, one for each "
+            f"{bias_name} is {tuple(bias.shape)} {bias.dtype}; it must be ({weight.shape[0]},) {weight.dtype}, one for each "
             f"output channel of {weight_name}. `fold_bn` gives both."
         )
 
 
-def _check_block(op: str, weights: Sequence[Tensor], shifts: Sequence[Tensor], main: int) -> None:
-    if len(weights) not in (main, main + 1) or len(shifts) != len(weights):
+def _check_block(op: str, weights: Sequence[Tensor], biases: Sequence[Tensor], main: int) -> None:
+    if len(weights) not in (main, main + 1) or len(biases) != len(weights):
         raise ValueError(
-            f"weights has {len(weights)} and shifts {len(shifts)} tensors; {op} takes {main} of each, or {main + 1} with a "
+            f"weights has {len(weights)} and biases {len(biases)} tensors; {op} takes {main} of each, or {main + 1} with a "
             "projection shortcut, which comes last."
         )
 
@@ -294,7 +319,7 @@ def _check_block(op: str, weights: Sequence[Tensor], shifts: Sequence[Tensor], m
 def _flat(
     x: Tensor,
     weights: Sequence[Tensor],
-    shifts: Sequence[Tensor],
+    biases: Sequence[Tensor],
     layers: Sequence[tuple[tuple[int, int], tuple[int, int]]],
     dilation: tuple[int, int],
     groups: int,
@@ -302,8 +327,8 @@ def _flat(
     """The operator's geometry: dilation and groups belong to the second convolution alone."""
     check_dims("x", x, 4, "(N, C, H, W)")
     flat: list[int] = []
-    for i, (weight, shift, (stride, padding)) in enumerate(zip(weights, shifts, layers, strict=True)):
-        _check_parameters(weight, shift, f"weights[{i}]", f"shifts[{i}]")
+    for i, (weight, bias, (stride, padding)) in enumerate(zip(weights, biases, layers, strict=True)):
+        _check_parameters(weight, bias, f"weights[{i}]", f"biases[{i}]")
         second = i == 1
         conv = Conv.of(weight, stride, padding, dilation if second else (1, 1), groups if second else 1)
         flat += conv.flatten()

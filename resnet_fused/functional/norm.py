@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import ops
-from resnet_fused.backends.norm import served
+from resnet_fused.backends.batch_norm import beats_stock
 from resnet_fused.ops.checks import check_dims, check_residual
 from resnet_fused.ops.common import update_statistics
 from resnet_fused.runtime.calls import plain, stock_only
@@ -48,7 +48,7 @@ def bn(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015.
     """
-    return _batch_norm("bn", x, None, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _batch_norm(False, x, None, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def bn_relu(
@@ -67,7 +67,7 @@ def bn_relu(
 
     Stock equivalent: F.relu(F.batch_norm(x, …)). Arguments, result and errors as `bn`.
     """
-    return _batch_norm("bn_relu", x, None, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _batch_norm(True, x, None, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def bn_add_relu(
@@ -91,11 +91,11 @@ def bn_add_relu(
         residual: of x's shape, dtype and device; it is not modified.
     """
     check_residual(x, residual)
-    return _batch_norm("bn_add_relu", x, residual, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _batch_norm(True, x, residual, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _batch_norm(
-    op: str,
+    relu: bool,
     x: Tensor,
     residual: Tensor | None,
     running_mean: Tensor | None,
@@ -124,20 +124,23 @@ def _batch_norm(
             f"x has shape {tuple(x.shape)}, one value per channel, whose variance is not defined. Use a larger batch or image, "
             "or training=False."
         )
-    if not _serves(op, x, residual, *vectors.values()):
+    if not _serves(relu, x, residual, *vectors.values()):
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y = y if residual is None else y + residual
-        return y if op == "bn" else F.relu(y, inplace=True)
-    inputs = (x,) if residual is None else (x, residual)
-    given = (None, None) if training else (running_mean, running_var)
-    y, mean, _, unbiased = getattr(ops, op)(*inputs, weight, bias, *given, eps, "")
+        return F.relu(y, inplace=True) if relu else y
+    statistics = (None, None) if training else (running_mean, running_var)
+    rest = (weight, bias, *statistics, eps, "")
+    if residual is not None:
+        y, mean, _, unbiased = ops.bn_add_relu(x, residual, *rest)
+    else:
+        y, mean, _, unbiased = ops.bn_relu(x, *rest) if relu else ops.bn(x, *rest)
     if training:
         update_statistics(running_mean, mean, momentum)
         update_statistics(running_var, unbiased, momentum)
     return y
 
 
-def _serves(op: str, x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
+def _serves(relu: bool, x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
     """Whether the op serves these tensors, and on another backend than the reference: stock's own batch norm is faster."""
     if x.layout is not torch.strided or x.numel() == 0:
         return False
@@ -145,4 +148,4 @@ def _serves(op: str, x: Tensor, residual: Tensor | None, *vectors: Tensor | None
         return False
     if stock_only() or not (torch.compiler.is_compiling() or plain(x, residual, *vectors)):
         return False
-    return served(op, x)
+    return beats_stock(x, residual is not None, relu)

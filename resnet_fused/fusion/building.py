@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from resnet_fused.fusion.matching import Group, Matcher, Unit
 from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
-from resnet_fused.runtime.program import NONE, Call, Layer, Program, Step, Value
+from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, Value
 
 # Layers and functions that compute the same of either memory format, and whose result has that of their input.
 _TRANSPARENT_LAYERS = (
@@ -75,7 +75,7 @@ class _Builder:
             return Built(Program(0, (), None), [], [], self.trace, reasons=matcher.reasons)
         covered = {node for group in matcher.groups for unit in group.units for node in unit.covered}
         identities = {node for node in nodes if matcher.is_identity(node) and self._bypassed(node)}
-        items: list[Step | Call] = []
+        items: list[FusedStep | Call] = []
         made: dict[int, Group] = {}
         absorbed: list[str] = []
         for node in nodes:
@@ -135,19 +135,14 @@ class _Builder:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def _step(self, group: Group) -> Step:
-        last = group.units[-2 if group.shortcut else -1]
-        pool = last.pool
-        layers = tuple(map(self._layer, group.units))
-        residual = NONE if len(group.units) > 1 or last.residual is None else self._number(last.residual)
-        return Step(group.op, layers, group.shortcut, pool, self._number(group.input), residual)
+    def _step(self, group: Group) -> FusedStep:
+        layers = tuple(map(self._layer, group.units, group.reads))
+        residual = NONE if group.residual is None else self._number(group.residual)
+        return FusedStep(layers, self._number(group.input), residual)
 
     def _plain(self, group: Group) -> Program:
         """What a step replaces, as calls on the values that it reads."""
-        last = group.units[-2 if group.shortcut else -1]
-        inputs = [self.matcher.producer(group.input)]
-        if len(group.units) == 1 and last.residual is not None:
-            inputs.append(self.matcher.producer(last.residual))
+        inputs = [self.matcher.producer(node) for node in (group.input, group.residual) if node is not None]
         numbers = {node: i for i, node in enumerate(inputs)}
         calls: list[Call] = []
 
@@ -166,12 +161,12 @@ class _Builder:
             calls.append(Call(node.target, node.op, args, kwargs, reads, False))
         return Program(len(inputs), tuple(calls), Value(numbers[group.last]))
 
-    def _layer(self, unit: Unit) -> Layer:
+    def _layer(self, unit: Unit, reads: tuple[int, ...]) -> Layer:
         layer, norm = unit.layer, unit.norm
         of_norm = (None,) * 5 if norm is None else (norm.mean, norm.var, norm.gamma, norm.beta, norm.steps)
         tensors = tuple(NONE if name is None else self._parameter(name) for name in (layer.weight, layer.bias, *of_norm))
         eps, promotes = (0.0, False) if norm is None else (norm.eps, norm.promotes)
-        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes)
+        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes, unit.epilogue, reads)
 
     def _parameter(self, path: str) -> int:
         return self.parameters.setdefault(path, len(self.parameters))

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.runtime.parameters import kept
+from resnet_fused.runtime.parameters import with_memory
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -43,4 +43,4 @@ def _computed_tensors(model: nn.Module) -> list[Tensor]:
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers that have memory."""
-    return kept([*model.parameters(), *model.buffers()])
+    return with_memory([*model.parameters(), *model.buffers()])

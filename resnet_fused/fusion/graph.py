@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resnet_fused.fusion.building import Built
 from resnet_fused.runtime.executor import Settings
-from resnet_fused.runtime.program import NONE, Call, Step, fill, to_text
+from resnet_fused.runtime.program import NONE, Call, FusedStep, fill, to_text
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class GraphProgram:
     def of(cls, module: nn.Module, built: Built, settings: Settings) -> GraphProgram:
         program = built.program
         items: list[_Segment | _Plain] = []
-        row: list[tuple[int, Step]] = []
+        row: list[tuple[int, FusedStep]] = []
         needed = _last_reads(program.items, program.inputs, program.outputs)
         for index, item in enumerate(program.items):
             number = program.inputs + index
-            if isinstance(item, Step):
+            if isinstance(item, FusedStep):
                 row.append((number, item))
                 continue
             if row:
@@ -97,7 +97,7 @@ class GraphProgram:
         return fill(self.outputs, values.__getitem__)
 
 
-def _last_reads(items: tuple[Step | Call, ...], inputs: int, outputs: Any) -> dict[int, int]:
+def _last_reads(items: tuple[FusedStep | Call, ...], inputs: int, outputs: Any) -> dict[int, int]:
     """By value, the number of the last value that is made of it; one beyond all where it is a result."""
     last: dict[int, int] = {}
     for index, item in enumerate(items):
@@ -110,7 +110,7 @@ def _last_reads(items: tuple[Step | Call, ...], inputs: int, outputs: Any) -> di
     return last
 
 
-def _segment(row: list[tuple[int, Step]], paths: list[str], last: dict[int, int]) -> _Segment:
+def _segment(row: list[tuple[int, FusedStep]], paths: list[str], last: dict[int, int]) -> _Segment:
     first, end = row[0][0], row[-1][0]
     inputs: list[int] = []
     for _, step in row:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fused import config
 from resnet_fused.backends import Precision, check_available
+from resnet_fused.backends.problem import PRECISIONS
 from resnet_fused.fusion.copying import copy_of
 from resnet_fused.fusion.path import FastPath, Fusion, paths_off
 from resnet_fused.fusion.rows import path_of, rows_of
@@ -63,7 +64,7 @@ def install_checked(
     *,
     inplace: bool = False,
     backend: str = "auto",
-    precision: Precision = "fast",
+    precision: str = "fast",
     example_inputs: Any = None,
     replay: bool = False,
 ) -> tuple[nn.Module, bool]:
@@ -84,7 +85,7 @@ def install_checked(
                     f"model can't be copied ({error}), since something in it can't; pass inplace=True, which changes the model "
                     "itself, and rf.unfuse(model) to undo it."
                 ) from error
-        install(model, precision, backend, replay)
+        install(model, PRECISIONS[precision], backend, replay)
     if example_inputs is not None:
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         fault = _fault(model, arguments)
@@ -121,8 +122,8 @@ def _check(model: object, precision: str, backend: str) -> None:
             raise ValueError(
                 f"model has the parameter {name!r} of a lazy module, which has no shape yet. Call the model once, then fuse it."
             )
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(map(repr, get_args(Precision)))}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be 'fast' or 'direct'.")
     check_available(backend, "backend")
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from resnet_fused.backends import Pool
+from resnet_fused.backends import Activation, Epilogue, Pool, Step
+from resnet_fused.backends.problem import RESIDUAL, X, label, residual_block
 from resnet_fused.fusion.folding import NotFoldable, check_overflow
 from resnet_fused.fusion.layers import Convolution, Norm, convolution, get, norm
 from resnet_fused.fusion.tracing import has_hooks, is_layer
@@ -62,30 +63,52 @@ class Unit:
         return source
 
     @property
-    def op(self) -> str:
-        if self.pool is not None:
-            return "stem"
-        if self.residual is not None:
-            return "conv2d_bn_add_relu"
-        return "conv2d_bn_relu" if self.relu else "conv2d_bn"
+    def epilogue(self) -> Epilogue:
+        activation = Activation.RELU if self.relu else Activation.NONE
+        return Epilogue(self.residual is not None, activation, self.pool)
 
 
 @dataclass
 class Group:
-    """What is computed as one op: a unit, or the units of a residual block, the main path first, then the shortcut."""
+    """Convolutions that are computed together: one, or those of a residual block, in the order of the computation.
 
-    op: str
+    Attributes:
+        units: the convolutions. A projection shortcut comes first.
+        reads: numbers of the values that each of them reads, as a problem's steps have them.
+    """
+
     units: list[Unit]
-    shortcut: bool = False
+    reads: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, unit: Unit) -> Group:
+        """One convolution."""
+        return cls([unit], [(X,) if unit.residual is None else (X, RESIDUAL)])
+
+    @classmethod
+    def of_block(cls, main: list[Unit], shortcut: Unit | None) -> Group:
+        """A residual block."""
+        steps = residual_block([unit.layer.conv for unit in main], None if shortcut is None else shortcut.layer.conv)
+        return cls(main if shortcut is None else [shortcut, *main], [step.reads for step in steps])
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """As a problem has them."""
+        return tuple(Step(unit.layer.conv, unit.epilogue, reads) for unit, reads in zip(self.units, self.reads, strict=True))
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """The second value that it reads."""
+        return next((u.residual for u, reads in zip(self.units, self.reads, strict=True) if RESIDUAL in reads), None)
 
     @property
     def label(self) -> str:
-        """The op's name for the report, which says whether there is a batch norm."""
-        return self.op.replace("_bn", "") if self.units[0].norm is None else self.op
+        """What it computes, for the report, which says whether there is a batch norm."""
+        return label(self.steps) if self.units[-1].norm is not None else label(self.steps).replace("_bn", "")
 
     @property
     def last(self) -> fx.Node:
-        return self.units[-2 if self.shortcut else -1].last
+        return self.units[-1].last
 
     @property
     def input(self) -> fx.Node:
@@ -270,7 +293,7 @@ class Matcher:
             if block is not None:
                 groups.append(block)
                 taken.update(map(id, block.units))
-        groups += [Group(unit.op, [unit]) for unit in self.units if id(unit) not in taken]
+        groups += [Group.of(unit) for unit in self.units if id(unit) not in taken]
         return sorted(groups, key=lambda group: self.order[group.position])
 
     def _block(self, last: Unit) -> Group | None:
@@ -301,7 +324,7 @@ class Matcher:
         first = min((unit.conv for unit in units), key=self.order.__getitem__)
         if self._written_between(first, last.last, units):
             return None
-        return Group({2: "basic_block", 3: "bottleneck"}[len(chain)], units, len(units) > len(chain))
+        return Group.of_block(chain, shortcut if projected else None)
 
     # ---- reading nodes -----------------------------------------------------------------------------------------------
 

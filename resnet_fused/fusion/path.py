@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import config
-from resnet_fused.backends import choice, records
+from resnet_fused.backends import choice
 from resnet_fused.fusion.building import Built, build
 from resnet_fused.fusion.folding import NotFoldable
 from resnet_fused.fusion.graph import GraphProgram
@@ -28,9 +28,10 @@ from resnet_fused.fusion.guards import Structure
 from resnet_fused.fusion.layers import get
 from resnet_fused.fusion.screening import CannotTrace
 from resnet_fused.fusion.tracing import class_forward, own_forward
-from resnet_fused.runtime.calls import MAX_KERNELS, autocast_dtype, plain
+from resnet_fused.runtime.calls import autocast_dtype, plain
 from resnet_fused.runtime.executor import Settings, settle
-from resnet_fused.runtime.parameters import Look, Parameters, Unservable, kept
+from resnet_fused.runtime.kept import ByKind, Look, Unservable
+from resnet_fused.runtime.parameters import Parameters, with_memory
 from resnet_fused.runtime.program import Call
 from resnet_fused.runtime.released import release
 from resnet_fused.runtime.run import Run
@@ -117,15 +118,14 @@ class _Traced:
         self.tensors: list[Tensor] = [get(module, path) for path in built.parameters]
         self.differentiable = [p for p in module.parameters() if p is not None]
         self.kinds = [(t.shape, t.dtype) for t in self.tensors]
-        self.runs: dict[Any, Run] = {}
-        self.generation = records.generation()
-        self.look = Look(kept(self.tensors))
+        self.runs: ByKind[Run] = ByKind()
+        self.look = Look(with_memory(self.tensors))
 
     def values_changed(self) -> bool:
         """Takes the parameters' values as they are now; False if they aren't of the traced shapes and dtypes any more."""
         # In this order: another thread must not find the new look beside runs of the old values.
-        self.runs = {}
-        self.look = Look(kept(self.tensors))
+        self.runs = ByKind()
+        self.look = Look(with_memory(self.tensors))
         return self.kinds == [(t.shape, t.dtype) for t in self.tensors]
 
 
@@ -195,7 +195,7 @@ class FastPath:
 
     def runs(self) -> list[Run]:
         """What served so far."""
-        return [] if self._traced is None else [*self._traced.runs.values()]
+        return [] if self._traced is None else self._traced.runs.values()
 
     def install(self) -> None:
         """Puts the path into the module."""
@@ -294,9 +294,6 @@ class FastPath:
             return self._not("it is traced, transformed, or called with a subclass of Tensor")
         if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
             return self._not("a derivative may be asked for; call it under torch.no_grad() or torch.inference_mode()")
-        if traced.generation != records.generation():
-            # By other records other kernels are chosen, and what was packed for those before isn't used again.
-            traced.runs, traced.generation = {}, records.generation()
         runs = traced.runs  # taken before the look: what is settled below must not stand beside values that come later
         if not traced.look.unchanged():
             if not self._values_changed(traced):
@@ -314,8 +311,8 @@ class FastPath:
         if run.unequal:
             self._leave_sums(traced, run.unequal)
         if run.declined >= _MOST_DECLINED and self._settings.precision == "fast":
-            self._settings = replace(self._settings, precision="exact")
-            traced.runs = {}
+            self._settings = replace(self._settings, precision="direct")
+            traced.runs = ByKind()
             config.logger().info("%s gets large values again and again; it is computed directly", type(self.module).__name__)
         self.fusion.served += 1
         self.reason = ""
@@ -333,16 +330,14 @@ class FastPath:
         settings = (choice(self._settings.backend), dtype, torch._C._get_mkldnn_enabled())
         return (*kinds, *settings, torch.get_num_threads())
 
-    def _settle(self, traced: _Traced, runs: dict[Any, Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
+    def _settle(self, traced: _Traced, runs: ByKind[Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
         """Runs the program for the first time on this kind of input."""
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
             if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
         settings = self._settings if len(runs) < _MOST_GRAPHS else replace(self._settings, replay=False)
         run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, settings, self.module)
-        while len(runs) >= MAX_KERNELS:
-            runs.pop(next(iter(runs)), None)
-        runs[key] = run
+        runs.put(key, run)
         return run, result
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, ...] | None:
@@ -422,7 +417,7 @@ class FastPath:
             ValueError: no call was served.
         """
         traced = self._traced
-        if traced is None or not traced.runs:
+        if traced is None or not len(traced.runs):
             raise ValueError(
                 f"release=True found nothing to release, since no fused kernel runs the whole model: {self.reason}. "
                 "Leave release out, and see rf.report."
@@ -439,7 +434,7 @@ class FastPath:
             weight = get(self.module, path)
             if type(weight) is nn.Parameter:
                 release(weight)
-        traced.look = Look(kept(traced.tensors))
+        traced.look = Look(with_memory(traced.tensors))
         self.fusion.parameters.forget_released()
 
     # ---- graphs ------------------------------------------------------------------------------------------------------

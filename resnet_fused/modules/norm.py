@@ -12,6 +12,7 @@ exchange between processes of nn.SyncBatchNorm. What the ops don't serve runs by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from resnet_fused import ops
-from resnet_fused.backends.norm import served
+from resnet_fused.backends.batch_norm import beats_stock
 from resnet_fused.fusion.folding import hooks_of
+from resnet_fused.ops import training_conv2d
 from resnet_fused.ops.common import update_statistics
-from resnet_fused.ops.conv2d import served as served_conv2d
 from resnet_fused.runtime.calls import autocast_dtype, plain, stock_only
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -31,24 +32,24 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 def bn(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x)."""
-    return _run("bn", norm, x, None) if _fusible("bn", norm, x, None) else norm(x)
+    return _run(ops.bn, norm, x) if _fusible(norm, x, None, relu=False) else norm(x)
 
 
 def bn_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """relu(norm(x))."""
-    return _run("bn_relu", norm, x, None) if _fusible("bn_relu", norm, x, None) else F.relu(norm(x), inplace=True)
+    return _run(ops.bn_relu, norm, x) if _fusible(norm, x, None, relu=True) else F.relu(norm(x), inplace=True)
 
 
 def bn_add_relu(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """relu(norm(x) + residual)."""
-    if _fusible("bn_add_relu", norm, x, residual):
-        return _run("bn_add_relu", norm, x, residual)
+    if _fusible(norm, x, residual, relu=True):
+        return _run(ops.bn_add_relu, norm, x, residual)
     y = norm(x)
     y += residual
     return F.relu(y, inplace=True)
 
 
-def _fusible(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> bool:
+def _fusible(norm: Any, x: Tensor, residual: Tensor | None, relu: bool) -> bool:
     """Whether the op computes what the module's forward does, and a backend serves it better than stock PyTorch."""
     if not isinstance(x, Tensor):
         return False  # a tracer's stand-in
@@ -65,7 +66,7 @@ def _fusible(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> bool:
         return False
     if _group(norm) is not None:
         return True
-    return x.numel() > 0 and served(op, x)
+    return x.numel() > 0 and beats_stock(x, residual is not None, relu)
 
 
 def _group(norm: Any) -> str | None:
@@ -89,14 +90,14 @@ def conv2d(conv: Any, x: Tensor) -> Tensor:
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x = x.to(dtype)
-    if served_conv2d(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups):
+    if training_conv2d.beats_stock(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups):
         return ops.conv2d(x, conv.weight, conv.stride[0], conv.padding[0])
     return conv(x)
 
 
 def bn_relu_conv2d(norm: Any, conv: Any, x: Tensor) -> Tensor:
     """conv(relu(norm(x))), where the input of conv isn't kept for backward but computed again."""
-    if not _fusible("bn_relu", norm, x, None) or not _plain_conv(conv, x):
+    if not _fusible(norm, x, None, relu=True) or not _plain_conv(conv, x):
         return conv(bn_relu(norm, x))
     weight, bias = conv.weight, conv.bias
     dtype = autocast_dtype(x.device.type)
@@ -122,10 +123,9 @@ def _plain_conv(conv: Any, x: Tensor) -> bool:
     return conv.weight.dtype == x.dtype or (autocast_dtype(x.device.type) is not None and x.dtype != torch.float64)
 
 
-def _run(op: str, norm: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+def _run(op: Callable[..., tuple[Tensor, ...]], norm: Any, x: Tensor, *residual: Tensor) -> Tensor:
     mean, var, group = _statistics(norm, x)
-    inputs = (x,) if residual is None else (x, residual)
-    y, *batch = getattr(ops, op)(*inputs, norm.weight, norm.bias, mean, var, norm.eps, group)
+    y, *batch = op(x, *residual, norm.weight, norm.bias, mean, var, norm.eps, group)
     _update(norm, batch[0], batch[2])
     return y
 

@@ -1,62 +1,93 @@
-"""The common part of basic_block and bottleneck, which differ in the number of convolutions on the main path.
+"""basic_block and bottleneck: the residual blocks of ResNet-18 and -34, and of ResNet-50, -101 and -152.
 
     y = relu(conv_n(… relu(conv_1(x)) …) + shortcut(x)), every conv with its batch norm folded in
 
-`weights` and `shifts` list the main path in order, then the projection shortcut if there is one; without it the shortcut is
+`weights` and `biases` list the main path in order, then the projection shortcut if there is one; without it the shortcut is
 the identity. `geometry` has seven integers for each convolution: stride, padding, dilation (two each) and groups.
+
+Source: He et al., Deep Residual Learning for Image Recognition, 2015, figure 5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from resnet_fused.backends import Conv
-from resnet_fused.backends.reference import conv2d
+from resnet_fused.backends.problem import Step, residual_block
+from resnet_fused.backends.reference.backend import conv2d
 from resnet_fused.ops import common
 from resnet_fused.runtime import calls
 
+_Item = TypeVar("_Item")
 
-def define(name: str, *, main: int) -> Callable[..., Tensor]:
-    """Registers resnet_fused::`name`, with `main` convolutions on the main path, and gives the function that calls it."""
 
-    def eager(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
-        runner = common.runner_for(weights[0], name, Conv.unflatten(weights, geometry), len(weights) > main)
-        return runner(x, None, weights, shifts)
+class _Family:
+    """The registered operator of a block with `main` convolutions on its main path, and calls of it."""
 
-    def fake(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
+    def __init__(self, name: str, main: int) -> None:
+        self.name, self.main = name, main
+        schema = f"{name}(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry) -> Tensor"  # saved graphs have this name
+        common.register(schema, self._eager, self._fake)
+        common.register_autograd(name, self._setup_context, self._backward)
+        self.operator: Callable[..., Tensor] = getattr(torch.ops.resnet_fused, name).default
+
+    def form(self, convs: tuple[Conv, ...]) -> tuple[Step, ...]:
+        """The steps, from the convolutions in the steps' order."""
+        projected = len(convs) > self.main
+        return residual_block(convs[projected:], convs[0] if projected else None)
+
+    def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
+        if calls.plain_eager(x, *weights, *biases):
+            return self._eager(x, weights, biases, geometry)
+        if not calls.stock_only():
+            return self.operator(x, weights, biases, geometry)
+        steps = self.form(self._in_order(Conv.unflatten(weights, geometry)))
+        return common.stock_result(steps, x, None, self._in_order(weights), self._in_order(biases))
+
+    def _in_order(self, items: Sequence[_Item]) -> tuple[_Item, ...]:
+        """What belongs to the convolutions, in the steps' order: the shortcut's before the main path's."""
+        return (*items[self.main :], *items[: self.main])
+
+    def _eager(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
+        convs = self._in_order(Conv.unflatten(weights, geometry))
+        runner = common.runner_for(weights[0], self.form, convs)
+        return runner(x, None, self._in_order(weights), self._in_order(biases))
+
+    def _fake(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
         h, w = x.shape[2:]
-        for i in range(main):
+        for i in range(self.main):
             stride, padding, dilation = (geometry[7 * i + j : 7 * i + j + 2] for j in (0, 2, 4))
             conv = Conv(0, 0, weights[i].shape[2:], stride, padding, dilation)  # type: ignore[arg-type]
             h, w = conv.output_size(h, w)
-        shape = (x.shape[0], weights[main - 1].shape[0], h, w)
+        shape = (x.shape[0], weights[self.main - 1].shape[0], h, w)
         return common.empty_result(shape, x, calls.memory_format(x, *weights))
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weights, shifts, ctx.geometry = inputs
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weights, biases, ctx.geometry = inputs
         ctx.count = len(weights)
-        ctx.save_for_backward(x, output, *weights, *shifts)
+        ctx.save_for_backward(x, output, *weights, *biases)
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def _backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        main = self.main
         x, y, *parameters = ctx.saved_tensors
-        weights, shifts = parameters[: ctx.count], parameters[ctx.count :]
+        weights, biases = parameters[: ctx.count], parameters[ctx.count :]
         convs = Conv.unflatten(weights, ctx.geometry)
         # The results inside of the block aren't kept by the forward pass; they are computed again.
         inputs = [x]
         for i in range(main - 1):
-            inputs.append(conv2d(inputs[-1], weights[i], shifts[i], convs[i]).relu())
+            inputs.append(conv2d(inputs[-1], weights[i], biases[i], convs[i]).relu())
         grad = common.relu_backward(grad, y)
         dweights: list[Tensor | None] = [None] * ctx.count
-        dshifts: list[Tensor | None] = [None] * ctx.count
+        dbiases: list[Tensor | None] = [None] * ctx.count
 
         def through(i: int, source: Tensor, grad: Tensor) -> Tensor:
             """Gradient by the input of convolution i; keeps those of its parameters."""
             grads = common.convolution_backward(grad, source, weights[i], convs[i].flatten(), (True, True, True))
-            dweights[i], dshifts[i] = grads[1:]
+            dweights[i], dbiases[i] = grads[1:]
             assert grads[0] is not None
             return grads[0]
 
@@ -65,17 +96,18 @@ def define(name: str, *, main: int) -> Callable[..., Tensor]:
             grad = through(i, inputs[i], grad)
             if i > 0:
                 grad = common.relu_backward(grad, inputs[i])
-        return dx + grad, dweights, dshifts, None
+        return dx + grad, dweights, dbiases, None
 
-    common.register(f"{name}(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry) -> Tensor", eager, fake)
-    common.register_autograd(name, setup_context, backward)
-    operator = getattr(torch.ops.resnet_fused, name).default
 
-    def call(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
-        if calls.plain_eager(x, *weights, *shifts):
-            return eager(x, weights, shifts, geometry)
-        if calls.stock_only():
-            return common.stock(name, Conv.unflatten(weights, geometry), x, None, weights, shifts, len(weights) > main)
-        return operator(x, weights, shifts, geometry)
+_basic_block = _Family("basic_block", main=2)
+_bottleneck = _Family("bottleneck", main=3)
 
-    return call
+
+def basic_block(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
+    """Two convolutions and a shortcut; see `resnet_fused.functional.basic_block`."""
+    return _basic_block(x, weights, biases, geometry)
+
+
+def bottleneck(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
+    """Three convolutions and a shortcut; see `resnet_fused.functional.bottleneck`."""
+    return _bottleneck(x, weights, biases, geometry)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.ops import common, norm
+from resnet_fused.ops import batch_norm, common
 from resnet_fused.runtime import calls
 
 
@@ -34,19 +34,19 @@ def _eager(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> norm.Result:
-    y, *statistics = norm.forward("bn_relu", x, None, weight, bias, mean, var, eps, group)
+) -> batch_norm.Result:
+    y, *statistics = batch_norm.forward("bn_relu", x, None, weight, bias, mean, var, eps, group)
     z = F.conv2d(y, filter, filter_bias, stride, padding, dilation, groups)
     return z, statistics[0], statistics[1], statistics[2]
 
 
-def _fake(*args: Any) -> norm.Result:
+def _fake(*args: Any) -> batch_norm.Result:
     x, _, _, mean, _, filter, filter_bias, _, _, *geometry = args
-    y, *statistics = norm.fake_forward(x, mean is None)
+    y, *statistics = batch_norm.fake_forward(x, mean is None)
     return F.conv2d(y, filter, filter_bias, *geometry), statistics[0], statistics[1], statistics[2]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: norm.Result) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: batch_norm.Result) -> None:
     x, weight, bias, mean, var, filter, _, ctx.eps, ctx.group, *geometry = inputs
     ctx.geometry = _geometry(*geometry)
     ctx.batch = mean is None
@@ -69,8 +69,8 @@ def _backward(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     needed = ctx.needs_input_grad
     # With the statistics as given constants, the forward op computes y again as it was.
     if calls.plain(dz, x, weight, bias, filter):
-        y = norm.forward("bn_relu", x, None, weight, bias, mean, var, ctx.eps, "")[0]
-        bn_backward: Callable[..., norm.Result] = norm.backward
+        y = batch_norm.forward("bn_relu", x, None, weight, bias, mean, var, ctx.eps, "")[0]
+        bn_backward: Callable[..., batch_norm.Result] = batch_norm.backward
     else:
         y = torch.ops.resnet_fused.bn_relu.default(x, weight, bias, mean, var, ctx.eps, "")[0]
         bn_backward = torch.ops.resnet_fused.bn_backward.default
@@ -96,7 +96,7 @@ common.register_autograd("bn_relu_conv2d", _setup_context, _backward)
 _Function = common.function("bn_relu_conv2d", _eager, _setup_context, _backward)
 
 
-def bn_relu_conv2d(*args: Any) -> norm.Result:
+def bn_relu_conv2d(*args: Any) -> batch_norm.Result:
     """z, and the batch's mean, biased and unbiased variance; arguments as the schema lists them."""
     tensors = args[:7]
     if not calls.plain(*tensors):

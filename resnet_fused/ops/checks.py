@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
-from resnet_fused.backends import Problem
+from resnet_fused.backends import Conv, Problem
+from resnet_fused.backends.problem import FIRST_RESULT, X
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -38,12 +39,13 @@ def check_residual(x: Tensor, residual: Tensor) -> None:
 
 def check(problem: Problem, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor]) -> None:
     """Raises ValueError where an input doesn't fit the problem's parameters, before any backend sees it."""
-    if problem.convs:
-        first = problem.convs[0]
-        if x.shape[1] != first.in_channels:
+    # Of a block the main path's convolution before the shortcut's, as its arguments are listed.
+    for step, weight in reversed([*zip(problem.steps, weights, strict=False)]):
+        conv = step.operation
+        if isinstance(conv, Conv) and step.reads[0] == X and x.shape[1] != conv.in_channels:
             raise ValueError(
-                f"x has {x.shape[1]} channels (shape {tuple(x.shape)}); the weight of shape {tuple(weights[0].shape)} with "
-                f"groups={first.groups} takes {first.in_channels}. Pass an input with {first.in_channels} channels, "
+                f"x has {x.shape[1]} channels (shape {tuple(x.shape)}); the weight of shape {tuple(weight.shape)} with "
+                f"groups={conv.groups} takes {conv.in_channels}. Pass an input with {conv.in_channels} channels, "
                 "dimension 1 in (N, C, H, W)."
             )
     for weight in weights:
@@ -62,11 +64,13 @@ def check(problem: Problem, x: Tensor, residual: Tensor | None, weights: Sequenc
             f"x has {x.shape[2]}×{x.shape[3]} pixels, and the result would have {max(shape[2], 0)}×{max(shape[3], 0)}; "
             "every convolution and pool needs an input at least as large as its window. Pass a larger image."
         )
-    if problem.shortcut and problem.shortcut_shape() != shape:
-        raise ValueError(
-            f"the shortcut's result has shape {problem.shortcut_shape()} and that of the main path {shape}; they are added, "
-            "and must be the same. Choose strides and paddings so that both paths keep as many pixels."
-        )
+    shapes = problem.shapes()
+    for number, step in enumerate(problem.steps, FIRST_RESULT):
+        if step.epilogue.residual and step.reads[1] >= FIRST_RESULT and shapes[step.reads[1]] != shapes[number]:
+            raise ValueError(
+                f"the shortcut's result has shape {shapes[step.reads[1]]} and that of the main path {shapes[number]}; they are "
+                "added, and must be the same. Choose strides and paddings so that both paths keep as many pixels."
+            )
     if residual is not None:
         if tuple(residual.shape) != shape:
             raise ValueError(

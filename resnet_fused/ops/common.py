@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused import config
-from resnet_fused.backends import Conv, Declined, Folded, Kernel, Pool, Precision, Problem, choice, choosing, get, records
+from resnet_fused.backends import STOCK, Conv, ConvParameters, Declined, Kernel, Problem, Step, choice, choosing, stock
 from resnet_fused.backends.binding import bind
+from resnet_fused.backends.problem import Types
 from resnet_fused.ops import checks
-from resnet_fused.runtime.calls import MAX_KERNELS, call_key, choice_without_strides, memory_format, stamp
+from resnet_fused.runtime.calls import call_key, choice_without_strides, memory_format
+from resnet_fused.runtime.kept import Kept, Unservable
 
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
 
@@ -66,105 +68,54 @@ def _with_choice(
     return setup, run
 
 
-class _Bound(NamedTuple):
-    """What a runner keeps for one state of its parameters and the records. Replaced as a whole: threads may share a runner."""
-
-    stamp: tuple[int, ...]
-    folded: Folded
-    kernels: dict[tuple[Any, ...], Kernel]
-
-
 class Runner:
-    """Runs one op on one set of folded parameters.
+    """Runs steps on one set of parameters, those of calls that come as an operator, without a module.
 
-    A kernel is bound for each kind of input and kept. All of it is dropped when a parameter was changed in place, loaded,
-    moved or cast, seen by its address and version counter, and when `rf.tune` changed the records.
-
-    Args:
-        op, convs, shortcut, pool, precision: as in `Problem`.
-        backend: name of the backend to use, or "auto".
-        channels_last: whether results are channels_last always, instead of by stock's rule.
+    A kernel is bound for each kind of input and kept, as long as the parameters are as they were (`Kept`).
     """
 
-    def __init__(
-        self,
-        op: str,
-        convs: tuple[Conv, ...],
-        shortcut: bool = False,
-        pool: Pool | None = None,
-        precision: Precision = "fast",
-        backend: str = "auto",
-        channels_last: bool = False,
-    ) -> None:
-        self.op, self.convs, self.shortcut, self.pool = op, convs, shortcut, pool
-        self.precision, self.backend, self.channels_last = precision, backend, channels_last
-        self.backends_used: dict[str, Problem] = {}
-        self._bound: _Bound | None = None
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+        self._kept: Kept[Kernel] | None = None
 
-    def __call__(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        """The result. Weights and biases are in the order of the steps."""
         try:
-            return self.kernel(x, residual, weights, shifts)(x, residual)
+            return self._kernel(x, residual, weights, biases, choice())(x, residual)
         except Declined:
-            return self.kernel(x, residual, weights, shifts, "reference")(x, residual)
+            return self._kernel(x, residual, weights, biases, STOCK)(x, residual)
 
-    def kernel(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weights: Sequence[Tensor],
-        shifts: Sequence[Tensor],
-        chosen: str | None = None,
+    def _kernel(
+        self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor], chosen: str
     ) -> Kernel:
-        """The kernel that serves such tensors with these parameters; by the backend `chosen`, if not the runner's."""
-        chosen = chosen or choice(self.backend)
         if x.layout is not torch.strided:
-            return self._unkept(choice_without_strides(chosen), x, weights, shifts)
+            return self._bind(choice_without_strides(chosen), x, weights, ConvParameters(tuple(weights), tuple(biases)))
+        tensors = (*weights, *biases)
+        kept = self._kept
         try:
-            now = (records.generation(), *stamp((*weights, *shifts)))
-        except RuntimeError:
+            if kept is None or not kept.holds(tensors):
+                kept = self._kept = Kept(tensors)
+        except Unservable:
             # Parameters made under inference_mode don't count their changes: nothing about them can be kept.
             _warn_of_inference_tensors()
-            return self._unkept("reference", x, weights, shifts)
-        bound = self._bound
-        if bound is None or bound.stamp != now:
-            # Aliases, so that what is kept for a parameter doesn't keep the parameter itself alive.
-            folded = Folded(tuple(w.detach() for w in weights), tuple(s.detach() for s in shifts))
-            bound = self._bound = _Bound(now, folded, {})
-            self.backends_used = {}
+            return self._bind(STOCK, x, weights, ConvParameters(tuple(weights), tuple(biases)))
         key = call_key(x, residual, chosen)
-        kernel = bound.kernels.get(key)
+        kernel = kept.get(key)
         if kernel is None:
-            problem = self.problem(x, weights)
-            checks.check(problem, x, residual, weights)
-            kernel, backend = bind(problem, bound.folded, chosen)
-            self.backends_used[backend] = problem
-            while len(bound.kernels) >= MAX_KERNELS:
-                bound.kernels.pop(next(iter(bound.kernels)), None)
-            bound.kernels[key] = kernel
+            checks.check(self._problem(x, weights), x, residual, weights)
+            count = len(weights)
+            parameters = kept.once(lambda aliases: ConvParameters(aliases[:count], aliases[count:]))
+            kernel = kept.put(key, self._bind(chosen, x, weights, parameters))
         return kernel
 
-    def _unkept(self, backend: str, x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> Kernel:
-        return bind(self.problem(x, weights), Folded(tuple(weights), tuple(shifts)), backend).kernel
+    def _bind(self, chosen: str, x: Tensor, weights: Sequence[Tensor], parameters: ConvParameters) -> Kernel:
+        return bind(self._problem(x, weights), parameters, chosen).kernel
 
-    def problem(self, x: Tensor, weights: Sequence[Tensor]) -> Problem:
+    def _problem(self, x: Tensor, weights: Sequence[Tensor]) -> Problem:
         """The problem that an input like x poses."""
         checks.check_dims("x", x, 4, "(N, C, H, W)")
         n, c, h, w = x.shape
-        return Problem(
-            self.op,
-            (n, c, h, w),
-            x.dtype,
-            x.device,
-            self.convs,
-            self.shortcut,
-            self.pool,
-            torch.channels_last if self.channels_last else memory_format(x, *weights),
-            self.precision,
-        )
-
-    def packed_bytes(self) -> int:
-        """Bytes of what backends packed from the parameters."""
-        return self._bound.folded.packed_bytes() if self._bound is not None else 0
+        return Problem(self.steps, (n, c, h, w), Types.of(x.dtype), x.device, memory_format(x, *weights))
 
 
 @functools.cache
@@ -177,30 +128,31 @@ def _warn_of_inference_tensors() -> None:
 
 _runners = WeakIdKeyDictionary()
 
+Form = Callable[[tuple[Conv, ...]], tuple[Step, ...]]
+"""What an op computes: the steps on convolutions of a geometry."""
 
-def runner_for(weight: Tensor, *static: Any) -> Runner:
-    """The runner of calls that come as an operator, without a module: kept as long as the first weight lives."""
+
+def runner_for(weight: Tensor, form: Form, convs: tuple[Conv, ...]) -> Runner:
+    """The runner of an op's calls with that first weight: kept as long as the weight lives."""
     own: dict[tuple[Any, ...], Runner] = _runners.setdefault(weight, {})
-    runner = own.get(static)
+    key = form, convs
+    runner = own.get(key)
     if runner is None:
-        runner = own.setdefault(static, Runner(*static))
+        runner = own.setdefault(key, Runner(form(convs)))
     return runner
 
 
-def stock(
-    op: str,
-    convs: tuple[Conv, ...],
+def stock_result(
+    steps: tuple[Step, ...],
     x: Tensor,
     residual: Tensor | None,
     weights: Sequence[Tensor] = (),
-    shifts: Sequence[Tensor] = (),
-    shortcut: bool = False,
-    pool: Pool | None = None,
+    biases: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The op on stock PyTorch, for calls that are `stock_only`; arguments as a `Runner`'s."""
+    """The steps on stock PyTorch, for calls that are `stock_only`; arguments as a `Runner`'s."""
     n, c, h, w = x.shape
-    problem = Problem(op, (n, c, h, w), x.dtype, x.device, convs, shortcut, pool)
-    return get("reference").prepare(problem, Folded(tuple(weights), tuple(shifts)))(x, residual)
+    problem = Problem(steps, (n, c, h, w), Types.of(x.dtype), x.device)
+    return stock().prepare(problem, ConvParameters(tuple(weights), tuple(biases)))(x, residual)
 
 
 def update_statistics(running: Tensor | None, new: Tensor, share: float | Tensor) -> None:
@@ -218,7 +170,7 @@ def empty_result(problem_shape: Sequence[Any], like: Tensor, format: torch.memor
 def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[int], needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of conv2d(x, weight) + shift by x, weight and shift, each None where not needed.
+    """Gradients of conv2d(x, weight) + bias by x, weight and bias, each None where not needed.
 
     `geometry` holds stride, padding, dilation (two integers each) and groups.
     """

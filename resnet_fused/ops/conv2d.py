@@ -1,118 +1,100 @@
-"""conv2d: y = conv2d(x, weight) in training, where the compiled CPU kernels compute y or a gradient faster.
+"""conv2d_bn, conv2d_bn_relu and conv2d_bn_add_relu: a convolution with its batch norm folded in, and what follows it.
 
-Which of the three products they compute, y, the gradient of x and that of the weights, is told by `cpu_conv.products`; the
-others are stock PyTorch's. x may be bfloat16 with float32 weights, as under autocast; the gradient of the weights is then
-float32, not rounded to bfloat16 on its way.
+y = activation(conv2d(x, weight) + bias + residual)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import cpu_conv
+from resnet_fused.backends import Activation, Conv, Epilogue, Step
+from resnet_fused.backends.problem import RESIDUAL, X
 from resnet_fused.ops import common
 from resnet_fused.runtime import calls
 
-
-def served(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether this op serves the convolution, and is faster than stock PyTorch."""
-    if x.dim() != 4 or weight.shape[1] != x.shape[1] or groups != 1 or tuple(dilation) != (1, 1):
-        return False
-    square = stride[0] == stride[1] and padding[0] == padding[1] and weight.shape[2] == weight.shape[3]
-    if not square or weight.dtype not in (torch.float32, x.dtype):
-        return False
-    if torch.compiler.is_compiling():
-        # The graph serves inputs of other sizes too; when it runs, the op looks at what it is given.
-        products = cpu_conv.products_of_any_size(x.device.type, x.dtype, tuple(weight.shape), stride[0], padding[0])
-    else:
-        products = cpu_conv.products(x, tuple(weight.shape), stride[0], padding[0])
-    # In contiguous format only what saves most, Winograd, is worth the copies.
-    return bool(products.forward) or (products.weight and calls.memory_format(x, weight) == torch.channels_last)
+Pair = Sequence[int]
 
 
-def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    plan = cpu_conv.products(x, tuple(weight.shape), stride, padding).forward
-    if plan is None:
-        return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
-    y = cpu_conv.convolution(x, weight, stride, padding, plan)
-    return y.contiguous(memory_format=calls.memory_format(x, weight))
+class _Family:
+    """The registered operator of an epilogue, and calls of it: of the kernel directly where that is possible.
+
+    Operands are x, weight, bias and, where the epilogue adds one, residual. They are followed by stride, padding, dilation and
+    groups.
+    """
+
+    def __init__(self, name: str, epilogue: Epilogue) -> None:
+        self.name, self.epilogue = name, epilogue
+        # Schemas are part of saved graphs: they keep the name that the bias had.
+        tensors = ("x", "weight", "shift", *(("residual",) if epilogue.residual else ()))
+        self.count = len(tensors)
+        operands = ", ".join(f"Tensor {tensor}" for tensor in tensors)
+        schema = f"{name}({operands}, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor"
+        common.register(schema, self._eager, self._fake)
+        common.register_autograd(name, self._setup_context, self._backward)
+        self.operator: Callable[..., Tensor] = getattr(torch.ops.resnet_fused, name).default
+
+    def form(self, convs: tuple[Conv, ...]) -> tuple[Step, ...]:
+        """The one step."""
+        return (Step(convs[0], self.epilogue, (X, RESIDUAL) if self.epilogue.residual else (X,)),)
+
+    def __call__(self, *args: Any) -> Tensor:
+        if calls.plain_eager(*args[: self.count]):
+            return self._eager(*args)
+        return self._stock(*args) if calls.stock_only() else self.operator(*args)
+
+    def _eager(self, *args: Any) -> Tensor:
+        x, weight, bias, *rest = args[: self.count]
+        runner = common.runner_for(weight, self.form, (Conv.of(weight, *args[self.count :]),))
+        return runner(x, rest[0] if rest else None, (weight,), (bias,))
+
+    def _stock(self, *args: Any) -> Tensor:
+        x, weight, bias, *rest = args[: self.count]
+        steps = self.form((Conv.of(weight, *args[self.count :]),))
+        return common.stock_result(steps, x, rest[0] if rest else None, (weight,), (bias,))
+
+    def _fake(self, *args: Any) -> Tensor:
+        x, weight = args[0], args[1]
+        stride, padding, dilation, groups = args[self.count :]
+        conv = Conv(weight.shape[1] * groups, weight.shape[0], weight.shape[2:], stride, padding, dilation, groups)
+        shape = (x.shape[0], weight.shape[0], *conv.output_size(x.shape[2], x.shape[3]))
+        return common.empty_result(shape, x, calls.memory_format(x, weight))
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight = inputs[0], inputs[1]
+        stride, padding, dilation, groups = inputs[self.count :]
+        ctx.geometry = Conv.of(weight, stride, padding, dilation, groups).flatten()
+        ctx.save_for_backward(x, weight, *((output,) if self.epilogue.relu else ()))
+
+    def _backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, *output = ctx.saved_tensors
+        if self.epilogue.relu:
+            grad = common.relu_backward(grad, output[0])
+        needed = ctx.needs_input_grad[:3]
+        grads = common.convolution_backward(grad, x, weight, ctx.geometry, needed)
+        return (*grads, *((grad,) if self.epilogue.residual else ()), None, None, None, None)
 
 
-def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    h, w = ((size + 2 * padding - weight.shape[2]) // stride + 1 for size in x.shape[2:])
-    return common.empty_result((x.shape[0], weight.shape[0], h, w), x, calls.memory_format(x, weight))
+_bn = _Family("conv2d_bn", Epilogue())
+_bn_relu = _Family("conv2d_bn_relu", Epilogue(activation=Activation.RELU))
+_bn_add_relu = _Family("conv2d_bn_add_relu", Epilogue(residual=True, activation=Activation.RELU))
 
 
-def _geometry(stride: int, padding: int) -> list[int]:
-    return [stride, stride, padding, padding, 1, 1, 1]
+def conv2d_bn(x: Tensor, weight: Tensor, bias: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+    """conv2d(x, weight) + bias; see `resnet_fused.functional.conv2d_bn`."""
+    return _bn(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """Gradients by x and weight; empty where `needs` says that one isn't needed."""
-    products = cpu_conv.products(x, tuple(weight.shape), stride, padding)
-    format = calls.memory_format(x, weight)
-    dx = dweight = None
-    if needs[0] and products.input is not None:
-        size = (x.shape[2], x.shape[3])
-        dx = cpu_conv.input_gradient(dy, weight, size, stride, padding, products.input).contiguous(memory_format=format)
-    if needs[1] and products.weight:
-        full = cpu_conv.weight_gradient(x, dy, weight.shape[2], stride, padding, products.weight_winograd)
-        # In the weight's own strides, which autograd would otherwise copy it to.
-        if weight.dtype == full.dtype and weight.is_contiguous(memory_format=torch.channels_last):
-            dweight = full.as_strided(weight.shape, weight.stride())
-        else:
-            dweight = torch.empty_like(weight).copy_(full)
-    stock = [needs[0] and dx is None, needs[1] and dweight is None, False]
-    if any(stock):
-        more = common.convolution_backward(dy, x, weight.to(x.dtype), _geometry(stride, padding), stock)
-        dx = more[0] if dx is None else dx
-        dweight = more[1].to(weight.dtype) if dweight is None and more[1] is not None else dweight
-    return dx if dx is not None else x.new_empty(0), dweight if dweight is not None else weight.new_empty(0)
+def conv2d_bn_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+    """relu(conv2d(x, weight) + bias); see `resnet_fused.functional.conv2d_bn_relu`."""
+    return _bn_relu(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _fake_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs: list[bool]
-) -> tuple[Tensor, Tensor]:
-    dx = common.empty_result(x.shape, x, calls.memory_format(x, weight)) if needs[0] else x.new_empty(0)
-    return dx, torch.empty_like(weight) if needs[1] else weight.new_empty(0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
-    x, weight, ctx.stride, ctx.padding = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    x, weight = ctx.saved_tensors
-    needs = [*ctx.needs_input_grad[:2]]
-    if torch.is_grad_enabled():
-        # A second derivative is asked for: stock's formula has one.
-        geometry = _geometry(ctx.stride, ctx.padding)
-        dx, dweight, _ = common.convolution_backward(dy, x, weight.to(x.dtype), geometry, (*needs, False))
-        return dx, dweight.to(weight.dtype) if dweight is not None else None, None, None
-    run = _gradients if calls.plain(dy, x, weight) else torch.ops.resnet_fused.conv2d_backward.default
-    dx, dweight = run(dy, x, weight, ctx.stride, ctx.padding, needs)
-    return dx if needs[0] else None, dweight if needs[1] else None, None, None
-
-
-common.register("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _forward, _fake)
-common.register(
-    "conv2d_backward(Tensor dy, Tensor x, Tensor weight, int stride, int padding, bool[] needs) -> (Tensor, Tensor)",
-    _gradients,
-    _fake_gradients,
-)
-common.register_autograd("conv2d", _setup_context, _backward)
-_Function = common.function("conv2d", _forward, _setup_context, _backward)
-
-
-def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
-    """F.conv2d(x, weight, stride=stride, padding=padding) for what `served` says it serves."""
-    if not calls.plain(x, weight):
-        return torch.ops.resnet_fused.conv2d.default(x, weight, stride, padding)
-    if not calls.needs_grad(x, weight):
-        return _forward(x, weight, stride, padding)
-    return _Function.apply(x, weight, stride, padding)
+def conv2d_bn_add_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    """relu(conv2d(x, weight) + bias + residual); see `resnet_fused.functional.conv2d_bn_add_relu`."""
+    return _bn_add_relu(x, weight, bias, residual, stride, padding, dilation, groups)

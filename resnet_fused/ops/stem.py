@@ -1,23 +1,29 @@
-"""stem: y = max_pool2d(relu(conv2d(x, weight) + shift)), the entry of a ResNet."""
+"""stem: y = max_pool2d(relu(conv2d(x, weight) + bias)), the entry of a ResNet."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Conv, Pool
-from resnet_fused.backends.reference import conv2d
+from resnet_fused.backends import Activation, Conv, Epilogue, Pool, Step
+from resnet_fused.backends.reference.backend import conv2d
 from resnet_fused.ops import common
 from resnet_fused.runtime import calls
 
 
-def _eager(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
-    convs = Conv.unflatten([weight], geometry)
-    runner = common.runner_for(weight, "stem", convs, False, _pool(pool))
-    return runner(x, None, (weight,), (shift,))
+def _eager(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
+    runner = common.runner_for(weight, _form(_pool(pool)), Conv.unflatten([weight], geometry))
+    return runner(x, None, (weight,), (bias,))
+
+
+@functools.lru_cache(maxsize=64)
+def _form(pool: Pool) -> common.Form:
+    """The one step, for a pool."""
+    return lambda convs: (Step(convs[0], Epilogue(activation=Activation.RELU, pool=pool)),)
 
 
 def _pool(pool: Sequence[int]) -> Pool:
@@ -25,25 +31,24 @@ def _pool(pool: Sequence[int]) -> Pool:
     return Pool((a, b), (c, d), (e, f))
 
 
-def _fake(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
     stride, padding, dilation = geometry[0:2], geometry[2:4], geometry[4:6]
     conv = Conv(0, 0, weight.shape[2:], stride, padding, dilation)  # type: ignore[arg-type]
     h, w = conv.output_size(x.shape[2], x.shape[3])
-    window = Conv(0, 0, pool[0:2], pool[2:4], pool[4:6])  # type: ignore[arg-type]
-    shape = (x.shape[0], weight.shape[0], *window.output_size(h, w))
+    shape = (x.shape[0], weight.shape[0], *_pool(pool).output_size(h, w))
     return common.empty_result(shape, x, calls.memory_format(x, weight))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, shift, ctx.geometry, ctx.pool = inputs
-    ctx.save_for_backward(x, weight, shift)
+    x, weight, bias, ctx.geometry, ctx.pool = inputs
+    ctx.save_for_backward(x, weight, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, shift = ctx.saved_tensors
+    x, weight, bias = ctx.saved_tensors
     # The result before the pool is four times the size of the stem's own; it is computed again instead of kept.
     conv = Conv.unflatten([weight], ctx.geometry)[0]
-    y = conv2d(x, weight, shift, conv).relu()
+    y = conv2d(x, weight, bias, conv).relu()
     kernel, stride, padding = ctx.pool[0:2], ctx.pool[2:4], ctx.pool[4:6]
     _, indices = torch.ops.aten.max_pool2d_with_indices(y, kernel, stride, padding)
     grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, y, kernel, stride, padding, [1, 1], False, indices)
@@ -51,17 +56,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*grads, None, None)
 
 
+# Schemas are part of saved graphs: they keep the name that the bias had.
 common.register("stem(Tensor x, Tensor weight, Tensor shift, int[] geometry, int[] pool) -> Tensor", _eager, _fake)
 common.register_autograd("stem", _setup_context, _backward)
 
 
-def stem(x: Tensor, weight: Tensor, shift: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
-    """max_pool2d(relu(conv2d(x, weight) + shift)); see `resnet_fused.functional.stem`.
+def stem(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
+    """max_pool2d(relu(conv2d(x, weight) + bias)); see `resnet_fused.functional.stem`.
 
     `geometry`: stride, padding, dilation (two integers each) and groups; `pool`: kernel, stride and padding (two each).
     """
-    if calls.plain_eager(x, weight, shift):
-        return _eager(x, weight, shift, geometry, pool)
+    if calls.plain_eager(x, weight, bias):
+        return _eager(x, weight, bias, geometry, pool)
     if calls.stock_only():
-        return common.stock("stem", Conv.unflatten([weight], geometry), x, None, [weight], [shift], pool=_pool(pool))
-    return torch.ops.resnet_fused.stem.default(x, weight, shift, geometry, pool)
+        steps = _form(_pool(pool))(Conv.unflatten([weight], geometry))
+        return common.stock_result(steps, x, None, [weight], [bias])
+    return torch.ops.resnet_fused.stem.default(x, weight, bias, geometry, pool)

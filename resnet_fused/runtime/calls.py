@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from resnet_fused.backends import BackendError
-
-# More input shapes than this are unusual; kernels beyond it are dropped, and their packed weights stay for the others.
-MAX_KERNELS = 64
+from resnet_fused.backends import STOCK, BackendError
 
 
 def _vmapped() -> bool:
@@ -54,25 +49,12 @@ def choice_without_strides(chosen: str) -> str:
     Raises:
         BackendError: another one was chosen explicitly.
     """
-    if chosen not in ("auto", "reference"):
+    if chosen not in ("auto", STOCK):
         raise BackendError(
             f"backend {chosen!r} can't serve tensors of layout torch._mkldnn, which only stock ops do. Pass x.to_dense(), or "
             "choose 'auto' or 'reference'."
         )
-    return "reference"
-
-
-_version = operator.attrgetter("_version")
-
-
-def stamp(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Addresses and version counters: other ones when a tensor was changed in place, loaded, moved or cast.
-
-    Raises:
-        RuntimeError: a tensor was made under inference_mode and doesn't count its changes.
-    """
-    # By functions that loop in C: this stands before every call.
-    return (*map(Tensor.data_ptr, tensors), *map(_version, tensors))
+    return STOCK
 
 
 def call_key(x: Tensor, residual: Tensor | None, chosen: str) -> tuple[Any, ...]:

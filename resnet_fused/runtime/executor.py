@@ -14,20 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.backends import BackendError, Conv, Declined, Precision, Problem, choice, get
-from resnet_fused.backends.binding import bind
-from resnet_fused.backends.cpu_chain import ChainKernel
+from resnet_fused.backends import NO_PARAMETERS, BackendError, Declined, JoinableKernel, Precision, Problem, choice
+from resnet_fused.backends.binding import bind, bind_if_better
+from resnet_fused.backends.problem import FIRST_RESULT, Linear, Pointwise, Types, X
 from resnet_fused.runtime.calls import autocast_dtype
-from resnet_fused.runtime.parameters import Parameters, Unservable
+from resnet_fused.runtime.kept import Unservable
+from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.plain import stock_step
-from resnet_fused.runtime.program import Call, Program, Step, Value, fill, in_format, result_format
+from resnet_fused.runtime.program import Call, FusedStep, Program, Value, fill, in_format, result_format
 from resnet_fused.runtime.run import Operation, Run, without_residual
-
-# Stock reads the weights of few rows on one thread. Ours took 0.33 to 0.91 of its time up to here (512 and 2048 features, 1000
-# classes, two cores of a Zen 5); with 256 rows the two are level in bfloat16.
-_MOST_ROWS = 128
-# The packed copy of a larger layer (VGG's have 100 million weights) takes more memory than its speed is worth.
-_MOST_WEIGHTS = 1 << 22
 
 
 @dataclass
@@ -89,7 +84,7 @@ class _Settling:
         for index, item in enumerate(self.program.items):
             number = self.program.inputs + index
             try:
-                if isinstance(item, Step):
+                if isinstance(item, FusedStep):
                     self._step(item, number)
                 else:
                     begun = begun or not item.pure
@@ -110,7 +105,7 @@ class _Settling:
 
         output = fill(self.program.outputs, result)
         self.made.finish(self.operations, kept, len(self.values))
-        if self.settings.replay and all(isinstance(item, Step) or item.pure for item in self.program.items):
+        if self.settings.replay and all(isinstance(item, FusedStep) or item.pure for item in self.program.items):
             self.made.may_replay(self.values[: self.program.inputs], kept, self._held())
         return self.made, output
 
@@ -118,7 +113,7 @@ class _Settling:
         """Tensors of the model that calls read where they lie."""
         held: list[Any] = []
         for number, item in enumerate(self.program.items, self.program.inputs):
-            if isinstance(item, Step):
+            if isinstance(item, FusedStep):
                 continue
             if item.kind == "get_attr":
                 held.append(self.values[number])
@@ -155,7 +150,7 @@ class _Settling:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def _step(self, step: Step, number: int) -> None:
+    def _step(self, step: FusedStep, number: int) -> None:
         try:
             self._fused(step, number)
         except Unservable:
@@ -164,7 +159,7 @@ class _Settling:
                 self._as_stock(read)
             self._do(Operation(self._plain(step, number, None), step.reads, (number,)))
 
-    def _plain(self, step: Step, number: int, format: torch.memory_format | None) -> Callable[..., Any]:
+    def _plain(self, step: FusedStep, number: int, format: torch.memory_format | None) -> Callable[..., Any]:
         """The step in stock's ops. `format`: which they are to give their result; None: as it comes."""
         formats = [self.formats[read] for read in step.reads]
         run = self._plain_calls(number) if number in self.program.plain else self._plain_layers(step)
@@ -189,11 +184,11 @@ class _Settling:
 
         return run
 
-    def _plain_layers(self, step: Step) -> Callable[..., Any]:
+    def _plain_layers(self, step: FusedStep) -> Callable[..., Any]:
         parameters = self.parameters
         return lambda x, residual=None: stock_step(step, parameters, x, residual)
 
-    def _plain_padded(self, step: Step) -> Callable[..., Any]:
+    def _plain_padded(self, step: FusedStep) -> Callable[..., Any]:
         """A step of one layer in stock's ops, on an input that is padded already."""
         parameters, (layer,) = self.parameters, step.layers
         padded = step._replace(layers=(layer._replace(pad=()),))
@@ -203,7 +198,7 @@ class _Settling:
 
         return run
 
-    def _fused(self, step: Step, number: int) -> None:
+    def _fused(self, step: FusedStep, number: int) -> None:
         x = self.values[step.x]
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             raise Unservable("a convolution's input is no strided tensor")
@@ -240,13 +235,13 @@ class _Settling:
         residual = self.values[step.residual] if len(reads) > 1 else None
         self._check_residual(step, problem, residual, format, number)
         folded = self.folded.step(step.layers, self.parameters, x.dtype)
-        kernel, backend = bind(problem, folded, choice(self.settings.backend))
-        self.made.problems[number] = (problem, backend)
-        self.made.folded.append(folded)
+        bound = bind(problem, folded, choice(self.settings.backend))
+        self.made.serves(number, problem, bound, folded)
+        kernel = bound.kernel
         run: Callable[..., Any] = kernel if residual is not None else without_residual(kernel)
-        chain = kernel if isinstance(kernel, ChainKernel) and residual is None else None
+        joinable = kernel if isinstance(kernel, JoinableKernel) and residual is None else None
         plain = self._plain_padded(step) if pad else self._plain(step, number, torch.channels_last)
-        self._do(Operation(run, reads, (number,), chain, plain))
+        self._do(Operation(run, reads, (number,), joinable, plain))
         self.formats[number] = format
 
     def _derive(self, make: Callable[[Tensor], Tensor], source: int) -> int:
@@ -257,27 +252,29 @@ class _Settling:
         self._do(Operation(make, (source,), (made,)))
         return made
 
-    def _problem(self, step: Step, x: Tensor) -> Problem:
+    def _problem(self, step: FusedStep, x: Tensor) -> Problem:
         n, c, h, w = x.shape
-        convs = tuple(layer.conv for layer in step.layers)
-        format = torch.channels_last
-        return Problem(
-            step.op, (n, c, h, w), x.dtype, x.device, convs, step.shortcut, step.pool, format, self.settings.precision
-        )
+        types = Types.of(x.dtype)
+        return Problem(step.steps, (n, c, h, w), types, x.device, torch.channels_last, self.settings.precision)
 
-    def _check_residual(self, step: Step, problem: Problem, residual: Any, format: torch.memory_format, number: int) -> None:
+    def _check_residual(
+        self, step: FusedStep, problem: Problem, residual: Any, format: torch.memory_format, number: int
+    ) -> None:
         """Raises Unservable where stock's sum is more than one of equal tensors, or its format isn't the convolution's."""
-        whole = step.op in ("basic_block", "bottleneck")
-        if whole and step.shortcut:
-            if problem.shortcut_shape() != problem.output_shape():
+        last, shapes = step.layers[-1], problem.shapes()
+        if not last.epilogue.residual:
+            return
+        # Before the pool.
+        added, sums = last.reads[1], last.step._replace(epilogue=last.epilogue._replace(pool=None))
+        shape = sums.result_shape(shapes[last.reads[0]])
+        if added >= FIRST_RESULT:
+            if shapes[added] != shape:
                 self.made.unequal.append(number)
                 raise Unservable("the two paths of a block differ in shape")
             return
-        if residual is None and not whole:
-            return
         # The identity shortcut of a block is its input as it was before a cast.
-        own, given = (self.values[step.x], self.formats[step.x]) if whole else (residual, self.formats[step.residual])
-        if not isinstance(own, Tensor) or own.shape != problem.output_shape():
+        own, given = (self.values[step.x], self.formats[step.x]) if added == X else (residual, self.formats[step.residual])
+        if not isinstance(own, Tensor) or own.shape != shape:
             self.made.unequal.append(number)
             raise Unservable("a residual differs in shape from what it is added to")
         if own.dtype != problem.dtype or own.device != problem.device or own.layout is not torch.strided:
@@ -315,48 +312,44 @@ class _Settling:
         return len({*whole}) == 1 and all(value.dim() in (0, 4) for value, _ in tensors)
 
     def _fast_layer(self, call: Call, number: int) -> Operation | None:
-        """Our kernel for a layer that isn't fused with another: the average pool before the classifier, and the classifier."""
+        """A kernel for a layer that isn't fused with another: the average pool before the classifier, and the classifier.
+
+        None where stock's is as good.
+        """
         if not call.fast or self.module is None or len(call.reads) != 1 or self.settings.precision != "fast":
             return None
         layer, x = self.module.get_submodule(call.target), self.values[call.reads[0]]
-        served = (
-            isinstance(x, Tensor)
-            and x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.bfloat16)
-            and x.layout is torch.strided
-            and autocast_dtype("cpu") is None
-            and choice(self.settings.backend) in ("auto", "cpu")
-            and get("cpu").unavailable() is None
-        )
-        if not served:
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or autocast_dtype(x.device.type) is not None:
             return None
         if type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in (1, (1, 1), [1, 1]):
             return self._average_pool(x, call, number)
         return self._linear(layer, x, call, number) if type(layer) is nn.Linear else None
 
     def _average_pool(self, x: Tensor, call: Call, number: int) -> Operation | None:
-        if x.dim() != 4 or x.shape[2:].numel() <= 1 or not x.is_contiguous(memory_format=torch.channels_last):
+        if x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
             return None
-        if x.is_contiguous():
-            return None  # of one channel: as quick in stock
+        n, c, h, w = x.shape
+        problem = Problem.of(Pointwise.AVERAGE_POOL, (n, c, h, w), x.dtype, x.device)
+        bound = bind_if_better(problem, NO_PARAMETERS, choice(self.settings.backend))
+        if bound is None:
+            return None
         self.formats[number] = self.formats[call.reads[0]] or torch.channels_last
-        return Operation(torch.ops.resnet_fused_cpu.average_pool.default, call.reads, (number,))
+        return Operation(without_residual(bound.kernel), call.reads, (number,))
 
     def _linear(self, layer: nn.Linear, x: Tensor, call: Call, number: int) -> Operation | None:
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is None or bias is None or weight.numel() > _MOST_WEIGHTS or weight.numel() == 0 or x.dim() != 2:
+        if weight is None or bias is None or weight.numel() == 0 or x.dim() != 2 or x.shape[0] == 0:
             return None
-        if not x.dtype == weight.dtype == bias.dtype or not 0 < x.shape[0] <= _MOST_ROWS or x.shape[1] != weight.shape[1]:
+        if not x.dtype == weight.dtype == bias.dtype or x.device != weight.device or x.shape[1] != weight.shape[1]:
             return None
         folded = self.folded.linear(weight, bias)
-        conv = Conv(weight.shape[1], weight.shape[0], (1, 1))
-        problem = Problem("conv2d_bn", (*x.shape, 1, 1), x.dtype, x.device, (conv,))
-        kernel, backend = bind(problem, folded, choice(self.settings.backend))
-        if backend != "cpu":
-            return None  # where another is faster, as in bfloat16 with AMX, stock's layer is what it is
-        self.made.problems[number] = (problem, backend)
-        self.made.folded.append(folded)
-        return Operation(lambda x: kernel(x[:, :, None, None], None).flatten(1), call.reads, (number,))
+        operation = Linear(weight.shape[1], weight.shape[0])
+        problem = Problem.of(operation, (x.shape[0], x.shape[1], 1, 1), x.dtype, x.device)
+        bound = bind_if_better(problem, folded, choice(self.settings.backend))
+        if bound is None:
+            return None
+        self.made.serves(number, problem, bound, folded)
+        return Operation(without_residual(bound.kernel), call.reads, (number,))
 
 
 def _format_of(x: Tensor) -> torch.memory_format | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -10,44 +9,14 @@ import torch
 from torch import Tensor
 
 from resnet_fused import folding
-from resnet_fused.backends import Folded
-from resnet_fused.backends.problem import FoldedLater
-from resnet_fused.backends.watch import Watch
+from resnet_fused.backends import ConvParameters
+from resnet_fused.backends.parameters import LazyConvParameters
+from resnet_fused.runtime.kept import Look, Unservable
 from resnet_fused.runtime.program import NONE, Layer
 from resnet_fused.runtime.released import ReleasedParameter
 
-_version = operator.attrgetter("_version")
 
-
-class Unservable(Exception):
-    """A call that a program can't serve: the model's own forward must run. The message is the reason, for the report."""
-
-
-class Look:
-    """Notices that the values of tensors change.
-
-    In-place changes are seen by version counters, exchanged memory by addresses, and writes that PyTorch doesn't count by the
-    samples of a `Watch`.
-
-    Raises:
-        Unservable: a tensor was made under inference_mode and doesn't count its changes.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = [*tensors]
-        try:
-            self._versions = [*map(_version, self.tensors)]
-        except RuntimeError as error:
-            raise Unservable(
-                "parameters were made under torch.inference_mode, where changes aren't counted; load the model outside of it"
-            ) from error
-        self._watch = Watch(self.tensors)
-
-    def unchanged(self) -> bool:
-        return [*map(_version, self.tensors)] == self._versions and self._watch.unchanged()
-
-
-def kept(tensors: Sequence[Tensor]) -> list[Tensor]:
+def with_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Those of the tensors whose memory wasn't released."""
     return [t for t in tensors if not isinstance(t, ReleasedParameter)]
 
@@ -58,14 +27,14 @@ def _fold(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) ->
     assert weight is not None
     if mean is None or var is None:
         # Copies, since the memory of parameters may be released.
-        shift = weight.new_zeros(weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype, copy=True)
-        return weight.to(dtype, copy=True), shift
-    scale, shift = folding.affine(mean, var, gamma, beta, layer.eps)
+        own = weight.new_zeros(weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype, copy=True)
+        return weight.to(dtype, copy=True), own
+    scale, offset = folding.affine(mean, var, gamma, beta, layer.eps)
     if bias is not None:
-        shift = shift + bias.double() * scale
-    folded, rounded = folding.scale_filters(weight, scale), shift.to(weight.dtype)
+        offset = offset + bias.double() * scale
+    folded, rounded = folding.scale_filters(weight, scale), offset.to(weight.dtype)
     if weight.dtype == torch.float16:
-        for values, exact in ((folded, weight), (rounded, shift)):
+        for values, exact in ((folded, weight), (rounded, offset)):
             if folding.is_finite(exact) and not folding.is_finite(values):
                 raise Unservable(f"folded parameters overflow {weight.dtype}")
     return folded.to(dtype), rounded.to(dtype)
@@ -78,36 +47,36 @@ class Parameters:
     """
 
     def __init__(self) -> None:
-        self._kept: weakref.WeakValueDictionary[tuple[object, ...], FoldedLater] = weakref.WeakValueDictionary()
-        self._sources: weakref.WeakKeyDictionary[FoldedLater, list[Tensor]] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakValueDictionary[tuple[object, ...], LazyConvParameters] = weakref.WeakValueDictionary()
+        self._sources: weakref.WeakKeyDictionary[LazyConvParameters, list[Tensor]] = weakref.WeakKeyDictionary()
 
-    def layer(self, layer: Layer, parameters: Sequence[Tensor], dtype: torch.dtype) -> FoldedLater:
+    def layer(self, layer: Layer, parameters: Sequence[Tensor], dtype: torch.dtype) -> LazyConvParameters:
         """A layer's folded parameters in a dtype."""
         tensors = [None if number == NONE else parameters[number] for number in layer.tensors]
         return self._get((layer.conv, layer.eps, dtype), tensors, lambda: _fold(layer, tensors, dtype))
 
     def _get(
         self, kind: tuple[object, ...], tensors: Sequence[Tensor | None], make: Callable[[], tuple[Tensor, Tensor]]
-    ) -> FoldedLater:
+    ) -> LazyConvParameters:
         given = [t for t in tensors if t is not None]
         key = (*kind, *map(id, given))
         found = self._kept.get(key)
         # A program that is new to them looks for itself whether they are still what was packed for another.
         if found is None or not found.unchanged():
-            found = self._kept[key] = FoldedLater(make, Look(given).unchanged)
+            found = self._kept[key] = LazyConvParameters(make, Look(given).unchanged)
             self._sources[found] = given
         return found
 
     def forget_released(self) -> None:
         """Looks from now on at those parameters only whose memory is there."""
         for folded, given in self._sources.items():
-            folded.unchanged = Look(kept(given)).unchanged
+            folded.unchanged = Look(with_memory(given)).unchanged
 
-    def step(self, layers: Sequence[Layer], parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded:
+    def step(self, layers: Sequence[Layer], parameters: Sequence[Tensor], dtype: torch.dtype) -> ConvParameters:
         """Folded parameters of a step's layers together."""
-        return Folded.joined([self.layer(layer, parameters, dtype) for layer in layers])
+        return ConvParameters.joined([self.layer(layer, parameters, dtype) for layer in layers])
 
-    def linear(self, weight: Tensor, bias: Tensor) -> FoldedLater:
+    def linear(self, weight: Tensor, bias: Tensor) -> LazyConvParameters:
         """A classifier's parameters, as those of a convolution on one pixel."""
         return self._get(("linear",), (weight, bias), lambda: (weight.detach()[:, :, None, None], bias.detach()))
 

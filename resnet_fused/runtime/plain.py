@@ -1,4 +1,4 @@
-"""A step in stock PyTorch's ops, layer by layer, on the parameters as the model has them."""
+"""A fused step in stock PyTorch's ops, layer by layer, on the parameters as the model has them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.runtime.program import NONE, Layer, Step
+from resnet_fused.runtime.program import NONE, FusedStep, Layer
 
 
-def stock_step(step: Step, parameters: Sequence[Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
+def stock_step(step: FusedStep, parameters: Sequence[Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
     """What the step computes, by the ops and in the order in which stock does."""
-    layers = [*step.layers]
-    if step.op in ("basic_block", "bottleneck"):
-        residual = _layer(layers.pop(), parameters, x) if step.shortcut else x
-    *inner, last = layers
-    for layer in inner:
-        x = _layer(layer, parameters, x).relu_()
-    y = _layer(last, parameters, x)
-    if residual is not None:
-        y = y + residual
-    if step.op != "conv2d_bn":
-        y = y.relu_()
-    return y if step.pool is None else F.max_pool2d(y, *step.pool)
+    values = [x, residual]
+    for layer in step.layers:
+        source, *added = (values[number] for number in layer.reads)
+        assert source is not None
+        y = _sums(layer, parameters, source)
+        if added:
+            assert added[0] is not None
+            y = y + added[0]
+        if layer.epilogue.relu:
+            y = y.relu_()
+        values.append(y if layer.epilogue.pool is None else F.max_pool2d(y, *layer.epilogue.pool))
+    assert values[-1] is not None
+    return values[-1]
 
 
-def _layer(layer: Layer, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+def _sums(layer: Layer, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The convolution with its batch norm."""
     weight, bias, mean, var, gamma, beta = (None if n == NONE else parameters[n] for n in layer.tensors[:6])
     if layer.pad:
         x = F.pad(x, list(layer.pad), layer.pad_mode)

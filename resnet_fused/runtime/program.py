@@ -1,6 +1,6 @@
-"""Programs: what a forward computes, as steps on numbered values.
+"""Programs: what a forward computes, as fused steps and calls on numbered values.
 
-Values are numbered: first the inputs, then the result of each item. A program of steps alone can be written as text, by which a
+Values are numbered: first the inputs, then the result of each item. A program of fused steps alone can be written as text, by which a
 registered operator carries it through graphs and files.
 """
 
@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Conv, Pool
+from resnet_fused.backends import Activation, Conv, Epilogue, Pool
+from resnet_fused.backends.problem import FIRST_RESULT, Step, X
 from resnet_fused.runtime.calls import memory_format
 
 NONE = -1
 
 
 class Layer(NamedTuple):
-    """One convolution with its batch norm, if it has one.
+    """One convolution with its batch norm, if it has one, and what follows it.
 
     Attributes:
         conv: geometry.
@@ -30,6 +31,8 @@ class Layer(NamedTuple):
         tensors: numbers of weight, bias, mean, var, gamma, beta and the count of training steps among the program's parameters;
             NONE where there is none. Training moves mean and variance without their version counters, and counts its steps.
         promotes: whether the batch norm's result has the wider of its input's dtype and its own.
+        epilogue: what follows.
+        reads: numbers of the values that it reads, as a problem's steps have them.
     """
 
     conv: Conv
@@ -38,6 +41,13 @@ class Layer(NamedTuple):
     eps: float
     tensors: tuple[int, ...]
     promotes: bool = False
+    epilogue: Epilogue = Epilogue()
+    reads: tuple[int, ...] = (X,)
+
+    @property
+    def step(self) -> Step:
+        """As a problem has it: without its batch norm, which is folded in."""
+        return Step(self.conv, self.epilogue, self.reads)
 
     @property
     def normed(self) -> bool:
@@ -45,27 +55,26 @@ class Layer(NamedTuple):
         return self.tensors[2] != NONE
 
 
-class Step(NamedTuple):
-    """One fused op.
+class FusedStep(NamedTuple):
+    """Layers that one kernel, or a few, compute.
 
     Attributes:
-        op: its name, as in `Problem`.
-        layers: its convolutions in the op's order.
-        shortcut: whether the last of them is a projection shortcut.
-        pool: the max-pool of a stem.
-        x, residual: numbers of the values that it reads; NONE where it adds no residual.
+        layers: in the order in which they are computed; the last one's result is the step's.
+        x, residual: numbers of the values that it reads; NONE where it has no second input.
     """
 
-    op: str
     layers: tuple[Layer, ...]
-    shortcut: bool
-    pool: Pool | None
     x: int
     residual: int = NONE
 
     @property
     def reads(self) -> tuple[int, ...]:
         return (self.x,) if self.residual == NONE else (self.x, self.residual)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """As a problem has them."""
+        return tuple(layer.step for layer in self.layers)
 
 
 class Call(NamedTuple):
@@ -102,19 +111,19 @@ class Program(NamedTuple):
 
     Attributes:
         inputs: how many.
-        items: steps and calls in their order.
+        items: fused steps and calls in their order.
         outputs: the result: `Value` in tuples, lists, dicts, dataclasses.
-        plain: by the number of a step's value, the same in stock: a program of calls on what the step reads.
+        plain: by the number of a fused step's value, the same in stock: a program of calls on what the step reads.
     """
 
     inputs: int
-    items: tuple[Step | Call, ...]
+    items: tuple[FusedStep | Call, ...]
     outputs: Any
     plain: Mapping[int, Program] = {}
 
 
-def to_text(inputs: int, steps: Sequence[Step], outputs: Sequence[int]) -> str:
-    """A program of steps as text; `outputs` are numbers of values."""
+def to_text(inputs: int, steps: Sequence[FusedStep], outputs: Sequence[int]) -> str:
+    """A program of fused steps as text; `outputs` are numbers of values."""
     return json.dumps([inputs, steps, outputs], separators=(",", ":"))
 
 
@@ -125,16 +134,19 @@ def from_text(text: str) -> Program:
     return Program(inputs, tuple(map(_step, steps)), tuple(map(Value, outputs)))
 
 
-def _step(fields: Sequence[Any]) -> Step:
-    op, layers, shortcut, pool, x, residual = fields
-    return Step(op, tuple(map(_layer, layers)), shortcut, None if pool is None else Pool(*map(_pair, pool)), x, residual)
+def _step(fields: Sequence[Any]) -> FusedStep:
+    layers, x, residual = fields
+    return FusedStep(tuple(map(_layer, layers)), x, residual)
 
 
 def _layer(fields: Sequence[Any]) -> Layer:
-    conv, pad, pad_mode, eps, tensors, promotes = fields
+    conv, pad, pad_mode, eps, tensors, promotes, epilogue, reads = fields
     in_channels, out_channels, kernel, stride, padding, dilation, groups = conv
     geometry = Conv(in_channels, out_channels, _pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups)
-    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes)
+    residual, activation, pool, bias = epilogue
+    window = None if pool is None else Pool(*map(_pair, pool))
+    following = Epilogue(residual, Activation(activation), window, bias)
+    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes, following, tuple(reads))
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
@@ -163,9 +175,9 @@ def fill(template: Any, value_of: Callable[[int], Any]) -> Any:
 
 
 def result_format(
-    step: Step, x: Tensor, format: torch.memory_format | None, parameters: Sequence[Tensor]
+    step: FusedStep, x: Tensor, format: torch.memory_format | None, parameters: Sequence[Tensor]
 ) -> torch.memory_format:
-    """The memory format that a step's result has in stock.
+    """The memory format that a fused step's result has in stock.
 
     Args:
         step: the step.
@@ -173,22 +185,24 @@ def result_format(
         format: of x in stock; None: that which x has.
         parameters: the program's.
     """
-    _, _, h, w = x.shape
     # The strides of one value an image tell nothing.
-    one = x.shape[1] == h == w == 1
-    channels_last = memory_format(x) == torch.channels_last if format is None else format == torch.channels_last and not one
-    layers = step.layers[:-1] if step.shortcut else step.layers
-    for layer in layers:
+    one = x.shape[1] == x.shape[2] == x.shape[3] == 1
+    given = memory_format(x) == torch.channels_last if format is None else format == torch.channels_last and not one
+    # Whether a value is channels_last, and its height and width, by its number. Of a sum they are those of its first operand.
+    values: dict[int, tuple[bool, int, int]] = {X: (given, x.shape[2], x.shape[3])}
+    for number, layer in enumerate(step.layers, FIRST_RESULT):
+        channels_last, h, w = values[layer.reads[0]]
         channels_last = channels_last or memory_format(parameters[layer.tensors[0]]) == torch.channels_last
         h, w = layer.conv.output_size(h, w)
+        values[number] = channels_last, h, w
         if not layer.normed:
             continue
         # Where both formats hold, stock's batch norm gives a contiguous result; one written out in sums and products does for
         # one value a channel alone.
         if (h == w == 1 and (x.shape[0] == 1 or not layer.promotes)) or (layer.conv.out_channels == 1 and not layer.promotes):
             # On a GPU it is the ReLU's that is contiguous.
-            channels_last = channels_last and x.is_cuda and step.op == "conv2d_bn"
-    return torch.channels_last if channels_last else torch.contiguous_format
+            values[number] = channels_last and x.is_cuda and not step.layers[-1].epilogue.relu, h, w
+    return torch.channels_last if values[FIRST_RESULT + len(step.layers) - 1][0] else torch.contiguous_format
 
 
 def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:

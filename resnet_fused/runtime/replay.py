@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import config
-from resnet_fused.backends.binding import serving
+from resnet_fused.backends.binding import overridden
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.capture import Captured, overlaps
 
@@ -62,7 +62,7 @@ class Replay:
         self.graph: _Graph | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> Values:
-        if self._refused or serving() or torch.cuda.is_current_stream_capturing():
+        if self._refused or overridden() or torch.cuda.is_current_stream_capturing():
             return self._run(inputs)
         graph = self.graph
         if graph is not None and graph.state == self._state():

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_fused.backends import Declined, Folded, Kernel, Problem, bounds
-from resnet_fused.backends.cpu_chain import ChainKernel, in_a_row
+from resnet_fused.backends import ConvParameters, Declined, JoinableKernel, Kernel, Problem, bounds
+from resnet_fused.backends.binding import Bound, join
+from resnet_fused.backends.problem import FIRST_RESULT, X
 from resnet_fused.runtime.program import Program, Value, fill
 from resnet_fused.runtime.replay import Replay, replayable
 
@@ -18,14 +19,14 @@ from resnet_fused.runtime.replay import Replay, replayable
 class Operation:
     """What a run does in one go: values[writes] = run(*values of reads); then `frees` aren't needed any more.
 
-    `chain`: the kernel, where it can be joined with the next one's. `plain`: the same in stock's ops, for values that a kernel
-    declines.
+    `joinable`: the kernel, where it can be joined with the next one's. `plain`: the same in stock's ops, for values that a
+    kernel declines.
     """
 
     run: Callable[..., Any]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
-    chain: ChainKernel | None = None
+    joinable: JoinableKernel | None = None
     plain: Callable[..., Any] | None = None
     frees: list[int] = field(default_factory=list)
 
@@ -34,8 +35,7 @@ class Run:
     """A program's kernels for one kind of input.
 
     Attributes:
-        problems: by the number of a step, its problem and the name of the backend that serves it.
-        folded: what was packed for the kernels, kept as long as the run.
+        problems: by the number of a fused step, its problem and the name of the backend that serves it.
         unequal: numbers of steps whose residual isn't as what it is added to, which run as stock.
         declined: how often in a row kernels left values to stock's ops.
     """
@@ -43,7 +43,7 @@ class Run:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.problems: dict[int, tuple[Problem, str]] = {}
-        self.folded: list[Folded] = []
+        self._parameters: list[ConvParameters] = []
         self.unequal: list[int] = []
         self.declined = 0
         self._operations: list[Operation] = []
@@ -51,6 +51,12 @@ class Run:
         self._single = type(program.outputs) is Value
         self._bounded = False
         self.replay: Replay | None = None
+
+    def serves(self, number: int, problem: Problem, bound: Bound, parameters: ConvParameters) -> None:
+        """Notes what serves a step. What was packed for its kernel is kept as long as the run."""
+        self.problems[number] = problem, bound.backend
+        self._parameters.append(parameters)
+        self._bounded = self._bounded or bound.keeps_bounds
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
         values = self._values(inputs) if self.replay is None else self.replay(inputs)
@@ -106,8 +112,8 @@ class Run:
             before = joined[-1][-1] if joined else None
             follows = (
                 before is not None
-                and before.chain is not None
-                and operation.chain is not None
+                and before.joinable is not None
+                and operation.joinable is not None
                 and operation.reads == before.writes
                 and readers[before.writes[0]] == 1
                 and before.writes[0] not in kept
@@ -117,7 +123,6 @@ class Run:
             else:
                 joined.append([operation])
         self._operations = [_join(row) for row in joined]
-        self._bounded = any("onednn" in backend for _, backend in self.problems.values())
         last: dict[int, Operation] = {}
         for operation in self._operations:
             for number in (*operation.reads, *operation.writes):
@@ -130,8 +135,8 @@ class Run:
 def _join(row: list[Operation]) -> Operation:
     if len(row) == 1:
         return row[0]
-    chain = in_a_row([operation.chain for operation in row if operation.chain is not None])
-    assert chain is not None
+    kernels = [operation.joinable for operation in row if operation.joinable is not None]
+    joined = join(kernels, [(X if i == 0 else FIRST_RESULT + i - 1,) for i in range(len(kernels))])
 
     def plain(x: Tensor) -> Tensor:
         for operation in row:
@@ -139,7 +144,7 @@ def _join(row: list[Operation]) -> Operation:
             x = operation.plain(x)
         return x
 
-    return Operation(without_residual(chain), row[0].reads, row[-1].writes, plain=plain)
+    return Operation(without_residual(joined), row[0].reads, row[-1].writes, plain=plain)
 
 
 def without_residual(kernel: Kernel) -> Callable[[Tensor], Tensor]:

@@ -1,9 +1,9 @@
 """rf.tune: measures, for every problem that a model poses, which backend is the fastest on this machine.
 
-For each problem every candidate (a backend, or one of its variants) is first compared with float64, with stock PyTorch
+For each problem every candidate (a backend, or one of its plans) is first compared with float64, with stock PyTorch
 at the same dtype as the yardstick. A wrong one is dropped, loudly, and recorded, so that it isn't tried again. The
 others are timed in their place in the model. What is taken by rule stays unless another is clearly faster there, and
-the changes are recorded (see `resnet_fused.backends.records`) for the automatic choice only if they make the whole
+the changes are recorded (see `resnet_fused.backends.tuning_cache`) for the automatic choice only if they make the whole
 model faster.
 """
 
@@ -19,14 +19,12 @@ import torch
 from torch import nn
 
 from resnet_fused import config
-from resnet_fused.backends import records
-from resnet_fused.backends.binding import is_whole, parts, served
-from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends import STOCK, ConvParameters, Problem, tuning_cache
+from resnet_fused.backends.binding import divided, is_divisible, override_kernels
 from resnet_fused.backends.truth import Truth
 from resnet_fused.text import table
 from resnet_fused.tuning import candidates
 from resnet_fused.tuning.bar import Bar
-from resnet_fused.tuning.candidates import STOCK
 from resnet_fused.tuning.compiling import Candidate, compile_ahead
 from resnet_fused.tuning.in_model import InModel, Times
 
@@ -40,7 +38,7 @@ class Result:
 
     Attributes:
         problem: the problem.
-        chosen: the candidate taken: a backend's name, "backend:variant", or "parts" for a whole op in its parts.
+        chosen: the candidate taken: a backend's name, "backend:plan", or "parts" for a whole op in its parts.
         ms: median time of each candidate in the model, in ms a call.
         dropped: why a candidate was found wrong, by its name. It isn't tried again.
         failed: why a candidate gave no result, by its name: memory may not have sufficed, or no compiler been there. It is
@@ -87,7 +85,7 @@ class Tuning:
 @dataclass
 class _Task:
     problem: Problem
-    folded: Folded
+    parameters: ConvParameters
     whole: bool
 
 
@@ -122,16 +120,16 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
             "backend of your choice. See rf.report for what it fused."
         )
     # While the parts are measured, wholes are composed of them.
-    in_model = InModel(lambda: model(*arguments), {k: records.PARTS if task.whole else STOCK for k, task in tasks.items()})
+    in_model = InModel(lambda: model(*arguments), {k: tuning_cache.PARTS if task.whole else STOCK for k, task in tasks.items()})
     bar = Bar(len(tasks), progress)
     try:
-        with served(in_model.serve):
+        with override_kernels(in_model.serve):
             compile_ahead(_to_compile(tasks), bar.show)
             results, times, taken = _tune(tasks, in_model, bar)
     finally:
         bar.close()
         for task in tasks.values():
-            task.folded.forget()  # what was packed for candidates
+            task.parameters.forget()  # what was packed for candidates
     model_ms = {name: 1e3 * statistics.median(found) for name, found in times.items()}
     return Tuning(results, model_ms, taken, _record(results))
 
@@ -140,26 +138,27 @@ def _tasks(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Task]:
     """The distinct problems that the model poses, by their keys, those of parts before those of wholes."""
     found: dict[str, _Task] = {}
 
-    def add(problem: Problem, folded: Folded) -> None:
+    def add(problem: Problem, parameters: ConvParameters) -> None:
         # Not by calling itself: that would be a cycle, in which what candidates packed would outlive the tuning.
-        own = parts(problem, folded) if is_whole(problem) else []
-        for each, its in (*own, (problem, folded)):
+        parts = divided(problem, parameters) if is_divisible(problem) else []
+        # Pools are stock's.
+        own = [(part.problem, part.parameters) for part in parts if part.problem.convs]
+        for each, its in (*own, (problem, parameters)):
             if 0 not in (*each.shape, *each.output_shape()):
-                found.setdefault(records.key(each), _Task(each, its, each is problem and bool(own)))
+                found.setdefault(tuning_cache.key(each), _Task(each, its, each is problem and bool(parts)))
 
-    with served(add):
+    with override_kernels(add):
         model(*arguments)
     return dict(sorted(found.items(), key=lambda item: item[1].whole))
 
 
 def _to_compile(tasks: dict[str, _Task]) -> list[Candidate]:
-    """Triton's candidates for a GPU's problems, which have to be compiled."""
+    """Candidates for a GPU's problems that have to be compiled."""
     found = []
     for task in tasks.values():
         if task.problem.device.type == "cuda":
-            names = [name.partition(":") for name in candidates.names(task.problem)]
-            dropped = records.dropped(task.problem)
-            found += [(task.problem, v) for backend, _, v in names if backend == "triton" and f"triton:{v}" not in dropped]
+            names, dropped = candidates.names(task.problem), tuning_cache.dropped(task.problem)
+            found += [(task.problem, n) for n in names if n not in dropped and not candidates.is_ready(n)]
     return found
 
 
@@ -191,14 +190,14 @@ def _right(task: _Task, show: Callable[[str], object]) -> tuple[list[str], dict[
     """Candidates that compute the problem as they should; why others are wrong, by now or before; why others failed."""
     problem = task.problem
     show(f"{problem}: stock")
-    truth = Truth(problem, task.folded)
-    right, dropped, failed = [STOCK], records.dropped(problem), {}
+    truth = Truth(problem, task.parameters)
+    right, dropped, failed = [STOCK], tuning_cache.dropped(problem), {}
     for name in candidates.names(problem):
         if name == STOCK or name in dropped:
             continue
         show(f"{problem}: {name}")
         try:
-            reason = truth.fault(candidates.prepare(problem, task.folded, name))
+            reason = truth.fault(candidates.prepare(problem, task.parameters, name))
         except Exception as error:
             # That says nothing of its results: memory, a compiler or disk space may be there the next time.
             failed[name] = f"{type(error).__name__}: {error}"
@@ -229,7 +228,7 @@ def _record(results: list[Result]) -> Path | None:
     try:
         for device in {result.problem.device for result in results}:
             own = [result for result in results if result.problem.device == device]
-            path = records.record(device, {records.key(result.problem): _entry(result) for result in own})
+            path = tuning_cache.record(device, {tuning_cache.key(result.problem): _entry(result) for result in own})
         return path
     except OSError as error:
         # The choice would be lost with the process; that must not lose the measurements of a long run as well.
@@ -238,8 +237,8 @@ def _record(results: list[Result]) -> Path | None:
 
 
 def _entry(result: Result) -> dict[str, Any]:
-    backend, _, variant = result.chosen.partition(":")
-    return {"backend": backend, "variant": variant or None, "ms": result.ms, "dropped": result.dropped}
+    backend, _, plan = result.chosen.partition(":")
+    return {"backend": backend, "plan": plan or None, "ms": result.ms, "dropped": result.dropped}
 
 
 def _check_device(problem: Problem, dropped: dict[str, str], name: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Compiles Triton's candidates before they are measured, in processes of their own, since one compiles for a second or two.
+"""Compiles candidates before they are measured, in processes of their own: one of Triton's compiles for a second or two.
 
 A process leaves what it compiled in Triton's cache on disk, where this one finds it. What a process failed to compile is
 compiled, and its error told, where it is measured.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from resnet_fused import config
-from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends import ConvParameters, Problem
 from resnet_fused.tuning.candidates import prepare
 
 Candidate = tuple[Problem, str]
@@ -28,7 +28,7 @@ _FEWEST, _MOST_PROCESSES = 8, 12
 
 
 def compile_ahead(candidates: Sequence[Candidate], show: Callable[[str], object]) -> None:
-    """Compiles candidates (problems with names of Triton's variants) in as many processes as there are pairs of cores.
+    """Compiles candidates (problems with their names) in as many processes as there are pairs of cores.
 
     Args:
         show: is told how far it is, and how long the rest takes about.
@@ -78,20 +78,22 @@ def work() -> None:
     torch.set_num_threads(1)
     out = sys.stdout
     sys.stdout = sys.stderr  # a compiler's own words are no progress
-    for problem, variant in pickle.load(sys.stdin.buffer):
+    for problem, name in pickle.load(sys.stdin.buffer):
         try:
-            prepare(problem, _zeros(problem), f"triton:{variant}")
+            prepare(problem, _zeros(problem), name)
         except Exception as error:  # it is tried again, and its error told, where it is measured
-            print(f"{variant} of {problem}: {error}")
+            print(f"{name} of {problem}: {error}")
         out.write("done\n")
         out.flush()
 
 
-def _zeros(problem: Problem) -> Folded:
+def _zeros(problem: Problem) -> ConvParameters:
     weights = [
         torch.zeros(
-            (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel), dtype=problem.dtype, device=problem.device
+            (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel),
+            dtype=problem.types.weight,
+            device=problem.device,
         )
         for conv in problem.convs
     ]
-    return Folded(weights, [weight.new_zeros(weight.shape[0]) for weight in weights])
+    return ConvParameters(weights, [weight.new_zeros(weight.shape[0]) for weight in weights])

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Kernel, records
+from resnet_fused.backends import ConvParameters, Kernel, Problem, tuning_cache
 from resnet_fused.backends.gpu_time import let_launches_queue
-from resnet_fused.backends.problem import Folded, Problem
 from resnet_fused.tuning.candidates import prepare
 
 _Show = Callable[[str], object]
@@ -35,11 +34,11 @@ _ROOM = 1.5
 
 
 class InModel:
-    """A model whose problems are computed, within `served(in_model.serve)`, by the candidates of one's choice.
+    """A model whose problems are computed, within `override_kernels(in_model.serve)`, by the candidates of one's choice.
 
     Args:
         run: calls the model.
-        chosen: name of the candidate by key of the problem (`records.key`), for all problems that are to be chosen for.
+        chosen: name of the candidate by key of the problem (`tuning_cache.key`), for all problems that are to be chosen for.
     """
 
     def __init__(self, run: Callable[[], object], chosen: dict[str, str]) -> None:
@@ -48,9 +47,9 @@ class InModel:
         self._devices: set[torch.device] = set()
         self._host_ms = 0.0  # in which the host launches a run, and some more
 
-    def serve(self, problem: Problem, folded: Folded) -> Kernel | None:
+    def serve(self, problem: Problem, parameters: ConvParameters) -> Kernel | None:
         """The kernel that runs, at each call, what `chosen` names then; None for a problem that isn't to be chosen for."""
-        key = records.key(problem)
+        key = tuning_cache.key(problem)
         if key not in self.chosen:
             return None
         if problem.device.type == "cuda":
@@ -60,7 +59,7 @@ class InModel:
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
             name = self.chosen[key]
             if name not in kernels:
-                kernels[name] = prepare(problem, folded, name)
+                kernels[name] = prepare(problem, parameters, name)
             if key not in self._marks:
                 return kernels[name](x, residual)
             begin = _mark(problem.device)

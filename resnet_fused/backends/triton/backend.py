@@ -4,7 +4,7 @@ Under torch.compile these kernels stay inside of the opaque ops that resnet_fuse
 was preferred to triton_op and wrap_triton because the choice of backend, tile and packed weights happens when an op is
 first run on real tensors, which tracing doesn't have; an op is one node of the graph (fullgraph holds), launches on the
 current stream without synchronising, and is captured by CUDA graphs as it is. What Inductor can't do is fuse its own
-pointwise kernels into ours, and there are none left: shift, residual and ReLU are in the epilogue already.
+pointwise kernels into ours, and there are none left: bias, residual and ReLU are in the epilogue already.
 """
 
 from __future__ import annotations
@@ -15,20 +15,73 @@ import importlib.util
 import torch
 
 from resnet_fused import config
-from resnet_fused.backends import Kernel
-from resnet_fused.backends.norm import NORM_OPS, NormKernels
-from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends import Activation, Backend, ConvParameters, Epilogue, Implementation, Kernel
+from resnet_fused.backends.batch_norm import BatchNormPasses
+from resnet_fused.backends.problem import Kind, Pointwise, Problem
 
-_CONV_OPS = ("conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu")
-_OPS = (*_CONV_OPS, *NORM_OPS, "add_relu", "add_relu_backward")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ADD_RELU = Epilogue(residual=True, activation=Activation.RELU)
 
 
-class Triton:
+class Convolution(Implementation):
+    """Implicit GEMM, grouped too; conv2d.py, conv2d_pairs.py, and the tiles of configs.py."""
+
+    name = "implicit GEMM"
+    kinds = frozenset({Kind.CONVOLUTION})
+
+    def why_not(self, problem: Problem) -> str | None:
+        served = problem.epilogue.pool is None and problem.epilogue.bias
+        return None if served else f"it has no kernel for {problem.label} as a whole"
+
+    def plans(self, problem: Problem) -> list[str]:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.plans(problem)
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.convolution(problem, parameters, plan)
+
+
+class AddReLU(Implementation):
+    """The sum with ReLU, and the gradient of ReLU by its result; elementwise.py."""
+
+    name = "add_relu"
+    kinds = frozenset({Kind.ELEMENTWISE})
+
+    def why_not(self, problem: Problem) -> str | None:
+        gradient = problem.steps[0].operation is Pointwise.RELU_GRADIENT
+        return None if gradient or problem.epilogue == _ADD_RELU else f"it has no kernel for {problem.label}"
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.elementwise_kernel(problem)
+
+
+class BatchNorm(Implementation):
+    """Its four passes; bn.py."""
+
+    name = "batch norm"
+    kinds = frozenset({Kind.BATCH_NORM})
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> BatchNormPasses:
+        from resnet_fused.backends.triton.batch_norm import TritonPasses
+
+        return TritonPasses()
+
+
+class Triton(Backend):
     """Convolution, elementwise and batch norm kernels in Triton."""
 
     name = "triton"
+    implementations = (Convolution(), AddReLU(), BatchNorm())
     asks_for_gpu = True
+    ready = False
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
@@ -41,15 +94,13 @@ class Triton:
             "TRITON_INTERPRET=1 runs the kernels on CPU tensors in Triton's interpreter, for tests"
         )
 
-    def unsupported(self, problem: Problem) -> str | None:
+    def why_none(self, problem: Problem) -> str | None:
         device = "cpu" if config.triton_interpreted() else "cuda"
         if problem.device.type != device:
             interpreter = " (TRITON_INTERPRET is set)" if device == "cpu" else ""
             return f"it serves {device} tensors{interpreter}, not {problem.device.type}"
-        if problem.op not in _OPS:
-            return f"it has no kernel for {problem.op} as a whole"
         if problem.dtype not in _DTYPES:
-            return f"it serves float32, float16 and bfloat16, not {problem.dtype}"
+            return f"it serves float32, float16 and bfloat16, not {problem.types.source}"
         bfloat16_on_cuda = problem.dtype == torch.bfloat16 and device == "cuda" and torch.version.hip is None
         if bfloat16_on_cuda and torch.cuda.get_device_capability(problem.device) < (8, 0):
             return "bfloat16 needs compute capability 8.0 or newer"
@@ -57,24 +108,6 @@ class Triton:
             return "the input or the result is empty"
         return None
 
-    def wins(self, problem: Problem) -> bool:
+    def preferred(self, problem: Problem) -> bool:
         # No kernel here was ever timed on a GPU. A choice that rf.tune recorded is taken before this is asked.
         return False
-
-    def variants(self, problem: Problem) -> list[str]:
-        """Names of the plans worth a measurement, which `prepare` takes, most promising first; empty without a choice."""
-        from resnet_fused.backends.triton import prepare
-
-        return prepare.variants(problem) if problem.op in _CONV_OPS else []
-
-    def prepare(self, problem: Problem, folded: Folded, variant: str | None = None) -> Kernel:
-        """The kernel for the problem, by the plan of that name, or by the most promising one."""
-        from resnet_fused.backends.triton import prepare
-
-        return prepare.prepare(problem, folded, variant)
-
-    def norm(self) -> NormKernels:
-        """The passes of batch norm in training."""
-        from resnet_fused.backends.triton.norm import TritonNorm
-
-        return TritonNorm()

@@ -178,7 +178,7 @@ class Plan:
 
 def walk_of(problem: Problem) -> int:
     """The walk that wastes the fewest lanes on padding."""
-    (conv,) = problem.convs
+    conv = problem.conv
     if conv.pointwise:
         return POINTWISE
     channels, taps = conv.in_channels // conv.groups, conv.kernel[1]
@@ -201,7 +201,7 @@ def lead(conv: Conv) -> int:
 
 def _pairs_serve(problem: Problem) -> bool:
     """Whether windows of two neighbours start at multiples of UNIT where single ones don't, and fit into one step."""
-    (conv,) = problem.convs
+    conv = problem.conv
     (_, c, _, w), s, stride = problem.shape, conv.kernel[1], conv.stride[1]
     aligned = 2 * stride * c % UNIT == 0 and w * c % UNIT == 0 and c % UNIT != 0
     fits = lead(conv) + (stride + s) * c <= row_lanes(conv)
@@ -219,21 +219,21 @@ def table(dtype: torch.dtype, chip: Chip, tf32: bool) -> tuple[Tile, ...]:
 
 def wide(problem: Problem) -> bool:
     """Whether a tensor has so many elements that offsets into it need 64 bits."""
-    (conv,) = problem.convs
+    conv = problem.conv
     weights = conv.out_channels * math.ceil(conv.in_channels / _SMALLEST_BLOCK_K) * 64 * math.prod(conv.kernel)
     return max(math.prod(problem.shape), math.prod(problem.output_shape()), weights) >= 2**31
 
 
 def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
     """Every plan of the table that fits chip and problem, the most promising first."""
-    (conv,) = problem.convs
-    walk, itemsize = walk_of(problem), problem.dtype.itemsize
+    conv = problem.conv
+    walk, itemsize = walk_of(problem), problem.types.source.itemsize
     by_rows = walk in (ROWS, PAIRS)
     found = []
-    for tile in table(problem.dtype, chip, tf32):
+    for tile in table(problem.types.source, chip, tf32):
         block_k = row_lanes(conv) if by_rows else tile.k
         bytes_used = tile.shared_bytes(chip, itemsize, walk) * block_k // tile.k
-        residual = problem.op == "conv2d_bn_add_relu"
+        residual = problem.epilogue.residual
         if bytes_used > chip.shared_limit or not tile.fits_registers(chip, walk, residual, wide(problem)):
             continue
         base = Plan(tile, walk, block_k)
@@ -269,7 +269,7 @@ def _cost(plan: Plan, problem: Problem, chip: Chip) -> float:
     multiply-adds, between the 85 of an A100 and the 50 of an RTX 4090 (flop per second over bytes per second from L2).
     The rest is whole waves of programs.
     """
-    (conv,) = problem.convs
+    conv = problem.conv
     tile, (n, _, oh, ow) = plan.tile, problem.output_shape()
     pixels, channels = n * oh * ow, conv.out_channels // conv.groups
     programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n) * conv.groups * plan.splits

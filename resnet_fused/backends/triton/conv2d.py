@@ -263,12 +263,12 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
 
     With splits the first one's y is the partial sums.
     """
-    (conv,) = problem.convs
+    conv = problem.conv
     n, c, h, w = problem.shape
     _, k, oh, ow = problem.output_shape()
     pixels, group_k, tile = n * oh * ow, k // conv.groups, plan.tile
-    split, relu, dtype = plan.splits > 1, problem.op != "conv2d_bn", problem.dtype
-    residual = dtype if problem.op == "conv2d_bn_add_relu" else None
+    split, relu, dtype = plan.splits > 1, problem.epilogue.relu, problem.types.source
+    residual = dtype if problem.epilogue.residual else None
     precision, steps = chip.precision(tf32), plan.steps(conv)
     steps_per_split = triton.cdiv(steps, plan.splits)
     splits = triton.cdiv(steps, steps_per_split)

@@ -113,10 +113,10 @@ def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
 
 def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Launch, None]:
     """The launch of (x, w, shift, residual or None, y), and no second one."""
-    (conv,) = problem.convs
+    conv = problem.conv
     n, c, h, w = problem.shape
     _, k, oh, ow = problem.output_shape()
-    tile, dtype = plan.tile, problem.dtype
+    tile, dtype = plan.tile, problem.types.source
     constants = {
         "C": c,
         "K": k,
@@ -125,7 +125,7 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
         **dict(zip(("PAD_H", "PAD_W"), conv.padding, strict=True)),
         "DILATION_H": conv.dilation[0],
         "LEAD": configs.lead(conv),
-        "RELU": problem.op != "conv2d_bn",
+        "RELU": problem.epilogue.relu,
         "WIDE": configs.wide(problem),
         "PRECISION": chip.precision(tf32),
         # What of x is set to 0 is in registers.
@@ -137,7 +137,7 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
     }
     main = Launch(
         conv2d_pairs_fwd_kernel,
-        (dtype, dtype, dtype, dtype if problem.op == "conv2d_bn_add_relu" else None, dtype),
+        (dtype, dtype, dtype, dtype if problem.epilogue.residual else None, dtype),
         (n, h, w * c // configs.UNIT, oh, ow // 2),
         constants,
         (triton.cdiv(n * oh * ow, tile.m) * triton.cdiv(k, tile.n), 1, 1),

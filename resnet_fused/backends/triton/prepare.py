@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor
 
 from resnet_fused import config
-from resnet_fused.backends import Kernel, records
-from resnet_fused.backends.problem import Conv, Folded, Problem
+from resnet_fused.backends import Conv, ConvParameters, Kernel
+from resnet_fused.backends.problem import Pointwise, Problem
 from resnet_fused.backends.tf32 import to_tf32
 from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, elementwise
 from resnet_fused.backends.triton.launch import aligned, on
 
 
-def variants(problem: Problem) -> list[str]:
+def plans(problem: Problem) -> list[str]:
     """Names of the plans that are worth a measurement for a convolution, the most promising first."""
     return [plan.name for plan in configs.promising(problem, configs.Chip.of(problem.device), problem.tf32_allowed())]
 
@@ -33,17 +32,24 @@ def pack(weight: Tensor, conv: Conv, plan: configs.Plan, precision: str) -> Tens
     return to_tf32(packed) if precision == "tf32" else packed
 
 
-def prepare(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
-    """The kernel for a problem that the backend serves."""
+def convolution(problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
+    """The kernel for a convolution that the backend serves."""
     if problem.dtype == torch.bfloat16 and config.triton_interpreted():
-        return _in_float32(problem, folded, variant)
+        return _in_float32(convolution(problem.with_dtype(torch.float32), parameters.to(torch.float32), plan))
     with on(problem.device):
-        return Conv2d(problem, folded, variant) if problem.convs else Elementwise(problem)
+        return Conv2d(problem, parameters, plan)
 
 
-def _in_float32(problem: Problem, folded: Folded, variant: str | None) -> Kernel:
+def elementwise_kernel(problem: Problem) -> Kernel:
+    """The kernel for a sum with ReLU, or for the gradient of ReLU."""
+    if problem.dtype == torch.bfloat16 and config.triton_interpreted():
+        return _in_float32(elementwise_kernel(problem.with_dtype(torch.float32)))
+    with on(problem.device):
+        return Elementwise(problem)
+
+
+def _in_float32(kernel: Kernel) -> Kernel:
     """A bfloat16 problem for Triton's interpreter, whose bfloat16 products and roundings are wrong (3.8)."""
-    kernel = prepare(dataclasses.replace(problem, dtype=torch.float32), folded.to(torch.float32), variant)
     return lambda x, residual: kernel(x.float(), None if residual is None else residual.float()).bfloat16()
 
 
@@ -66,28 +72,28 @@ class _Prepared:
 
 
 class Conv2d(_Prepared):
-    """conv2d_bn, conv2d_bn_relu or conv2d_bn_add_relu."""
+    """A convolution with bias, and with residual and ReLU where its epilogue has them."""
 
-    def __init__(self, problem: Problem, folded: Folded, variant: str | None) -> None:
+    def __init__(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> None:
         super().__init__(problem)
-        self.folded, self.variant = folded, variant or records.variant(problem, "triton")
-        self.float32 = problem.dtype == torch.float32
-        self.shift = folded.pack(("triton", "shift"), lambda: aligned(folded.shifts[0].detach().contiguous()))
+        self.parameters, self.plan = parameters, plan
+        self.float32 = problem.types.source == torch.float32
+        self.bias = parameters.pack(("triton", "bias"), lambda: aligned(parameters.biases[0].detach().contiguous()))
         # By whether TF32 is allowed, which may change from call to call.
         self.kernels: dict[bool, tuple[Callable[..., None], Tensor]] = {}
         self._bind(problem.tf32_allowed())
 
     def _bind(self, tf32: bool) -> tuple[Callable[..., None], Tensor]:
-        problem, (conv,) = self.problem, self.problem.convs
+        problem, conv = self.problem, self.problem.conv
         chip = configs.Chip.of(problem.device)
         plans = configs.plans(problem, chip, tf32)
         # A recorded name may be of the other TF32 setting's table; then the model chooses.
-        plan = next((plan for plan in plans if plan.name == self.variant), plans[0])
+        plan = next((plan for plan in plans if plan.name == self.plan), plans[0])
         # Triton's interpreter has no TF32: what the tiles for it multiply there is float32.
         rounds = tf32 and not config.triton_interpreted()
         precision = chip.precision(rounds)
         key = ("triton", plan.walk, plan.block_k, precision)
-        weight = self.folded.pack(key, lambda: pack(self.folded.weights[0], conv, plan, precision))
+        weight = self.parameters.pack(key, lambda: pack(self.parameters.weights[0], conv, plan, precision))
         run = module_of(plan).bind(problem, plan, chip, rounds)
         self.kernels[tf32] = run, weight
         return run, weight
@@ -99,18 +105,19 @@ class Conv2d(_Prepared):
         x = aligned(x.contiguous(memory_format=torch.channels_last))
         if residual is not None:
             residual = aligned(residual.contiguous(memory_format=torch.channels_last))
-        run(x, weight, self.shift, residual, y)
+        run(x, weight, self.bias, residual, y)
         return y if self.problem.memory_format == torch.channels_last else y.contiguous()
 
 
 class Elementwise(_Prepared):
-    """add_relu, of x and the residual, or add_relu_backward, of the gradient and the result."""
+    """relu(x + residual), or the gradient of relu, from the gradient by its result and the result."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         n, c, h, w = problem.shape
-        launch = elementwise.add_relu_fwd if problem.op == "add_relu" else elementwise.add_relu_bwd
-        self.kernel = launch(n * c * h * w, problem.dtype).bind()
+        gradient = problem.steps[0].operation is Pointwise.RELU_GRADIENT
+        launch = elementwise.add_relu_bwd if gradient else elementwise.add_relu_fwd
+        self.kernel = launch(n * c * h * w, problem.types.source).bind()
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         assert residual is not None

@@ -5,14 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.reference_bn import ReferenceNorm
+from resnet_fused.backends import ConvParameters, Implementation
+from resnet_fused.backends.problem import Kind, Problem
+from resnet_fused.backends.reference.batch_norm import StockPasses
 
 
-class CUDANorm:
+class BatchNorm(Implementation):
+    """csrc/cuda/norm.cuh."""
+
+    name = "batch norm"
+    kinds = frozenset({Kind.BATCH_NORM})
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> _Passes:
+        return _Passes()
+
+
+class _Passes:
     """One pass over memory each. Activations in another memory format go through stock PyTorch ops."""
 
     def __init__(self) -> None:
-        self._stock = ReferenceNorm()
+        self._stock = StockPasses()
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not _served(x):

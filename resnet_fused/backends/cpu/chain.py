@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Declined, Kernel
+from resnet_fused.backends import Declined, JoinableKernel
 
 
 class Chain:
@@ -36,39 +37,39 @@ class Chain:
         x: int,
         residual: int | None,
         weights: Tensor,
-        shift: Tensor,
+        bias: Tensor,
         out_channels: int,
         geometry: list[int],
         relu: bool,
         plan: list[int],
     ) -> int:
-        """Adds y = act(conv2d(x, weights) + shift + residual).
+        """Adds y = act(conv2d(x, weights) + bias + residual).
 
         Args:
             x, residual: values.
-            weights, shift: packed weights and padded shift.
+            weights, bias: packed weights and padded bias.
             geometry: kernel, stride, padding and dilation, two each.
             plan: a WinogradPlan's numbers, or empty for the direct sum.
         """
-        return self._library.chain_conv(self.id, x, residual, weights, shift, out_channels, geometry, relu, plan)
+        return self._library.chain_conv(self.id, x, residual, weights, bias, out_channels, geometry, relu, plan)
 
-    def block(self, x: int, weights: list[Tensor], shifts: list[Tensor], channels: list[int], plan: list[int]) -> int:
+    def block(self, x: int, weights: list[Tensor], biases: list[Tensor], channels: list[int], plan: list[int]) -> int:
         """Adds y = relu(layers(x) + shortcut(x)), a residual block as a whole.
 
         Args:
             x: a value.
-            weights, shifts: packed weights and padded shifts of the layers, and of a projection shortcut.
+            weights, biases: packed weights and padded biases of the layers, and of a projection shortcut.
             channels: of each layer's result.
             plan: a BlockPlan's numbers.
         """
-        return self._library.chain_block(self.id, x, weights, shifts, channels, plan)
+        return self._library.chain_block(self.id, x, weights, biases, channels, plan)
 
 
 Record = Callable[[Chain, int, "int | None"], int]
 """record(chain, x, residual) adds the steps of a kernel to a chain and gives the number of the result."""
 
 
-class ChainKernel:
+class ChainKernel(JoinableKernel):
     """A kernel that runs a chain. The chain is made at the first call, since parts of a longer one are never called.
 
     Args:
@@ -99,16 +100,14 @@ class ChainKernel:
             raise Declined
         return y
 
+    @classmethod
+    def join(cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]]) -> ChainKernel:
+        def record(chain: Chain, x: int, residual: int | None) -> int:
+            values = [x, residual]
+            for kernel, (source, *added) in zip(kernels, reads, strict=True):
+                values.append(kernel.record(chain, values[source], values[added[0]] if added else None))
+            found = values[-1]
+            assert found is not None
+            return found
 
-def in_a_row(kernels: Sequence[Kernel]) -> ChainKernel | None:
-    """The kernels as one, each on the result of the one before it; None if one isn't a `ChainKernel`."""
-    chained = [kernel for kernel in kernels if isinstance(kernel, ChainKernel)]
-    if len(chained) < len(kernels):
-        return None
-
-    def record(chain: Chain, x: int, residual: int | None) -> int:
-        for kernel in chained:
-            x = kernel.record(chain, x, None)
-        return x
-
-    return ChainKernel(chained[0].shape, chained[0].dtype, record)
+        return cls(kernels[0].shape, kernels[0].dtype, record)

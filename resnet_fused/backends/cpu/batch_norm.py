@@ -5,19 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.problem import Problem
+from resnet_fused.backends import ConvParameters, Implementation
+from resnet_fused.backends.batch_norm import BatchNormPasses
+from resnet_fused.backends.problem import Kind, Problem
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Why the kernels can't serve the problem; None if they can."""
-    if problem.dtype not in (torch.float32, torch.bfloat16):
-        return f"it serves float32 and bfloat16, not {problem.dtype}"
-    if 0 in problem.shape:
-        return "the input is empty"
-    return None
+class BatchNorm(Implementation):
+    """Its four passes, vectorised, on as many threads as PyTorch has."""
+
+    name = "batch norm"
+    kinds = frozenset({Kind.BATCH_NORM})
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> BatchNormPasses:
+        return _Passes()
 
 
-class CPUNorm:
+class _Passes:
     """The kernels write into tensors that are made here."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A training convolution on the CPU kernels: which of its three products they compute, and the calls.
+"""A convolution in training on the CPU kernels: which of its three products they compute, and the calls.
 
 The products are y = conv2d(x, w), the gradient of x and the gradient of w. Each goes to our kernels where they were measured to
 be faster than oneDNN's, inside of ResNet-50 training steps (docs/training.md), and stays stock PyTorch's elsewhere.
@@ -6,14 +6,16 @@ be faster than oneDNN's, inside of ResNet-50 training steps (docs/training.md), 
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import choice, cpu_plan, get
-from resnet_fused.backends.problem import Conv, Problem
+from resnet_fused.backends import ConvParameters, Implementation
+from resnet_fused.backends.cpu import plan
+from resnet_fused.backends.problem import Conv, Kind, Problem, Shape, TrainingConv
+from resnet_fused.backends.training_conv import TrainingConvKernels
 
 Plan = tuple[int, ...]
 
@@ -34,8 +36,6 @@ class Products(NamedTuple):
     weight_winograd: bool = False
 
 
-NONE = Products()
-
 # With fewer channels the transforms outweigh the products, or the register tile isn't filled.
 _ENOUGH_CHANNELS = 64
 # Values of x that make Winograd worth its calls: small layers are done sooner without. (Whether they are worth the transform of
@@ -47,45 +47,48 @@ _WIDE_ROW, _FEW_PIXELS = 8, 28
 _ENOUGH_TILES = {torch.float32: 128, torch.bfloat16: 256}  # of 4×4 pixels, for the gradient of the weights
 
 
-def products(x: Tensor, weight_shape: tuple[int, ...], stride: int, padding: int) -> Products:
-    """The products of a convolution without dilation or groups, of square kernel, that our kernels compute."""
-    if x.device.type != "cpu" or x.dtype not in _ENOUGH_VALUES:
-        return NONE
-    return _products(tuple(x.shape), weight_shape[0], weight_shape[2], stride, padding, x.dtype, choice())
+class TrainingConvolution(Implementation):
+    """1×1 and 3×3 convolutions; csrc/cpu/input_gradient.h, weight_gradient.h."""
+
+    name = "training"
+    kinds = frozenset({Kind.TRAINING_CONV})
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None if any(p not in (None, False) for p in _products_of(problem)) else "stock's products are as fast"
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> TrainingConvKernels:
+        conv, found = _conv(problem), _products_of(problem)
+        kernel, stride, padding = conv.kernel[0], conv.stride[0], conv.padding[0]
+        by_winograd = found.weight_winograd
+        return TrainingConvKernels(
+            None if found.forward is None else partial(_forward, stride, padding, found.forward),
+            None if found.input is None else partial(_input_gradient, stride, padding, found.input),
+            partial(_weight_gradient, kernel, stride, padding, by_winograd) if found.weight else None,
+            saves_most=bool(found.forward),
+        )
 
 
-# A batch of a ResNet's training: what is asked for where an input's size isn't known.
-_TYPICAL_BATCH, _TYPICAL_SIZE = 16, 56
+def _conv(problem: Problem) -> Conv:
+    operation = problem.steps[0].operation
+    assert isinstance(operation, TrainingConv)
+    return operation.conv
 
 
-def products_of_any_size(
-    device_type: str, dtype: torch.dtype, weight_shape: tuple[int, ...], stride: int, padding: int
-) -> Products:
-    """As `products`, for inputs of a size that isn't known yet: as those of a typical one."""
-    if device_type != "cpu" or dtype not in _ENOUGH_VALUES:
-        return NONE
-    shape = (_TYPICAL_BATCH, weight_shape[1], _TYPICAL_SIZE, _TYPICAL_SIZE)
-    return _products(shape, weight_shape[0], weight_shape[2], stride, padding, dtype, choice())
+def _products_of(problem: Problem) -> Products:
+    conv, dtype = _conv(problem), problem.types.source
+    if conv.kernel[0] != conv.kernel[1] or conv.dilation != (1, 1) or conv.groups != 1:
+        return Products()
+    return products(problem.shape, conv.out_channels, conv.kernel[0], conv.stride[0], conv.padding[0], dtype)
 
 
-# As in backends/norm.py: torch.compile takes the result as a constant. For `products` it would have to compute x.
-products_of_any_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.lru_cache(maxsize=512)
-def _products(
-    shape: tuple[int, ...], out_channels: int, kernel: int, stride: int, padding: int, dtype: torch.dtype, chosen: str
-) -> Products:
-    if chosen not in ("auto", "cpu") or get("cpu").unavailable() is not None:
-        return NONE
+def products(shape: Shape, out_channels: int, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> Products:
+    """The products of a convolution of square kernel on x of a shape, in float32 or bfloat16, that our kernels compute."""
     n, in_channels, h, w = shape
-    if (kernel, padding) not in ((1, 0), (3, 1)) or stride not in (1, 2) or 0 in shape:
-        return NONE
-    if min(in_channels, out_channels) < _ENOUGH_CHANNELS:
-        return NONE
+    if (kernel, padding) not in ((1, 0), (3, 1)) or stride not in (1, 2) or min(in_channels, out_channels) < _ENOUGH_CHANNELS:
+        return Products()
     library = torch.ops.resnet_fused_cpu
     if dtype == torch.bfloat16 and (not library.avx512_bf16() or library.amx_bf16()):
-        return NONE
+        return Products()
     # The direct sum takes bfloat16 channels in pairs.
     direct = () if dtype == torch.float32 or (in_channels % 2 == 0 and out_channels % 2 == 0) else None
     if kernel == 1:
@@ -104,28 +107,28 @@ def _products(
     return Products(forward, input, True, tiles >= _ENOUGH_TILES[dtype])
 
 
-def _winograd(shape: tuple[int, ...], conv: Conv, dtype: torch.dtype) -> Plan | None:
+def _winograd(shape: Shape, conv: Conv, dtype: torch.dtype) -> Plan | None:
     """The plan of a 3×3 convolution; None where Winograd doesn't pay."""
     n, c, h, w = shape
     if n * c * h * w < _ENOUGH_VALUES[dtype]:
         return None
-    plan = cpu_plan.winograd(Problem("conv2d_bn", (n, c, h, w), dtype, torch.device("cpu"), (conv,)))
-    return None if plan is None else tuple(map(int, plan))
+    found = plan.winograd(Problem.of(conv, shape, dtype, torch.device("cpu")))
+    return None if found is None else tuple(map(int, found))
 
 
-def convolution(x: Tensor, weight: Tensor, stride: int, padding: int, plan: Plan) -> Tensor:
+def _forward(stride: int, padding: int, plan: Plan, x: Tensor, weight: Tensor) -> Tensor:
     """conv2d(x, weight) in channels_last. Weights may be float32 where x is bfloat16."""
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     return torch.ops.resnet_fused_cpu.training_conv(x, weight, stride, padding, plan)
 
 
-def input_gradient(dy: Tensor, weight: Tensor, size: tuple[int, int], stride: int, padding: int, plan: Plan) -> Tensor:
+def _input_gradient(stride: int, padding: int, plan: Plan, dy: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
     """Gradient of x, whose height and width are `size`, in channels_last."""
     dy, weight = (t.contiguous(memory_format=torch.channels_last) for t in (dy, weight))
     return torch.ops.resnet_fused_cpu.input_gradient(dy, weight, *size, stride, padding, plan)
 
 
-def weight_gradient(x: Tensor, dy: Tensor, kernel: int, stride: int, padding: int, by_winograd: bool) -> Tensor:
+def _weight_gradient(kernel: int, stride: int, padding: int, by_winograd: bool, x: Tensor, dy: Tensor) -> Tensor:
     """Gradient of the weights in float32, in channels_last."""
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     gradient = torch.ops.resnet_fused_cpu.weight_gradient(x, dy, kernel, stride, padding, by_winograd)

@@ -1,4 +1,4 @@
-"""The common part of bn, bn_relu and bn_add_relu: y = act((x − mean) · weight / sqrt(var + eps) + bias + residual).
+"""bn, bn_relu and bn_add_relu: y = act((x − mean) · weight / sqrt(var + eps) + bias + residual).
 
 Without `mean` and `var`, statistics are those of the batch, taken over all processes of `group` if it names a process group
 (SyncBatchNorm); with them they are constants. Each op gives y, and the batch's mean, biased and unbiased variance, which the
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.norm import norm_kernels
+from resnet_fused.backends.batch_norm import passes
 from resnet_fused.ops import common
 from resnet_fused.runtime import calls
 
@@ -91,6 +91,10 @@ def _combine_sums(dweight: Tensor, dbias: Tensor, count: int, group: str) -> tup
 # ---- forward and backward -----------------------------------------------------------------------------------------------
 
 
+# Whether a residual is added, and whether ReLU follows, by the op's name.
+_EPILOGUES = {"bn": (False, False), "bn_relu": (False, True), "bn_add_relu": (True, True)}
+
+
 def forward(
     op: str,
     x: Tensor,
@@ -102,7 +106,8 @@ def forward(
     eps: float,
     group: str,
 ) -> Result:
-    kernels = norm_kernels(op, x)
+    adds, relu = _EPILOGUES[op]
+    kernels = passes(x, adds, relu)
     format = activation_format(x)
     x = x.contiguous(memory_format=format)
     if residual is not None:
@@ -121,7 +126,7 @@ def forward(
         if group:
             mean, var, count = _combine_statistics(mean, var, int(count), group)
         given = (mean, var, var * (count / (count - 1)) if not isinstance(count, int) or count > 1 else var * math.nan)
-    y = kernels.apply(x, residual, mean, var, _by_channel(weight), _by_channel(bias), eps, op != "bn")
+    y = kernels.apply(x, residual, mean, var, _by_channel(weight), _by_channel(bias), eps, relu)
     return y, *given
 
 
@@ -151,7 +156,7 @@ def backward(
 ) -> Result:
     """dx, dresidual, dweight and dbias; empty where `needs` (x, residual, parameters) says that it isn't needed."""
     like = x if x is not None else y if y is not None else dy
-    kernels = norm_kernels(op, like)
+    kernels = passes(like, *_EPILOGUES[op])
     format = activation_format(like)
     dy = dy.contiguous(memory_format=format)
     x = x.contiguous(memory_format=format) if x is not None else None
@@ -241,59 +246,82 @@ common.register(
 )
 
 
-def define(name: str, *, residual: bool, relu: bool) -> Callable[..., Result]:
-    """Registers resnet_fused::`name` and gives the function that calls it.
+class _Family:
+    """The registered operator of an epilogue, and calls of it: of the kernels directly where that is possible.
 
-    The function's arguments are x, residual (only with `residual`), weight, bias, mean, var, eps, group.
+    Operands are x, residual (where the epilogue adds one), weight, bias, mean, var; they are followed by eps and group.
     """
-    first = 2 if residual else 1
-    schema = f"{name}(Tensor x, {'Tensor residual, ' if residual else ''}{_TAIL}) -> (Tensor, Tensor, Tensor, Tensor)"
 
-    def eager(*args: Any) -> Result:
-        return forward(name, args[0], args[1] if residual else None, *args[first:])
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.residual, self.relu = _EPILOGUES[name]
+        self.first = 2 if self.residual else 1
+        more = "Tensor residual, " if self.residual else ""
+        common.register(f"{name}(Tensor x, {more}{_TAIL}) -> (Tensor, Tensor, Tensor, Tensor)", self._eager, self._fake)
+        common.register_autograd(name, self._setup_context, self._derivative)
+        self.operator: Callable[..., Result] = getattr(torch.ops.resnet_fused, name).default
+        self.function = common.function(name, self._eager, self._setup_context, self._derivative)
 
-    def fake(*args: Any) -> Result:
-        return fake_forward(args[0], args[first + 2] is None)
+    def __call__(self, *args: Any) -> Result:
+        tensors = args[: self.first + 4]
+        if not calls.plain(*tensors):
+            return self.operator(*args)
+        return self.function.apply(*args) if calls.needs_grad(*tensors) else self._eager(*args)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    def _eager(self, *args: Any) -> Result:
+        return forward(self.name, args[0], args[1] if self.residual else None, *args[self.first :])
+
+    def _fake(self, *args: Any) -> Result:
+        return fake_forward(args[0], args[self.first + 2] is None)
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+        first = self.first
         weight, _, mean, var, eps, group = inputs[first:]
         batch = mean is None
         needs = ctx.needs_input_grad
-        ctx.needs = (needs[0], residual and needs[1], bool(needs[first] or needs[first + 1]))
+        ctx.needs = (needs[0], self.residual and needs[1], bool(needs[first] or needs[first + 1]))
         ctx.batch, ctx.eps, ctx.group = batch, eps, group
         if batch:
             mean, var = output[1:3]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         x = inputs[0] if batch or ctx.needs[2] else None
-        ctx.save_for_backward(x, output[0] if relu else None, weight, mean, var)
+        ctx.save_for_backward(x, output[0] if self.relu else None, weight, mean, var)
 
-    def derivative(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        nothing = (None,) * (first + 6)
+    def _derivative(self, ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dy is None:
-            return nothing
+            return (None,) * (self.first + 6)
         x, y, weight, mean, var = ctx.saved_tensors
         saved = Saved(x, y, weight, mean, var, ctx.eps, ctx.batch, ctx.group)
         if torch.is_grad_enabled():
             dx, dresidual, dweight, dbias = _differentiable_backward(dy, saved, ctx.needs)
         else:
-            args = (name, dy, x, y, weight, _by_channel(mean), _by_channel(var), ctx.eps, ctx.batch, ctx.group, ctx.needs)
+            own = (_by_channel(mean), _by_channel(var), ctx.eps, ctx.batch, ctx.group, ctx.needs)
             registered = torch.ops.resnet_fused.bn_backward.default
             run: Callable[..., Result] = backward if calls.plain(dy, x, y, weight) else registered
-            dx, dresidual, dweight, dbias = run(*args)
+            dx, dresidual, dweight, dbias = run(self.name, dy, x, y, weight, *own)
         needed = ctx.needs_input_grad
-        grads = (dx, dresidual, dweight, dbias) if residual else (dx, dweight, dbias)
+        grads = (dx, dresidual, dweight, dbias) if self.residual else (dx, dweight, dbias)
         return (*(g if needed[i] else None for i, g in enumerate(grads)), None, None, None, None)
 
-    common.register(schema, eager, fake)
-    common.register_autograd(name, setup_context, derivative)
-    operator = getattr(torch.ops.resnet_fused, name).default
-    function = common.function(name, eager, setup_context, derivative)
 
-    def call(*args: Any) -> Result:
-        tensors = args[: first + 4]
-        if not calls.plain(*tensors):
-            return operator(*args)
-        return function.apply(*args) if calls.needs_grad(*tensors) else eager(*args)
+_bn, _bn_relu, _bn_add_relu = _Family("bn"), _Family("bn_relu"), _Family("bn_add_relu")
 
-    return call
+_Vector = Tensor | None
+
+
+def bn(x: Tensor, weight: _Vector, bias: _Vector, mean: _Vector, var: _Vector, eps: float, group: str) -> Result:
+    """y = (x − mean) · weight / sqrt(var + eps) + bias, batch norm by itself (projection shortcuts)."""
+    return _bn(x, weight, bias, mean, var, eps, group)
+
+
+def bn_relu(x: Tensor, weight: _Vector, bias: _Vector, mean: _Vector, var: _Vector, eps: float, group: str) -> Result:
+    """y = relu((x − mean) · weight / sqrt(var + eps) + bias)."""
+    return _bn_relu(x, weight, bias, mean, var, eps, group)
+
+
+def bn_add_relu(
+    x: Tensor, residual: Tensor, weight: _Vector, bias: _Vector, mean: _Vector, var: _Vector, eps: float, group: str
+) -> Result:
+    """y = relu((x − mean) · weight / sqrt(var + eps) + bias + residual), the end of a residual block in training."""
+    return _bn_add_relu(x, residual, weight, bias, mean, var, eps, group)

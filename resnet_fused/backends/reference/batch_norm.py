@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import ConvParameters, Implementation
+from resnet_fused.backends.problem import Kind, Problem
+
 
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
@@ -18,7 +21,7 @@ def _masked(dy: Tensor, y: Tensor | None) -> Tensor:
     return dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
 
 
-class ReferenceNorm:
+class StockPasses:
     """Stock PyTorch ops, one after the other, in float32 (float64 for float64)."""
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,3 +80,16 @@ class ReferenceNorm:
             g = g - _channels(dbias / count) - xhat * _channels(dweight / count)
         dx = (g * _channels(inverse if weight is None else inverse * weight)).to(dy.dtype)
         return dx, masked if keep_masked else None
+
+
+class BatchNorm(Implementation):
+    """The passes as PyTorch's ops."""
+
+    name = "stock batch norm"
+    kinds = frozenset({Kind.BATCH_NORM})
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> StockPasses:
+        return StockPasses()

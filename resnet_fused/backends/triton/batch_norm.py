@@ -29,7 +29,7 @@ def _on_its_device(run: Callable[..., _Result]) -> Callable[..., _Result]:
     """A pass with its first tensor's device as the current one, because kernels are compiled for that and launched there."""
 
     @functools.wraps(run)
-    def guarded(self: TritonNorm, first: Tensor, *args: Any, **kwargs: Any) -> _Result:
+    def guarded(self: TritonPasses, first: Tensor, *args: Any, **kwargs: Any) -> _Result:
         if first.device.type == "cuda" and torch.cuda.current_device() != first.device.index:
             with on(first.device):
                 return run(self, first, *args, **kwargs)
@@ -38,8 +38,8 @@ def _on_its_device(run: Callable[..., _Result]) -> Callable[..., _Result]:
     return guarded
 
 
-class TritonNorm:
-    """The passes of backends.norm.NormKernels in Triton."""
+class TritonPasses:
+    """The passes of backends.batch_norm.BatchNormPasses in Triton."""
 
     @_on_its_device
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:

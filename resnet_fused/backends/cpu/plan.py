@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from resnet_fused.backends.problem import Conv, Problem
+from resnet_fused.backends.problem import Block, Conv, Problem
 
 
 class WinogradPlan(NamedTuple):
@@ -87,7 +87,7 @@ def winograd(problem: Problem) -> WinogradPlan | None:
     """The plan for a problem of one convolution; None where Winograd can't serve it, or where the direct sum is cheaper."""
     if problem.precision != "fast":
         return None
-    (conv,) = problem.convs
+    conv = problem.conv
     n, _, h, w = problem.shape
     if _unit_stride(conv):
         tiles = n * _tiles(h, w, 4)
@@ -99,7 +99,7 @@ def winograd(problem: Problem) -> WinogradPlan | None:
             return None
         if keeps_transformed(conv):
             return WinogradPlan(4, 14 if conv.in_channels <= 64 else 28, 8, 64, False)
-        return _by_panels(tiles, 64, problem.dtype)
+        return _by_panels(tiles, 64, problem.types.source)
     # In bfloat16 the direct sum runs at twice the rate of float32 arithmetic: more than Winograd of stride 2 saves.
     if _stride_2(conv) and problem.dtype == torch.float32:
         h, w = conv.output_size(h, w)
@@ -110,43 +110,37 @@ def winograd(problem: Problem) -> WinogradPlan | None:
     return None
 
 
-def _winograd_plans(problem: Problem) -> list[WinogradPlan]:
+def _other_winograd_plans(problem: Problem) -> list[WinogradPlan]:
     """Plans that may be faster than the one of `winograd`, where Winograd can serve a convolution."""
-    (conv,) = problem.convs
+    conv = problem.conv
     n, _, h, w = problem.shape
     if problem.precision != "fast":
         return []
     if _unit_stride(conv):
         tiles = n * _tiles(h, w, 4)
         by_tiles = [WinogradPlan(4, min(tiles, size), 8, 64, False) for size in (8, 14, 28)]
-        return by_tiles + [_by_panels(tiles, size, problem.dtype) for size in (32, 64, 128)]
+        return by_tiles + [_by_panels(tiles, size, problem.types.source) for size in (32, 64, 128)]
     if _stride_2(conv) and problem.dtype == torch.float32:
         tiles = n * _tiles(*conv.output_size(h, w), 5)
         return [WinogradPlan(5, min(tiles, 16), 4, 64, False), WinogradPlan(5, min(tiles, 72), 1, 64, True)]
     return []
 
 
-def _block_plans(problem: Problem) -> list[BlockPlan]:
-    """Plans that may be faster than the one of `block`, with one number changed at a time."""
-    strip, parts, panels = block(problem)
+def winograd_plans(problem: Problem) -> dict[str, list[int]]:
+    """Names and numbers of the plans that are worth a measurement, the rule's first; none where Winograd can't serve it."""
+    by_rule = winograd(problem)
+    found = [*([] if by_rule is None else [by_rule]), *_other_winograd_plans(problem)]
+    return {_name(each): [*map(int, each)] for each in found}
+
+
+def block_plans(problem: Problem) -> dict[str, list[int]]:
+    """Names and numbers of the plans that are worth a measurement, the rule's first; the others change one number each."""
+    strip, parts, panels = by_rule = block(problem)
     rows = -(-problem.shape[2] // 4)
     strips = [BlockPlan(other, parts, panels) for other in (1, 2, 4) if other <= rows]
     cuts = [BlockPlan(strip, other, panels) for other in (1, 2 * parts, rows) if other <= rows]
-    return [*strips, *cuts, BlockPlan(strip, parts, 2 * panels)]
-
-
-def plans(problem: Problem, direct: bool) -> dict[str, list[int]]:
-    """Names and numbers of the plans that are worth a measurement; the first is the one that is taken without.
-
-    Args:
-        problem: a convolution or a block.
-        direct: whether the direct sum, whose plan is empty, can serve the problem too.
-    """
-    if problem.op in ("basic_block", "bottleneck"):
-        blocks = [block(problem), *_block_plans(problem)]
-        return {f"strip{p.strip}-parts{p.parts}-panels{p.panels}": [*p] for p in blocks}
-    found = [winograd(problem), *_winograd_plans(problem), *([None] if direct else [])]
-    return {"direct" if p is None else _name(p): [*map(int, p or ())] for p in found}
+    found = [by_rule, *strips, *cuts, BlockPlan(strip, parts, 2 * panels)]
+    return {f"strip{p.strip}-parts{p.parts}-panels{p.panels}": [*p] for p in found}
 
 
 def _name(plan: WinogradPlan) -> str:
@@ -154,15 +148,18 @@ def _name(plan: WinogradPlan) -> str:
     return f"winograd{plan.output_tile}-tiles{plan.tiles}-chunk{plan.channel_chunk}-{split}"
 
 
-def block_serves(problem: Problem) -> bool:
+def block_serves(block: Block) -> bool:
     """Whether a block can be computed as a whole: stride 1, its 3×3 layers by Winograd, the others 1×1."""
-    convs = problem.main_path
-    pointwise = [conv.pointwise and conv.stride == (1, 1) and conv.groups == 1 for conv in problem.convs]
-    if problem.shortcut and not pointwise[-1]:
+    convs = block.main
+    if block.shortcut is not None and not _plain_pointwise(block.shortcut):
         return False
-    if problem.op == "basic_block":
-        return len(convs) == 2 and all(map(_unit_stride, convs))
-    return len(convs) == 3 and pointwise[0] and _unit_stride(convs[1]) and pointwise[2]
+    if len(convs) == 2:
+        return all(map(_unit_stride, convs))
+    return len(convs) == 3 and _plain_pointwise(convs[0]) and _unit_stride(convs[1]) and _plain_pointwise(convs[2])
+
+
+def _plain_pointwise(conv: Conv) -> bool:
+    return conv.pointwise and conv.stride == (1, 1) and conv.groups == 1
 
 
 def block(problem: Problem) -> BlockPlan:
@@ -174,22 +171,24 @@ def block(problem: Problem) -> BlockPlan:
     return BlockPlan(strip, max(parts, 1), 2)
 
 
-def block_wins(problem: Problem) -> bool:
+def block_preferred(problem: Problem) -> bool:
     """Whether the block as a whole was measured to beat its layers one by one, inside of whole models on two cores.
 
     A batch must give every thread enough strips; on images of 4×4 pixels and less most of a
     tile is padding, and wide layers' weights don't stay in the cache from strip to strip.
     """
     n, _, h, w = problem.shape
-    width, tiles = problem.main_path[0].out_channels, _tiles(h, w, 4)
-    if problem.op == "basic_block":
+    block = problem.block()
+    assert block is not None
+    width, tiles = block.main[0].out_channels, _tiles(h, w, 4)
+    if len(block.main) == 2:
         return n >= 8 and tiles >= 4 and width <= 128
     return n >= 2 and n * tiles >= 96 and width <= 128
 
 
-def conv_wins(problem: Problem) -> bool:
+def conv_preferred(problem: Problem) -> bool:
     """Whether a convolution was measured to be at least level with oneDNN's."""
-    (conv,) = problem.convs
+    conv = problem.conv
     n, _, h, w = problem.shape
     # Below a thousand pixels what counts is how long a call takes at all, and oneDNN's takes twice as long.
     if conv.kernel != (3, 3) or n * h * w < 1024:

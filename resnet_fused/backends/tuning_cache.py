@@ -23,9 +23,9 @@ import torch
 
 from resnet_fused import config
 from resnet_fused.backends import library
-from resnet_fused.backends.problem import Problem
+from resnet_fused.backends.problem import Conv, Pointwise, Problem, Step, Types
 
-_FORMAT = 1
+_FORMAT = 2
 _LARGEST_FILE = 64 << 20
 
 # What is recorded for a whole op that is fastest as a composition of its parts.
@@ -33,10 +33,10 @@ PARTS = "parts"
 
 
 class Choice(NamedTuple):
-    """The backend that was measured as the fastest for a problem, and which of its variants, if it has any."""
+    """The backend that was measured as the fastest for a problem, and which of its plans, if it has several."""
 
     backend: str
-    variant: str | None = None
+    plan: str | None = None
 
 
 _tables: dict[tuple[torch.device, Path], dict[str, Any]] = {}
@@ -44,7 +44,7 @@ _generation = 0
 
 
 def generation() -> int:
-    """Counts changes of the records, so that kernels bound before a change can be told from later ones."""
+    """Counts changes of the cache, so that kernels bound before a change can be told from later ones."""
     return _generation
 
 
@@ -56,30 +56,30 @@ def choice(problem: Problem) -> Choice | None:
     entry = table.get(key(problem))
     if not isinstance(entry, dict) or not isinstance(entry.get("backend"), str):
         return None
-    variant = entry.get("variant")
-    found = Choice(entry["backend"], variant if isinstance(variant, str) else None)
+    plan = entry.get("plan")
+    found = Choice(entry["backend"], plan if isinstance(plan, str) else None)
     return found if rejected(problem, *found) is None else None
 
 
-def rejection_key(backend: str, op: str, dtype: str, variant: str = "") -> str:
+def rejection_key(backend: str, label: str, dtype: str, plan: str = "") -> str:
     """Where `record` keeps whether a kernel of a backend was found wrong; its entry has the reason as "rejected"."""
-    return f"kernel {backend} {op} {dtype} {variant}".rstrip()
+    return f"kernel {backend} {label} {dtype} {plan}".rstrip()
 
 
-def rejected(problem: Problem, backend: str, variant: str | None = None) -> str | None:
+def rejected(problem: Problem, backend: str, plan: str | None = None) -> str | None:
     """Why `resnet-fused verify` found the backend's kernel wrong on this machine; None if it didn't."""
     table = _table(problem.device)
     if not table:
         return None
-    dtype = str(problem.dtype).removeprefix("torch.")
-    entry = table.get(rejection_key(backend, problem.op, dtype, variant or ""))
+    dtype = str(problem.types.source).removeprefix("torch.")
+    entry = table.get(rejection_key(backend, problem.label, dtype, plan or ""))
     return (entry.get("rejected") or None) if isinstance(entry, dict) else None
 
 
-def variant(problem: Problem, backend: str) -> str | None:
-    """The variant that was recorded for the problem, if it is one of that backend's."""
+def plan(problem: Problem, backend: str) -> str | None:
+    """The plan that was recorded for the problem, if it is one of that backend's."""
     found = choice(problem)
-    return found.variant if found is not None and found.backend == backend else None
+    return found.plan if found is not None and found.backend == backend else None
 
 
 def dropped(problem: Problem) -> dict[str, str]:
@@ -92,7 +92,7 @@ def dropped(problem: Problem) -> dict[str, str]:
 def record(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path:
     """Adds entries (by `key`) to the device's file, with what other processes wrote meanwhile, and gives its path.
 
-    Each entry has "backend", and may have "variant", "ms" (times by candidate) and "dropped" (reasons by candidate).
+    Each entry has "backend", and may have "plan", "ms" (times by candidate) and "dropped" (reasons by candidate).
 
     Raises:
         OSError: the file can't be written.
@@ -139,10 +139,6 @@ def forget() -> None:
 
 def key(problem: Problem) -> str:
     """The problem as a line of text, with the settings of PyTorch that its kernels follow."""
-    convs = "; ".join(
-        f"{c.in_channels}>{c.out_channels} k{c.kernel} s{c.stride} p{c.padding} d{c.dilation} g{c.groups}"
-        for c in problem.convs
-    )
     settings = []
     if problem.device.type == "cuda":
         settings.append(f"benchmark={torch.backends.cudnn.benchmark}")
@@ -150,10 +146,27 @@ def key(problem: Problem) -> str:
             settings.append(f"conv={torch.backends.cudnn.conv.fp32_precision}")  # type: ignore[attr-defined]
     elif problem.device.type == "cpu":
         settings.append(f"threads={torch.get_num_threads()}")
-    shape = "x".join(map(str, problem.shape))
-    pool = "" if problem.pool is None else f"pool{tuple(problem.pool)}"
-    parts = [problem.op, shape, problem.dtype, problem.memory_format, problem.precision, f"[{convs}]", pool]
-    return " ".join(str(part) for part in (*parts, "shortcut" if problem.shortcut else "", *settings) if part != "")
+    shape, types = "x".join(map(str, problem.shape)), [str(dtype).removeprefix("torch.") for dtype in problem.types]
+    dtypes = types[0] if problem.types == Types.of(problem.types.source) else "/".join(types)
+    steps = "; ".join(map(_text, problem.steps))
+    return " ".join((shape, dtypes, str(problem.memory_format), problem.precision, f"[{steps}]", *settings))
+
+
+def _text(step: Step) -> str:
+    operation, epilogue = step.operation, step.epilogue
+    if isinstance(operation, Conv):
+        c = operation
+        parts = [f"{c.in_channels}>{c.out_channels} k{c.kernel} s{c.stride} p{c.padding} d{c.dilation} g{c.groups}"]
+    else:
+        parts = [operation.value if isinstance(operation, Pointwise) else str(operation)]
+    parts += [
+        str(step.reads),
+        "" if epilogue.bias else "no bias",
+        "residual" if epilogue.residual else "",
+        epilogue.activation.value,
+    ]
+    parts.append("" if epilogue.pool is None else f"pool{tuple(epilogue.pool)}")
+    return " ".join(filter(None, parts))
 
 
 @functools.cache

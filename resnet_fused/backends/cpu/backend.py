@@ -1,0 +1,65 @@
+"""Our own CPU kernels: Winograd and direct convolutions for AVX-512 and AVX2, with bias, residual and ReLU fused."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from resnet_fused.backends import Backend, library
+from resnet_fused.backends.cpu import plan
+from resnet_fused.backends.cpu.batch_norm import BatchNorm
+from resnet_fused.backends.cpu.block import WholeBlock
+from resnet_fused.backends.cpu.convolution import Direct, Winograd
+from resnet_fused.backends.cpu.head import AveragePool, Classifier
+from resnet_fused.backends.cpu.stem import Stem
+from resnet_fused.backends.cpu.training_conv import TrainingConvolution
+from resnet_fused.backends.problem import Kind, Problem
+
+_LIBRARY = "resnet_fused_cpu"
+
+
+class CPU(Backend):
+    """Compiled kernels of csrc/cpu for CPU tensors."""
+
+    name = "cpu"
+    implementations = (
+        WholeBlock(),
+        Stem(),
+        Winograd(),
+        Direct(),
+        Classifier(),
+        AveragePool(),
+        BatchNorm(),
+        TrainingConvolution(),
+    )
+
+    @functools.cache  # noqa: B019 — one instance lives as long as the process
+    def unavailable(self) -> str | None:
+        reason = library.load(_LIBRARY)
+        if reason is None and torch.ops.resnet_fused_cpu.isa() == 0:
+            return "this CPU has neither AVX-512 nor AVX2 with FMA; use the backend 'onednn'"
+        return reason
+
+    def why_none(self, problem: Problem) -> str | None:
+        if problem.device.type != "cpu":
+            return f"it serves CPU tensors, not {problem.device.type}"
+        if problem.dtype not in (torch.float32, torch.bfloat16):
+            return f"it serves float32 and bfloat16, not {problem.types.source}"
+        if 0 in (*problem.shape, *problem.output_shape()):
+            return "the input or the result is empty"
+        return None
+
+    def preferred(self, problem: Problem) -> bool:
+        kind = problem.kind
+        if kind in (Kind.BATCH_NORM, Kind.AVERAGE_POOL, Kind.TRAINING_CONV):
+            return True
+        # Without Winograd we are level with oneDNN at best.
+        if problem.precision == "direct":
+            return False
+        # oneDNN uses AMX, at many times the rate of our instructions.
+        if problem.dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16():
+            return False
+        if kind is Kind.LINEAR:
+            return True
+        return plan.block_preferred(problem) if kind is Kind.PROGRAM else plan.conv_preferred(problem)
