@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from posing import problem_of
 
-from resnet_fused.backends.problem import Conv, Folded, Problem
+from resnet_fused.backends import ConvParameters
+from resnet_fused.backends.problem import Conv
 
 triton = pytest.importorskip(
     "triton", reason="Triton is not installed; pip install triton (PyTorch for CUDA on Linux brings it)"
@@ -88,16 +90,16 @@ def _calls(case, device):
     if case == "add_relu":
         launch = elementwise.add_relu_fwd(x.numel(), F16)
         tensors, bound = (x, residual, y), launch.bind()
-        prepared = prepare.prepare(Problem("add_relu", shape, F16, device), Folded((), ()), None)
+        prepared = prepare.prepare(problem_of("add_relu", shape, F16, device), ConvParameters((), ()), None)
     else:
         conv = Conv(64, 64, (3, 3), padding=(1, 1))
-        problem = Problem("conv2d_bn_add_relu", shape, F16, device, (conv,))
+        problem = problem_of("conv2d_bn_add_relu", shape, F16, device, (conv,))
         chip = configs.Chip.of(device) if device.type == "cuda" else configs.Chip("cuda", 90, 132, 227 << 10)
         plan = next(plan for plan in configs.plans(problem, chip, False) if plan.splits == 1)
         weight, shift = torch.randn(64, 64, 3, 3, device=device).to(F16) / 24, torch.randn(64, device=device).to(F16)
         tensors = (x, conv2d.pack(weight, conv, plan), shift, residual, y)
         launch, bound = conv2d.launches(problem, plan, chip, False)[0], conv2d.bind(problem, plan, chip, False)
-        prepared = prepare.prepare(problem, Folded((weight,), (shift,)), plan.name)
+        prepared = prepare.prepare(problem, ConvParameters((weight,), (shift,)), plan.name)
     calls = {
         "1 bound launch": lambda: bound(*tensors),
         "2 Triton's launch": _by_triton(launch, tensors),

@@ -34,7 +34,7 @@ def runs(model: nn.Module) -> list[Run]:
 
 def served(model: nn.Module) -> list[tuple[str, str]]:
     """Op and backend of each step that ran so far, for each kind of input."""
-    return [(problem.op, backend) for run in runs(model) for problem, backend in run.problems.values()]
+    return [(problem.label, backend) for run in runs(model) for problem, backend in run.problems.values()]
 
 
 def ops(model: nn.Module) -> Counter[str]:

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from posing import problem_of
 from torch import Tensor
 
 from resnet_fused import backends, trials, verify_device
-from resnet_fused.backends import Folded, Problem, tf32
+from resnet_fused.backends import ConvParameters, Problem, tf32
 from resnet_fused.backends.problem import Conv
-from resnet_fused.backends.reference import Reference
+from resnet_fused.backends.reference.backend import Reference
 from resnet_fused.backends.truth import Truth
 
 CPU = torch.device("cpu")
@@ -31,11 +32,11 @@ class OnTensorCores(Reference):
     def __init__(self, convert) -> None:
         self.convert = convert
 
-    def unsupported(self, problem: Problem) -> str | None:
+    def why_not(self, problem: Problem) -> str | None:
         return None if len(problem.convs) == 1 else "it serves single convolutions"
 
-    def prepare(self, problem: Problem, folded: Folded):
-        kernel = super().prepare(problem, Folded((self.convert(folded.weights[0]),), folded.shifts))
+    def prepare(self, problem: Problem, folded: ConvParameters, plan: str | None = None):
+        kernel = super().prepare(problem, ConvParameters((self.convert(folded.weights[0]),), folded.biases), plan)
         return lambda x, residual: kernel(self.convert(x), residual)
 
 
@@ -61,17 +62,17 @@ def test_a_nan_stays_one_without_its_low_bits(bits: int) -> None:
 
 def test_no_cpu_computes_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="tf32"))
-    problem = Problem("conv2d_bn", (1, 64, 8, 8), torch.float32, CPU, (CONV,))
+    problem = problem_of("conv2d_bn", (1, 64, 8, 8), torch.float32, CPU, (CONV,))
     assert problem.tf32_allowed()
     assert not tf32.used(problem)
 
 
 def test_operands_of_every_convolution_of_a_block_are_rounded() -> None:
-    problem = Problem("basic_block", (1, 64, 8, 8), torch.float32, CPU, (CONV, CONV))
+    problem = problem_of("basic_block", (1, 64, 8, 8), torch.float32, CPU, (CONV, CONV))
     x, folded, _ = trials.tensors(problem)
     first, second = (tf32.to_tf32(weight).double() for weight in folded.weights)
-    y = torch.conv2d(tf32.to_tf32(x).double(), first, folded.shifts[0].double(), padding=1).relu()
-    y = torch.conv2d(tf32.to_tf32(y.float()).double(), second, folded.shifts[1].double(), padding=1) + x
+    y = torch.conv2d(tf32.to_tf32(x).double(), first, folded.biases[0].double(), padding=1).relu()
+    y = torch.conv2d(tf32.to_tf32(y.float()).double(), second, folded.biases[1].double(), padding=1) + x
     assert torch.equal(tf32.exact(problem, folded)(x, None), y.relu())
 
 
@@ -89,7 +90,7 @@ def test_verification_takes_right_tf32_kernels_where_they_are_used(
 
 @pytest.mark.parametrize("convert", [tf32.to_tf32, cut_off])
 def test_tuning_takes_right_tf32_kernels_where_they_are_used(convert, used: bool) -> None:
-    problem = Problem("conv2d_bn_add_relu", (5, 64, 12, 12), torch.float32, CPU, (CONV,))
+    problem = problem_of("conv2d_bn_add_relu", (5, 64, 12, 12), torch.float32, CPU, (CONV,))
     _, folded, _ = trials.tensors(problem)
     fault = Truth(problem, folded).fault(OnTensorCores(convert).prepare(problem, folded))
     assert (fault is None) == (used and convert is tf32.to_tf32)

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from resnet_fused import backends, cli, trials, verify_device
-from resnet_fused.backends import Folded, Problem, records
-from resnet_fused.backends.reference import Reference
-from resnet_fused.trials import ENTRIES
+from resnet_fused.backends import ConvParameters, Problem, tuning_cache
+from resnet_fused.backends.reference.backend import Reference
 
 CPU = torch.device("cpu")
 
@@ -23,11 +22,11 @@ class Faulty(Reference):
     name = "faulty"
     fault: str | None = None
 
-    def unsupported(self, problem: Problem) -> str | None:
-        return None if problem.op == "conv2d_bn_relu" and problem.dtype == torch.float32 else "it serves one op"
+    def why_not(self, problem: Problem) -> str | None:
+        return None if problem.label == "conv2d_bn_relu" and problem.dtype == torch.float32 else "it serves one op"
 
-    def prepare(self, problem: Problem, folded: Folded):
-        kernel = super().prepare(problem, folded)
+    def prepare(self, problem: Problem, folded: ConvParameters, plan: str | None = None):
+        kernel = super().prepare(problem, folded, plan)
 
         def faulty(x, residual):
             y = kernel(x, residual)
@@ -52,14 +51,14 @@ def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Faulty:
     monkeypatch.setattr(backends, "_BACKENDS", dict.fromkeys(found, ("", "")))
     monkeypatch.setattr(backends, "_AUTOMATIC_ORDER", tuple(found))
     monkeypatch.setattr(backends, "get", found.__getitem__)
-    records.forget()
+    tuning_cache.forget()
     yield backend
-    records.forget()
+    tuning_cache.forget()
 
 
 def automatic_choice() -> str:
-    entry = next(e for e in ENTRIES if e.op == "conv2d_bn_relu")
-    return backends.resolve(Problem(entry.op, entry.shape, torch.float32, CPU, entry.convs), "auto").name
+    problem = next(p for p in trials.problems(torch.float32, CPU) if p.label == "conv2d_bn_relu")
+    return backends.resolve(problem, "auto").name
 
 
 @pytest.mark.parametrize(

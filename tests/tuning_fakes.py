@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from resnet_fused import tuning
-from resnet_fused.backends import Folded, Problem, records
-from resnet_fused.backends.binding import is_whole
+from resnet_fused.backends import ConvParameters, Problem, tuning_cache
+from resnet_fused.backends.binding import is_divisible
 from resnet_fused.tuning.bar import Bar
 from resnet_fused.tuning.in_model import InModel
 
@@ -33,9 +33,9 @@ def fake_times(monkeypatch, seconds: dict[str, float], model: dict[str, float] |
     return measured
 
 
-def tune_problem(problem: Problem, folded: Folded) -> tuning.Result:
+def tune_problem(problem: Problem, folded: ConvParameters) -> tuning.Result:
     """Tunes one problem as if a model posed it, by the times of `fake_times`, and records the result."""
-    tasks = {records.key(problem): tuning._Task(problem, folded, is_whole(problem))}
+    tasks = {tuning_cache.key(problem): tuning._Task(problem, folded, is_divisible(problem))}
     (result,), _, _ = tuning._tune(tasks, InModel(lambda: None, {}), Bar(1, False))
     tuning._record([result])
     return result

@@ -16,6 +16,7 @@ import torch
 
 from resnet_fused.backends import (
     STOCK,
+    Backend,
     BackendError,
     ConvParameters,
     JoinableKernel,
@@ -25,6 +26,7 @@ from resnet_fused.backends import (
     first_call,
     get,
     resolve,
+    stock,
     tuning_cache,
 )
 from resnet_fused.backends.implementation import in_its_format, in_turn
@@ -92,21 +94,20 @@ def bind(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound:
             first_call.trial(problem, parameters)
         return _bind_one(problem, parameters, chosen)
     name = _backend_of_whole(problem, chosen)
-    return compose(problem, parameters, chosen) if name == tuning_cache.PARTS else _prepared(name, problem, parameters)
+    return compose(problem, parameters, chosen) if name == tuning_cache.PARTS else _prepared(get(name), problem, parameters)
 
 
 def _bind_one(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound:
     try:
-        return _prepared(resolve(problem, chosen).name, problem, parameters)
+        return _prepared(resolve(problem, chosen), problem, parameters)
     except BackendError:  # which is known only when it is tried, for cuDNN
         if chosen != "auto":
             raise
-        return _prepared(STOCK, problem, parameters)
+        return _prepared(stock(), problem, parameters)
 
 
-def _prepared(name: str, problem: Problem, parameters: ConvParameters) -> Bound:
-    backend = get(name)
-    return Bound(backend.prepare(problem, parameters), name, backend.keeps_bounds)
+def _prepared(backend: Backend, problem: Problem, parameters: ConvParameters) -> Bound:
+    return Bound(backend.prepare(problem, parameters), backend.name, backend.keeps_bounds)
 
 
 def bind_if_better(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound | None:
@@ -158,12 +159,12 @@ def compose(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound:
     parts = _cover(problem, parameters, chosen)
     # Pools are stock's in every composition.
     bound = [
-        bind(part.problem, part.parameters, chosen) if part.problem.convs else _prepared(STOCK, part.problem, part.parameters)
+        bind(part.problem, part.parameters, chosen) if part.problem.convs else _prepared(stock(), part.problem, part.parameters)
         for part in parts
     ]
     names = sorted({one.backend for one, part in zip(bound, parts, strict=True) if part.problem.convs})
     if names == [STOCK]:
-        return _prepared(STOCK, problem, parameters)
+        return _prepared(stock(), problem, parameters)
     kernel = join([one.kernel for one in bound], [part.reads for part in parts])
     if problem.memory_format != torch.channels_last:
         composed = kernel

@@ -1,4 +1,4 @@
-"""What a backend consists of: an ordered list of implementations, of which the first one that serves a problem and pays runs."""
+"""What a backend consists of: an ordered list of implementations, of which the first that serves a problem and pays runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class JoinableKernel:
 
     @classmethod
     def join(cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]]) -> Kernel:
-        """The kernels as one. Values are numbered as a problem's; `reads` are those of each kernel, the last gives the result."""
+        """The kernels as one. `reads`: numbers of the values that each reads, as a problem's; the last one's is the result."""
         raise NotImplementedError
 
 
@@ -139,10 +139,11 @@ class Backend:
         Raises:
             BackendError: no implementation can serve it after all.
         """
-        serving, named = self.serving(problem), plan or tuning_cache.plan(problem, self.name)
-        for one in serving if named is not None else ():
-            if named in one.plans(problem):
-                return one.prepare(problem, parameters, named)
+        serving = self.serving(problem)
+        by_plan = {name: one for one in serving for name in one.plans(problem)}
+        named = plan or (tuning_cache.plan(problem, self.name) if by_plan else None)
+        if named in by_plan:
+            return by_plan[named].prepare(problem, parameters, named)
         for one in serving[:-1]:
             try:
                 return one.prepare(problem, parameters, named)

@@ -153,6 +153,9 @@ class Epilogue(NamedTuple):
         return self.activation is Activation.RELU
 
 
+NO_EPILOGUE = Epilogue()
+"""Nothing but the bias."""
+
 X, RESIDUAL, FIRST_RESULT = 0, 1, 2
 """Numbers of values: a problem's input, its residual (the second input, if there is one), and the first step's result."""
 
@@ -228,7 +231,7 @@ class Block(NamedTuple):
 
 
 def residual_block(main: Sequence[Conv], shortcut: Conv | None) -> tuple[Step, ...]:
-    """The steps of y = relu(conv_n(… relu(conv_1(x)) …) + shortcut(x)); the projection shortcut, if there is one, comes first."""
+    """The steps of y = relu(conv_n(… relu(conv_1(x)) …) + shortcut(x)). A projection shortcut comes first."""
     steps = [] if shortcut is None else [Step(shortcut)]
     residual = X if shortcut is None else FIRST_RESULT
     source = X
@@ -268,7 +271,7 @@ class Problem:
         shape: Shape,
         dtype: torch.dtype,
         device: torch.device,
-        epilogue: Epilogue = Epilogue(),
+        epilogue: Epilogue = NO_EPILOGUE,
         memory_format: torch.memory_format = torch.channels_last,
         precision: Precision = "fast",
     ) -> Problem:

@@ -1,7 +1,7 @@
 """Programs: what a forward computes, as fused steps and calls on numbered values.
 
-Values are numbered: first the inputs, then the result of each item. A program of fused steps alone can be written as text, by which a
-registered operator carries it through graphs and files.
+Values are numbered: first the inputs, then the result of each item. A program of fused steps alone can be written as text, by
+which a registered operator carries it through graphs and files.
 """
 
 from __future__ import annotations

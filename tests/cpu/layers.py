@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends.cpu import _padded_shift
-from resnet_fused.backends.cpu_chain import Chain
+from resnet_fused.backends.cpu.chain import Chain
+from resnet_fused.backends.cpu.packing import padded_bias
 
 CHANNELS_LAST = torch.channels_last
 
@@ -52,7 +52,7 @@ class Layer:
         geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
         chain = Chain(tuple(self.x.shape), self.dtype)
         residual = Chain.RESIDUAL if self.residual else None
-        chain.conv(Chain.X, residual, packed, _padded_shift(self.shift), self.out, geometry, self.relu, plan)
+        chain.conv(Chain.X, residual, packed, padded_bias(self.shift), self.out, geometry, self.relu, plan)
         return ops.run_chain(chain.id, self.x, self.added)
 
 
@@ -77,10 +77,10 @@ class Block:
             sizes.append((self.out, self.c, 1))
         self.x = torch.randn(self.n, self.c, self.h, self.w).to(self.dtype).contiguous(memory_format=CHANNELS_LAST)
         self.weights = [(torch.randn(o, i, k, k) * (i * k * k) ** -0.5).to(self.dtype) for o, i, k in sizes]
-        self.shifts = [torch.randn(o).to(self.dtype) for o, _, _ in sizes]
+        self.biases = [torch.randn(o).to(self.dtype) for o, _, _ in sizes]
 
     def stock(self, dtype: torch.dtype) -> Tensor:
-        weights, shifts = [w.to(dtype) for w in self.weights], [s.to(dtype) for s in self.shifts]
+        weights, shifts = [w.to(dtype) for w in self.weights], [s.to(dtype) for s in self.biases]
         x = y = self.x.to(dtype)
         if self.c != self.out:
             x = F.conv2d(x, weights.pop(), shifts.pop())
@@ -94,7 +94,7 @@ class Block:
         ops = torch.ops.resnet_fused_cpu
         weights = [w.contiguous(memory_format=CHANNELS_LAST) for w in self.weights]
         packed = [ops.pack(w, w.shape[2] == 3) for w in weights]
-        shifts = [_padded_shift(s) for s in self.shifts]
+        shifts = [padded_bias(s) for s in self.biases]
         chain = Chain(tuple(self.x.shape), self.dtype)
         chain.block(Chain.X, packed, shifts, self.channels[1:], plan)
         return ops.run_chain(chain.id, self.x, None)

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from paths import report
+from posing import problem_of
 from tolerances import assert_as_good_as_stock
 
-from resnet_fused.backends import Conv, Folded, Pool, Problem, cpu_plan, get
+from resnet_fused.backends import Conv, ConvParameters, Pool, Problem, get
 from resnet_fused.backends.binding import bind
+from resnet_fused.backends.cpu import plan as cpu_plan
+from resnet_fused.backends.cpu.block import WholeBlock
 from resnet_fused.fuse import fuse
 
 CPU = torch.device("cpu")
@@ -19,7 +22,7 @@ STEM = {"kernel": (7, 7), "stride": (2, 2), "padding": (3, 3)}
 
 
 def problem(op: str, shape: tuple[int, int, int, int], *convs: Conv, **more) -> Problem:
-    return Problem(op, shape, more.pop("dtype", torch.float32), CPU, convs, **more)
+    return problem_of(op, shape, more.pop("dtype", torch.float32), CPU, convs, **more)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +50,8 @@ def test_stem(isa, n, channels, h, w, out, pool, dtype, channels_last):
         return F.max_pool2d(y, 3, 2, 1) if pool else y
 
     backend = get("cpu")
-    assert backend.unsupported(kind) is None
-    y = backend.prepare(kind, Folded((weight,), (shift,)))(x, None)
+    assert backend.why_not(kind) is None
+    y = backend.prepare(kind, ConvParameters((weight,), (shift,)))(x, None)
     assert_as_good_as_stock(y, stock(dtype), stock(torch.float64))
 
 
@@ -57,7 +60,7 @@ def test_nan_survives_the_stems_pool(isa):
     x = torch.randn(1, 3, 40, 40)
     weight, shift = torch.randn(32, 3, 7, 7) / 12, torch.zeros(32)
     weight[3, 1, 2, 2] = float("nan")
-    kernel = get("cpu").prepare(problem("stem", x.shape, Conv(3, 32, **STEM), pool=POOL), Folded((weight,), (shift,)))
+    kernel = get("cpu").prepare(problem("stem", x.shape, Conv(3, 32, **STEM), pool=POOL), ConvParameters((weight,), (shift,)))
     want = F.max_pool2d(F.conv2d(x, weight, shift, 2, 3).relu(), 3, 2, 1)
     assert torch.equal(kernel(x, None).isnan(), want.isnan())
 
@@ -66,7 +69,7 @@ def test_one_weight_served_by_winograd_and_directly(isa):
     """The two take weights in orders of their own, and a layer's input may change its size."""
     conv = Conv(160, 160, (3, 3), padding=(1, 1))
     weight, shift = torch.randn(160, 160, 3, 3) / 38, torch.randn(160)
-    folded = Folded((weight,), (shift,))
+    folded = ConvParameters((weight,), (shift,))
     for size, by_winograd in ((8, True), (3, False), (8, True)):
         x = torch.randn(1, 160, size, size).contiguous(memory_format=torch.channels_last)
         kind = problem("conv2d_bn", x.shape, conv)
@@ -83,13 +86,13 @@ def test_exact_precision_uses_no_winograd():
     weight, shift = torch.randint(-8, 8, (16, 16, 3, 3)).float(), torch.zeros(16)
     want = F.conv2d(x.double(), weight.double(), padding=1)
     result = {}
-    for precision in ("exact", "fast"):
+    for precision in ("direct", "fast"):
         kind = problem("conv2d_bn", x.shape, conv, precision=precision)
-        result[precision] = get("cpu").prepare(kind, Folded((weight,), (shift,)))(x, None)
-    assert torch.equal(result["exact"].double(), want)
+        result[precision] = get("cpu").prepare(kind, ConvParameters((weight,), (shift,)))(x, None)
+    assert torch.equal(result["direct"].double(), want)
     assert not torch.equal(result["fast"].double(), want)
-    block = problem("basic_block", x.shape, conv, conv, precision="exact")
-    assert "precision='exact'" in get("cpu").unsupported(block)
+    block = problem("basic_block", x.shape, conv, conv, precision="direct")
+    assert "precision='exact'" in get("cpu").why_not(block)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_exact_precision_uses_no_winograd():
     ],
 )
 def test_what_it_can_not_serve_has_a_reason(kind: Problem, reason: str):
-    assert reason in get("cpu").unsupported(kind)
+    assert reason in get("cpu").why_not(kind)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +133,11 @@ def test_a_chosen_backend_takes_a_block_in_one_piece_where_the_automatic_choice_
     conv = Conv(64, 64, (3, 3), padding=(1, 1))
     block = problem("basic_block", (batch, 64, 16, 16), conv, conv)
     weights, shifts = tuple(torch.randn(64, 64, 3, 3) for _ in range(2)), tuple(torch.randn(64) for _ in range(2))
-    in_one_piece, make = [], get("cpu")._block
-    monkeypatch.setattr(get("cpu"), "_block", lambda *args: in_one_piece.append(args) or make(*args))
+    in_one_piece, make = [], WholeBlock.prepare
+    monkeypatch.setattr(WholeBlock, "prepare", lambda *args: in_one_piece.append(args) or make(*args))
     for chosen in ("auto", "cpu"):
         in_one_piece.clear()
-        assert bind(block, Folded(weights, shifts), chosen).backend == "cpu"
+        assert bind(block, ConvParameters(weights, shifts), chosen).backend == "cpu"
         assert bool(in_one_piece) == whole
 
 

@@ -7,12 +7,14 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from posing import problem_of
 from tolerances import assert_as_good_as_stock
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused.backends import Folded, Problem, get
-from resnet_fused.backends.cpu import _padded_shift
-from resnet_fused.backends.cpu_chain import Chain, ChainKernel, in_a_row
+from resnet_fused.backends import ConvParameters, get
+from resnet_fused.backends.binding import join
+from resnet_fused.backends.cpu.chain import Chain, ChainKernel
+from resnet_fused.backends.cpu.packing import padded_bias
 from resnet_fused.backends.problem import Conv
 
 SHAPE = (2, 32, 9, 10)
@@ -39,7 +41,7 @@ class Recorded:
         geometry = [kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1]
         self.steps.append((x, residual, weight, shift))
         plan = BY_TILES if kernel == 3 else []
-        return self.chain.conv(x, residual, packed, _padded_shift(shift), 32, geometry, True, plan)
+        return self.chain.conv(x, residual, packed, padded_bias(shift), 32, geometry, True, plan)
 
     def ours(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ops.resnet_fused_cpu.run_chain(self.chain.id, x, residual)
@@ -102,14 +104,14 @@ def test_results_in_between_take_no_more_memory_than_needed(x: torch.Tensor):
 
 def _kernel(op: str = "conv2d_bn_relu", memory_format: torch.memory_format = torch.channels_last):
     conv = Conv(32, 32, (3, 3), (1, 1), (1, 1))
-    problem = Problem(op, SHAPE, torch.float32, torch.device("cpu"), (conv,), memory_format=memory_format)
-    folded = Folded((torch.randn(32, 32, 3, 3) * 0.05,), (torch.randn(32),))
+    problem = problem_of(op, SHAPE, torch.float32, torch.device("cpu"), (conv,), memory_format=memory_format)
+    folded = ConvParameters((torch.randn(32, 32, 3, 3) * 0.05,), (torch.randn(32),))
     return get("cpu").prepare(problem, folded)
 
 
 def test_kernels_in_a_row_are_one(x: torch.Tensor):
     first, second = _kernel(), _kernel("conv2d_bn")
-    both = in_a_row([first, second])
+    both = join([first, second], [(0,), (2,)])
     assert isinstance(both, ChainKernel)
     assert torch.equal(both(x, None), second(first(x, None), None))
     # Any memory format is taken.
@@ -117,8 +119,9 @@ def test_kernels_in_a_row_are_one(x: torch.Tensor):
 
 
 def test_kernels_of_other_kinds_are_left_alone():
-    assert in_a_row([_kernel(), lambda x, residual: x]) is None
-    assert in_a_row([_kernel(memory_format=torch.contiguous_format), _kernel()]) is None
+    in_turn = ((0,), (2,))
+    assert not isinstance(join([_kernel(), lambda x, residual: x], in_turn), ChainKernel)
+    assert not isinstance(join([_kernel(memory_format=torch.contiguous_format), _kernel()], in_turn), ChainKernel)
 
 
 class Watch(TorchDispatchMode):

@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layers import Block, Layer
+from posing import problem_of
 from tolerances import FLOOR
 from torch import Tensor
 
 import resnet_fused as rf
-from resnet_fused.backends import Conv, Declined, Folded, Problem, cpu_plan, get
-from resnet_fused.backends.cpu import _padded_shift
-from resnet_fused.backends.cpu_chain import Chain, ChainKernel
+from resnet_fused.backends import Conv, ConvParameters, Declined, get
+from resnet_fused.backends.cpu import plan as cpu_plan
+from resnet_fused.backends.cpu.chain import Chain, ChainKernel
+from resnet_fused.backends.cpu.packing import padded_bias
 from resnet_fused.backends.truth import Truth
 from resnet_fused.tuning import candidates
 
@@ -37,7 +39,7 @@ def declined(monkeypatch) -> list[str]:
     monkeypatch.setattr(
         type(get("reference")),
         "prepare",
-        lambda self, problem, folded: found.append(problem.op) or prepare(self, problem, folded),
+        lambda self, problem, *rest: found.append(problem.label) or prepare(self, problem, *rest),
     )
     return found
 
@@ -207,14 +209,14 @@ def test_blocks_as_a_whole_decline(isa: str, basic: bool, dtype: torch.dtype):
 
 def test_a_block_gives_stock_s_answer(isa: str, declined):
     conv = Conv(64, 64, (3, 3), padding=(1, 1))
-    problem = Problem("basic_block", (8, 64, 16, 16), torch.float32, torch.device("cpu"), (conv, conv))
-    assert cpu_plan.block_wins(problem)
+    problem = problem_of("basic_block", (8, 64, 16, 16), torch.float32, torch.device("cpu"), (conv, conv))
+    assert cpu_plan.block_preferred(problem)
     block = Block(8, 64, 16, 16, 64, 64, basic=True)
     clean = block.stock(torch.float64)
     block.x = block.x.clone()
     block.x[3, :, 5, 5] = 1e10
     with rf.use_backend("cpu"):
-        y = rf.functional.basic_block(block.x, block.weights, block.shifts)
+        y = rf.functional.basic_block(block.x, block.weights, block.biases)
     reached = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
     reached[3, :, 3:8, 3:8] = True
     assert_unspoiled(y, block.stock(torch.float32), clean, reached)
@@ -257,7 +259,7 @@ def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
     layer = Layer(n=1, c=64, h=56, w=56, out=64, residual=False)
     library = torch.ops.resnet_fused_cpu
     weights = library.pack(layer.weight.contiguous(memory_format=CL), True)
-    shift = _padded_shift(layer.shift * 1e12)
+    shift = padded_bias(layer.shift * 1e12)
 
     def record(chain: Chain, x: int, residual: int | None) -> int:
         for _ in range(3):
@@ -276,10 +278,10 @@ def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
 
 def test_a_declining_candidate_is_right_and_takes_stock_s_time_too():
     """rf.tune checks candidates with NaN and Inf, and a model may be tuned on inputs that its kernels decline."""
-    problem = Problem(
+    problem = problem_of(
         "conv2d_bn_relu", (1, 32, 20, 20), torch.float32, torch.device("cpu"), (Conv(32, 32, (3, 3), padding=(1, 1)),)
     )
-    folded = Folded((torch.randn(32, 32, 3, 3) / 17,), (torch.randn(32),))
+    folded = ConvParameters((torch.randn(32, 32, 3, 3) / 17,), (torch.randn(32),))
     (name, *_) = [name for name in candidates.names(problem) if name.startswith("cpu:winograd")]
     kernel = candidates.prepare(problem, folded, name)
     assert Truth(problem, folded).fault(kernel) is None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from posing import problem_of
 
-from resnet_fused.backends import Conv, Problem
+from resnet_fused.backends import Conv
 from resnet_fused.bench.layers import LayerResult, operations, run_layers
 from resnet_fused.bench.peaks import measure_peak
 from resnet_fused.bench.workloads import Workload
@@ -12,7 +13,7 @@ from resnet_fused.bench.workloads import Workload
 
 def test_operations_of_a_projected_block():
     convs = (Conv(8, 4, (1, 1)), Conv(4, 4, (3, 3), (2, 2), (1, 1)), Conv(4, 16, (1, 1)), Conv(8, 16, (1, 1), (2, 2)))
-    problem = Problem("bottleneck", (2, 8, 6, 6), torch.float32, torch.device("cpu"), convs, shortcut=True)
+    problem = problem_of("bottleneck", (2, 8, 6, 6), torch.float32, torch.device("cpu"), convs, shortcut=True)
     multiply_adds = 2 * (36 * 8 * 4 + 9 * 4 * 4 * 9 + 9 * 4 * 16 + 9 * 8 * 16)
     assert operations(problem) == 2 * multiply_adds
     assert LayerResult(problem, 1, "cpu", {"auto": 2.0, "cpu": 3.0}).gflops == 2 * multiply_adds / 2.0 * 1e-6

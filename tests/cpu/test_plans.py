@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from posing import problem_of
 from tolerances import assert_as_good_as_stock
 from tuning_fakes import fake_times, tune_problem
 
 from resnet_fused import backends, trials
-from resnet_fused.backends import Conv, Problem, cpu_plan, get, records
+from resnet_fused.backends import Conv, Problem, get, tuning_cache
+from resnet_fused.backends.cpu import plan as cpu_plan
+from resnet_fused.backends.cpu.chain import Chain
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -22,7 +25,7 @@ def _1x1(channels: int, out: int) -> Conv:
 
 
 def posed(op: str, shape: tuple[int, int, int, int], *convs: Conv, dtype: torch.dtype = F32, **more) -> Problem:
-    return Problem(op, shape, dtype, torch.device("cpu"), convs, **more)
+    return problem_of(op, shape, dtype, torch.device("cpu"), convs, **more)
 
 
 PROBLEMS = {
@@ -40,17 +43,17 @@ PROBLEMS = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty folder for the records."""
+    """An empty folder for the tuning_cache."""
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
-    records.forget()
+    tuning_cache.forget()
     yield
-    records.forget()
+    tuning_cache.forget()
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_every_plan_is_as_exact_as_stock(isa, problem):
     backend = get("cpu")
-    reason = backend.unsupported(problem)
+    reason = backend.why_not(problem)
     if problem.dtype == BF16 and not torch.ops.resnet_fused_cpu.avx512_bf16() and reason is not None:
         assert "without AVX512_BF16" in reason
         return
@@ -60,10 +63,10 @@ def test_every_plan_is_as_exact_as_stock(isa, problem):
     stock = reference.prepare(problem, folded)(x, residual)
     wide = [t.double() if t is not None else None for t in (x, residual)]
     truth = reference.prepare(
-        posed(problem.op, problem.shape, *problem.convs, dtype=torch.float64, shortcut=problem.shortcut),
+        problem.with_dtype(torch.float64),
         folded.to(torch.float64),
     )
-    variants = backend.variants(problem)
+    variants = backend.plans(problem)
     assert len(variants) > 1
     for variant in variants:
         assert_as_good_as_stock(backend.prepare(problem, folded, variant)(x, residual), stock, truth(*wide))
@@ -71,7 +74,7 @@ def test_every_plan_is_as_exact_as_stock(isa, problem):
 
 def test_plans_are_distinct_and_the_first_is_the_one_taken_without_measuring():
     for problem in PROBLEMS.values():
-        found = [*cpu_plan.plans(problem, direct=True).values()]
+        found = [plans_of(problem)[name] for name in get("cpu").plans(problem)]
         assert len({tuple(plan) for plan in found}) == len(found)
         rule = cpu_plan.block if len(problem.convs) > 1 else cpu_plan.winograd
         assert found[0] == [*map(int, rule(problem) or ())]
@@ -81,41 +84,51 @@ def test_plans_are_distinct_and_the_first_is_the_one_taken_without_measuring():
     "problem",
     [
         pytest.param(posed("conv2d_bn", (1, 16, 8, 8), _1x1(16, 16)), id="1x1"),
-        pytest.param(posed("conv2d_bn_relu", (1, 16, 8, 8), _3x3(16, 16), precision="exact"), id="exact"),
+        pytest.param(posed("conv2d_bn_relu", (1, 16, 8, 8), _3x3(16, 16), precision="direct"), id="exact"),
         pytest.param(posed("conv2d_bn_relu", (1, 3, 32, 32), Conv(3, 64, (7, 7), (2, 2), (3, 3))), id="stem"),
         pytest.param(posed("bn_relu", (1, 16, 8, 8)), id="norm"),
     ],
 )
 def test_there_is_no_choice_where_there_is_one_algorithm(problem):
-    assert get("cpu").variants(problem) == []
+    assert get("cpu").plans(problem) == []
 
 
 @pytest.mark.parametrize("name", ["3x3", "bottleneck"])
 def test_the_fastest_plan_is_recorded_and_used(name, monkeypatch):
     problem, backend = PROBLEMS[name], get("cpu")
     _, folded, _ = trials.tensors(problem)
-    chosen = backend.variants(problem)[-1]
+    chosen = backend.plans(problem)[-1]
     timed = fake_times(monkeypatch, {f"cpu:{chosen}": 0.1})
     result = tune_problem(problem, folded)
     assert not result.dropped
-    assert {f"cpu:{variant}" for variant in backend.variants(problem)} <= set(timed)
+    assert {f"cpu:{variant}" for variant in backend.plans(problem)} <= set(timed)
     assert ("parts" in timed) == (name == "bottleneck")
 
-    used = []
-    for make in ("_conv", "_block"):
-        original = getattr(backend, make)
-        monkeypatch.setattr(backend, make, lambda p, f, plan, original=original: used.append(plan) or original(p, f, plan))
     assert backends.resolve(problem, "auto") is backend
-    backend.prepare(problem, folded)
-    assert used == [cpu_plan.plans(problem, direct=True)[chosen]]
+    assert plans_used(monkeypatch, problem, folded) == [plans_of(problem)[chosen]]
+
+
+def plans_of(problem: Problem) -> dict[str, list[int]]:
+    """Numbers of a problem's plans, by their names."""
+    if len(problem.convs) > 1:
+        return cpu_plan.block_plans(problem)
+    return {**cpu_plan.winograd_plans(problem), "direct": []}
+
+
+def plans_used(monkeypatch, problem: Problem, parameters) -> list[list[int]]:
+    """Numbers of the plans that the backend's kernel for a problem runs by."""
+    used: list[list[int]] = []
+    for step in ("conv", "block"):
+        original = getattr(Chain, step)
+        monkeypatch.setattr(Chain, step, lambda *args, original=original: used.append(args[-1]) or original(*args))
+    x, _, residual = trials.tensors(problem)
+    get("cpu").prepare(problem, parameters)(x, residual)
+    return used
 
 
 def test_a_recorded_plan_that_is_not_known_gives_way_to_the_rules(monkeypatch):
-    problem, backend = PROBLEMS["3x3"], get("cpu")
+    problem = PROBLEMS["3x3"]
     _, folded, _ = trials.tensors(problem)
-    entry = {"backend": "cpu", "variant": "winograd4-tiles0-chunk7-by-panels"}
-    records.record(problem.device, {records.key(problem): entry})
-    used, conv = [], backend._conv
-    monkeypatch.setattr(backend, "_conv", lambda p, f, plan: used.append(plan) or conv(p, f, plan))
-    backend.prepare(problem, folded)
-    assert used == [[*map(int, cpu_plan.winograd(problem))]]
+    entry = {"backend": "cpu", "plan": "winograd4-tiles0-chunk7-by-panels"}
+    tuning_cache.record(problem.device, {tuning_cache.key(problem): entry})
+    assert plans_used(monkeypatch, problem, folded) == [[*map(int, cpu_plan.winograd(problem))]]

@@ -1,7 +1,7 @@
 """CUDA's graphs, emulated on the CPU.
 
 Within a capture every operation is noted with its tensors, and a replay runs the notes again into the same results, as a GPU
-would. Results of the capture itself are spoilt, because a GPU only records.
+would. Results of the capture itself are spoilt, because a GPU only tuning_cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Notes(TorchDispatchMode):
                         old.copy_(new)
 
     def spoil(self):
-        """Makes NaN of what the capture computed: a GPU only records."""
+        """Makes NaN of what the capture computed: a GPU only tuning_cache."""
         for _, args, kwargs, results in self.operations:
             for leaf in _pytree.tree_leaves(results):
                 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and memory(leaf) not in read(args, kwargs):

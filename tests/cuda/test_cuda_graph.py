@@ -16,7 +16,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused import cuda_graph
-from resnet_fused.backends.binding import served
+from resnet_fused.backends.binding import override_kernels
 from resnet_fused.cuda_graph import CudaGraphed
 from resnet_fused.runtime import capture
 
@@ -160,7 +160,7 @@ def test_changed_settings_are_seen(graphed, model, emulated):
 
 def test_nothing_is_captured_while_the_kernels_are_changed_from_call_to_call(graphed, model, emulated):
     x = image()
-    with served(lambda problem, folded: None):
+    with override_kernels(lambda problem, folded: None):
         for _ in range(3):
             torch.testing.assert_close(graphed(x), model(x))
     assert not emulated

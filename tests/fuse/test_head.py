@@ -153,7 +153,7 @@ def test_another_backend_leaves_it_to_stock(chosen):
 
 @torch.no_grad()
 def test_exact_precision_leaves_it_to_stock():
-    fused = rf.fuse(Net(nn.Linear(24, 10)).eval(), precision="exact")
+    fused = rf.fuse(Net(nn.Linear(24, 10)).eval(), precision="direct")
     fused(images())
     assert runs(fused)
     assert classifiers(fused) == []

@@ -10,7 +10,7 @@ from kinds import Unit, check, ops, unit
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused.backends.reference import Reference
+from resnet_fused.backends.reference.backend import Reference
 from resnet_fused.fusion.path import FastPath
 from resnet_fused.fusion.rows import path_of
 from resnet_fused.runtime import executor

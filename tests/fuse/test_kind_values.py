@@ -69,7 +69,7 @@ def test_a_nan_that_is_written_into_the_input_after_a_call(write, backend, train
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("precision", ["fast", "direct"])
 def test_a_nan_in_every_kind_of_layer(make, precision, trained):
     model = trained(make())
     _assert_nan_is_kept(model, rf.fuse(model, precision=precision), _hidden_write())

@@ -379,7 +379,7 @@ def test_exact_precision_and_explicit_backends_agree(trained):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         want, truth = model(x), copy.deepcopy(model).double()(x.double())
-        assert_as_good_as_stock(rf.fuse(model, precision="exact")(x), want, truth)
+        assert_as_good_as_stock(rf.fuse(model, precision="direct")(x), want, truth)
         for backend in ("onednn", "reference") if x.device.type == "cpu" else ("cuda", "reference"):
             if backend not in rf.available_backends():
                 continue

@@ -107,7 +107,7 @@ class Projected(nn.Module):
         return F.relu(y + self.downsample(x))
 
 
-@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("precision", ["fast", "direct"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_paths_of_different_sizes_are_refused_as_by_stock(channels_last, dtype, precision, trained):

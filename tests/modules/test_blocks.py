@@ -54,7 +54,7 @@ def test_inference_is_as_good_as_torchvision(ours, theirs, kwargs, layout, train
         assert mine._path is not None
         assert mine._path.reason == "", "the fast path was not taken"
         (run,) = mine._path.runs()
-        assert [problem.op for problem, _ in run.problems.values()] == [mine.op]
+        assert [problem.label for problem, _ in run.problems.values()] == [mine.op]
         assert_as_good_as_stock(y, want, truth)
         assert y.stride() == want.stride()
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from posing import problem_of
 from tolerances import FLOOR, TIMES_STOCK, assert_as_good_as_stock, relative_error
 
 import resnet_fused as rf
 from resnet_fused import ops
-from resnet_fused.backends import BackendError, choice, get
-from resnet_fused.backends.cpu_bn import CPUNorm
-from resnet_fused.backends.norm import norm_kernels
-from resnet_fused.ops import norm
+from resnet_fused.backends import NO_PARAMETERS, BackendError, choice, get
+from resnet_fused.backends.batch_norm import passes
+from resnet_fused.backends.cpu.batch_norm import BatchNorm
+from resnet_fused.ops import batch_norm
 
 OPS = ["bn", "bn_relu", "bn_add_relu"]
 EPS = 1e-5
@@ -152,7 +153,7 @@ def test_cpu_kernels_write_all_of_their_outputs(format: torch.memory_format, isa
     poisoned = lambda make: lambda *args, **kwargs: make(*args, **kwargs).fill_(float("nan"))  # noqa: E731
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    kernels = CPUNorm()
+    kernels = BatchNorm().prepare(problem_of("bn", (2, 19, 5, 3), torch.float32, torch.device("cpu")), NO_PARAMETERS, None)
     x = torch.randn(2, 19, 5, 3).contiguous(memory_format=format)
     mean, var = kernels.statistics(x)
     y = kernels.apply(x, x, mean, var, None, None, EPS, True)
@@ -311,19 +312,19 @@ def test_opcheck(op: str):
 
 def test_an_explicit_backend_that_cannot_serve_says_why():
     with rf.use_backend("onednn"), pytest.raises(BackendError, match=r"onednn.*bn_relu"):
-        norm_kernels("bn_relu", torch.randn(1, 2, 3, 3))
+        passes(torch.randn(1, 2, 3, 3), residual=False, relu=True)
 
 
 def test_backward_on_another_thread_chooses_as_forward_did(monkeypatch):
     """On a GPU backward runs on a thread of autograd's, where no `use_backend` holds."""
     used = []
-    original = norm.norm_kernels
+    original = batch_norm.passes
 
-    def spy(op, x):
+    def spy(*args):
         used.append(choice())
-        return original(op, x)
+        return original(*args)
 
-    monkeypatch.setattr(norm, "norm_kernels", spy)
+    monkeypatch.setattr(batch_norm, "passes", spy)
     x = torch.randn(2, 16, 4, 4).contiguous(memory_format=CL).requires_grad_()
     name = rf.available_backends()[0] if x.device.type == "cpu" else "reference"
     with rf.use_backend(name) as _:

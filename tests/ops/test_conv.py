@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case
+from posing import problem_of
 from tolerances import assert_as_good_as_stock
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.backends import BackendError, Conv, Problem, get
+from resnet_fused.backends import BackendError, Conv, get
 
 F = torch.nn.functional
 BACKENDS = ["auto", *rf.available_backends()]
@@ -87,7 +88,7 @@ def test_nan_made_by_an_overflow_in_the_middle_survives(backend: str):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("precision", ["fast", "direct"])
 def test_a_nan_written_where_no_counter_sees_it_survives(precision: str):
     """Numpy's memory, and `.data`, change without a trace on the tensor: nothing may be remembered of its values."""
     layers = [nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.ReLU()]
@@ -140,8 +141,8 @@ def test_an_image_without_pixels_is_refused_as_by_stock():
     ids=["one-small-image", "more-pixels", "two-images", "groups", "large-filter"],
 )
 def test_onednn_wins_except_where_stock_does_without(shape, conv, faster):
-    problem = Problem("conv2d_bn_relu", shape, torch.float32, torch.device("cpu"), (conv,), precision="exact")
-    assert get("onednn").wins(problem) == faster
+    problem = problem_of("conv2d_bn_relu", shape, torch.float32, torch.device("cpu"), (conv,), precision="direct")
+    assert get("onednn").preferred(problem) == faster
 
 
 GRAD_CASES = [

@@ -9,7 +9,7 @@ from tolerances import assert_as_good_as_stock
 
 import resnet_fused as rf
 from resnet_fused import ops
-from resnet_fused.ops.conv2d import served
+from resnet_fused.ops.training_conv2d import beats_stock
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in rf.available_backends(), reason="the compiled CPU kernels aren't built; pip install -e ."
@@ -38,7 +38,7 @@ def leaves(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
 
 
 def is_served(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> bool:
-    return served(x, weight, (stride, stride), (padding, padding), (1, 1), 1)
+    return beats_stock(x, weight, (stride, stride), (padding, padding), (1, 1), 1)
 
 
 def gradients(y: torch.Tensor, dy: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -118,9 +118,9 @@ def test_what_it_does_not_serve():
     assert not is_served(x, weight.double(), 1, 1)
     assert not is_served(x, weight, 1, 0)
     assert not is_served(x, weight, 3, 1)
-    assert not served(x, weight, (1, 2), (1, 1), (1, 1), 1)
-    assert not served(x, weight, (1, 1), (1, 1), (2, 2), 1)
-    assert not served(x, weight[:, :16], (1, 1), (1, 1), (1, 1), 4)
+    assert not beats_stock(x, weight, (1, 2), (1, 1), (1, 1), 1)
+    assert not beats_stock(x, weight, (1, 1), (1, 1), (2, 2), 1)
+    assert not beats_stock(x, weight[:, :16], (1, 1), (1, 1), (1, 1), 4)
     assert not is_served(x.contiguous(), weight[:, :, :1, :1].contiguous(), 1, 0)
     with rf.use_backend("reference"):
         assert not is_served(x, weight, 1, 1)

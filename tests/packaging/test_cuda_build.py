@@ -26,7 +26,7 @@ def test_a_missing_nvcc_is_said_in_one_line(tmp_path: Path) -> None:
 
 def test_a_missing_library_names_the_compiler_that_pip_can_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from resnet_fused.backends import library
-    from resnet_fused.backends.cuda import CUDA
+    from resnet_fused.backends.cuda.backend import CUDA
 
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     library.load.cache_clear()

@@ -47,7 +47,7 @@ model.eval()
 with torch.no_grad():
     results["blocks"] = model(images)
     results["statistics"] = rf.functional.bn_relu(images, mean, var, None, None, training=True)
-    for precision in ("fast", "exact"):
+    for precision in ("fast", "direct"):
         for dtype in (torch.float32, torch.bfloat16):
             fused = rf.fuse(model.to(dtype), precision=precision, example_inputs=images.to(dtype))
             for backend in ("auto", "onednn", "reference"):

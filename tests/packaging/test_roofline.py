@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from posing import problem_of
 
 from resnet_fused import cli
-from resnet_fused.backends import Conv, Pool, Problem
+from resnet_fused.backends import Conv, Pool
 from resnet_fused.bench import roofline
 from resnet_fused.bench.peaks import measure_bandwidth
 from resnet_fused.bench.roofline import LAYERS, STOCK, WHOLE, Machine, Work, work
@@ -23,7 +24,7 @@ def _moved(ops):
 def test_counts_of_one_convolution_with_a_residual():
     """y has 2·6·3·3 = 108 elements, x 2·4·6·6 = 288, the weight 6·4·3·3 = 216."""
     conv = Conv(4, 6, (3, 3), (2, 2), (1, 1))
-    problem = Problem("conv2d_bn_add_relu", (2, 4, 6, 6), torch.float32, CPU, (conv,))
+    problem = problem_of("conv2d_bn_add_relu", (2, 4, 6, 6), torch.float32, CPU, (conv,))
     ops = work(problem)
     multiply_adds = 108 * 4 * 9
     assert ops[STOCK] == [
@@ -33,7 +34,7 @@ def test_counts_of_one_convolution_with_a_residual():
         Work(0, 4 * 2 * 108),  # ReLU
     ]
     assert ops[LAYERS] == ops[WHOLE] == [Work(2 * multiply_adds, 4 * (288 + 216 + 6 + 108 + 108))]
-    half = work(Problem("conv2d_bn", (2, 4, 6, 6), torch.float16, CPU, (conv,)))
+    half = work(problem_of("conv2d_bn", (2, 4, 6, 6), torch.float16, CPU, (conv,)))
     assert _moved(half[STOCK]) == [2 * (288 + 216 + 108), 2 * (2 * 108 + 4 * 6)]
     assert _moved(half[WHOLE]) == [2 * (288 + 216 + 6 + 108)]
 
@@ -42,7 +43,7 @@ def test_a_bottleneck_moves_512_instead_of_1024_channels_a_pixel():
     """What whole-block fusion saves of an identity bottleneck of 64 and 256 channels, the weights aside."""
     convs = (Conv(256, 64, (1, 1)), Conv(64, 64, (3, 3), (1, 1), (1, 1)), Conv(64, 256, (1, 1)))
     parameters = 256 * 64 + 64 * 64 * 9 + 64 * 256 + 64 + 64 + 256
-    ops = work(Problem("bottleneck", (1, 256, 10, 10), torch.float32, CPU, convs))
+    ops = work(problem_of("bottleneck", (1, 256, 10, 10), torch.float32, CPU, convs))
     assert sum(_moved(ops[LAYERS])) == 4 * (1024 * 100 + parameters)
     assert _moved(ops[WHOLE]) == [4 * (512 * 100 + parameters)]
     assert {sum(op.operations for op in level) for level in ops.values()} == {2 * 100 * (parameters - 64 - 64 - 256)}
@@ -50,7 +51,7 @@ def test_a_bottleneck_moves_512_instead_of_1024_channels_a_pixel():
 
 def test_a_projection_reads_the_input_again_and_has_no_relu():
     convs = (Conv(8, 16, (3, 3), (2, 2), (1, 1)), Conv(16, 16, (3, 3), (1, 1), (1, 1)), Conv(8, 16, (1, 1), (2, 2)))
-    ops = work(Problem("basic_block", (1, 8, 8, 8), torch.float32, CPU, convs, shortcut=True))
+    ops = work(problem_of("basic_block", (1, 8, 8, 8), torch.float32, CPU, convs, shortcut=True))
     assert len(ops[STOCK]) == 3 * 2 + 2 + 1  # convolutions with batch norms, two ReLUs, one sum
     x, y = 8 * 64, 16 * 16
     assert ops[LAYERS][2] == Work(2 * y * 8, 4 * (x + 8 * 16 + 16 + y))
@@ -58,7 +59,7 @@ def test_a_projection_reads_the_input_again_and_has_no_relu():
 
 def test_a_stem_ends_with_the_pool():
     pool = Pool((3, 3), (2, 2), (1, 1))
-    problem = Problem("stem", (1, 3, 32, 32), torch.float32, CPU, (Conv(3, 64, (7, 7), (2, 2), (3, 3)),), pool=pool)
+    problem = problem_of("stem", (1, 3, 32, 32), torch.float32, CPU, (Conv(3, 64, (7, 7), (2, 2), (3, 3)),), pool=pool)
     ops = work(problem)
     assert ops[STOCK][-1] == ops[LAYERS][-1] == Work(0, 4 * 64 * (16 * 16 + 8 * 8))
     assert _moved(ops[WHOLE]) == [4 * (3 * 32 * 32 + 64 * 3 * 49 + 64 + 64 * 8 * 8)]

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
+from posing import problem_of
 
 from resnet_fused import tuning
-from resnet_fused.backends import Folded, Problem, records
+from resnet_fused.backends import ConvParameters, Problem, tuning_cache
 from resnet_fused.backends.problem import Conv
 from resnet_fused.tuning import candidates, compiling
 
 CONV = Conv(16, 16, (1, 1))
-PROBLEM = Problem("conv2d_bn_relu", (1, 16, 8, 8), torch.float16, torch.device("cuda", 0), (CONV,))
+PROBLEM = problem_of("conv2d_bn_relu", (1, 16, 8, 8), torch.float16, torch.device("cuda", 0), (CONV,))
 CANDIDATES = [(PROBLEM, f"variant {i}") for i in range(16)]
 
 pytestmark = pytest.mark.cpu
@@ -52,7 +53,7 @@ def test_few_candidates_are_left_to_this_process(monkeypatch):
 
 
 def test_an_error_of_the_compiler_costs_its_candidate_only(monkeypatch, capsys):
-    def prepare(problem: Problem, folded: Folded, name: str) -> None:
+    def prepare(problem: Problem, folded: ConvParameters, name: str) -> None:
         print("words of the compiler")
         assert folded.weights[0].shape == (16, 16, 1, 1)
         if name == "triton:variant 1":
@@ -61,9 +62,9 @@ def test_an_error_of_the_compiler_costs_its_candidate_only(monkeypatch, capsys):
     class Input:
         buffer = None
 
-    on_cpu = Problem("conv2d_bn_relu", (1, 16, 8, 8), torch.float32, torch.device("cpu"), (CONV,))
+    on_cpu = problem_of("conv2d_bn_relu", (1, 16, 8, 8), torch.float32, torch.device("cpu"), (CONV,))
     monkeypatch.setattr(compiling, "prepare", prepare)
-    monkeypatch.setattr(compiling.pickle, "load", lambda file: [(on_cpu, f"variant {i}") for i in range(3)])
+    monkeypatch.setattr(compiling.pickle, "load", lambda file: [(on_cpu, f"triton:variant {i}") for i in range(3)])
     monkeypatch.setattr(sys, "stdin", Input())
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     stdout = sys.stdout
@@ -79,8 +80,8 @@ def test_an_error_of_the_compiler_costs_its_candidate_only(monkeypatch, capsys):
 
 def test_only_what_triton_has_to_compile(monkeypatch):
     monkeypatch.setattr(candidates, "names", lambda problem: ["reference", "cuda:a", "triton:b", "triton:c"])
-    monkeypatch.setattr(records, "dropped", lambda problem: {"triton:b": "it was wrong"})
-    on_cpu = Problem("conv2d_bn_relu", (1, 16, 8, 8), torch.float32, torch.device("cpu"), (CONV,))
-    nothing = Folded((), ())
+    monkeypatch.setattr(tuning_cache, "dropped", lambda problem: {"triton:b": "it was wrong"})
+    on_cpu = problem_of("conv2d_bn_relu", (1, 16, 8, 8), torch.float32, torch.device("cpu"), (CONV,))
+    nothing = ConvParameters((), ())
     tasks = {str(problem): tuning._Task(problem, nothing, False) for problem in (PROBLEM, on_cpu)}
-    assert tuning._to_compile(tasks) == [(PROBLEM, "c")]
+    assert tuning._to_compile(tasks) == [(PROBLEM, "triton:c")]

@@ -8,15 +8,16 @@ import weakref
 
 import pytest
 import torch
+from posing import problem_of
 
 from resnet_fused import backends
-from resnet_fused.backends import BackendError, Problem, binding, first_call, get, gpu_time, records
-from resnet_fused.backends.problem import Conv, Folded
+from resnet_fused.backends import BackendError, ConvParameters, Problem, binding, first_call, get, gpu_time, tuning_cache
+from resnet_fused.backends.problem import Conv
 
 pytestmark = pytest.mark.cpu
 
 CONV = Conv(16, 16, (3, 3), (1, 1), (1, 1))
-PROBLEM = Problem("conv2d_bn_add_relu", (10, 16, 6, 6), torch.float32, torch.device("cpu"), (CONV,))
+PROBLEM = problem_of("conv2d_bn_add_relu", (10, 16, 6, 6), torch.float32, torch.device("cpu"), (CONV,))
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +25,16 @@ def cache(tmp_path, monkeypatch):
     """An empty folder for the records; the CPU's backends are tried."""
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(first_call, "_DEVICE", "cpu")
-    monkeypatch.setattr(first_call, "_BACKENDS", ("reference", "onednn", "cpu"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     first_call._say_once.cache_clear()
     first_call._warn_of_disk.cache_clear()
-    records.forget()
+    tuning_cache.forget()
     yield tmp_path
-    records.forget()
+    tuning_cache.forget()
 
 
-def folded() -> Folded:
-    return Folded((torch.randn(16, 16, 3, 3) / 12,), (torch.randn(16),))
+def folded() -> ConvParameters:
+    return ConvParameters((torch.randn(16, 16, 3, 3) / 12,), (torch.randn(16),))
 
 
 def fake_times(monkeypatch, ms: dict[str, float]) -> list[str]:
@@ -55,12 +55,12 @@ def test_the_fastest_is_taken_and_kept(monkeypatch, cache):
     assert timed[0] == "reference"
     assert len(timed) >= 2
     (file,) = cache.glob("*.json")
-    entry = json.loads(file.read_text())["choices"][records.key(PROBLEM)]
+    entry = json.loads(file.read_text())["choices"][tuning_cache.key(PROBLEM)]
     assert entry["backend"] == "onednn"
     assert entry["ms"]["reference"] == 1.0
     timed.clear()
     binding.bind(PROBLEM, folded(), "auto")
-    records.forget()  # as in another process
+    tuning_cache.forget()  # as in another process
     assert binding.bind(PROBLEM, folded(), "auto").backend == "onednn"
     assert timed == []
 
@@ -72,9 +72,9 @@ def test_stock_stays_where_nothing_is_clearly_faster(monkeypatch):
 
 def test_kernels_bound_before_stay_bound(monkeypatch):
     fake_times(monkeypatch, {"onednn": 0.5})
-    generation = records.generation()
+    generation = tuning_cache.generation()
     binding.bind(PROBLEM, folded(), "auto")
-    assert records.generation() == generation
+    assert tuning_cache.generation() == generation
 
 
 def wrong(y: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_a_wrong_kernel_is_dropped_with_a_warning(spoil, monkeypatch, caplog):
     monkeypatch.setattr(type(onednn), "prepare", spoilt)
     assert binding.bind(PROBLEM, folded(), "auto").backend == "cpu"
     assert "onednn is wrong for conv2d_bn_add_relu" in caplog.text
-    assert [*records.dropped(PROBLEM)] == ["onednn"]
+    assert [*tuning_cache.dropped(PROBLEM)] == ["onednn"]
 
 
 def test_a_kernel_that_fails_is_passed_over_and_not_recorded_as_wrong(monkeypatch):
@@ -117,7 +117,7 @@ def test_a_kernel_that_fails_is_passed_over_and_not_recorded_as_wrong(monkeypatc
 
     monkeypatch.setattr(type(get("onednn")), "prepare", fail)
     assert binding.bind(PROBLEM, folded(), "auto").backend == "cpu"
-    assert not records.dropped(PROBLEM)
+    assert not tuning_cache.dropped(PROBLEM)
 
 
 def test_rules_choose_where_memory_does_not_suffice(monkeypatch):
@@ -126,7 +126,7 @@ def test_rules_choose_where_memory_does_not_suffice(monkeypatch):
 
     monkeypatch.setattr(first_call, "Truth", fail)
     assert binding.bind(PROBLEM, folded(), "auto").backend == backends.by_rules(PROBLEM).name
-    assert records.choice(PROBLEM) is None
+    assert tuning_cache.choice(PROBLEM) is None
 
 
 def test_the_choice_holds_where_the_disk_is_full(monkeypatch, caplog):
@@ -135,11 +135,11 @@ def test_the_choice_holds_where_the_disk_is_full(monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(records.tempfile, "mkstemp", fail)
+    monkeypatch.setattr(tuning_cache.tempfile, "mkstemp", fail)
     assert binding.bind(PROBLEM, folded(), "auto").backend == "onednn"
     assert "No space left" in caplog.text
     assert "RESNET_FUSED_CACHE_DIR" in caplog.text
-    assert records.choice(PROBLEM).backend == "onednn"
+    assert tuning_cache.choice(PROBLEM).backend == "onednn"
 
 
 def switched_off(monkeypatch):
@@ -205,9 +205,9 @@ def test_launches_are_made_while_the_gpu_sleeps(monkeypatch):
 def test_a_shift_with_anothers_lives_as_long_as_its_own():
     """And no longer, without a garbage collection."""
     own, other = folded(), folded()
-    weak = weakref.ref(own.with_shift_of(other)), weakref.ref(own)
-    assert torch.equal(weak[0]().shifts[0], own.shifts[0] + other.shifts[0])
-    assert own.with_shift_of(other) is weak[0]()
+    weak = weakref.ref(own.with_bias_of(other)), weakref.ref(own)
+    assert torch.equal(weak[0]().biases[0], own.biases[0] + other.biases[0])
+    assert own.with_bias_of(other) is weak[0]()
     gc.disable()
     try:
         del own
@@ -217,43 +217,53 @@ def test_a_shift_with_anothers_lives_as_long_as_its_own():
 
 
 class TestProjection:
-    """On a GPU the projection's shift is added with that of the last convolution."""
+    """Where cuDNN serves, the projection's bias is added with that of the last convolution."""
 
     convs = (Conv(8, 16, (3, 3), (2, 2), (1, 1)), Conv(16, 16, (3, 3), (1, 1), (1, 1)), Conv(8, 16, (1, 1), (2, 2)))
 
-    def test_parts(self):
-        parameters = Folded(
-            tuple(torch.randn(c.out_channels, c.in_channels, *c.kernel) / 5 for c in self.convs),
-            tuple(torch.randn(c.out_channels) for c in self.convs),
-        )
-        block = Problem("basic_block", (2, 8, 6, 6), torch.float32, torch.device("cuda", 0), self.convs, True)
-        parts = binding.parts(block, parameters)
-        assert [part.op for part, _ in parts] == ["conv2d_bn_relu", "conv2d_bn_add_relu", "conv2d"]
-        (shift,) = parts[1][1].shifts
-        torch.testing.assert_close(shift, parameters.shifts[1] + parameters.shifts[2])
-        assert binding.parts(block, parameters)[1][1] is parts[1][1]
-        assert [part.op for part, _ in binding.parts(block, parameters, "cuda")][-1] == "conv2d_bn"
-        assert binding.parts(block, parameters, "cuda")[1][1].shifts[0] is parameters.shifts[1]
+    @pytest.fixture(autouse=True)
+    def cudnn(self, monkeypatch):
+        monkeypatch.setattr(type(get("cudnn")), "unavailable", lambda self: None)
 
-    def test_values(self, monkeypatch):
-        """The composition with the shift moved, on the CPU, is the block."""
-        parameters = Folded(
-            tuple(torch.randn(c.out_channels, c.in_channels, *c.kernel) / 5 for c in self.convs),
-            tuple(torch.randn(c.out_channels) for c in self.convs),
+    @pytest.fixture
+    def parameters(self) -> ConvParameters:
+        """In the order of the steps: the shortcut's first."""
+        convs = (self.convs[2], *self.convs[:2])
+        return ConvParameters(
+            tuple(torch.randn(c.out_channels, c.in_channels, *c.kernel) / 5 for c in convs),
+            tuple(torch.randn(c.out_channels) for c in convs),
         )
+
+    def block(self, device: str) -> Problem:
+        return problem_of("basic_block", (2, 8, 6, 6), torch.float32, torch.device(device), self.convs, True)
+
+    def test_parts(self, parameters):
+        block = self.block("cuda:0")
+        parts = binding.divided(block, parameters)
+        assert [part.problem.label for part in parts] == ["conv2d", "conv2d_bn_relu", "conv2d_bn_add_relu"]
+        assert [part.reads for part in parts] == [(0,), (0,), (3, 2)]
+        (bias,) = parts[2].parameters.biases
+        torch.testing.assert_close(bias, parameters.biases[2] + parameters.biases[0])
+        assert binding.divided(block, parameters)[2].parameters is parts[2].parameters
+        by_cuda = binding.divided(block, parameters, "cuda")
+        assert by_cuda[0].problem.label == "conv2d_bn"
+        assert by_cuda[2].parameters.biases[0] is parameters.biases[2]
+
+    def test_values(self, parameters):
+        """The composition with the bias moved, on the CPU, is the block."""
         x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-        block = Problem("basic_block", (2, 8, 6, 6), torch.float32, torch.device("cpu"), self.convs, True)
-        moved = binding.parts(Problem(*(*vars(block).values(),)[:3], torch.device("cuda", 0), self.convs, True), parameters)
-        kernels = [get("reference").prepare(part, own) for part, own in moved]
-        want = get("reference").prepare(block, parameters)(x, None)
-        torch.testing.assert_close(binding._block(block, kernels)(x, None), want, rtol=1e-5, atol=1e-5)
+        moved = binding.divided(self.block("cuda:0"), parameters)
+        kernels = [get("reference").prepare(part.problem, part.parameters) for part in moved]
+        want = get("reference").prepare(self.block("cpu"), parameters)(x, None)
+        ours = binding.join(kernels, [part.reads for part in moved])(x, None)
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
 
     def test_a_new_projection_gives_a_new_shift(self):
         own, other = folded(), folded()
-        first = own.with_shift_of(other)
-        assert own.with_shift_of(other) is first
+        first = own.with_bias_of(other)
+        assert own.with_bias_of(other) is first
         another = folded()
-        torch.testing.assert_close(own.with_shift_of(another).shifts[0], own.shifts[0] + another.shifts[0])
+        torch.testing.assert_close(own.with_bias_of(another).biases[0], own.biases[0] + another.biases[0])
 
 
 def test_an_automatic_choice_that_can_not_be_prepared_ends_with_stock(monkeypatch):

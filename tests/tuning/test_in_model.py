@@ -13,8 +13,8 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused import tuning
-from resnet_fused.backends import get, records
-from resnet_fused.backends.binding import served
+from resnet_fused.backends import get, tuning_cache
+from resnet_fused.backends.binding import override_kernels
 from resnet_fused.tuning import in_model
 from resnet_fused.tuning.in_model import InModel
 
@@ -25,12 +25,12 @@ CANDIDATES = ["reference", "onednn", "cpu"]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty folder for the records."""
+    """An empty folder for the tuning_cache."""
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(in_model, "_SECONDS", 0.0)
-    records.forget()
+    tuning_cache.forget()
     yield
-    records.forget()
+    tuning_cache.forget()
 
 
 def layer(channels: int) -> list[nn.Module]:
@@ -81,7 +81,7 @@ def clock(monkeypatch):
 
 
 def measure(model: InModel, keys: list[str], kept: dict[str, set[str]]) -> dict[str, dict[str, list[float]]]:
-    with served(model.serve):
+    with override_kernels(model.serve):
         return model.measure(dict.fromkeys(keys, CANDIDATES), kept, lambda text: None)
 
 
@@ -96,7 +96,7 @@ def test_a_model_runs_on_what_is_chosen_at_each_call(run, keys, monkeypatch):
 
         monkeypatch.setattr(get(name), "prepare", noted)
     model = InModel(run, dict.fromkeys(keys, "reference"))
-    with served(model.serve):
+    with override_kernels(model.serve):
         for first, second in itertools.product(CANDIDATES, repeat=2):
             ran.clear()
             model.chosen.update(zip(keys, (first, second), strict=True))
@@ -145,7 +145,7 @@ def test_the_whole_model_is_timed_with_each_choice(run, keys, monkeypatch):
     choices = {name: dict.fromkeys(keys, name) for name in CANDIDATES}
     choices["mixed"] = dict(zip(keys, ("cpu", "onednn"), strict=True))
     model = InModel(run, dict.fromkeys(keys, "reference"))
-    with served(model.serve):
+    with override_kernels(model.serve):
         times = model.compare(choices, lambda text: None)
     assert {name: set(found) for name, found in times.items()} == {
         "reference": {15.0},

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paths import report, served
+from posing import problem_of
 from torch import nn
 from tuning_fakes import fake_times, tune_problem
 
 import resnet_fused as rf
 from resnet_fused import backends, tuning
-from resnet_fused.backends import Problem, library, records
-from resnet_fused.backends.problem import Conv, Folded
+from resnet_fused.backends import ConvParameters, library, tuning_cache
+from resnet_fused.backends.problem import Conv
 from resnet_fused.modules import BasicBlock
 from resnet_fused.tuning import bar, candidates, in_model
 
@@ -24,21 +25,21 @@ pytestmark = pytest.mark.cpu
 
 CPU = torch.device("cpu")
 CONV = Conv(16, 16, (3, 3), (1, 1), (1, 1))
-PROBLEM = Problem("conv2d_bn_add_relu", (2, 16, 6, 6), torch.float32, CPU, (CONV,))
+PROBLEM = problem_of("conv2d_bn_add_relu", (2, 16, 6, 6), torch.float32, CPU, (CONV,))
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty folder for the records."""
+    """An empty folder for the tuning_cache."""
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(in_model, "_SECONDS", 0.0)
-    records.forget()
+    tuning_cache.forget()
     yield tmp_path
-    records.forget()
+    tuning_cache.forget()
 
 
-def folded() -> Folded:
-    return Folded((torch.randn(16, 16, 3, 3) / 12,), (torch.randn(16),))
+def folded() -> ConvParameters:
+    return ConvParameters((torch.randn(16, 16, 3, 3) / 12,), (torch.randn(16),))
 
 
 def plain() -> nn.Module:
@@ -55,7 +56,7 @@ def test_every_problem_of_a_model_is_measured_with_stock_among_the_candidates(bl
     x = torch.randn(2, 8, 6, 6)
     expected = block(x).detach()
     result = tuning.tune(block, x, progress=False)
-    assert [r.problem.op for r in result.results] == ["conv2d_bn_relu", "conv2d_bn_add_relu", "basic_block"]
+    assert [r.problem.label for r in result.results] == ["conv2d_bn_relu", "conv2d_bn_add_relu", "basic_block"]
     assert all("reference" in r.ms and r.chosen in r.ms and not r.dropped for r in result.results)
     assert result.path.parent == cache
     assert str(result).count("\n") == 5
@@ -94,15 +95,15 @@ def test_the_rules_choice_stays_where_nothing_is_clearly_faster(monkeypatch):
 def test_what_the_whole_model_is_not_faster_with_is_not_taken(model, chosen, monkeypatch):
     fake_times(monkeypatch, {"onednn": 0.5}, model)
     result = tune_problem(PROBLEM, folded())
-    assert result.chosen.partition(":")[0] == chosen == records.choice(PROBLEM).backend
+    assert result.chosen.partition(":")[0] == chosen == tuning_cache.choice(PROBLEM).backend
     assert result.chosen in (chosen, candidates.by_rules(PROBLEM))
 
 
 def test_a_whole_op_may_be_fastest_in_its_parts(block, monkeypatch):
     fake_times(monkeypatch, {"parts": 0.1})
     result = tuning.tune(block, torch.randn(1, 8, 5, 5), progress=False).results[-1]
-    assert (result.problem.op, result.chosen) == ("basic_block", "parts")
-    assert records.choice(result.problem) == records.Choice("parts")
+    assert (result.problem.label, result.chosen) == ("basic_block", "parts")
+    assert tuning_cache.choice(result.problem) == tuning_cache.Choice("parts")
     with torch.no_grad():
         block(torch.randn(1, 8, 5, 5))
 
@@ -134,9 +135,9 @@ def test_a_wrong_candidate_is_dropped_loudly_recorded_and_not_tried_again(spoil,
     onednn, tried = backends.get("onednn"), []
     prepare = onednn.prepare
 
-    def spoilt(problem, folded):
+    def spoilt(problem, folded, plan):
         tried.append(problem)
-        kernel = prepare(problem, folded)
+        kernel = prepare(problem, folded, plan)
         return lambda x, residual: spoil(kernel(x, residual), x)
 
     monkeypatch.setattr(onednn, "prepare", spoilt)
@@ -146,7 +147,7 @@ def test_a_wrong_candidate_is_dropped_loudly_recorded_and_not_tried_again(spoil,
     assert result.chosen != "onednn"
     assert reason in result.dropped["onednn"]
     assert "rf.tune drops onednn" in caplog.text
-    assert reason in records.dropped(PROBLEM)["onednn"]
+    assert reason in tuning_cache.dropped(PROBLEM)["onednn"]
     assert "onednn" in tune_problem(PROBLEM, folded()).dropped
     assert len(tried) == 1
 
@@ -159,7 +160,7 @@ def test_a_candidate_that_fails_is_left_out_and_tried_again(failure, monkeypatch
     onednn = backends.get("onednn")
     prepare = onednn.prepare
 
-    def fail(problem, folded):
+    def fail(problem, folded, plan):
         raise failure
 
     monkeypatch.setattr(onednn, "prepare", fail)
@@ -170,7 +171,7 @@ def test_a_candidate_that_fails_is_left_out_and_tried_again(failure, monkeypatch
     assert str(failure) in result.failed["onednn"]
     assert "rf.tune leaves out onednn" in caplog.text
     assert not result.dropped
-    assert not records.dropped(PROBLEM)
+    assert not tuning_cache.dropped(PROBLEM)
     monkeypatch.setattr(onednn, "prepare", prepare)
     assert tune_problem(PROBLEM, folded()).chosen == "onednn"
 
@@ -183,11 +184,11 @@ def test_records_of_another_build_of_the_library_are_others(tmp_path, monkeypatc
         if content is not None:
             (tmp_path / "resnet_fused_cpu.so").write_bytes(content)
         library.digest.cache_clear()
-        records.machine.cache_clear()
-        paths.add(records._path(CPU))
+        tuning_cache.machine.cache_clear()
+        paths.add(tuning_cache._path(CPU))
     monkeypatch.undo()
     library.digest.cache_clear()
-    records.machine.cache_clear()
+    tuning_cache.machine.cache_clear()
     assert len(paths) == 3
 
 
@@ -198,12 +199,12 @@ def test_the_architecture_is_a_compute_capability_or_amds_name(hip, architecture
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert records.machine.__wrapped__(torch.device("cuda", 0))["architecture"] == architecture
+    assert tuning_cache.machine.__wrapped__(torch.device("cuda", 0))["architecture"] == architecture
 
 
 def valid() -> dict:
     entry = {"backend": "reference", "variant": None, "ms": {}, "dropped": {}}
-    return {"format": 1, "machine": records.machine(CPU), "choices": {records.key(PROBLEM): entry}}
+    return {"format": 1, "machine": tuning_cache.machine(CPU), "choices": {tuning_cache.key(PROBLEM): entry}}
 
 
 SPOILT = {
@@ -212,7 +213,7 @@ SPOILT = {
     "no-table": "[1, 2]",
     "no-choices": json.dumps({**valid(), "choices": 3}),
     "older-format": json.dumps({**valid(), "format": 0}),
-    "another-machine": json.dumps({**valid(), "machine": {**records.machine(CPU), "torch": "1.0"}}),
+    "another-machine": json.dumps({**valid(), "machine": {**tuning_cache.machine(CPU), "torch": "1.0"}}),
     "bottomless": "[" * 100_000,
     "no-text": b"\xff\xfe\x00\x80",
 }
@@ -220,10 +221,10 @@ SPOILT = {
 
 @pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in SPOILT.items()])
 def test_a_spoilt_file_is_ignored_with_a_warning(content, caplog):
-    path = records._path(CPU)
+    path = tuning_cache._path(CPU)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with caplog.at_level(logging.WARNING, "resnet_fused"):
-        assert records.choice(PROBLEM) is None
+        assert tuning_cache.choice(PROBLEM) is None
     assert str(path) in caplog.text
     assert backends.resolve(PROBLEM, "auto").name in backends.candidates(PROBLEM)
 
@@ -240,17 +241,17 @@ ENTRIES = {
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=name) for name, entry in ENTRIES.items()])
 def test_a_spoilt_entry_changes_nothing(entry):
     before = backends.resolve(PROBLEM, "auto").name
-    records._path(CPU).write_text(json.dumps({**valid(), "choices": {records.key(PROBLEM): entry}}))
-    records.forget()
+    tuning_cache._path(CPU).write_text(json.dumps({**valid(), "choices": {tuning_cache.key(PROBLEM): entry}}))
+    tuning_cache.forget()
     assert backends.resolve(PROBLEM, "auto").name == before
-    assert records.dropped(PROBLEM) == {}
+    assert tuning_cache.dropped(PROBLEM) == {}
 
 
 def test_records_of_two_writers_are_merged(cache):
-    other = Problem("add_relu", (1, 2, 3, 4), torch.float32, CPU)
+    other = problem_of("add_relu", (1, 2, 3, 4), torch.float32, CPU)
     for problem in (PROBLEM, other):
-        records.record(CPU, {records.key(problem): {"backend": "reference"}})
-    assert records.choice(PROBLEM) == records.choice(other) == records.Choice("reference")
+        tuning_cache.record(CPU, {tuning_cache.key(problem): {"backend": "reference"}})
+    assert tuning_cache.choice(PROBLEM) == tuning_cache.choice(other) == tuning_cache.Choice("reference")
     assert [path.suffix for path in cache.iterdir()] == [".json"]
 
 

@@ -54,7 +54,7 @@ class Classifier(Implementation):
         kernel = _DIRECT.prepare(_as_convolution(problem), parameters, None)
 
         def classify(x: Tensor, residual: Tensor | None) -> Tensor:
-            return kernel(x[:, :, None, None], None).flatten(1)
+            return kernel(x.flatten(1)[:, :, None, None], None).flatten(1)
 
         return classify
 
@@ -64,5 +64,5 @@ _DIRECT = Direct()
 
 def _as_convolution(problem: Problem) -> Problem:
     linear = problem.steps[0].operation
-    assert isinstance(linear, Linear) and problem.dtype is not None
-    return Problem.of(Conv(*linear, (1, 1)), problem.shape, problem.dtype, problem.device)
+    assert isinstance(linear, Linear)
+    return Problem.of(Conv(*linear, (1, 1)), problem.shape, problem.types.source, problem.device)

@@ -7,10 +7,10 @@ import functools
 import torch
 
 from resnet_fused.backends import Backend, library
+from resnet_fused.backends.cuda import device
 from resnet_fused.backends.cuda.add_relu import AddReLU
 from resnet_fused.backends.cuda.batch_norm import BatchNorm
 from resnet_fused.backends.cuda.convolution import ELEMENTS, ImplicitGemm
-from resnet_fused.backends.cuda.device import device_properties
 from resnet_fused.backends.problem import Kind, Problem
 
 _LIBRARY = "resnet_fused_cuda"
@@ -36,7 +36,7 @@ class CUDA(Backend):
             return f"it serves cuda tensors, not {problem.device.type}"
         if problem.dtype not in ELEMENTS:
             return f"it serves float32, float16 and bfloat16, not {problem.types.source}"
-        capability = device_properties(problem.device)[0]
+        capability = device.properties(problem.device)[0]
         if capability < 75:
             return f"it needs compute capability 7.5 or newer, and {problem.device} has {capability / 10}"
         return None
@@ -50,4 +50,4 @@ class CUDA(Backend):
             return False
         stem = problem.conv.in_channels % 8 != 0
         bias_alone = not problem.epilogue.relu
-        return (stem or bias_alone) and device_properties(problem.device)[0] == 90
+        return (stem or bias_alone) and device.properties(problem.device)[0] == 90

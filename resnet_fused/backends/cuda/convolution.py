@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Implementation, Kernel
-from resnet_fused.backends.cuda.device import device_properties
+from resnet_fused.backends.cuda import device
 from resnet_fused.backends.implementation import in_its_format
 from resnet_fused.backends.problem import Kind, Problem
 from resnet_fused.backends.tf32 import to_tf32
@@ -52,7 +52,7 @@ class ImplicitGemm(Implementation):
     kinds = frozenset({Kind.CONVOLUTION})
 
     def why_not(self, problem: Problem) -> str | None:
-        conv, capability = problem.conv, device_properties(problem.device)[0]
+        conv, capability = problem.conv, device.properties(problem.device)[0]
         if problem.epilogue.pool is not None or not problem.epilogue.bias:
             return f"it has no kernel for {problem.label} as a whole"
         if conv.groups != 1:
@@ -61,7 +61,7 @@ class ImplicitGemm(Implementation):
             return f"bfloat16 needs compute capability 8.0 or newer, and {problem.device} has {capability / 10}"
         if 0 in (*problem.shape, *problem.output_shape()):
             return "the input or the result is empty"
-        numbers = plan_problem(problem, _tf32(problem)), device_properties(problem.device), [0] * 6, "", 0
+        numbers = plan_problem(problem, _tf32(problem)), device.properties(problem.device), [0] * 6, "", 0
         try:
             torch.ops.resnet_fused_cuda.conv2d_plan(*numbers)
         except (ValueError, RuntimeError) as error:  # the planner's reason
@@ -70,7 +70,7 @@ class ImplicitGemm(Implementation):
 
     def plans(self, problem: Problem) -> list[str]:
         numbers = plan_problem(problem, _tf32(problem))
-        return torch.ops.resnet_fused_cuda.conv2d_kernels(numbers, device_properties(problem.device))
+        return torch.ops.resnet_fused_cuda.conv2d_kernels(numbers, device.properties(problem.device))
 
     def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
         relu, float32, geometry = problem.epilogue.relu, problem.dtype == torch.float32, problem.conv.geometry
@@ -98,4 +98,4 @@ class ImplicitGemm(Implementation):
 
 
 def _tf32(problem: Problem) -> bool:
-    return problem.tf32_allowed() and device_properties(problem.device)[0] >= 80
+    return problem.tf32_allowed() and device.properties(problem.device)[0] >= 80

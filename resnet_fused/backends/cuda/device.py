@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @functools.cache
-def device_properties(device: torch.device) -> list[int]:
+def properties(device: torch.device) -> list[int]:
     """What plans depend on, in the order of csrc/cuda/plan.h's DeviceProperties: compute capability ×10 first."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.ops.resnet_fused_cuda.device_properties(index)

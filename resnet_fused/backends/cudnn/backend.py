@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 
 from resnet_fused.backends import Backend
-from resnet_fused.backends.cudnn.convolution import Fused, Plain, WithPass, fusing_was_faster, why_no_pass
+from resnet_fused.backends.cudnn import convolution
+from resnet_fused.backends.cudnn.convolution import Fused, Plain, WithPass
 from resnet_fused.backends.problem import Problem
 
 _OLDEST_CUDNN = 8300
@@ -73,4 +74,5 @@ class CuDNN(Backend):
             return True  # it is stock's convolution, with the engine that was found
         if not problem.epilogue.relu:
             return False  # a pass, as stock's bias
-        return fusing_was_faster(problem) or why_no_pass(problem) is None  # a pass is one turn where stock takes two
+        # A pass is one turn where stock takes two.
+        return convolution.fusing_was_faster(problem) or convolution.why_no_pass(problem) is None

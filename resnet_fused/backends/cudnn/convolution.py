@@ -1,8 +1,8 @@
 """cuDNN's convolutions: alone, with bias, residual and ReLU fused by cuDNN, or with one pass of ours after them.
 
-Fused: through PyTorch's aten::cudnn_convolution_relu and aten::cudnn_convolution_add_relu. With a pass: stock's convolution, then
-a kernel of csrc/cuda that adds bias and residual and applies ReLU: each element is read and written once, where stock's ops take
-up to three turns. Known limits of the former, each checked:
+Fused: through PyTorch's aten::cudnn_convolution_relu and aten::cudnn_convolution_add_relu. With a pass: stock's convolution,
+then a kernel of csrc/cuda that adds bias and residual and applies ReLU. It reads and writes each element once, where stock's
+ops do it up to three times. Known limits of the former, each checked:
 
 * There is no convolution with bias alone, so that it is served with a pass only.
 * Some shapes have no fused engine, which is known only when it is run: a problem is run when it is prepared.
@@ -46,7 +46,7 @@ _NOTHING = Epilogue(bias=False)
 
 
 class Fused(Implementation):
-    """Bias, residual and ReLU by cuDNN itself. Each thread runs it on zeros and a NaN before, so that cuDNN times its engines."""
+    """Bias, residual and ReLU by cuDNN itself. Each thread runs it before on zeros and a NaN, so that cuDNN times engines."""
 
     name = "fused"
     kinds = frozenset({Kind.CONVOLUTION})
@@ -236,7 +236,7 @@ def _fault_of_nan(
         return "turns NaN into a number"
     if bool((y.isnan() & ~expected).any()):
         # Stock's algorithm may spread a NaN as well, as Winograd's do over a tile.
-        stock = stock().prepare(problem, parameters)(x, residual)
-        if bool((y.isnan() & ~stock.isnan()).any()):
+        theirs = stock().prepare(problem, parameters)(x, residual)
+        if bool((y.isnan() & ~theirs.isnan()).any()):
             return "makes a NaN where stock has none"
     return None

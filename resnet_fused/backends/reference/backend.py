@@ -74,7 +74,7 @@ class StockOps(Implementation):
         if isinstance(operation, Linear):
             assert weight is not None
             matrix = weight.flatten(1)
-            return lambda x: F.linear(x, matrix, bias)
+            return lambda x: F.linear(x.flatten(1), matrix, bias)
         if operation is Pointwise.AVERAGE_POOL:
             return lambda x: F.adaptive_avg_pool2d(x, 1)
         return lambda x: x

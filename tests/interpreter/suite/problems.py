@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from posing import problem_of
 from tolerances import assert_as_good_as_stock
 from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.backends.problem import Conv, Folded, Problem
+from resnet_fused.backends import ConvParameters
+from resnet_fused.backends.problem import Conv, Problem
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Case:
     @property
     def problem(self) -> Problem:
         conv = Conv(self.shape[1], self.k, self.kernel, self.stride, self.padding, self.dilation, self.groups)
-        return Problem(self.op, self.shape, self.dtype, torch.device("cpu"), (conv,))
+        return problem_of(self.op, self.shape, self.dtype, torch.device("cpu"), (conv,))
 
     @property
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
@@ -47,9 +49,9 @@ class Case:
         x, weight, residual = (t.to(self.dtype, memory_format=torch.channels_last) for t in (x, weight, residual))
         return x, weight, torch.randn(self.k, generator=generator).to(self.dtype), residual
 
-    def folded(self) -> Folded:
+    def folded(self) -> ConvParameters:
         _, weight, shift, _ = self.tensors()
-        return Folded((weight,), (shift,))
+        return ConvParameters((weight,), (shift,))
 
     def with_(self, **changes: object) -> Case:
         return replace(self, **changes)

@@ -195,7 +195,7 @@ def test_tf32_setting_is_followed_from_call_to_call(monkeypatch, float32_precisi
     kernel(x, residual)
     kernel(x, residual)
     assert tables == ["ieee", "tf32"]
-    exact = dataclasses.replace(RAGGED.problem, precision="exact")
+    exact = dataclasses.replace(RAGGED.problem, precision="direct")
     backends.get("triton").prepare(exact, RAGGED.folded())(x, residual)
     assert tables[2:] == ["ieee"]
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import ptx_executor as px
 import torch
+from posing import problem_of
 from torch import Tensor
 
-from resnet_fused.backends.cuda import pack_weight, plan_problem
-from resnet_fused.backends.problem import Conv, Problem
+from resnet_fused.backends.cuda.convolution import pack_weight, plan_problem
+from resnet_fused.backends.problem import Conv
 
 SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
 # In order of csrc/cuda/plan.h's DeviceProperties: an A100 and a T4.
@@ -83,7 +84,7 @@ def conv2d(
 ) -> Result:
     """act(conv2d(x, weight) + shift + residual) by the CUDA backend's kernels; `kernel` and `splits` as in plan_conv2d."""
     conv = Conv.of(weight, stride, padding, dilation, 1)
-    problem = Problem("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
+    problem = problem_of("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
     numbers = plan_problem(problem, tf32)
     packed = pack_weight(weight, torch.ops.resnet_fused_cuda.conv2d_weight_layout(numbers), tf32)
     return conv2d_packed(x, packed, shift.float(), residual, numbers, problem.output_shape(), device, kernel, splits)

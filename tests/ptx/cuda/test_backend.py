@@ -9,27 +9,29 @@ import emulate
 import pytest
 import torch
 from emulate import A100, T4
+from posing import problem_of
 from tolerances import assert_as_good_as_stock
 from torch import Tensor
 
-from resnet_fused.backends import Conv, Folded, Problem, cuda, get
-from resnet_fused.backends.cuda import pack_weight
-from resnet_fused.backends.cuda_norm import CUDANorm
-from resnet_fused.ops.bn_add_relu import bn_add_relu
+from resnet_fused.backends import NO_PARAMETERS, Conv, ConvParameters, Problem, get
+from resnet_fused.backends.cuda import device as cuda_device
+from resnet_fused.backends.cuda.batch_norm import BatchNorm
+from resnet_fused.backends.cuda.convolution import pack_weight, plan_problem
+from resnet_fused.ops import bn_add_relu
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 CONV = Conv(16, 24, (3, 3), (1, 1), (1, 1))
 
 
 def problem(conv: Conv = CONV, dtype: torch.dtype = torch.float16, device: torch.device = GPU, **other) -> Problem:
-    return Problem("conv2d_bn_add_relu", (1, conv.in_channels, 6, 7), dtype, device, (conv,), **other)
+    return problem_of("conv2d_bn_add_relu", (1, conv.in_channels, 6, 7), dtype, device, (conv,), **other)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Properties that every CUDA device has; an A100's until a test changes them."""
     properties = list(A100)
-    monkeypatch.setattr(cuda, "device_properties", lambda device: properties)
+    monkeypatch.setattr(cuda_device, "properties", lambda device: properties)
     return properties
 
 
@@ -50,26 +52,26 @@ def float32_precision(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         pytest.param(problem(dtype=torch.bfloat16), T4, "bfloat16 needs compute capability 8.0", id="bfloat16_on_sm75"),
         pytest.param(problem(CONV._replace(groups=2)), A100, "one group, not 2", id="groups"),
         pytest.param(problem(CONV._replace(kernel=(17, 1), padding=(8, 0))), A100, "up to 16 rows", id="filter"),
-        pytest.param(Problem("bottleneck", (1, 8, 4, 4), torch.float16, GPU), A100, "no kernel for bottleneck", id="op"),
+        pytest.param(problem_of("bottleneck", (1, 8, 4, 4), torch.float16, GPU), A100, "no kernel for bottleneck", id="op"),
     ],
 )
 def test_unsupported_says_why(asked: Problem, device: list[int], reason: str, gpu: list[int]) -> None:
     gpu[:] = device
-    assert reason in get("cuda").unsupported(asked)
+    assert reason in get("cuda").why_not(asked)
 
 
 @pytest.mark.parametrize("op", ["bn", "bn_relu", "bn_add_relu", "add_relu", "add_relu_backward"])
 def test_serves_elementwise_ops(op: str, gpu: list[int]) -> None:
-    assert get("cuda").unsupported(Problem(op, (1, 8, 4, 4), torch.bfloat16, GPU)) is None
+    assert get("cuda").why_not(problem_of(op, (1, 8, 4, 4), torch.bfloat16, GPU)) is None
 
 
 def test_variants_follow_the_arithmetic_that_is_allowed(gpu: list[int], float32_precision: SimpleNamespace) -> None:
     backend, float32 = get("cuda"), problem(dtype=torch.float32)
-    assert all(name.startswith("conv2d_fwd_tf32") for name in backend.variants(float32))
-    exact = problem(dtype=torch.float32, precision="exact")
-    assert all(name.startswith("conv2d_fwd_f32") for name in backend.variants(exact))
+    assert all(name.startswith("conv2d_fwd_tf32") for name in backend.plans(float32))
+    exact = problem(dtype=torch.float32, precision="direct")
+    assert all(name.startswith("conv2d_fwd_f32") for name in backend.plans(exact))
     float32_precision.fp32_precision = "ieee"
-    assert backend.variants(float32) == backend.variants(exact)
+    assert backend.plans(float32) == backend.plans(exact)
 
 
 def test_packing_for_tf32_rounds_to_nearest_and_keeps_nan() -> None:
@@ -88,8 +90,8 @@ def emulated(gpu: list[int]) -> Iterator[list[str]]:
 
     def conv2d_fwd(x, weight, shift, residual, geometry, relu, tf32, kernel, splits) -> Tensor:
         conv = Conv(x.shape[1], weight.shape[0], *(tuple(geometry[i : i + 2]) for i in (0, 2, 4, 6)))
-        asked = Problem("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
-        numbers = cuda.plan_problem(asked, tf32)
+        asked = problem_of("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
+        numbers = plan_problem(asked, tf32)
         result = emulate.conv2d_packed(x, weight, shift, residual, numbers, asked.output_shape(), gpu, kernel, splits)
         ran.extend(result.kernels)
         return result.y
@@ -102,9 +104,9 @@ def emulated(gpu: list[int]) -> Iterator[list[str]]:
 
 def test_prepared_kernel_follows_the_tf32_switch_at_every_call(emulated: list[str], float32_precision: SimpleNamespace) -> None:
     asked = problem(dtype=torch.float32, device=CPU)
-    folded = Folded((torch.randn(24, 16, 3, 3) / 12,), (torch.randn(24),))
+    folded = ConvParameters((torch.randn(24, 16, 3, 3) / 12,), (torch.randn(24),))
     x, residual = torch.randn(1, 16, 6, 7), torch.randn(1, 24, 6, 7)
-    truth = torch.nn.functional.conv2d(x.double(), folded.weights[0].double(), folded.shifts[0].double(), 1, 1)
+    truth = torch.nn.functional.conv2d(x.double(), folded.weights[0].double(), folded.biases[0].double(), 1, 1)
     truth = (truth + residual).relu()
     kernel = get("cuda").prepare(asked, folded)
     for precision, name, allowed in (("tf32", "conv2d_fwd_tf32", 1e-3), ("ieee", "conv2d_fwd_f32", 2e-6)):
@@ -115,14 +117,14 @@ def test_prepared_kernel_follows_the_tf32_switch_at_every_call(emulated: list[st
 
 def test_prepared_variant_and_memory_format(emulated: list[str]) -> None:
     asked = problem(device=CPU, memory_format=torch.contiguous_format)
-    folded = Folded(((torch.randn(24, 16, 3, 3) / 12).half(),), (torch.randn(24).half(),))
+    folded = ConvParameters(((torch.randn(24, 16, 3, 3) / 12).half(),), (torch.randn(24).half(),))
     x, residual = torch.randn(1, 16, 6, 7).half(), torch.randn(1, 24, 6, 7).half()
-    variant = get("cuda").variants(asked)[-1]
+    variant = get("cuda").plans(asked)[-1]
     y = get("cuda").prepare(asked, folded, variant)(x, residual)
     assert emulated[0] == variant
     assert y.is_contiguous()
     reference = get("reference").prepare(asked, folded)(x, residual)
-    truth = torch.nn.functional.conv2d(x.double(), folded.weights[0].double(), folded.shifts[0].double(), 1, 1)
+    truth = torch.nn.functional.conv2d(x.double(), folded.weights[0].double(), folded.biases[0].double(), 1, 1)
     assert_as_good_as_stock(y, reference, (truth + residual.double()).relu())
 
 
@@ -162,7 +164,8 @@ def emulated_norms() -> Iterator[list[str]]:
 def test_bn_add_relu_trains_through_the_passes(
     format: torch.memory_format, emulated_norms: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resnet_fused.ops.norm.norm_kernels", lambda op, x: CUDANorm())
+    passes = BatchNorm().prepare(problem_of("bn_add_relu", (2, 8, 5, 6), torch.float32, GPU), NO_PARAMETERS, None)
+    monkeypatch.setattr("resnet_fused.ops.batch_norm.passes", lambda x, residual, relu: passes)
     x, residual, dy = (torch.randn(2, 8, 5, 6).contiguous(memory_format=format) for _ in range(3))
     weight, bias = torch.randn(8), torch.randn(8)
 

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+from posing import problem_of
 
-from resnet_fused.backends import Conv, Problem, get
+from resnet_fused.backends import Conv, get
 
 OPERATORS = ("conv2d_fwd", "add_relu_fwd", "add_relu_bwd", "bn_statistics", "bn_apply_fwd", "bn_reduce_bwd", "bn_apply_bwd")
 
@@ -48,5 +49,5 @@ def test_reasons() -> None:
     if not torch.cuda.is_available():
         assert "no GPU" in backend.unavailable()
     conv = Conv(8, 8, (3, 3))
-    problem = Problem("conv2d_bn_relu", (1, 8, 4, 4), torch.float32, torch.device("cpu"), (conv,))
-    assert backend.unsupported(problem) == "it serves cuda tensors, not cpu"
+    problem = problem_of("conv2d_bn_relu", (1, 8, 4, 4), torch.float32, torch.device("cpu"), (conv,))
+    assert backend.why_not(problem) == "it serves cuda tensors, not cpu"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from posing import problem_of
 from triton.backends.compiler import GPUTarget
 
 from resnet_fused.backends.problem import Conv, Problem
@@ -51,7 +52,7 @@ def problem(
 ) -> Problem:
     """A size×size convolution to k channels, padded as ResNets do."""
     conv = Conv(shape[1], k, (size, size), (stride,) * 2, (size // 2,) * 2, groups=groups)
-    return Problem(op, shape, dtype, torch.device("cpu"), (conv,))
+    return problem_of(op, shape, dtype, torch.device("cpu"), (conv,))
 
 
 def plan(tile: Tile, problem: Problem, splits: int = 1) -> Plan:

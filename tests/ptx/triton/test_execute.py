@@ -87,7 +87,7 @@ def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
     weight_shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
     weight = random(weight_shape) / math.prod(weight_shape[1:]) ** 0.5
     shift = random((conv.out_channels,))
-    added = residual if run.problem.op == "conv2d_bn_add_relu" else None
+    added = residual if run.problem.epilogue.residual else None
 
     chip, tf32 = CHIPS[80], dtype == F32
     main, finish = module_of(run.plan).launches(run.problem, run.plan, chip, tf32)
@@ -107,7 +107,7 @@ def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
         operands = (to_tf32(x), to_tf32(weight)) if dtype == F32 else (x, weight)
         result = F.conv2d(*map(to, operands), to(shift), conv.stride, conv.padding, conv.dilation, conv.groups)
         result = result if added is None else result + to(added)
-        return result if run.problem.op == "conv2d_bn" else result.relu()
+        return result.relu() if run.problem.epilogue.relu else result
 
     return y, stock(Tensor.double), stock(lambda t: t), counters
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 import triton
 from aot import CHIPS, problem, target
+from posing import problem_of
 from tolerances import relative_error
 
-from resnet_fused.backends import tf32
-from resnet_fused.backends.problem import Folded, Problem
+from resnet_fused.backends import ConvParameters, tf32
 from resnet_fused.backends.triton import configs, conv2d, elementwise, prepare
 
 KERNELS = (
@@ -78,17 +78,17 @@ def driver():
     config._active = before
 
 
-def operands(posed: Any) -> tuple[Folded, torch.Tensor, torch.Tensor | None]:
+def operands(posed: Any) -> tuple[ConvParameters, torch.Tensor, torch.Tensor | None]:
     (conv,) = posed.convs
     weight = torch.randn(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel) / 16
     x, residual = (torch.randn(shape) for shape in (posed.shape, posed.output_shape()))
     x, residual, weight, shift = (t.to(posed.dtype) for t in (x, residual, weight, torch.randn(conv.out_channels)))
-    return Folded((weight,), (shift,)), x, residual if posed.op == "conv2d_bn_add_relu" else None
+    return ConvParameters((weight,), (shift,)), x, residual if posed.epilogue.residual else None
 
 
-def expected(posed: Any, folded: Folded, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+def expected(posed: Any, folded: ConvParameters, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     (conv,) = posed.convs
-    weight, shift = folded.weights[0].double(), folded.shifts[0].double()
+    weight, shift = folded.weights[0].double(), folded.biases[0].double()
     y = torch.conv2d(x.double(), weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
     return (y if residual is None else y + residual.double()).relu()
 
@@ -120,7 +120,7 @@ def test_a_split_convolution_launches_two(driver):
     run = conv2d.bind(posed, chosen, CHIPS[80], False)
     y = torch.empty(posed.output_shape(), dtype=posed.dtype).contiguous(memory_format=torch.channels_last)
     x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
-    run(x, conv2d.pack(folded.weights[0], posed.convs[0], chosen), folded.shifts[0], residual, y)
+    run(x, conv2d.pack(folded.weights[0], posed.convs[0], chosen), folded.biases[0], residual, y)
     torch.testing.assert_close(y.double(), expected(posed, folded, x, residual), rtol=2e-3, atol=2e-3)
     assert [name for name, _ in driver.launches] == ["conv2d_fwd_kernel", "conv2d_split_fwd_kernel"]
 
@@ -134,8 +134,8 @@ def test_an_unaligned_input_is_not_read_by_wide_accesses(driver):
 
 
 def test_add_relu_launches_one_kernel(driver):
-    posed = Problem("add_relu", (1, 16, 3, 5), torch.float16, torch.device("cpu"))
+    posed = problem_of("add_relu", (1, 16, 3, 5), torch.float16, torch.device("cpu"))
     x, residual = torch.randn(2, *posed.shape).half().unbind()
-    y = prepare.prepare(posed, Folded((), ()), None)(x, residual)
+    y = prepare.prepare(posed, ConvParameters((), ()), None)(x, residual)
     assert torch.equal(y, torch.relu(x + residual))
     assert [name for name, _ in driver.launches] == ["add_relu_fwd_kernel"]
