@@ -19,37 +19,37 @@ def _tensors(layer: Layer):
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("variant", ["stock", *rf.available_backends()])
 def test_conv2d_bn_relu(benchmark, layer: Layer, variant: str):
-    x, weight, shift = _tensors(layer)
+    x, weight, bias = _tensors(layer)
     padding = layer.kernel // 2
-    want = F.conv2d(x, weight, shift, layer.stride, padding).relu_()
+    want = F.conv2d(x, weight, bias, layer.stride, padding).relu_()
     benchmark.group = f"conv2d_bn_relu {layer}"
     if variant == "stock":
-        benchmark(lambda: F.conv2d(x, weight, shift, layer.stride, padding).relu_())
+        benchmark(lambda: F.conv2d(x, weight, bias, layer.stride, padding).relu_())
         return
     with rf.use_backend(variant):
         try:
-            got = rf.functional.conv2d_bn_relu(x, weight, shift, layer.stride, padding)
+            got = rf.functional.conv2d_bn_relu(x, weight, bias, layer.stride, padding)
         except rf.BackendError as reason:
             pytest.skip(str(reason))
         assert_close(got, want)
-        benchmark(rf.functional.conv2d_bn_relu, x, weight, shift, layer.stride, padding)
+        benchmark(rf.functional.conv2d_bn_relu, x, weight, bias, layer.stride, padding)
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[6]], ids=str)
 @pytest.mark.parametrize("variant", ["stock", *rf.available_backends()])
 def test_conv2d_bn_add_relu(benchmark, layer: Layer, variant: str):
-    x, weight, shift = _tensors(layer)
+    x, weight, bias = _tensors(layer)
     padding = layer.kernel // 2
     residual = torch.randn(BATCH, layer.out, layer.size, layer.size).contiguous(memory_format=torch.channels_last)
-    want = (F.conv2d(x, weight, shift, layer.stride, padding) + residual).relu_()
+    want = (F.conv2d(x, weight, bias, layer.stride, padding) + residual).relu_()
     benchmark.group = f"conv2d_bn_add_relu {layer}"
     if variant == "stock":
-        benchmark(lambda: F.conv2d(x, weight, shift, layer.stride, padding).add_(residual).relu_())
+        benchmark(lambda: F.conv2d(x, weight, bias, layer.stride, padding).add_(residual).relu_())
         return
     with rf.use_backend(variant):
         try:
-            got = rf.functional.conv2d_bn_add_relu(x, weight, shift, residual, layer.stride, padding)
+            got = rf.functional.conv2d_bn_add_relu(x, weight, bias, residual, layer.stride, padding)
         except rf.BackendError as reason:
             pytest.skip(str(reason))
         assert_close(got, want)
-        benchmark(rf.functional.conv2d_bn_add_relu, x, weight, shift, residual, layer.stride, padding)
+        benchmark(rf.functional.conv2d_bn_add_relu, x, weight, bias, residual, layer.stride, padding)

@@ -24,12 +24,12 @@ def test_dispatch(benchmark, variant: str):
     (run,) = path.runs()
     ((problem, _),), (folded,) = run.problems.values(), run.folded
     kernel, _ = bind(problem, folded, "auto")
-    (weight,), (shift,) = folded.tensors()
+    (weight,), (bias,) = folded.tensors()
     benchmark.group = "dispatch of a 1-pixel convolution"
     calls = {
         "1 kernel alone": lambda: kernel(x, None),
         "2 fused model": lambda: fused(x),
-        "3 functional": lambda: rf.functional.conv2d_bn_relu(x, weight, shift),
+        "3 functional": lambda: rf.functional.conv2d_bn_relu(x, weight, bias),
     }
     torch.testing.assert_close(calls[variant](), model(x))
     torch.testing.assert_close(expected, model(x))

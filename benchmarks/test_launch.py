@@ -96,10 +96,10 @@ def _calls(case, device):
         problem = problem_of("conv2d_bn_add_relu", shape, F16, device, (conv,))
         chip = configs.Chip.of(device) if device.type == "cuda" else configs.Chip("cuda", 90, 132, 227 << 10)
         plan = next(plan for plan in configs.plans(problem, chip, False) if plan.splits == 1)
-        weight, shift = torch.randn(64, 64, 3, 3, device=device).to(F16) / 24, torch.randn(64, device=device).to(F16)
-        tensors = (x, conv2d.pack(weight, conv, plan), shift, residual, y)
+        weight, bias = torch.randn(64, 64, 3, 3, device=device).to(F16) / 24, torch.randn(64, device=device).to(F16)
+        tensors = (x, conv2d.pack(weight, conv, plan), bias, residual, y)
         launch, bound = conv2d.launches(problem, plan, chip, False)[0], conv2d.bind(problem, plan, chip, False)
-        prepared = prepare.prepare(problem, ConvParameters((weight,), (shift,)), plan.name)
+        prepared = prepare.prepare(problem, ConvParameters((weight,), (bias,)), plan.name)
     calls = {
         "1 bound launch": lambda: bound(*tensors),
         "2 Triton's launch": _by_triton(launch, tensors),

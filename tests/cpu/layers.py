@@ -16,7 +16,7 @@ CHANNELS_LAST = torch.channels_last
 
 @dataclass
 class Layer:
-    """relu(conv2d(x, weight) + shift + residual), on random tensors."""
+    """relu(conv2d(x, weight) + bias + residual), on random tensors."""
 
     n: int
     c: int
@@ -36,12 +36,12 @@ class Layer:
         self.x = torch.randn(self.n, self.c, self.h, self.w).to(self.dtype).contiguous(memory_format=CHANNELS_LAST)
         scale = (self.c * self.kernel**2) ** -0.5
         self.weight = (torch.randn(self.out, self.c, self.kernel, self.kernel) * scale).to(self.dtype)
-        self.shift = torch.randn(self.out).to(self.dtype)
+        self.bias = torch.randn(self.out).to(self.dtype)
         shape = F.conv2d(self.x.float(), self.weight.float(), None, self.stride, self.padding, self.dilation).shape
         self.added = torch.randn(shape).to(self.dtype).contiguous(memory_format=CHANNELS_LAST) if self.residual else None
 
     def stock(self, dtype: torch.dtype) -> Tensor:
-        y = F.conv2d(self.x.to(dtype), self.weight.to(dtype), self.shift.to(dtype), self.stride, self.padding, self.dilation)
+        y = F.conv2d(self.x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.stride, self.padding, self.dilation)
         y = y if self.added is None else y + self.added.to(dtype)
         return y.relu() if self.relu else y
 
@@ -52,7 +52,7 @@ class Layer:
         geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
         chain = Chain(tuple(self.x.shape), self.dtype)
         residual = Chain.RESIDUAL if self.residual else None
-        chain.conv(Chain.X, residual, packed, padded_bias(self.shift), self.out, geometry, self.relu, plan)
+        chain.conv(Chain.X, residual, packed, padded_bias(self.bias), self.out, geometry, self.relu, plan)
         return ops.run_chain(chain.id, self.x, self.added)
 
 
@@ -80,12 +80,12 @@ class Block:
         self.biases = [torch.randn(o).to(self.dtype) for o, _, _ in sizes]
 
     def stock(self, dtype: torch.dtype) -> Tensor:
-        weights, shifts = [w.to(dtype) for w in self.weights], [s.to(dtype) for s in self.biases]
+        weights, biases = [w.to(dtype) for w in self.weights], [s.to(dtype) for s in self.biases]
         x = y = self.x.to(dtype)
         if self.c != self.out:
-            x = F.conv2d(x, weights.pop(), shifts.pop())
-        for i, (weight, shift) in enumerate(zip(weights, shifts, strict=True)):
-            y = F.conv2d(y, weight, shift, padding=weight.shape[2] // 2)
+            x = F.conv2d(x, weights.pop(), biases.pop())
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            y = F.conv2d(y, weight, bias, padding=weight.shape[2] // 2)
             y = (y + x).relu() if i == len(weights) - 1 else y.relu()
         return y
 
@@ -94,7 +94,7 @@ class Block:
         ops = torch.ops.resnet_fused_cpu
         weights = [w.contiguous(memory_format=CHANNELS_LAST) for w in self.weights]
         packed = [ops.pack(w, w.shape[2] == 3) for w in weights]
-        shifts = [padded_bias(s) for s in self.biases]
+        biases = [padded_bias(s) for s in self.biases]
         chain = Chain(tuple(self.x.shape), self.dtype)
-        chain.block(Chain.X, packed, shifts, self.channels[1:], plan)
+        chain.block(Chain.X, packed, biases, self.channels[1:], plan)
         return ops.run_chain(chain.id, self.x, None)

@@ -40,42 +40,42 @@ def problem(op: str, shape: tuple[int, int, int, int], *convs: Conv, **more) -> 
 def test_stem(isa, n, channels, h, w, out, pool, dtype, channels_last):
     x = torch.randn(n, channels, h, w).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    weight, shift = (torch.randn(out, channels, 7, 7) / 12).to(dtype), torch.randn(out).to(dtype)
+    weight, bias = (torch.randn(out, channels, 7, 7) / 12).to(dtype), torch.randn(out).to(dtype)
     kind = problem(
         "stem" if pool else "conv2d_bn_relu", x.shape, Conv(channels, out, **STEM), dtype=dtype, pool=POOL if pool else None
     )
 
     def stock(dtype):
-        y = F.conv2d(x.to(dtype), weight.to(dtype), shift.to(dtype), 2, 3).relu()
+        y = F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), 2, 3).relu()
         return F.max_pool2d(y, 3, 2, 1) if pool else y
 
     backend = get("cpu")
     assert backend.why_not(kind) is None
-    y = backend.prepare(kind, ConvParameters((weight,), (shift,)))(x, None)
+    y = backend.prepare(kind, ConvParameters((weight,), (bias,)))(x, None)
     assert_as_good_as_stock(y, stock(dtype), stock(torch.float64))
 
 
 def test_nan_survives_the_stems_pool(isa):
     """That of a weight; one in x is declined."""
     x = torch.randn(1, 3, 40, 40)
-    weight, shift = torch.randn(32, 3, 7, 7) / 12, torch.zeros(32)
+    weight, bias = torch.randn(32, 3, 7, 7) / 12, torch.zeros(32)
     weight[3, 1, 2, 2] = float("nan")
-    kernel = get("cpu").prepare(problem("stem", x.shape, Conv(3, 32, **STEM), pool=POOL), ConvParameters((weight,), (shift,)))
-    want = F.max_pool2d(F.conv2d(x, weight, shift, 2, 3).relu(), 3, 2, 1)
+    kernel = get("cpu").prepare(problem("stem", x.shape, Conv(3, 32, **STEM), pool=POOL), ConvParameters((weight,), (bias,)))
+    want = F.max_pool2d(F.conv2d(x, weight, bias, 2, 3).relu(), 3, 2, 1)
     assert torch.equal(kernel(x, None).isnan(), want.isnan())
 
 
 def test_one_weight_served_by_winograd_and_directly(isa):
     """The two take weights in orders of their own, and a layer's input may change its size."""
     conv = Conv(160, 160, (3, 3), padding=(1, 1))
-    weight, shift = torch.randn(160, 160, 3, 3) / 38, torch.randn(160)
-    folded = ConvParameters((weight,), (shift,))
+    weight, bias = torch.randn(160, 160, 3, 3) / 38, torch.randn(160)
+    folded = ConvParameters((weight,), (bias,))
     for size, by_winograd in ((8, True), (3, False), (8, True)):
         x = torch.randn(1, 160, size, size).contiguous(memory_format=torch.channels_last)
         kind = problem("conv2d_bn", x.shape, conv)
         assert (cpu_plan.winograd(kind) is not None) == by_winograd
         y = get("cpu").prepare(kind, folded)(x, None)
-        stock, truth = (F.conv2d(x.to(d), weight.to(d), shift.to(d), padding=1) for d in (torch.float32, torch.float64))
+        stock, truth = (F.conv2d(x.to(d), weight.to(d), bias.to(d), padding=1) for d in (torch.float32, torch.float64))
         assert_as_good_as_stock(y, stock, truth)
 
 
@@ -83,12 +83,12 @@ def test_exact_precision_uses_no_winograd():
     """Products of integers are exact by the direct sum, and rounded in Winograd, whose points are irrational."""
     conv = Conv(16, 16, (3, 3), padding=(1, 1))
     x = torch.randint(-8, 8, (1, 16, 12, 12)).float().contiguous(memory_format=torch.channels_last)
-    weight, shift = torch.randint(-8, 8, (16, 16, 3, 3)).float(), torch.zeros(16)
+    weight, bias = torch.randint(-8, 8, (16, 16, 3, 3)).float(), torch.zeros(16)
     want = F.conv2d(x.double(), weight.double(), padding=1)
     result = {}
     for precision in ("direct", "fast"):
         kind = problem("conv2d_bn", x.shape, conv, precision=precision)
-        result[precision] = get("cpu").prepare(kind, ConvParameters((weight,), (shift,)))(x, None)
+        result[precision] = get("cpu").prepare(kind, ConvParameters((weight,), (bias,)))(x, None)
     assert torch.equal(result["direct"].double(), want)
     assert not torch.equal(result["fast"].double(), want)
     block = problem("basic_block", x.shape, conv, conv, precision="direct")
@@ -132,12 +132,12 @@ def test_a_chosen_backend_takes_a_block_in_one_piece_where_the_automatic_choice_
     """With backend="cpu" a ResNet-18 took 2.4 times as long at batch 1 when every block that can be was one piece."""
     conv = Conv(64, 64, (3, 3), padding=(1, 1))
     block = problem("basic_block", (batch, 64, 16, 16), conv, conv)
-    weights, shifts = tuple(torch.randn(64, 64, 3, 3) for _ in range(2)), tuple(torch.randn(64) for _ in range(2))
+    weights, biases = tuple(torch.randn(64, 64, 3, 3) for _ in range(2)), tuple(torch.randn(64) for _ in range(2))
     in_one_piece, make = [], WholeBlock.prepare
     monkeypatch.setattr(WholeBlock, "prepare", lambda *args: in_one_piece.append(args) or make(*args))
     for chosen in ("auto", "cpu"):
         in_one_piece.clear()
-        assert bind(block, ConvParameters(weights, shifts), chosen).backend == "cpu"
+        assert bind(block, ConvParameters(weights, biases), chosen).backend == "cpu"
         assert bool(in_one_piece) == whole
 
 

@@ -36,20 +36,20 @@ class Recorded:
 
     def conv(self, x: int, residual: int | None = None, kernel: int = 3) -> int:
         weight = torch.randn(32, 32, kernel, kernel) * (32 * kernel**2) ** -0.5
-        shift = torch.randn(32)
+        bias = torch.randn(32)
         packed = torch.ops.resnet_fused_cpu.pack(weight.contiguous(memory_format=torch.channels_last), kernel == 3)
         geometry = [kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1]
-        self.steps.append((x, residual, weight, shift))
+        self.steps.append((x, residual, weight, bias))
         plan = BY_TILES if kernel == 3 else []
-        return self.chain.conv(x, residual, packed, padded_bias(shift), 32, geometry, True, plan)
+        return self.chain.conv(x, residual, packed, padded_bias(bias), 32, geometry, True, plan)
 
     def ours(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ops.resnet_fused_cpu.run_chain(self.chain.id, x, residual)
 
     def stock(self, x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         values = [x.to(dtype), None if residual is None else residual.to(dtype)]
-        for source, added, weight, shift in self.steps:
-            y = F.conv2d(values[source], weight.to(dtype), shift.to(dtype), padding=weight.shape[2] // 2)
+        for source, added, weight, bias in self.steps:
+            y = F.conv2d(values[source], weight.to(dtype), bias.to(dtype), padding=weight.shape[2] // 2)
             values.append((y if added is None else y + values[added]).relu())
         return values[-1]
 

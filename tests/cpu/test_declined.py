@@ -61,8 +61,8 @@ class Op(NamedTuple):
         weight = torch.randn(self.out, self.c, self.kernel, self.kernel) * (self.c * self.kernel**2) ** -0.5
         return x, weight.to(dtype), torch.randn(self.out).to(dtype)
 
-    def stock(self, x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
-        y = F.conv2d(x, weight, shift, self.stride, self.kernel // 2).relu()
+    def stock(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.conv2d(x, weight, bias, self.stride, self.kernel // 2).relu()
         return F.max_pool2d(y, 3, 2, 1) if self.pool else y
 
     def reached(self, n: int, h: int, w: int) -> Tensor:
@@ -71,11 +71,11 @@ class Op(NamedTuple):
         x[n, 0, h, w] = 1
         return self.stock(x, torch.ones(1, 1, self.kernel, self.kernel), torch.zeros(1)) > 0
 
-    def ours(self, x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    def ours(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with rf.use_backend("cpu"):
             if self.pool:
-                return rf.functional.stem(x, weight, shift, self.stride, self.kernel // 2, 3, 2, 1)
-            return rf.functional.conv2d_bn_relu(x, weight, shift, self.stride, self.kernel // 2)
+                return rf.functional.stem(x, weight, bias, self.stride, self.kernel // 2, 3, 2, 1)
+            return rf.functional.conv2d_bn_relu(x, weight, bias, self.stride, self.kernel // 2)
 
 
 OPS = {
@@ -105,21 +105,21 @@ def assert_unspoiled(y: Tensor, stock: Tensor, clean: Tensor, reached: Tensor) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS.values(), ids=[*OPS])
 def test_large_and_non_finite_pixels_spoil_nothing_that_they_do_not_reach(isa: str, op: Op, dtype: torch.dtype, declined):
-    x, weight, shift = op.parameters(dtype)
+    x, weight, bias = op.parameters(dtype)
     try:
-        op.ours(x, weight, shift)
+        op.ours(x, weight, bias)
     except rf.BackendError:
         assert dtype == torch.bfloat16
         pytest.skip("without AVX512_BF16 this layer isn't served")
     assert not declined, "ordinary values were declined"
-    clean = op.stock(x.double(), weight.double(), shift.double())
+    clean = op.stock(x.double(), weight.double(), bias.double())
     places = pixels(op.n, op.h, op.w)
     for i, value in enumerate(VALUES):
         for place, channels in ((places[i], slice(None)), (places[i - 1], op.c // 2)):
             n, h, w = place
             bad = x.clone()
             bad[n, channels, h, w] = value
-            assert_unspoiled(op.ours(bad, weight, shift), op.stock(bad, weight, shift), clean, op.reached(*place))
+            assert_unspoiled(op.ours(bad, weight, bias), op.stock(bad, weight, bias), clean, op.reached(*place))
     # In bfloat16 some of these layers are summed directly, which declines nothing.
     assert declined or dtype == torch.bfloat16
 
@@ -165,13 +165,13 @@ EVERYWHERE = {
 @pytest.mark.parametrize("op", EVERYWHERE.values(), ids=[*EVERYWHERE])
 def test_a_large_pixel_spoils_nothing_wherever_it_is_in_a_tile(isa: str, op: Op):
     """Not where a phase of a strided filter has no tap for it either."""
-    x, weight, shift = op.parameters(torch.float32)
-    clean = op.stock(x.double(), weight.double(), shift.double())
+    x, weight, bias = op.parameters(torch.float32)
+    clean = op.stock(x.double(), weight.double(), bias.double())
     for h in range(14):
         for w in range(14):
             bad = x.clone()
             bad[0, :, h, w] = 1e10
-            assert_unspoiled(op.ours(bad, weight, shift), op.stock(bad, weight, shift), clean, op.reached(0, h, w))
+            assert_unspoiled(op.ours(bad, weight, bias), op.stock(bad, weight, bias), clean, op.reached(0, h, w))
 
 
 def test_a_large_pixel_spoils_nothing_wherever_it_is_in_the_phases_of_a_tile(isa: str):
@@ -238,7 +238,7 @@ def test_values_of_one_magnitude_are_served_whatever_it_is(isa: str, scale: floa
     for sizes, plan in PLANS.values():
         layer = Layer(**sizes, relu=False, residual=False)
         layer.x.mul_(scale)
-        layer.shift.mul_(scale)
+        layer.bias.mul_(scale)
         y = layer.ours(plan)
         assert y is not None
         torch.testing.assert_close(y / scale, layer.stock(torch.float32) / scale, rtol=1e-4, atol=5e-5)
@@ -259,11 +259,11 @@ def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
     layer = Layer(n=1, c=64, h=56, w=56, out=64, residual=False)
     library = torch.ops.resnet_fused_cpu
     weights = library.pack(layer.weight.contiguous(memory_format=CL), True)
-    shift = padded_bias(layer.shift * 1e12)
+    bias = padded_bias(layer.bias * 1e12)
 
     def record(chain: Chain, x: int, residual: int | None) -> int:
         for _ in range(3):
-            x = chain.conv(x, None, weights, shift, 64, [3, 3, 1, 1, 1, 1, 1, 1], True, [4, 14, 8, 64, 0])
+            x = chain.conv(x, None, weights, bias, 64, [3, 3, 1, 1, 1, 1, 1, 1], True, [4, 14, 8, 64, 0])
         return x
 
     kernel = ChainKernel(tuple(layer.x.shape), torch.float32, record)

@@ -31,7 +31,7 @@ class Case:
         return self.stride, self.padding, self.dilation, self.groups
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x, weight and shift."""
+        """x, weight and bias."""
         n, c, h, w = self.x
         x = torch.randn(self.x)
         if self.special is not None:

@@ -19,35 +19,35 @@ F = torch.nn.functional
 BACKENDS = ["auto", *rf.available_backends()]
 
 
-def stock(op: str, x, weight, shift, residual, geometry):
+def stock(op: str, x, weight, bias, residual, geometry):
     """What stock PyTorch computes, op by op."""
-    y = F.conv2d(x, weight, shift, *geometry)
+    y = F.conv2d(x, weight, bias, *geometry)
     if residual is not None:
         y = y + residual
     return y if op == "conv2d_bn" else y.relu()
 
 
-def run(op: str, x, weight, shift, residual, geometry):
+def run(op: str, x, weight, bias, residual, geometry):
     function = getattr(rf.functional, op)
-    return function(x, weight, shift, *(() if residual is None else (residual,)), *geometry)
+    return function(x, weight, bias, *(() if residual is None else (residual,)), *geometry)
 
 
 @pytest.mark.parametrize("op", ["conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @torch.no_grad()
 def test_every_backend_is_as_good_as_stock(case: Case, op: str):
-    x, weight, shift = case.tensors()
+    x, weight, bias = case.tensors()
     shape = F.conv2d(x.float(), weight.float(), None, *case.geometry).shape
     residual = torch.randn(shape).to(case.dtype) if op == "conv2d_bn_add_relu" else None
-    given = [t.clone() for t in (x, weight, shift)]
-    want = stock(op, x.contiguous() if case.stock_fails else x, weight, shift, residual, case.geometry)
-    exact = [None if t is None else t.double() for t in (x, weight, shift, residual)]
+    given = [t.clone() for t in (x, weight, bias)]
+    want = stock(op, x.contiguous() if case.stock_fails else x, weight, bias, residual, case.geometry)
+    exact = [None if t is None else t.double() for t in (x, weight, bias, residual)]
     truth = stock(op, *exact, case.geometry)
     served = 0
     for backend in BACKENDS:
         try:
             with rf.use_backend(backend):
-                y = run(op, x, weight, shift, residual, case.geometry)
+                y = run(op, x, weight, bias, residual, case.geometry)
         except BackendError as reason:
             assert "can't serve" in str(reason)
             assert backend != "auto"
@@ -57,17 +57,17 @@ def test_every_backend_is_as_good_as_stock(case: Case, op: str):
         assert y.is_contiguous() == want.is_contiguous() or case.stock_fails
         assert y.data_ptr() not in (x.data_ptr(), 0 if residual is None else residual.data_ptr()) or y.numel() == 0
     assert served >= 2  # the automatic choice and the reference
-    for before, after in zip(given, (x, weight, shift), strict=True):
+    for before, after in zip(given, (x, weight, bias), strict=True):
         assert torch.equal(before, after) or before.isnan().any(), "an input was modified"
 
 
 def test_residual_may_be_the_input_itself():
     case = Case("", out_channels=16)
-    x, weight, shift = case.tensors()
+    x, weight, bias = case.tensors()
     before = x.clone()
-    y = rf.functional.conv2d_bn_add_relu(x, weight, shift, x, *case.geometry)
-    truth = stock("", x.double(), weight.double(), shift.double(), x.double(), case.geometry)
-    assert_as_good_as_stock(y, stock("", x, weight, shift, x, case.geometry), truth)
+    y = rf.functional.conv2d_bn_add_relu(x, weight, bias, x, *case.geometry)
+    truth = stock("", x.double(), weight.double(), bias.double(), x.double(), case.geometry)
+    assert_as_good_as_stock(y, stock("", x, weight, bias, x, case.geometry), truth)
     assert torch.equal(x, before)
 
 
@@ -106,27 +106,27 @@ def test_a_nan_written_where_no_counter_sees_it_survives(precision: str):
 
 
 def test_a_nan_written_into_a_result_survives():
-    weight, shift = torch.randn(8, 8, 3, 3), torch.randn(8)
+    weight, bias = torch.randn(8, 8, 3, 3), torch.randn(8)
     x = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode(), rf.use_backend("onednn" if x.device.type == "cpu" else "auto"):
-            y = rf.functional.conv2d_bn_relu(x, weight, shift, padding=1)
+            y = rf.functional.conv2d_bn_relu(x, weight, bias, padding=1)
             y.data[0, 0, 0, 0] = float("nan")
-            assert rf.functional.conv2d_bn_relu(y, weight, shift, padding=1).isnan().sum() == 4 * 8
+            assert rf.functional.conv2d_bn_relu(y, weight, bias, padding=1).isnan().sum() == 4 * 8
 
 
 @pytest.mark.cpu
 def test_an_image_without_pixels_is_refused_as_by_stock():
     """Its padding alone would give a result."""
-    x, weight, shift = torch.ones(2, 4, 5, 0), torch.ones(8, 4, 3, 3), torch.ones(8)
+    x, weight, bias = torch.ones(2, 4, 5, 0), torch.ones(8, 4, 3, 3), torch.ones(8)
     with pytest.raises(RuntimeError, match="Only zero batch or zero channel") as stocks:
-        F.conv2d(x, weight, shift, 1, 2)
+        F.conv2d(x, weight, bias, 1, 2)
     with pytest.raises(RuntimeError, match="Only zero batch or zero channel") as ours:
-        rf.functional.conv2d_bn(x, weight, shift, padding=2)
+        rf.functional.conv2d_bn(x, weight, bias, padding=2)
     assert str(ours.value) == str(stocks.value)
     for backend in BACKENDS[1:-1]:
         with rf.use_backend(backend), pytest.raises(BackendError, match="the input or the result is empty"):
-            rf.functional.conv2d_bn(x, weight, shift, padding=2)
+            rf.functional.conv2d_bn(x, weight, bias, padding=2)
 
 
 @pytest.mark.parametrize(
@@ -159,28 +159,28 @@ def test_derivatives(case: Case, op: str):
     residual = F.conv2d(*tensors, *case.geometry).detach().mul(0.5).requires_grad_() if "add" in op else None
     arguments = [*tensors, *([] if residual is None else [residual])]
 
-    def function(x, weight, shift, residual=None):
-        return run(op, x, weight, shift, residual, case.geometry)
+    def function(x, weight, bias, residual=None):
+        return run(op, x, weight, bias, residual, case.geometry)
 
     assert torch.autograd.gradcheck(function, arguments)
     assert torch.autograd.gradgradcheck(function, arguments)
 
 
 def test_only_what_requires_a_gradient_gets_one():
-    x, weight, shift = Case("").tensors()
+    x, weight, bias = Case("").tensors()
     weight.requires_grad_()
-    rf.functional.conv2d_bn_relu(x, weight, shift, padding=1).sum().backward()
+    rf.functional.conv2d_bn_relu(x, weight, bias, padding=1).sum().backward()
     assert weight.grad is not None
     assert x.grad is None
 
 
 def test_weight_changed_in_place_is_packed_anew():
-    x, weight, shift = Case("").tensors()
+    x, weight, bias = Case("").tensors()
     for _ in range(2):
         with torch.no_grad():
-            y = rf.functional.conv2d_bn(x, weight, shift, padding=1)
+            y = rf.functional.conv2d_bn(x, weight, bias, padding=1)
             assert_as_good_as_stock(
-                y, F.conv2d(x, weight, shift, padding=1), F.conv2d(x.double(), weight.double(), shift.double(), padding=1)
+                y, F.conv2d(x, weight, bias, padding=1), F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
             )
             weight.mul_(-2)
 
@@ -193,7 +193,7 @@ BAD_INPUTS = {
         lambda x, w, s: rf.functional.conv2d_bn(x.long(), w, s),
         r"x has dtype torch.int64 .*the same. Cast the input: x.to\(torch.float32\).$",
     ),
-    "shift-too-short": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s[:5]), r"shift is \(5,\).*fold_bn"),
+    "bias-too-short": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s[:5]), r"bias is \(5,\).*fold_bn"),
     "stride-0": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, stride=0), "stride is 0.*at least 1"),
     "padding-string": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, padding="same"), "padding is 'same'.*integer"),
     "groups-5": (lambda x, w, s: rf.functional.conv2d_bn(x, w, s, groups=5), "groups is 5.*divisor of the 24"),
@@ -214,23 +214,23 @@ def test_errors_name_argument_value_rule_and_remedy(call, message):
 
 @pytest.mark.cpu
 def test_onednn_layout_runs_on_stock_ops():
-    x, weight, shift = Case("").tensors()
+    x, weight, bias = Case("").tensors()
     residual = torch.randn(2, 24, 9, 9)
     given = x.to_mkldnn()
-    y = rf.functional.conv2d_bn_add_relu(given, weight, shift, residual.to_mkldnn(), padding=1)
-    want = (F.conv2d(given, weight, shift, padding=1) + residual.to_mkldnn()).relu()
+    y = rf.functional.conv2d_bn_add_relu(given, weight, bias, residual.to_mkldnn(), padding=1)
+    want = (F.conv2d(given, weight, bias, padding=1) + residual.to_mkldnn()).relu()
     assert torch.equal(y.to_dense(), want.to_dense())
     assert torch.equal(rf.functional.add_relu(given, given).to_dense(), (given + given).relu().to_dense())
-    for call in (lambda: rf.functional.conv2d_bn(given, weight, shift), lambda: rf.functional.add_relu(given, given)):
+    for call in (lambda: rf.functional.conv2d_bn(given, weight, bias), lambda: rf.functional.add_relu(given, given)):
         with rf.use_backend("onednn"), pytest.raises(BackendError, match=r"can't serve tensors of layout.*x\.to_dense\(\)"):
             call()
 
 
 @pytest.mark.cpu
 def test_explicit_backend_that_cannot_serve_raises_with_the_reason():
-    x, weight, shift = Case("", dtype=torch.float64).tensors()
+    x, weight, bias = Case("", dtype=torch.float64).tensors()
     with (
         rf.use_backend("onednn"),
         pytest.raises(BackendError, match="it serves float32, bfloat16 and float16, not torch.float64"),
     ):
-        rf.functional.conv2d_bn(x, weight, shift, padding=1)
+        rf.functional.conv2d_bn(x, weight, bias, padding=1)

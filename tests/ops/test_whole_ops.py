@@ -46,21 +46,21 @@ class Block:
         weights = [(torch.randn(k, c, r, r) / (c * r * r) ** 0.5).to(self.dtype) for k, c, r in filters]
         return x, weights, [torch.randn(k).to(self.dtype) for k, _, _ in filters]
 
-    def run(self, x: Tensor, weights: list[Tensor], shifts: list[Tensor]) -> Tensor:
+    def run(self, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         if self.op == "basic_block":
-            return rf.functional.basic_block(x, weights, shifts, self.stride)
-        return rf.functional.bottleneck(x, weights, shifts, self.stride, self.dilation, self.groups)
+            return rf.functional.basic_block(x, weights, biases, self.stride)
+        return rf.functional.bottleneck(x, weights, biases, self.stride, self.dilation, self.groups)
 
-    def stock(self, x: Tensor, weights: list[Tensor], shifts: list[Tensor]) -> Tensor:
+    def stock(self, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         if self.op == "basic_block":
-            y = F.conv2d(x, weights[0], shifts[0], self.stride, 1).relu()
-            y = F.conv2d(y, weights[1], shifts[1], 1, 1)
+            y = F.conv2d(x, weights[0], biases[0], self.stride, 1).relu()
+            y = F.conv2d(y, weights[1], biases[1], 1, 1)
         else:
-            y = F.conv2d(x, weights[0], shifts[0]).relu()
-            y = F.conv2d(y, weights[1], shifts[1], self.stride, self.dilation, self.dilation, self.groups).relu()
-            y = F.conv2d(y, weights[2], shifts[2])
+            y = F.conv2d(x, weights[0], biases[0]).relu()
+            y = F.conv2d(y, weights[1], biases[1], self.stride, self.dilation, self.dilation, self.groups).relu()
+            y = F.conv2d(y, weights[2], biases[2])
         main = 2 if self.op == "basic_block" else 3
-        return (y + (F.conv2d(x, weights[main], shifts[main], self.stride) if len(weights) > main else x)).relu()
+        return (y + (F.conv2d(x, weights[main], biases[main], self.stride) if len(weights) > main else x)).relu()
 
 
 BF16 = torch.bfloat16
@@ -88,15 +88,15 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.id)
 @torch.no_grad()
 def test_blocks_are_as_good_as_stock(block: Block):
-    x, weights, shifts = block.tensors()
-    want = block.stock(x, weights, shifts)
-    truth = block.stock(x.double(), [w.double() for w in weights], [s.double() for s in shifts])
+    x, weights, biases = block.tensors()
+    want = block.stock(x, weights, biases)
+    truth = block.stock(x.double(), [w.double() for w in weights], [s.double() for s in biases])
     before = x.clone()
     served = 0
     for backend in BACKENDS:
         try:
             with rf.use_backend(backend):
-                y = block.run(x, weights, shifts)
+                y = block.run(x, weights, biases)
         except BackendError as reason:
             assert "can't serve" in str(reason)
             continue
@@ -107,8 +107,8 @@ def test_blocks_are_as_good_as_stock(block: Block):
     assert torch.equal(x, before) or block.nan
 
 
-def _stem(x: Tensor, weight: Tensor, shift: Tensor, pool: tuple[int, int, int]) -> Tensor:
-    return F.max_pool2d(F.conv2d(x, weight, shift, 2, 3).relu(), *pool)
+def _stem(x: Tensor, weight: Tensor, bias: Tensor, pool: tuple[int, int, int]) -> Tensor:
+    return F.max_pool2d(F.conv2d(x, weight, bias, 2, 3).relu(), *pool)
 
 
 STEMS = {
@@ -129,12 +129,12 @@ def test_stem_is_as_good_as_stock(shape, pool, dtype, nan):
     x = torch.randn(shape)
     if nan:
         x[0, 0, shape[2] // 2, shape[3] // 2] = float("nan")
-    x, weight, shift = x.to(dtype), (torch.randn(64, shape[1], 7, 7) / 12).to(dtype), torch.randn(64).to(dtype)
-    want, truth = _stem(x, weight, shift, pool), _stem(x.double(), weight.double(), shift.double(), pool)
+    x, weight, bias = x.to(dtype), (torch.randn(64, shape[1], 7, 7) / 12).to(dtype), torch.randn(64).to(dtype)
+    want, truth = _stem(x, weight, bias, pool), _stem(x.double(), weight.double(), bias.double(), pool)
     for backend in BACKENDS:
         try:
             with rf.use_backend(backend):
-                y = rf.functional.stem(x, weight, shift, 2, 3, *pool)
+                y = rf.functional.stem(x, weight, bias, 2, 3, *pool)
         except BackendError as reason:
             assert "can't serve" in str(reason)
             continue
@@ -163,8 +163,8 @@ DERIVATIVES = {
 
 @pytest.mark.parametrize("block", DERIVATIVES.values(), ids=DERIVATIVES)
 def test_derivatives_of_blocks(block: Block):
-    x, weights, shifts = block.tensors()
-    arguments = [t.requires_grad_() for t in (x, *weights, *shifts)]
+    x, weights, biases = block.tensors()
+    arguments = [t.requires_grad_() for t in (x, *weights, *biases)]
     count = len(weights)
 
     def function(x, *parameters):
@@ -177,29 +177,29 @@ def test_derivatives_of_blocks(block: Block):
 
 
 def test_derivative_of_the_stem():
-    x, weight, shift = torch.randn(1, 2, 9, 9), torch.randn(3, 2, 3, 3), torch.randn(3)
-    arguments = [t.double().requires_grad_() for t in (x, weight, shift)]
+    x, weight, bias = torch.randn(1, 2, 9, 9), torch.randn(3, 2, 3, 3), torch.randn(3)
+    arguments = [t.double().requires_grad_() for t in (x, weight, bias)]
     assert torch.autograd.gradcheck(lambda *a: rf.functional.stem(*a, 2, 1), arguments)
 
 
 def test_block_with_a_weight_missing_says_so():
-    x, weights, shifts = Block("", "bottleneck", (16, 4, 16)).tensors()
-    with pytest.raises(ValueError, match="weights has 2 and shifts 2 tensors; bottleneck takes 3 of each, or 4"):
-        rf.functional.bottleneck(x, weights[:2], shifts[:2])
+    x, weights, biases = Block("", "bottleneck", (16, 4, 16)).tensors()
+    with pytest.raises(ValueError, match="weights has 2 and biases 2 tensors; bottleneck takes 3 of each, or 4"):
+        rf.functional.bottleneck(x, weights[:2], biases[:2])
 
 
 def test_a_pool_with_too_much_padding_says_how_much_is_allowed():
-    x, weight, shift = torch.randn(1, 3, 16, 16), torch.randn(8, 3, 7, 7), torch.randn(8)
+    x, weight, bias = torch.randn(1, 3, 16, 16), torch.randn(8, 3, 7, 7), torch.randn(8)
     with pytest.raises(ValueError, match="pool_padding is 2; it must be at most half of pool_kernel, which is 3. Pass less"):
-        rf.functional.stem(x, weight, shift, pool_padding=2)
+        rf.functional.stem(x, weight, bias, pool_padding=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_paths_of_different_sizes_are_refused(dtype):
     """Without padding the main path loses four rows and columns, and the 1×1 shortcut none."""
     weights = [torch.randn(16, 16, 3, 3), torch.randn(16, 16, 3, 3), torch.randn(16, 16, 1, 1)]
-    weights, shifts = [w.to(dtype) for w in weights], [torch.randn(16).to(dtype)] * 3
+    weights, biases = [w.to(dtype) for w in weights], [torch.randn(16).to(dtype)] * 3
     with pytest.raises(
         ValueError, match=r"shortcut's result has shape \(1, 16, 9, 8\) and that of the main path \(1, 16, 5, 4\)"
     ):
-        rf.functional.basic_block(torch.randn(1, 16, 9, 8).to(dtype), weights, shifts, padding=0)
+        rf.functional.basic_block(torch.randn(1, 16, 9, 8).to(dtype), weights, biases, padding=0)

@@ -118,7 +118,7 @@ def test_a_model_that_ran_before_uses_the_new_choice_and_keeps_nothing_of_the_ot
         tuning.tune(model, x, progress=False)
         model(x)
     assert served(model) == [("conv2d_bn_relu", "reference")]
-    assert report(model).packed_bytes == 4 * (16 * 16 * 9 + 16)  # the folded weight and shift, which stock's op reads
+    assert report(model).packed_bytes == 4 * (16 * 16 * 9 + 16)  # the folded weight and bias, which stock's op reads
 
 
 WRONG = {

@@ -1,6 +1,6 @@
 """The kernels of conv2d_bn, conv2d_bn_relu and conv2d_bn_add_relu: convolution as an implicit matrix product.
 
-    y[m, k] = act(Σ_j x_window[m, j] · w[k, j] + shift[k] + residual[m, k])
+    y[m, k] = act(Σ_j x_window[m, j] · w[k, j] + bias[k] + residual[m, k])
 
 m counts output pixels (n, oh, ow), j counts the filter's (r, s, c), k the output channels of one group. The matrix
 x_window is never formed: a program reads its rows where they lie in the channels_last input. Sums are float32, the
@@ -80,10 +80,10 @@ def overflow(acc, dtype: tl.constexpr):
 
 
 @triton.jit
-def epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr):
-    """Adds shift and residual, applies ReLU (NaN stays NaN), stores channels first + k of rows m of y, STRIDE apart."""
+def epilogue(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr):
+    """Adds bias and residual, applies ReLU (NaN stays NaN), stores channels first + k of rows m of y, STRIDE apart."""
     channel = k < K
-    acc += tl.load(shift_ptr + first + k, mask=channel, other=0.0).to(tl.float32)[None, :]
+    acc += tl.load(bias_ptr + first + k, mask=channel, other=0.0).to(tl.float32)[None, :]
     offsets = m[:, None] * STRIDE + (first + k)[None, :]
     inside = (m < M)[:, None] & channel[None, :]
     if residual_ptr is not None:
@@ -98,7 +98,7 @@ def epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexp
 def conv2d_fwd_kernel(
     x_ptr,  # (N, H, W, GROUPS * C)
     w_ptr,  # (GROUPS * K, STEPS * BLOCK_K), see `pack`
-    shift_ptr,  # (GROUPS * K,)
+    bias_ptr,  # (GROUPS * K,)
     residual_ptr,  # as y, or None
     y_ptr,  # (N, OH, OW, GROUPS * K); with SPLIT the partial sums, (splits, N, OH, OW, GROUPS * K) of float32
     N,
@@ -221,13 +221,13 @@ def conv2d_fwd_kernel(
         offsets = m[:, None] * (GROUPS * K) + (first + k)[None, :]
         tl.store(y_ptr + part + offsets, acc, mask=(m < M)[:, None] & (k < K)[None, :])
     else:
-        epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, M, k, first, K, GROUPS * K, RELU)
+        epilogue(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, first, K, GROUPS * K, RELU)
 
 
 @triton.jit(do_not_specialize=["M"])
 def conv2d_split_fwd_kernel(
     part_ptr,  # (SPLITS, M, K) of float32, from `conv2d_fwd_kernel` with SPLIT
-    shift_ptr,
+    bias_ptr,
     residual_ptr,
     y_ptr,  # (M, K)
     M,
@@ -245,7 +245,7 @@ def conv2d_split_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in tl.static_range(SPLITS):
         acc += tl.load(part_ptr + split * (M * K) + offsets, mask=inside, other=0.0)
-    epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, M, k, 0, K, K, RELU)
+    epilogue(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, 0, K, K, RELU)
 
 
 def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
@@ -258,7 +258,7 @@ def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
 
 
 def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Launch, Launch | None]:
-    """The launch of (x, w, shift, residual or None, y), and with splits a second one of (partial, shift, residual or
+    """The launch of (x, w, bias, residual or None, y), and with splits a second one of (partial, bias, residual or
     None, y).
 
     With splits the first one's y is the partial sums.
@@ -315,16 +315,16 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
 
 
 def bind(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> Callable[..., None]:
-    """A function of (x, w, shift, residual, y), all channels_last and aligned, that fills y."""
+    """A function of (x, w, bias, residual, y), all channels_last and aligned, that fills y."""
     main, rest = launches(problem, plan, chip, tf32)
     run = main.bind()
     if rest is None:
         return run
     finish, splits = rest.bind(), main.grid[1]
 
-    def split(x: Tensor, w: Tensor, shift: Tensor, residual: Tensor | None, y: Tensor) -> None:
+    def split(x: Tensor, w: Tensor, bias: Tensor, residual: Tensor | None, y: Tensor) -> None:
         partial = y.new_empty((splits, y.numel()), dtype=torch.float32)
-        run(x, w, shift, None, partial)
-        finish(partial, shift, residual, y)
+        run(x, w, bias, None, partial)
+        finish(partial, bias, residual, y)
 
     return split

@@ -32,7 +32,7 @@ UNIT = tl.constexpr(configs.UNIT)
 def conv2d_pairs_fwd_kernel(
     x_ptr,  # (N, H, UNITS * UNIT)
     w_ptr,  # (2, K, R * BLOCK_K), see `pack`
-    shift_ptr,  # (K,)
+    bias_ptr,  # (K,)
     residual_ptr,  # as y, or None
     y_ptr,  # (N, OH, 2 * PAIRS, K)
     N,
@@ -97,7 +97,7 @@ def conv2d_pairs_fwd_kernel(
 
     acc = tl.join(left_acc, right_acc).permute(0, 2, 1).reshape(BLOCK_M, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    epilogue(acc, shift_ptr, residual_ptr, y_ptr, m, 2 * M, k, 0, K, K, RELU)
+    epilogue(acc, bias_ptr, residual_ptr, y_ptr, m, 2 * M, k, 0, K, K, RELU)
 
 
 def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
@@ -112,7 +112,7 @@ def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
 
 
 def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Launch, None]:
-    """The launch of (x, w, shift, residual or None, y), and no second one."""
+    """The launch of (x, w, bias, residual or None, y), and no second one."""
     conv = problem.conv
     n, c, h, w = problem.shape
     _, k, oh, ow = problem.output_shape()
@@ -148,5 +148,5 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
 
 
 def bind(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> Callable[..., None]:
-    """A function of (x, w, shift, residual, y), all channels_last and aligned, that fills y."""
+    """A function of (x, w, bias, residual, y), all channels_last and aligned, that fills y."""
     return launches(problem, plan, chip, tf32)[0].bind()

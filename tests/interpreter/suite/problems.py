@@ -40,7 +40,7 @@ class Case:
         return self.stride, self.padding, self.dilation, self.groups
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, weight, shift and residual, all channels_last."""
+        """x, weight, bias and residual, all channels_last."""
         generator = torch.Generator().manual_seed(7)
         c = self.shape[1] // self.groups
         shapes = self.shape, (self.k, c, *self.kernel), self.problem.output_shape()
@@ -50,25 +50,25 @@ class Case:
         return x, weight, torch.randn(self.k, generator=generator).to(self.dtype), residual
 
     def folded(self) -> ConvParameters:
-        _, weight, shift, _ = self.tensors()
-        return ConvParameters((weight,), (shift,))
+        _, weight, bias, _ = self.tensors()
+        return ConvParameters((weight,), (bias,))
 
     def with_(self, **changes: object) -> Case:
         return replace(self, **changes)
 
 
-def stock(case: Case, x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+def stock(case: Case, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """The op as stock PyTorch computes it."""
-    y = F.conv2d(x, weight, shift, *case.geometry)
+    y = F.conv2d(x, weight, bias, *case.geometry)
     if case.op == "conv2d_bn_add_relu":
         y = y + residual
     return y if case.op == "conv2d_bn" else y.relu()
 
 
-def fused(case: Case, x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+def fused(case: Case, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """The op as resnet_fused computes it, on the backend in use."""
     rest = (residual,) if case.op == "conv2d_bn_add_relu" else ()
-    return getattr(functional, case.op)(x, weight, shift, *rest, *case.geometry)
+    return getattr(functional, case.op)(x, weight, bias, *rest, *case.geometry)
 
 
 def check(case: Case, y: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

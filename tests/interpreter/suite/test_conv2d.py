@@ -32,7 +32,7 @@ CASES = {
     "pointwise": Case("the 1×1 of a bottleneck", (2, 64, 7, 7), 128, (1, 1), dtype=F16),
     "pointwise-ragged": Case("channels that fill no step", (2, 20, 5, 5), 36, (1, 1)),
     "pointwise-stride": Case("a projection shortcut", (2, 32, 7, 8), 64, (1, 1), (2, 2), op="conv2d_bn"),
-    "pointwise-padding": Case("1×1 whose border is shift alone", (1, 32, 4, 4), 32, (1, 1), padding=P1),
+    "pointwise-padding": Case("1×1 whose border is bias alone", (1, 32, 4, 4), 32, (1, 1), padding=P1),
     "stem": Case("the 7×7 on three channels", (1, 3, 19, 18), 64, (7, 7), (2, 2), (3, 3), op="conv2d_bn_relu", dtype=F16),
     "pairs": Case("the stem on a width that lets pixels go in pairs", (1, 3, 13, 12), 64, (7, 7), (2, 2), (3, 3)),
     "pairs-f16": Case("three tiles", (2, 3, 18, 20), 40, (7, 7), (2, 2), (3, 3), op="conv2d_bn_relu", dtype=F16),
@@ -72,24 +72,24 @@ INPUTS = {
 
 @pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in INPUTS.items()])
 def test_takes_any_strides_and_alignment(change):
-    x, weight, shift, residual = RAGGED.tensors()
-    tensors = change(x), weight, shift, change(residual)
+    x, weight, bias, residual = RAGGED.tensors()
+    tensors = change(x), weight, bias, change(residual)
     check(RAGGED, fused(RAGGED, *tensors), tensors)
 
 
 def test_contiguous_tensors_give_a_contiguous_result():
-    x, weight, shift, residual = (t.contiguous() for t in RAGGED.tensors())
-    y = fused(RAGGED, x, weight, shift, residual)
+    x, weight, bias, residual = (t.contiguous() for t in RAGGED.tensors())
+    y = fused(RAGGED, x, weight, bias, residual)
     assert y.is_contiguous()
-    check(RAGGED, y, (x, weight, shift, residual))
+    check(RAGGED, y, (x, weight, bias, residual))
 
 
 def test_residual_may_be_the_input_and_neither_is_changed():
     case = Case("an identity block", (1, 32, 5, 5), 32, (3, 3), padding=P1)
-    x, weight, shift, _ = case.tensors()
+    x, weight, bias, _ = case.tensors()
     before = x.clone()
-    y = fused(case, x, weight, shift, x)
-    check(case, y, (before, weight, shift, before))
+    y = fused(case, x, weight, bias, x)
+    check(case, y, (before, weight, bias, before))
     assert torch.equal(x, before)
 
 
@@ -97,11 +97,11 @@ def test_residual_may_be_the_input_and_neither_is_changed():
 @pytest.mark.parametrize("name", ["taps", "pointwise", "stem", "pairs-f16"])
 def test_nan_and_inf_go_where_stock_has_them(name, value):
     case = CASES[name]
-    x, weight, shift, residual = case.tensors()
+    x, weight, bias, residual = case.tensors()
     # Where a pair of pixels ends and where one begins, so that one of the two has it and the other one hasn't.
     x[0, 1, 2, 4] = x[-1, 2, -1, 1] = value
     residual[0, 0, 1, 1] = value
-    y, expected = fused(case, x, weight, shift, residual), stock(case, x, weight, shift, residual)
+    y, expected = fused(case, x, weight, bias, residual), stock(case, x, weight, bias, residual)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
 
@@ -109,8 +109,8 @@ def test_nan_and_inf_go_where_stock_has_them(name, value):
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_sum_beyond_float16_is_inf_as_in_stock(splits):
     case = Case("70,000 − 10,000 is finite, and stock has Inf", (1, 1024, 2, 2), 16, (1, 1), dtype=F16)
-    x, weight, shift, residual = case.tensors()
-    x, weight, shift = x.fill_(8.0), weight.fill_(8.0), shift.fill_(4464.0)
+    x, weight, bias, residual = case.tensors()
+    x, weight, bias = x.fill_(8.0), weight.fill_(8.0), bias.fill_(4464.0)
     weight[1] = -8.0
     weight[2, 0] = float("nan")
     weight[3] = 7.0
@@ -118,8 +118,8 @@ def test_a_sum_beyond_float16_is_inf_as_in_stock(splits):
     plan = Plan(configs.HALF[-3], configs.POINTWISE, 64, splits)
     y = torch.empty_like(residual)
     packed = conv2d.pack(weight, case.problem.convs[0], plan)
-    conv2d.bind(case.problem, plan, CPU_CHIP, False)(x, packed, shift, residual, y)
-    expected = stock(case, x, weight, shift, residual)
+    conv2d.bind(case.problem, plan, CPU_CHIP, False)(x, packed, bias, residual, y)
+    expected = stock(case, x, weight, bias, residual)
     assert expected[0, 0].isinf().all()
     torch.testing.assert_close(y, expected, equal_nan=True)
 
@@ -149,10 +149,10 @@ def test_a_split_reduction_gives_the_same_result(splits):
     case = Case("a long reduction over few pixels", (1, 1060, 3, 3), 40, (1, 1), dtype=F16)
     tile = next(tile for tile in configs.HALF if (tile.m, tile.n) == (32, 64))
     plan = Plan(tile, configs.POINTWISE, tile.k, splits)
-    x, weight, shift, residual = tensors = case.tensors()
+    x, weight, bias, residual = tensors = case.tensors()
     y = torch.empty_like(residual)
     packed = conv2d.pack(weight, case.problem.convs[0], plan)
-    conv2d.bind(case.problem, plan, CPU_CHIP, False)(x, packed, shift, residual, y)
+    conv2d.bind(case.problem, plan, CPU_CHIP, False)(x, packed, bias, residual, y)
     check(case, y, tensors)
 
 
@@ -162,12 +162,12 @@ def test_64_bit_offsets_give_the_same_result(name):
     plan = configs.plans(case.problem, CPU_CHIP, False)[0]
     kernel = module_of(plan)
     main, _ = kernel.launches(case.problem, plan, CPU_CHIP, False)
-    x, weight, shift, residual = tensors = case.tensors()
+    x, weight, bias, residual = tensors = case.tensors()
     if case.op != "conv2d_bn_add_relu":
         residual = None
     y = torch.empty(case.problem.output_shape(), dtype=case.dtype, memory_format=torch.channels_last)
     wide = dataclasses.replace(main, constants={**main.constants, "WIDE": True})
-    wide.bind()(x, kernel.pack(weight, case.problem.convs[0], plan), shift, residual, y)
+    wide.bind()(x, kernel.pack(weight, case.problem.convs[0], plan), bias, residual, y)
     check(case, y, tensors)
 
 
@@ -201,10 +201,10 @@ def test_tf32_setting_is_followed_from_call_to_call(monkeypatch, float32_precisi
 
 
 def test_weights_are_read_again_after_a_change_in_place():
-    x, weight, shift, residual = RAGGED.tensors()
-    fused(RAGGED, x, weight, shift, residual)
+    x, weight, bias, residual = RAGGED.tensors()
+    fused(RAGGED, x, weight, bias, residual)
     weight.mul_(-2)
-    tensors = x, weight, shift, residual
+    tensors = x, weight, bias, residual
     check(RAGGED, fused(RAGGED, *tensors), tensors)
 
 

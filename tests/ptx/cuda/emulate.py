@@ -70,7 +70,7 @@ def nhwc(t: Tensor) -> Tensor:
 def conv2d(
     x: Tensor,
     weight: Tensor,
-    shift: Tensor,
+    bias: Tensor,
     residual: Tensor | None = None,
     *,
     stride: tuple[int, int] = (1, 1),
@@ -82,18 +82,18 @@ def conv2d(
     kernel: str = "",
     splits: int = 0,
 ) -> Result:
-    """act(conv2d(x, weight) + shift + residual) by the CUDA backend's kernels; `kernel` and `splits` as in plan_conv2d."""
+    """act(conv2d(x, weight) + bias + residual) by the CUDA backend's kernels; `kernel` and `splits` as in plan_conv2d."""
     conv = Conv.of(weight, stride, padding, dilation, 1)
     problem = problem_of("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
     numbers = plan_problem(problem, tf32)
     packed = pack_weight(weight, torch.ops.resnet_fused_cuda.conv2d_weight_layout(numbers), tf32)
-    return conv2d_packed(x, packed, shift.float(), residual, numbers, problem.output_shape(), device, kernel, splits)
+    return conv2d_packed(x, packed, bias.float(), residual, numbers, problem.output_shape(), device, kernel, splits)
 
 
 def conv2d_packed(
     x: Tensor,
     weight: Tensor,
-    shift: Tensor,
+    bias: Tensor,
     residual: Tensor | None,
     numbers: list[int],
     shape: tuple[int, int, int, int],
@@ -104,7 +104,7 @@ def conv2d_packed(
     """The same with a packed weight; `numbers`: the problem as the planner takes it, `shape`: of the result."""
     ops, memory = torch.ops.resnet_fused_cuda, px.Memory()
     n, k, p, q = shape
-    pointers = [memory.upload(nhwc(x)), memory.upload(weight), memory.upload(shift)]
+    pointers = [memory.upload(nhwc(x)), memory.upload(weight), memory.upload(bias)]
     pointers += [0 if residual is None else memory.upload(nhwc(residual))]
     pointers += [memory.empty(n * p * q * k * x.element_size()), 0]
     workspace = ops.conv2d_plan(numbers, device, pointers, kernel, splits)[3]

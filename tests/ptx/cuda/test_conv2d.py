@@ -42,23 +42,23 @@ class Case:
         residual = torch.randn_like(self.stock(x, weight)) if self.residual else None
         return x, weight, torch.randn(self.k).to(self.dtype), residual
 
-    def stock(self, x: Tensor, weight: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def stock(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Stock PyTorch's ops, one after the other, in the tensors' dtype."""
-        y = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation)
+        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
         if residual is not None:
             y = y + residual
-        return y.relu() if self.relu and shift is not None else y
+        return y.relu() if self.relu and bias is not None else y
 
-    def run(self, x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor | None):
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None):
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return conv2d(x, weight, shift, residual, relu=self.relu, **geometry, **self.options)
+        return conv2d(x, weight, bias, residual, relu=self.relu, **geometry, **self.options)
 
     def check(self, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> list[str]:
         """Compares with float64, and gives the kernels that ran."""
         result = self.run(*tensors)
-        x, weight, shift, residual = tensors
+        x, weight, bias, residual = tensors
         if self.options.get("tf32"):
-            stock = self.stock(to_tf32(x), to_tf32(weight), shift, residual)  # what tensor cores get of the inputs
+            stock = self.stock(to_tf32(x), to_tf32(weight), bias, residual)  # what tensor cores get of the inputs
         else:
             stock = self.stock(*tensors)
         truth = self.stock(*(None if t is None else t.double() for t in tensors))
@@ -139,12 +139,12 @@ def test_case(name: str) -> None:
     ],
 )
 def test_nan_and_infinity_stay_where_stock_has_them(case: Case) -> None:
-    x, weight, shift, residual = case.tensors()
+    x, weight, bias, residual = case.tensors()
     assert residual is not None
     x[0, 0, 3, 2], x[0, -1, 0, 0], x[0, 0, -1, -1] = torch.inf, torch.nan, -torch.inf
     x[0, 0, 2, 4] = torch.inf  # just behind the window of a pixel of the stem, whose kernel loads it all the same
     residual[0, 0, 0, 1], residual[0, -1, -1, -1] = torch.nan, torch.inf
-    case.check((x, weight, shift, residual))
+    case.check((x, weight, bias, residual))
 
 
 @pytest.mark.parametrize(
@@ -158,15 +158,15 @@ def test_nan_and_infinity_stay_where_stock_has_them(case: Case) -> None:
 )
 def test_a_sum_beyond_float16_is_infinite_as_in_stock(case: Case) -> None:
     """80,000 − 20,000 is within float16, but stock stores the convolution's result before it adds the residual."""
-    x, weight, shift, residual = case.tensors()
+    x, weight, bias, residual = case.tensors()
     assert residual is not None
-    x, weight, shift = x.fill_(8.0), weight.fill_(14_336 / (8 * case.shape[1])), shift.fill_(65_472.0)
+    x, weight, bias = x.fill_(8.0), weight.fill_(14_336 / (8 * case.shape[1])), bias.fill_(65_472.0)
     weight[0] *= -1
     weight[1, 0] = torch.nan
-    shift[2] = 40_000.0
+    bias[2] = 40_000.0
     residual.fill_(-20_000.0)
-    stock = case.stock(x, weight, shift, residual)
+    stock = case.stock(x, weight, bias, residual)
     assert stock[0, 1].isnan().all()
     assert stock[0, [0, 2]].isfinite().all()
     assert stock[0, 3:].isinf().all()
-    torch.testing.assert_close(case.run(x, weight, shift, residual).y, stock, equal_nan=True)
+    torch.testing.assert_close(case.run(x, weight, bias, residual).y, stock, equal_nan=True)

@@ -47,7 +47,7 @@ def test_memory_traffic(layer: str) -> None:
     assert counters.of("global_store").factor == 1.0
     assert counters.global_factor <= 1.02
     assert counters.shared_factor == 1.0
-    # Every byte of x, weight, residual and shift is read, and every byte of y written: nothing else is touched.
+    # Every byte of x, weight, residual and bias is read, and every byte of y written: nothing else is touched.
     pixels = size * size
     assert counters.bytes_read == 2 * (pixels * c + k * c * r * r + pixels * k) + 4 * k
     assert counters.bytes_written == 2 * pixels * k

@@ -86,7 +86,7 @@ def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
     x, residual = (random(shape).contiguous(memory_format=torch.channels_last) for shape in shapes)
     weight_shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
     weight = random(weight_shape) / math.prod(weight_shape[1:]) ** 0.5
-    shift = random((conv.out_channels,))
+    bias = random((conv.out_channels,))
     added = residual if run.problem.epilogue.residual else None
 
     chip, tf32 = CHIPS[80], dtype == F32
@@ -96,16 +96,16 @@ def execute(run: Run) -> tuple[Tensor, Tensor, Tensor, list[px.Counters]]:
     pixels = (y.permute(0, 2, 3, 1), None if added is None else added.permute(0, 2, 3, 1))
     counters = []
     if finish is None:
-        arguments = [x.permute(0, 2, 3, 1), packed, shift, pixels[1], px.Output(pixels[0])]
+        arguments = [x.permute(0, 2, 3, 1), packed, bias, pixels[1], px.Output(pixels[0])]
         counters.append(launch(main, arguments))
     else:
         partial = torch.empty((main.grid[1], y.numel()), dtype=F32)
-        counters.append(launch(main, [x.permute(0, 2, 3, 1), packed, shift, None, px.Output(partial)]))
-        counters.append(launch(finish, [partial, shift, pixels[1], px.Output(pixels[0])]))
+        counters.append(launch(main, [x.permute(0, 2, 3, 1), packed, bias, None, px.Output(partial)]))
+        counters.append(launch(finish, [partial, bias, pixels[1], px.Output(pixels[0])]))
 
     def stock(to: Any) -> Tensor:
         operands = (to_tf32(x), to_tf32(weight)) if dtype == F32 else (x, weight)
-        result = F.conv2d(*map(to, operands), to(shift), conv.stride, conv.padding, conv.dilation, conv.groups)
+        result = F.conv2d(*map(to, operands), to(bias), conv.stride, conv.padding, conv.dilation, conv.groups)
         result = result if added is None else result + to(added)
         return result.relu() if run.problem.epilogue.relu else result
 

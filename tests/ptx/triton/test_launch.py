@@ -82,14 +82,14 @@ def operands(posed: Any) -> tuple[ConvParameters, torch.Tensor, torch.Tensor | N
     (conv,) = posed.convs
     weight = torch.randn(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel) / 16
     x, residual = (torch.randn(shape) for shape in (posed.shape, posed.output_shape()))
-    x, residual, weight, shift = (t.to(posed.dtype) for t in (x, residual, weight, torch.randn(conv.out_channels)))
-    return ConvParameters((weight,), (shift,)), x, residual if posed.epilogue.residual else None
+    x, residual, weight, bias = (t.to(posed.dtype) for t in (x, residual, weight, torch.randn(conv.out_channels)))
+    return ConvParameters((weight,), (bias,)), x, residual if posed.epilogue.residual else None
 
 
 def expected(posed: Any, folded: ConvParameters, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     (conv,) = posed.convs
-    weight, shift = folded.weights[0].double(), folded.biases[0].double()
-    y = torch.conv2d(x.double(), weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    weight, bias = folded.weights[0].double(), folded.biases[0].double()
+    y = torch.conv2d(x.double(), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     return (y if residual is None else y + residual.double()).relu()
 
 
