@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_fused import functional
 from resnet_fused.backends import BackendError, available_backends, use_backend
-from resnet_fused.fuse import fuse
+from resnet_fused.fusion.fuse import fuse
 from resnet_fused.fusion.installing import unfuse
 from resnet_fused.fusion.report import Report, report
 from resnet_fused.tuning import Tuning, tune
-from resnet_fused.verify import Verification, verify
+from resnet_fused.verification.model import Verification, verify
 
 if TYPE_CHECKING:
     from resnet_fused.models import (

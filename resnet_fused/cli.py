@@ -212,7 +212,7 @@ def _accept(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.device is not None:
-        from resnet_fused import verify_device
+        from resnet_fused.verification import device as verify_device
 
         device = options.device(arguments.device)
         options.folder("--out", arguments.out.parent)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.fusion.folding import hooks_of
 from resnet_fused.modules.blocks import Block
 from resnet_fused.modules.drop_ins import BasicBlock, Bottleneck
 from resnet_fused.modules.norm import bn_relu
+from resnet_fused.runtime.folding import hooks_of
 
 __all__ = [
     "ResNet",

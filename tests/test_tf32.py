@@ -9,11 +9,13 @@ import torch
 from posing import problem_of
 from torch import Tensor
 
-from resnet_fused import backends, trials, verify_device
+from resnet_fused import backends
 from resnet_fused.backends import ConvParameters, Problem, tf32
+from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.problem import Conv
 from resnet_fused.backends.reference.backend import Reference
-from resnet_fused.backends.truth import Truth
+from resnet_fused.verification import device as verify_device
+from resnet_fused.verification import trials
 
 CPU = torch.device("cpu")
 CONV = Conv(64, 64, (3, 3), padding=(1, 1))
@@ -92,5 +94,5 @@ def test_verification_takes_right_tf32_kernels_where_they_are_used(
 def test_tuning_takes_right_tf32_kernels_where_they_are_used(convert, used: bool) -> None:
     problem = problem_of("conv2d_bn_add_relu", (5, 64, 12, 12), torch.float32, CPU, (CONV,))
     _, folded, _ = trials.tensors(problem)
-    fault = Truth(problem, folded).fault(OnTensorCores(convert).prepare(problem, folded))
+    fault = ProblemCheck(problem, folded).fault(OnTensorCores(convert).prepare(problem, folded))
     assert (fault is None) == (used and convert is tf32.to_tf32)

@@ -18,8 +18,8 @@ import torch
 
 from resnet_fused import config
 from resnet_fused.backends import STOCK, ConvParameters, Declined, Kernel, Problem, candidates, get, gpu_time, tuning_cache
+from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.problem import Kind
-from resnet_fused.backends.truth import Truth
 
 _DEVICE = "cuda"
 # How many of a backend's plans are tried.
@@ -82,7 +82,7 @@ def _try(problem: Problem, parameters: ConvParameters, names: list[str]) -> dict
     """What is recorded: the fastest candidate, the times, and why others were dropped."""
     # So that what the others packed goes with them.
     parameters = ConvParameters(*parameters.tensors())
-    truth = Truth(problem, parameters, special=False)
+    truth = ProblemCheck(problem, parameters, special=False)
     kernels: dict[str, Kernel] = {}
     dropped: dict[str, str] = {}
     for name in names:

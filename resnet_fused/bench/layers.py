@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from resnet_fused.backends import BackendError, ConvParameters, Problem, available_backends, get, gpu_time
+from resnet_fused.backends import BackendError, Problem, available_backends, get, gpu_time
+from resnet_fused.backends.accuracy import inputs_of, parameters_of
 from resnet_fused.backends.binding import bind, divided, is_divisible
-from resnet_fused.backends.problem import FIRST_RESULT, RESIDUAL, Conv, Linear, Shape
+from resnet_fused.backends.problem import FIRST_RESULT, Conv, Linear
 from resnet_fused.bench.timing import interleave
 from resnet_fused.bench.workloads import Workload
-from resnet_fused.fuse import fuse
+from resnet_fused.fusion.fuse import fuse
 from resnet_fused.fusion.rows import path_of
 
 
@@ -97,7 +97,7 @@ def run_layers(workload: Workload, seconds: float = 0.5) -> Iterator[LayerResult
 def _convolutions(workload: Workload) -> Counter[Problem]:
     found: Counter[Problem] = Counter()
     for problem, count in problems(workload).items():
-        own = [part.problem for part in divided(problem, _parameters(problem))] if is_divisible(problem) else [problem]
+        own = [part.problem for part in divided(problem, parameters_of(problem))] if is_divisible(problem) else [problem]
         for part in own:
             if part.convs:
                 found[part] += count
@@ -106,9 +106,8 @@ def _convolutions(workload: Workload) -> Counter[Problem]:
 
 @torch.no_grad()
 def _run_layer(problem: Problem, count: int, seconds: float) -> LayerResult:
-    parameters = _parameters(problem)
-    x = _activations(problem, problem.shape)
-    residual = _activations(problem, problem.shapes()[RESIDUAL]) if problem.reads_residual else None
+    parameters = parameters_of(problem)
+    x, residual = inputs_of(problem)
     automatic = bind(problem, parameters, "auto")
     calls = {"auto": partial(automatic.kernel, x, residual)}
     gpu = problem.device.type == "cuda"
@@ -126,28 +125,11 @@ def _run_layer(problem: Problem, count: int, seconds: float) -> LayerResult:
     return LayerResult(problem, count, automatic.backend, {name: s.median for name, s in samples.items()})
 
 
-def _parameters(problem: Problem) -> ConvParameters:
-    weights = []
-    for conv in _convs(problem):
-        fan_in = conv.in_channels // conv.groups * conv.kernel[0] * conv.kernel[1]
-        weight = _random((conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)) * (2 / fan_in) ** 0.5
-        weights.append(weight.to(problem.device, problem.types.source))
-    return ConvParameters(tuple(weights), tuple(w.new_zeros(w.shape[0]) for w in weights))
-
-
 def _convs(problem: Problem) -> list[Conv]:
     """The problem's convolutions, and its linear layer as one."""
     operations = [step.operation for step in problem.steps]
     found = [Conv(*op, (1, 1)) if isinstance(op, Linear) else op for op in operations]
     return [op for op in found if isinstance(op, Conv)]
-
-
-def _activations(problem: Problem, shape: Shape) -> Tensor:
-    return _random(shape).to(problem.device, problem.types.source).contiguous(memory_format=torch.channels_last)
-
-
-def _random(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, dtype=torch.float32, device="cpu")
 
 
 def describe(problem: Problem) -> str:

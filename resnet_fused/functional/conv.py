@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from resnet_fused import folding, ops
+from resnet_fused import ops
 from resnet_fused.backends import Conv
 from resnet_fused.ops.checks import check_dims, check_residual
+from resnet_fused.runtime.folding import affine, scale_filters
 
 IntOrPair = int | Sequence[int]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -53,10 +54,10 @@ def fold_bn(
                 f"{name} has shape {tuple(vector.shape)}; it must be ({weight.shape[0]},), one for each output channel of the "
                 f"weight of shape {tuple(weight.shape)}."
             )
-    scale, offset = folding.affine(running_mean, running_var, gamma, beta, eps)
+    scale, offset = affine(running_mean, running_var, gamma, beta, eps)
     if bias is not None:
         offset = offset + bias.double() * scale
-    return folding.scale_filters(weight, scale), offset.to(weight.dtype)
+    return scale_filters(weight, scale), offset.to(weight.dtype)
 
 
 def _renamed(**names: str) -> Callable[[_Function], _Function]:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from resnet_fused import config
 from resnet_fused.backends import Precision, check_available
+from resnet_fused.backends.accuracy import difference
 from resnet_fused.backends.problem import PRECISIONS
 from resnet_fused.fusion.copying import copy_of
 from resnet_fused.fusion.path import FastPath, Fusion, paths_off
 from resnet_fused.fusion.rows import path_of, rows_of
 from resnet_fused.fusion.tracing import is_layer
 from resnet_fused.runtime.executor import Settings
-from resnet_fused.tolerance import difference
 
 
 def install(model: nn.Module, precision: Precision, backend: str, replay: bool = False) -> Fusion:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused.backends import Conv
-from resnet_fused.fusion.folding import NotFoldable, check_conv, check_norm, is_norm, probe
+from resnet_fused.runtime.folding import NotFoldable, check_conv, check_norm, is_norm, probe
 
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 
 from resnet_fused.backends import Activation, Epilogue, Pool, Step
 from resnet_fused.backends.problem import RESIDUAL, X, label, residual_block
-from resnet_fused.fusion.folding import NotFoldable, check_overflow
 from resnet_fused.fusion.layers import Convolution, Norm, convolution, get, norm
 from resnet_fused.fusion.tracing import has_hooks, is_layer
+from resnet_fused.runtime.folding import NotFoldable, check_overflow
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)

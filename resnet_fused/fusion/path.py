@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from resnet_fused import config
 from resnet_fused.backends import choice
 from resnet_fused.fusion.building import Built, build
-from resnet_fused.fusion.folding import NotFoldable
 from resnet_fused.fusion.graph import GraphProgram
 from resnet_fused.fusion.guards import Structure
 from resnet_fused.fusion.layers import get
@@ -30,6 +29,7 @@ from resnet_fused.fusion.screening import CannotTrace
 from resnet_fused.fusion.tracing import class_forward, own_forward
 from resnet_fused.runtime.calls import autocast_dtype, plain
 from resnet_fused.runtime.executor import Settings, settle
+from resnet_fused.runtime.folding import NotFoldable
 from resnet_fused.runtime.kept import ByKind, Look, Unservable
 from resnet_fused.runtime.parameters import Parameters, with_memory
 from resnet_fused.runtime.program import Call

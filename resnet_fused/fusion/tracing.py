@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, TracerBase
 from torch.overrides import TorchFunctionMode
 
-from resnet_fused.fusion.folding import is_norm
 from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable, is_own
 from resnet_fused.fusion.screening import CannotTrace, Screen, Watched
+from resnet_fused.runtime.folding import is_norm
 
 # What may be asked of a parameter while tracing: it doesn't change without the parameter.
 _METADATA = (

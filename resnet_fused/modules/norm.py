@@ -22,10 +22,10 @@ from torch.nn.modules import module as module_hooks
 
 from resnet_fused import ops
 from resnet_fused.backends.batch_norm import beats_stock
-from resnet_fused.fusion.folding import hooks_of
 from resnet_fused.ops import training_conv2d
 from resnet_fused.ops.common import update_statistics
 from resnet_fused.runtime.calls import autocast_dtype, plain, stock_only
+from resnet_fused.runtime.folding import hooks_of
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

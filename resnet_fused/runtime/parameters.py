@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused import folding
 from resnet_fused.backends import ConvParameters
 from resnet_fused.backends.parameters import LazyConvParameters
+from resnet_fused.runtime.folding import affine, is_finite, scale_filters
 from resnet_fused.runtime.kept import Look, Unservable
 from resnet_fused.runtime.program import NONE, Layer
 from resnet_fused.runtime.released import ReleasedParameter
@@ -29,13 +29,13 @@ def _fold(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) ->
         # Copies, since the memory of parameters may be released.
         own = weight.new_zeros(weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype, copy=True)
         return weight.to(dtype, copy=True), own
-    scale, offset = folding.affine(mean, var, gamma, beta, layer.eps)
+    scale, offset = affine(mean, var, gamma, beta, layer.eps)
     if bias is not None:
         offset = offset + bias.double() * scale
-    folded, rounded = folding.scale_filters(weight, scale), offset.to(weight.dtype)
+    folded, rounded = scale_filters(weight, scale), offset.to(weight.dtype)
     if weight.dtype == torch.float16:
         for values, exact in ((folded, weight), (rounded, offset)):
-            if folding.is_finite(exact) and not folding.is_finite(values):
+            if is_finite(exact) and not is_finite(values):
                 raise Unservable(f"folded parameters overflow {weight.dtype}")
     return folded.to(dtype), rounded.to(dtype)
 

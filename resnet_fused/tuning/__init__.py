@@ -20,8 +20,8 @@ from torch import nn
 
 from resnet_fused import config
 from resnet_fused.backends import STOCK, ConvParameters, Problem, tuning_cache
+from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.binding import divided, is_divisible, override_kernels
-from resnet_fused.backends.truth import Truth
 from resnet_fused.text import table
 from resnet_fused.tuning import candidates
 from resnet_fused.tuning.bar import Bar
@@ -190,7 +190,7 @@ def _right(task: _Task, show: Callable[[str], object]) -> tuple[list[str], dict[
     """Candidates that compute the problem as they should; why others are wrong, by now or before; why others failed."""
     problem = task.problem
     show(f"{problem}: stock")
-    truth = Truth(problem, task.parameters)
+    truth = ProblemCheck(problem, task.parameters)
     right, dropped, failed = [STOCK], tuning_cache.dropped(problem), {}
     for name in candidates.names(problem):
         if name == STOCK or name in dropped:

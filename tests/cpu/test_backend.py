@@ -14,7 +14,7 @@ from resnet_fused.backends import Conv, ConvParameters, Pool, Problem, get
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.cpu import plan as cpu_plan
 from resnet_fused.backends.cpu.block import WholeBlock
-from resnet_fused.fuse import fuse
+from resnet_fused.fusion.fuse import fuse
 
 CPU = torch.device("cpu")
 POOL = Pool((3, 3), (2, 2), (1, 1))
@@ -92,7 +92,7 @@ def test_exact_precision_uses_no_winograd():
     assert torch.equal(result["direct"].double(), want)
     assert not torch.equal(result["fast"].double(), want)
     block = problem("basic_block", x.shape, conv, conv, precision="direct")
-    assert "precision='exact'" in get("cpu").why_not(block)
+    assert "precision='direct'" in get("cpu").why_not(block)
 
 
 @pytest.mark.parametrize(

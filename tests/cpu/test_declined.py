@@ -15,10 +15,10 @@ from torch import Tensor
 
 import resnet_fused as rf
 from resnet_fused.backends import Conv, ConvParameters, Declined, get
+from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.cpu import plan as cpu_plan
 from resnet_fused.backends.cpu.chain import Chain, ChainKernel
 from resnet_fused.backends.cpu.packing import padded_bias
-from resnet_fused.backends.truth import Truth
 from resnet_fused.tuning import candidates
 
 CL = torch.channels_last
@@ -284,7 +284,7 @@ def test_a_declining_candidate_is_right_and_takes_stock_s_time_too():
     folded = ConvParameters((torch.randn(32, 32, 3, 3) / 17,), (torch.randn(32),))
     (name, *_) = [name for name in candidates.names(problem) if name.startswith("cpu:winograd")]
     kernel = candidates.prepare(problem, folded, name)
-    assert Truth(problem, folded).fault(kernel) is None
+    assert ProblemCheck(problem, folded).fault(kernel) is None
     x = torch.randn(problem.shape).contiguous(memory_format=CL)
     x[0, 0, 0, 0] = math.nan
     with pytest.raises(Declined):

@@ -8,10 +8,11 @@ from posing import problem_of
 from tolerances import assert_as_good_as_stock
 from tuning_fakes import fake_times, tune_problem
 
-from resnet_fused import backends, trials
+from resnet_fused import backends
 from resnet_fused.backends import Conv, Problem, get, tuning_cache
 from resnet_fused.backends.cpu import plan as cpu_plan
 from resnet_fused.backends.cpu.chain import Chain
+from resnet_fused.verification import trials
 
 F32, BF16 = torch.float32, torch.bfloat16
 

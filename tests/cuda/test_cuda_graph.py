@@ -15,9 +15,9 @@ from graph_notes import Notes
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused import cuda_graph
 from resnet_fused.backends.binding import override_kernels
-from resnet_fused.cuda_graph import CudaGraphed
+from resnet_fused.fusion import cuda_graph
+from resnet_fused.fusion.cuda_graph import CudaGraphed
 from resnet_fused.runtime import capture
 
 

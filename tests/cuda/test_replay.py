@@ -16,7 +16,7 @@ from paths import report
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.cuda_graph import CudaGraphed
+from resnet_fused.fusion.cuda_graph import CudaGraphed
 from resnet_fused.fusion.rows import path_of
 from resnet_fused.runtime import capture, replay
 from resnet_fused.runtime.replay import Replay

@@ -124,7 +124,7 @@ def test_rules_choose_where_memory_does_not_suffice(monkeypatch):
     def fail(problem, folded, special):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(first_call, "Truth", fail)
+    monkeypatch.setattr(first_call, "ProblemCheck", fail)
     assert binding.bind(PROBLEM, folded(), "auto").backend == backends.by_rules(PROBLEM).name
     assert tuning_cache.choice(PROBLEM) is None
 

@@ -1,4 +1,4 @@
-"""Folds a batch norm into the convolution before it, and says why where that isn't safe.
+"""Folding a batch norm in inference into the convolution before it: the arithmetic, and why it isn't safe where it isn't.
 
 bn(conv(x)) = conv'(x) + shift,   conv'.weight = conv.weight · scale,   shift = (conv.bias − mean) · scale + beta,
 scale = gamma / sqrt(var + eps)
@@ -12,7 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resnet_fused import folding
+_VALUES = 128 * 1024  # of a weight that are scaled together
+
+
+def affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Scale and shift of y = (x − mean) · gamma / sqrt(var + eps) + beta, float64. All of shape (C,), or None for 1 and 0."""
+    scale = (var.double() + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma.double()
+    shift = -mean.double() * scale
+    return scale, shift if beta is None else shift + beta.double()
+
+
+def scale_filters(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight · scale, rounded once to the weight's dtype. Weight (C, …), scale (C,) in float64.
+
+    A few filters at a time: float64 copies of whole weights would be most of the memory that fusing takes.
+    """
+    filters = max(_VALUES // max(weight[:1].numel(), 1), 1)
+    factors = scale.view(-1, *[1] * (weight.dim() - 1)).split(filters)
+    parts = zip(weight.split(filters), factors, strict=True)
+    return torch.cat([(part.double() * factor).to(weight.dtype) for part, factor in parts])
+
+
+def is_finite(tensor: Tensor) -> bool:
+    # isfinite().all() would make copies of the tensor's size.
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 class NotFoldable(Exception):
@@ -93,7 +118,7 @@ def probe(norm: nn.Module) -> None:
     mean, var, gamma, beta = (getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias"))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         raise NotFoldable(f"{type(norm).__name__} has no running statistics")
-    _check_probe(norm, *folding.affine(mean, var, gamma, beta, float(getattr(norm, "eps", 0.0))))
+    _check_probe(norm, *affine(mean, var, gamma, beta, float(getattr(norm, "eps", 0.0))))
 
 
 def check_overflow(weight: Tensor, shift: Sequence[Tensor | None], var: Tensor, gamma: Tensor | None, eps: float) -> None:
@@ -108,7 +133,7 @@ def check_overflow(weight: Tensor, shift: Sequence[Tensor | None], var: Tensor, 
         return
     scale = ((var.double() + eps).rsqrt() * (1 if gamma is None else gamma.double())).abs()
     largest = [weight.detach().double().abs().amax(dim=(1, 2, 3)), *(t.detach().double().abs() for t in shift if t is not None)]
-    if folding.is_finite(weight) and not all(bool((t * scale <= torch.finfo(weight.dtype).max).all()) for t in largest):
+    if is_finite(weight) and not all(bool((t * scale <= torch.finfo(weight.dtype).max).all()) for t in largest):
         raise NotFoldable(f"the folded parameters overflow {weight.dtype}")
 
 

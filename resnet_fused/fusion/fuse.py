@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from resnet_fused import tuning
-from resnet_fused.cuda_graph import CudaGraphed
+from resnet_fused.fusion.cuda_graph import CudaGraphed
 from resnet_fused.fusion.installing import install_checked, release_packed
 
 

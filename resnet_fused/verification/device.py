@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from resnet_fused import backends, config, env_report
 from resnet_fused.backends import tuning_cache
+from resnet_fused.backends.accuracy import judge
 from resnet_fused.backends.binding import bind
 from resnet_fused.text import table
-from resnet_fused.tolerance import allowed, relative_error
-from resnet_fused.trials import DTYPES, Trial, problems, tensors, trials
+from resnet_fused.verification.trials import DTYPES, Trial, problems, tensors, trials
 
 
 @dataclasses.dataclass
@@ -216,7 +215,7 @@ def _checks_of_process(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checks"
         path.touch()
-        code = "import sys; from resnet_fused import verify_device; verify_device._child(*sys.argv[1:])"
+        code = "import sys; from resnet_fused.verification.device import work; work(*sys.argv[1:])"
         command = [sys.executable, "-c", code, name, _name(dtype), str(device), str(path)]
         try:
             status = subprocess.run(command, env=config.environment_of_child(), check=False, timeout=seconds).returncode
@@ -230,7 +229,7 @@ def _checks_of_process(
     return checks, [*skipped, (rest, fault)] if fault else skipped
 
 
-def _child(name: str, dtype: str, device: str, path: str) -> None:
+def work(name: str, dtype: str, device: str, path: str) -> None:
     """Writes each check as a line of JSON when it is made, then a list of what was not verified."""
     reason = backends.get(name).unavailable()  # which loads what the backend consists of
     assert reason is None, reason
@@ -276,7 +275,8 @@ def _check(trial: Trial) -> Check:
         ours = trial.compute()
         if ours.device.type == "cuda":
             torch.cuda.synchronize(ours.device)
-        error, stock, reason = _judge(ours, trial)
+        error, stock, fault = judge(ours, trial.stock, trial.truth, trial.rounded)
+        reason = fault or ""
     except torch.OutOfMemoryError:
         raise
     except Exception as raised:
@@ -304,24 +304,3 @@ def _fallback(check: Check, device: torch.device) -> str:
                 return bind(problem, tensors(problem)[1], "auto").backend
             return backends.resolve(problem, "auto").name
     raise AssertionError(f"no problem of {check.op} is verified")
-
-
-def _judge(ours: Tensor, trial: Trial) -> tuple[float, float, str]:
-    """Errors of ours and of stock's, and why ours fails, or nothing."""
-    stock, truth = trial.stock, trial.truth
-    where = stock.isfinite() & truth.isfinite()
-    if ours.shape != stock.shape or ours.dtype != stock.dtype:
-        return (
-            0.0,
-            0.0,
-            f"shape and dtype are {tuple(ours.shape)}, {ours.dtype}; stock's {tuple(stock.shape)}, {stock.dtype}",
-        )
-    error, yardstick = relative_error(ours, truth, where & ours.isfinite()), relative_error(stock, truth, where)
-    # Stock's own algorithm may spread a NaN, as Winograd's do over a tile; where float64 is finite, ours may be.
-    if (~stock.isfinite() & ~truth.isfinite() & ours.isfinite()).any():
-        return error, yardstick, "a NaN or Inf of stock's disappeared"
-    if (where & ~ours.isfinite()).any():
-        return error, yardstick, "a NaN or Inf appeared"
-    rounding = 0.0 if trial.rounded is None else relative_error(trial.rounded, truth, where)
-    most = allowed(max(yardstick, rounding), ours.dtype)
-    return error, yardstick, "" if error <= most else f"error {error:.1e}, allowed {most:.1e}"

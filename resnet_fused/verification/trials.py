@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused import backends
 from resnet_fused.backends import NO_PARAMETERS, Activation, Backend, Conv, ConvParameters, Epilogue, Problem, Step, tf32
+from resnet_fused.backends.accuracy import activations, inputs_of, parameters_of, with_nan_and_inf
 from resnet_fused.backends.batch_norm import BatchNormPasses
 from resnet_fused.backends.problem import RESIDUAL, Pointwise, Types, X, residual_block
 from resnet_fused.backends.reference.batch_norm import StockPasses
@@ -148,7 +149,8 @@ def _add_relu(backend: Backend, problem: Problem) -> Iterator[Trial]:
     """add_relu of x and the residual, or add_relu_backward of the gradient and the result."""
     if backend.why_not(problem) is not None:
         return
-    a, b = (_activation(problem.shape, problem.types.source, problem.device, seed) for seed in range(2))
+    a, b = inputs_of(problem)
+    assert b is not None
     b[0, 0, 0, 0] = torch.nan
     nothing, reference = NO_PARAMETERS, backends.stock()
 
@@ -167,9 +169,9 @@ def _norms(backend: Backend, problems: list[Problem]) -> Iterator[Trial]:
     kernels: BatchNormPasses = backend.prepare(problems[0], NO_PARAMETERS)
     shape, dtype, device = problems[0].shape, problems[0].types.source, problems[0].device
     stock = StockPasses()
-    x, residual, dy = (_activation(shape, dtype, device, seed) for seed in range(3))
+    x, residual, dy = (activations(shape, dtype, device, seed) for seed in range(3))
     x = x * 2 + 1
-    weight, bias = (_activation((1, shape[1], 1, 1), torch.float32, device, seed).flatten() for seed in (4, 5))
+    weight, bias = (activations((1, shape[1], 1, 1), torch.float32, device, seed).flatten() for seed in (4, 5))
     mean, var = stock.statistics(x)
     y = stock.apply(x, residual, mean, var, weight, bias, _EPS, True)
     dweight, dbias, _ = stock.backward_reduce(dy, x, y, mean, var, _EPS, False)
@@ -192,22 +194,6 @@ def _norms(backend: Backend, problems: list[Problem]) -> Iterator[Trial]:
 
 
 def tensors(problem: Problem, special: bool = False) -> tuple[Tensor, ConvParameters, Tensor | None]:
-    """x, parameters and residual, the same everywhere."""
-    x = _activation(problem.shape, problem.types.source, problem.device, 0)
-    if special:
-        x[0, 0, 3, 5], x[-1, -1, -1, -1] = torch.nan, torch.inf
-    weights, biases = [], []
-    for i, conv in enumerate(problem.convs):
-        shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel
-        fan_in = torch.Size(shape[1:]).numel()
-        weights.append(_activation(shape, problem.types.source, problem.device, 3 * i + 1) / fan_in**0.5)
-        biases.append(_activation((1, shape[0], 1, 1), problem.types.source, problem.device, 3 * i + 2).flatten())
-    residual = None
-    if problem.reads_residual:
-        residual = _activation(problem.shapes()[RESIDUAL], problem.types.source, problem.device, 3)
-    return x, ConvParameters(tuple(weights), tuple(biases)), residual
-
-
-def _activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    t = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")
-    return t.to(device, dtype, memory_format=torch.channels_last)
+    """x, parameters and residual, the same at every call; `special` puts NaN and Inf into x."""
+    x, residual = inputs_of(problem)
+    return with_nan_and_inf(x) if special else x, parameters_of(problem), residual
