@@ -2,7 +2,7 @@
 
 Each step is a command that a user can run as well (`resnet-fused verify`, `bench`), in a process of its own, so that a kernel
 that spoils the GPU costs one step, and a step that takes too long is stopped. What a step wrote until then counts. After each
-step the page is written anew.
+step the page is written again.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from resnet_fused.backends import ConvParameters, Problem, tf32
 from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.problem import Conv
 from resnet_fused.backends.reference.backend import Reference
+from resnet_fused.verification import cases as trials
 from resnet_fused.verification import device as verify_device
-from resnet_fused.verification import trials
 
 CPU = torch.device("cpu")
 CONV = Conv(64, 64, (3, 3), padding=(1, 1))

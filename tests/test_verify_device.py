@@ -12,8 +12,8 @@ import torch
 from resnet_fused import backends, cli
 from resnet_fused.backends import ConvParameters, Problem, tuning_cache
 from resnet_fused.backends.reference.backend import Reference
+from resnet_fused.verification import cases as trials
 from resnet_fused.verification import device as verify_device
-from resnet_fused.verification import trials
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from resnet_fused import tuning
 from resnet_fused.backends import ConvParameters, Problem, tuning_cache
 from resnet_fused.backends.binding import is_divisible
-from resnet_fused.tuning.bar import Bar
 from resnet_fused.tuning.in_model import InModel
+from resnet_fused.tuning.progress import Progress
 
 
 def fake_times(monkeypatch, seconds: dict[str, float], model: dict[str, float] | None = None) -> list[str]:
@@ -36,6 +36,6 @@ def fake_times(monkeypatch, seconds: dict[str, float], model: dict[str, float] |
 def tune_problem(problem: Problem, folded: ConvParameters) -> tuning.Result:
     """Tunes one problem as if a model posed it, by the times of `fake_times`, and records the result."""
     tasks = {tuning_cache.key(problem): tuning._Task(problem, folded, is_divisible(problem))}
-    (result,), _, _ = tuning._tune(tasks, InModel(lambda: None, {}), Bar(1, False))
+    (result,), _, _ = tuning._tune(tasks, InModel(lambda: None, {}), Progress(1, False))
     tuning._record([result])
     return result

@@ -10,6 +10,7 @@ Inputs may be contiguous or channels_last; the result's memory format follows st
 or the weight is). Accumulation is in float32. NaN goes through every op, as in stock PyTorch.
 """
 
+from resnet_fused.functional.batch_norm import bn, bn_add_relu, bn_relu
 from resnet_fused.functional.conv import (
     add_relu,
     basic_block,
@@ -20,7 +21,6 @@ from resnet_fused.functional.conv import (
     fold_bn,
     stem,
 )
-from resnet_fused.functional.norm import bn, bn_add_relu, bn_relu
 
 __all__ = [
     "add_relu",

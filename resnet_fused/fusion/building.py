@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from resnet_fused.fusion.matching import Group, Matcher, Unit
+from resnet_fused.fusion.matching import ConvMatch, Group, Matcher
 from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
 from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, Value
 
@@ -73,7 +73,7 @@ class _Builder:
         groups = {group.position: group for group in matcher.groups}
         if not groups:
             return Built(Program(0, (), None), [], [], self.trace, reasons=matcher.reasons)
-        covered = {node for group in matcher.groups for unit in group.units for node in unit.covered}
+        covered = {node for group in matcher.groups for match in group.matches for node in match.covered}
         identities = {node for node in nodes if matcher.is_identity(node) and self._bypassed(node)}
         items: list[FusedStep | Call] = []
         made: dict[int, Group] = {}
@@ -85,7 +85,7 @@ class _Builder:
                 items.append(self._step(group))
                 self.numbers[group.last] = number
                 made[number] = group
-                absorbed += [str(n.target) for unit in group.units for n in unit.covered if n.op == "call_module"]
+                absorbed += [str(n.target) for match in group.matches for n in match.covered if n.op == "call_module"]
             elif node in identities:
                 absorbed.append(str(node.target))
             elif node not in covered and node.op not in ("placeholder", "output"):
@@ -109,7 +109,7 @@ class _Builder:
 
     def _bypassed(self, node: fx.Node) -> bool:
         """Whether nothing but steps sees an identity, so that it needn't be called: it is part of no result."""
-        return all(self.matcher.is_identity(u) or any(u in unit.covered for unit in self.matcher.units) for u in node.users)
+        return all(self.matcher.is_identity(u) or any(u in match.covered for match in self.matcher.matches) for u in node.users)
 
     def _used(self, node: fx.Node, covered: set[fx.Node]) -> bool:
         return any(user not in covered for user in node.users)
@@ -118,7 +118,7 @@ class _Builder:
         """Whether what a node writes to may be the memory of an input: then it couldn't be begun twice."""
         source = node.args[0] if node.args else None
         while isinstance(source, fx.Node):
-            if source in {unit.last for unit in self.matcher.units} | {u.scaled[-1] for u in self.matcher.units}:
+            if source in {match.last for match in self.matcher.matches} | {u.scaled[-1] for u in self.matcher.matches}:
                 return False
             if source.op == "placeholder" or not source.args:
                 return True
@@ -136,7 +136,7 @@ class _Builder:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _step(self, group: Group) -> FusedStep:
-        layers = tuple(map(self._layer, group.units, group.reads))
+        layers = tuple(map(self._layer, group.matches, group.reads))
         residual = NONE if group.residual is None else self._number(group.residual)
         return FusedStep(layers, self._number(group.input), residual)
 
@@ -153,7 +153,7 @@ class _Builder:
                 calls.append(Call(node.target, "get_attr", (), {}, (), False))
             return numbers[node]
 
-        nodes = sorted({n for unit in group.units for n in unit.covered}, key=self.matcher.order.__getitem__)
+        nodes = sorted({n for match in group.matches for n in match.covered}, key=self.matcher.order.__getitem__)
         for node in nodes:
             reads = tuple(dict.fromkeys(number(source) for source in node.all_input_nodes))
             args, kwargs = _template(tuple(node.args), number), _template(dict(node.kwargs), number)
@@ -161,12 +161,12 @@ class _Builder:
             calls.append(Call(node.target, node.op, args, kwargs, reads, False))
         return Program(len(inputs), tuple(calls), Value(numbers[group.last]))
 
-    def _layer(self, unit: Unit, reads: tuple[int, ...]) -> Layer:
-        layer, norm = unit.layer, unit.norm
+    def _layer(self, match: ConvMatch, reads: tuple[int, ...]) -> Layer:
+        layer, norm = match.layer, match.norm
         of_norm = (None,) * 5 if norm is None else (norm.mean, norm.var, norm.gamma, norm.beta, norm.steps)
         tensors = tuple(NONE if name is None else self._parameter(name) for name in (layer.weight, layer.bias, *of_norm))
         eps, promotes = (0.0, False) if norm is None else (norm.eps, norm.promotes)
-        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes, unit.epilogue, reads)
+        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes, match.epilogue, reads)
 
     def _parameter(self, path: str) -> int:
         return self.parameters.setdefault(path, len(self.parameters))

@@ -38,7 +38,7 @@ class CudaGraphed(nn.Module):
     with hooks, under torch.compile, with tensors elsewhere than on one GPU, where it changes its input in place or launches
     nothing, or where capture failed before. Where more kinds of input come in turn than it keeps graphs, it captures less and
     less often. When a
-    parameter or buffer changed, all is captured anew. Its state dict is the model's.
+    parameter or buffer changed, all is captured again. Its state dict is the model's.
 
     Args:
         model: the model; it remains usable by itself.

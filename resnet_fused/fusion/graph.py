@@ -68,7 +68,7 @@ class GraphProgram:
             items.append(_segment(row, built.parameters, needed))
         return cls(module, built, items, settings)
 
-    def serves(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
+    def holds_for(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether the module is in the mode, and called in the way, that the program is for."""
         grad = torch.is_grad_enabled()
         for x in args:

@@ -116,7 +116,7 @@ def _convolution(
         raise NotFoldable("padding is 'same' and the stride not 1, which stock refuses")
     if isinstance(padding, str):
         total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
-        # As stock: an odd number puts the extra pixel behind.
+        # As stock: an odd number puts the extra pixel at the end.
         sides = [(t // 2, t - t // 2) for t in total]
     else:
         sides = [(int(p[0]), int(p[1])) if isinstance(p, tuple) else (int(p), int(p)) for p in pair(padding)]

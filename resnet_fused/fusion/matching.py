@@ -22,7 +22,7 @@ _PLAIN_LAYERS = "torch.nn.modules"
 
 
 @dataclass(eq=False)
-class Unit:
+class ConvMatch:
     """One convolution with all that is fused into it.
 
     Attributes:
@@ -73,51 +73,53 @@ class Group:
     """Convolutions that are computed together: one, or those of a residual block, in the order of the computation.
 
     Attributes:
-        units: the convolutions. A projection shortcut comes first.
+        matches: the convolutions. A projection shortcut comes first.
         reads: numbers of the values that each of them reads, as a problem's steps have them.
     """
 
-    units: list[Unit]
+    matches: list[ConvMatch]
     reads: list[tuple[int, ...]]
 
     @classmethod
-    def of(cls, unit: Unit) -> Group:
+    def of(cls, match: ConvMatch) -> Group:
         """One convolution."""
-        return cls([unit], [(X,) if unit.residual is None else (X, RESIDUAL)])
+        return cls([match], [(X,) if match.residual is None else (X, RESIDUAL)])
 
     @classmethod
-    def of_block(cls, main: list[Unit], shortcut: Unit | None) -> Group:
+    def of_block(cls, main: list[ConvMatch], shortcut: ConvMatch | None) -> Group:
         """A residual block."""
-        steps = residual_block([unit.layer.conv for unit in main], None if shortcut is None else shortcut.layer.conv)
+        steps = residual_block([match.layer.conv for match in main], None if shortcut is None else shortcut.layer.conv)
         return cls(main if shortcut is None else [shortcut, *main], [step.reads for step in steps])
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """As a problem has them."""
-        return tuple(Step(unit.layer.conv, unit.epilogue, reads) for unit, reads in zip(self.units, self.reads, strict=True))
+        return tuple(
+            Step(match.layer.conv, match.epilogue, reads) for match, reads in zip(self.matches, self.reads, strict=True)
+        )
 
     @property
     def residual(self) -> fx.Node | None:
         """The second value that it reads."""
-        return next((u.residual for u, reads in zip(self.units, self.reads, strict=True) if RESIDUAL in reads), None)
+        return next((u.residual for u, reads in zip(self.matches, self.reads, strict=True) if RESIDUAL in reads), None)
 
     @property
     def label(self) -> str:
         """What it computes, for the report, which says whether there is a batch norm."""
-        return label(self.steps) if self.units[-1].norm is not None else label(self.steps).replace("_bn", "")
+        return label(self.steps) if self.matches[-1].norm is not None else label(self.steps).replace("_bn", "")
 
     @property
     def last(self) -> fx.Node:
-        return self.units[-1].last
+        return self.matches[-1].last
 
     @property
     def input(self) -> fx.Node:
-        return self.units[0].input
+        return self.matches[0].input
 
     @property
     def position(self) -> fx.Node:
         """The node in whose place the op stands: where a residual is read, or where the convolution was."""
-        return self.last if len(self.units) > 1 or self.units[0].residual is not None else self.units[0].conv
+        return self.last if len(self.matches) > 1 or self.matches[0].residual is not None else self.matches[0].conv
 
 
 class Matcher:
@@ -137,22 +139,22 @@ class Matcher:
         self.module, self.graph, self.alone = module, graph, alone
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.reasons: dict[str, str] = {}
-        self.units: list[Unit] = []
+        self.matches: list[ConvMatch] = []
         for node in graph.nodes:
-            unit = self._unit(node)
-            if unit is not None:
-                self.units.append(unit)
-        self.by_last = {unit.last: unit for unit in self.units}
+            match = self._match(node)
+            if match is not None:
+                self.matches.append(match)
+        self.by_last = {match.last: match for match in self.matches}
         for node in graph.nodes:
             self._match_sum(node)
-        for unit in self.units:
-            self._match_tail(unit)
-        self.by_last = {unit.last: unit for unit in self.units}
+        for match in self.matches:
+            self._match_tail(match)
+        self.by_last = {match.last: match for match in self.matches}
         self.groups = self._groups()
 
     # ---- one convolution with its batch norm --------------------------------------------------------------------------
 
-    def _unit(self, node: fx.Node) -> Unit | None:
+    def _match(self, node: fx.Node) -> ConvMatch | None:
         name = self._name(node)
         try:
             layer = convolution(self.module, node)
@@ -170,7 +172,7 @@ class Matcher:
                 except NotFoldable as reason:
                     note = str(reason)
             if found is None or following is None:
-                return Unit(node, name, layer, None, [node], note=note)
+                return ConvMatch(node, name, layer, None, [node], note=note)
             weight, var = get(self.module, layer.weight), get(self.module, found.var)
             if var.numel() != weight.shape[0]:
                 raise NotFoldable(f"the batch norm has {var.numel()} channels and the convolution {weight.shape[0]}")
@@ -179,7 +181,7 @@ class Matcher:
         except NotFoldable as reason:
             self.reasons[name] = str(reason)
             return None
-        return Unit(node, name, layer, found, [node, following])
+        return ConvMatch(node, name, layer, found, [node, following])
 
     def _name(self, node: fx.Node) -> str:
         """Name of a convolution in the report: its path, or for F.conv2d that of the weight's owner."""
@@ -191,35 +193,35 @@ class Matcher:
     # ---- what follows ------------------------------------------------------------------------------------------------
 
     def _match_sum(self, node: fx.Node) -> None:
-        """A sum with ReLU: gives it to one of its operands if that is a unit which nothing else reads."""
+        """A sum with ReLU: gives it to one of its operands if that is a match which nothing else reads."""
         operands = self.add_operands(node)
         if operands is None:
             return
         relu = self.next_reader(node)
-        best: tuple[int, Unit, fx.Node] | None = None
+        best: tuple[int, ConvMatch, fx.Node] | None = None
         for own, other in (operands, operands[::-1]):
-            unit = self.by_last.get(self.producer(own))
-            if unit is None or unit.relu or unit.add is not None or self.next_reader(unit.last) is not node:
+            match = self.by_last.get(self.producer(own))
+            if match is None or match.relu or match.add is not None or self.next_reader(match.last) is not node:
                 continue
             if relu is None or not self.is_relu(relu):
-                unit.note = f"the sum behind it is not followed by ReLU alone, but by {self.describe(relu)}"
+                match.note = f"the sum after it is not followed by ReLU alone, but by {self.describe(relu)}"
                 continue
-            if unit.name in self.alone or other.op == "get_attr":
-                unit.note = "the sum behind it is one of tensors that differ in shape, dtype or format"
+            if match.name in self.alone or other.op == "get_attr":
+                match.note = "the sum after it is one of tensors that differ in shape, dtype or format"
                 continue
             if own is other or not self._may_skip_write(node, own, other):
-                unit.note = "the sum behind it overwrites a tensor that others read"
+                match.note = "the sum after it overwrites a tensor that others read"
                 continue
-            if self._written_between(unit.conv, node, {unit}):
-                unit.note = "a tensor is overwritten before the sum, where a fused op would read its input"
+            if self._written_between(match.conv, node, {match}):
+                match.note = "a tensor is overwritten before the sum, where a fused op would read its input"
                 continue
-            depth = self._depth(unit)
+            depth = self._depth(match)
             if best is None or depth > best[0]:
-                best = (depth, unit, other)
+                best = (depth, match, other)
         if best is not None and relu is not None:
-            _, unit, residual = best
-            unit.residual, unit.add, unit.relu = residual, node, True
-            unit.covered += [node, relu]
+            _, match, residual = best
+            match.residual, match.add, match.relu = residual, node, True
+            match.covered += [node, relu]
 
     def _may_skip_write(self, node: fx.Node, own: fx.Node, other: fx.Node) -> bool:
         """Whether nobody sees that the fused op doesn't write the sum into its first operand, as the traced one may do."""
@@ -227,52 +229,52 @@ class Matcher:
             return True
         return other in self.by_last and len(other.users) == 1
 
-    def _written_between(self, first: fx.Node, last: fx.Node, units: set[Unit] | list[Unit]) -> bool:
-        """Whether a tensor may be written to between two nodes, by other nodes than those that some units cover."""
-        covered = {node for unit in units for node in unit.covered}
+    def _written_between(self, first: fx.Node, last: fx.Node, matches: set[ConvMatch] | list[ConvMatch]) -> bool:
+        """Whether a tensor may be written to between two nodes, by other nodes than those that some matches cover."""
+        covered = {node for match in matches for node in match.covered}
         # A convolution's result is new, and only its batch norm, of whatever class, may write into it.
-        covered.update(node for unit in self.units for node in unit.scaled)
+        covered.update(node for match in self.matches for node in match.scaled)
         inside = (n for n, at in self.order.items() if self.order[first] < at < self.order[last] and n not in covered)
         return any(self.may_write(n) and not self._writes_own(n) for n in inside)
 
     def _writes_own(self, node: fx.Node) -> bool:
-        """Whether a node writes only into a fresh result that nothing else reads: a ReLU in place, behind a batch norm."""
+        """Whether a node writes only into a fresh result that nothing else reads: a ReLU in place, after a batch norm."""
         source = node.args[0] if node.args else None
         if not self.is_relu(node) or not isinstance(source, fx.Node) or len(source.users) != 1:
             return False
-        return source in {unit.scaled[-1] for unit in self.units} or self.add_operands(source) is not None
+        return source in {match.scaled[-1] for match in self.matches} or self.add_operands(source) is not None
 
-    def _depth(self, unit: Unit) -> int:
-        """Length of the chain of units that ends with this one: the main path of a block is longer than its shortcut."""
+    def _depth(self, match: ConvMatch) -> int:
+        """Length of the chain of matches that ends with this one: the main path of a block is longer than its shortcut."""
         depth = 1
-        while (previous := self.by_last.get(self._before(unit))) is not None:
-            unit, depth = previous, depth + 1
+        while (previous := self.by_last.get(self._before(match))) is not None:
+            match, depth = previous, depth + 1
         return depth
 
-    def _before(self, unit: Unit) -> fx.Node:
-        source = self.producer(unit.input)
-        # A ReLU that isn't given to its unit yet stands between the units.
+    def _before(self, match: ConvMatch) -> fx.Node:
+        source = self.producer(match.input)
+        # A ReLU that isn't given to its match yet stands between the matches.
         if self.is_relu(source) and isinstance(source.args[0], fx.Node):
             return self.producer(source.args[0])
         return source
 
-    def _match_tail(self, unit: Unit) -> None:
+    def _match_tail(self, match: ConvMatch) -> None:
         """A ReLU, and the max-pool of a stem."""
-        if unit.add is None and not unit.relu:
-            following = self.next_reader(unit.last)
+        if match.add is None and not match.relu:
+            following = self.next_reader(match.last)
             if following is not None and self.is_relu(following):
-                unit.relu = True
-                unit.covered.append(following)
-            elif following is None and len(unit.last.users) > 1:
-                unit.note = unit.note or "its result has several readers, so nothing more is fused"
+                match.relu = True
+                match.covered.append(following)
+            elif following is None and len(match.last.users) > 1:
+                match.note = match.note or "its result has several readers, so nothing more is fused"
             elif following is not None and following.op == "call_module" and self.add_operands(following) is None:
-                unit.note = unit.note or f"{self.describe(following)} follows; only ReLU is fused"
-        if unit.relu and unit.add is None and not unit.layer.pad:
-            following = self.next_reader(unit.last)
+                match.note = match.note or f"{self.describe(following)} follows; only ReLU is fused"
+        if match.relu and match.add is None and not match.layer.pad:
+            following = self.next_reader(match.last)
             if following is not None:
-                unit.pool = self._pool(following)
-                if unit.pool is not None:
-                    unit.covered.append(following)
+                match.pool = self._pool(following)
+                if match.pool is not None:
+                    match.covered.append(following)
 
     def _pool(self, node: fx.Node) -> Pool | None:
         """The max-pool that a node calls, if it has the form that a stem takes."""
@@ -285,19 +287,19 @@ class Matcher:
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
     def _groups(self) -> list[Group]:
-        """All units, those of a residual block together, in the order in which they are computed."""
+        """All matches, those of a residual block together, in the order in which they are computed."""
         groups: list[Group] = []
         taken: set[int] = set()
-        for unit in self.units:
-            block = self._block(unit)
+        for match in self.matches:
+            block = self._block(match)
             if block is not None:
                 groups.append(block)
-                taken.update(map(id, block.units))
-        groups += [Group.of(unit) for unit in self.units if id(unit) not in taken]
+                taken.update(map(id, block.matches))
+        groups += [Group.of(match) for match in self.matches if id(match) not in taken]
         return sorted(groups, key=lambda group: self.order[group.position])
 
-    def _block(self, last: Unit) -> Group | None:
-        """The residual block that ends with a unit; None if none does."""
+    def _block(self, last: ConvMatch) -> Group | None:
+        """The residual block that ends with a match; None if none does."""
         if last.residual is None:
             return None
         residual = self.producer(last.residual)
@@ -318,11 +320,11 @@ class Matcher:
             chain.insert(0, previous)
         if len(chain) not in (2, 3):
             return None
-        units = [*chain, shortcut] if projected and shortcut is not None else chain
-        if any(unit.layer.pad for unit in units):
+        matches = [*chain, shortcut] if projected and shortcut is not None else chain
+        if any(match.layer.pad for match in matches):
             return None
-        first = min((unit.conv for unit in units), key=self.order.__getitem__)
-        if self._written_between(first, last.last, units):
+        first = min((match.conv for match in matches), key=self.order.__getitem__)
+        if self._written_between(first, last.last, matches):
             return None
         return Group.of_block(chain, shortcut if projected else None)
 

@@ -164,7 +164,7 @@ class FastPath:
         self._by_parts = "unfused_forward" in vars(kind)
 
     def __reduce__(self) -> Any:
-        # copy, deepcopy and pickle all come through here; what is kept is found anew where it is needed.
+        # copy, deepcopy and pickle all come through here; what is kept is found again where it is needed.
         return _restore, (self.module, self.fusion, self.root, self.previous)
 
     @property
@@ -241,10 +241,10 @@ class FastPath:
         if _off.get():  # the library's own comparisons, which the report doesn't count
             return self.own_forward(*args, **kwargs)
         if not self.root:
-            result = self._serve(args, kwargs)
+            result = self._by_program(args, kwargs)
             return self.own_forward(*args, **kwargs) if result is _STOCK else result
         served = self.fusion.served
-        result = self._serve(args, kwargs)
+        result = self._by_program(args, kwargs)
         if result is not _STOCK:
             self.fusion.calls_served += 1
             return result
@@ -268,7 +268,7 @@ class FastPath:
         self.reason = reason
         return _STOCK
 
-    def _serve(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _by_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result by the program of kernels, or `_STOCK`."""
         if self._trains():
             return self._not("the module is in training mode; call model.eval()")
@@ -320,7 +320,7 @@ class FastPath:
 
     def _leave_sums(self, traced: _Traced, steps: list[int]) -> None:
         """From the next call on, leaves the sums of some steps to stock, and fuses what is before them."""
-        self._alone |= {unit.name for step in steps for unit in traced.built.groups[step].units}
+        self._alone |= {match.name for step in steps for match in traced.built.groups[step].matches}
         self._traced, self._attempts, self._wait = None, self._attempts - 1, 0
 
     def _key(self, args: tuple[Any, ...]) -> Any:
@@ -424,9 +424,9 @@ class FastPath:
             )
         built = traced.built
         fused = set.intersection(*(set(run.problems) for run in traced.runs.values()))
-        units = [unit for number in fused & built.groups.keys() for unit in built.groups[number].units]
+        matches = [match for number in fused & built.groups.keys() for match in built.groups[number].matches]
         read_otherwise = {item.target for item in built.program.items if isinstance(item, Call) and item.kind == "get_attr"}
-        weights = {unit.layer.weight for unit in units}
+        weights = {match.layer.weight for match in matches}
         for number, item in enumerate(built.program.items, built.program.inputs):
             if isinstance(item, Call) and item.fast and number in fused:
                 weights.add(f"{item.target}.weight")
@@ -449,7 +449,7 @@ class FastPath:
     def _in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """For torch.compile and torch.export: the program as registered operators, or the module's own forward."""
         graph = self.graph
-        if graph is not None and not kwargs and len(args) == graph.inputs and graph.serves(self.module, args):
+        if graph is not None and not kwargs and len(args) == graph.inputs and graph.holds_for(self.module, args):
             return graph.run(self.module, args)
         # As `own_forward`, in words that Dynamo knows.
         if self.previous is not None:

@@ -69,9 +69,9 @@ def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
             rows[path].note = fast.untraceable
         return
     for group in built.groups.values():
-        for unit in group.units:
-            row = rows.setdefault(join(path, unit.name), Row(join(path, unit.name), ""))
-            row.op, row.path, row.note = group.label, path, unit.note
+        for match in group.matches:
+            row = rows.setdefault(join(path, match.name), Row(join(path, match.name), ""))
+            row.op, row.path, row.note = group.label, path, match.note
             if fast.reason and fast.reason != "not called yet":
                 row.note = f"the last call ran as stock: {fast.reason}"
     for name, reason in built.reasons.items():
@@ -97,8 +97,8 @@ def _backends(model: nn.Module) -> dict[str, set[str]]:
         for run in fast.runs():
             for number, (_, backend) in run.problems.items():
                 group = fast.built.groups.get(number)
-                for unit in group.units if group is not None else ():
-                    found.setdefault(join(path, unit.name), set()).add(backend)
+                for match in group.matches if group is not None else ():
+                    found.setdefault(join(path, match.name), set()).add(backend)
     return found
 
 

@@ -3,7 +3,7 @@
     outputs = program(inputs, parameters, steps)
 
 `steps` is the text of a program of steps (`runtime/program.py`), whose layers name their convolution's and batch norm's tensors
-among `parameters`. What is folded and packed from these is kept for as long as the first of them lives, and made anew when one
+among `parameters`. What is folded and packed from these is kept for as long as the first of them lives, and made again when one
 changes. Results have stock's strides.
 """
 

@@ -236,7 +236,7 @@ class _Settling:
         self._check_residual(step, problem, residual, format, number)
         folded = self.folded.step(step.layers, self.parameters, x.dtype)
         bound = bind(problem, folded, choice(self.settings.backend))
-        self.made.serves(number, problem, bound, folded)
+        self.made.note_kernel(number, problem, bound, folded)
         kernel = bound.kernel
         run: Callable[..., Any] = kernel if residual is not None else without_residual(kernel)
         joinable = kernel if isinstance(kernel, JoinableKernel) and residual is None else None
@@ -348,7 +348,7 @@ class _Settling:
         bound = bind_if_better(problem, folded, choice(self.settings.backend))
         if bound is None:
             return None
-        self.made.serves(number, problem, bound, folded)
+        self.made.note_kernel(number, problem, bound, folded)
         return Operation(without_residual(bound.kernel), call.reads, (number,))
 
 

@@ -43,7 +43,7 @@ def _fold(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) ->
 class Parameters:
     """The layers' folded parameters with what was packed from them, shared by all programs of a model.
 
-    What belongs to a layer whose tensors changed is made anew; that of the others stays.
+    What belongs to a layer whose tensors changed is made again; that of the others stays.
     """
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ class Replay:
         if graph is not None and graph.state == self._state():
             with self._lock:
                 return graph(inputs)
-        # While one thread times or captures, the others run as ever.
+        # While one thread times or captures, the others run eagerly.
         if not self._lock.acquire(blocking=False):
             return self._run(inputs)
         try:

@@ -52,7 +52,7 @@ class Run:
         self._bounded = False
         self.replay: Replay | None = None
 
-    def serves(self, number: int, problem: Problem, bound: Bound, parameters: ConvParameters) -> None:
+    def note_kernel(self, number: int, problem: Problem, bound: Bound, parameters: ConvParameters) -> None:
         """Notes what serves a step. What was packed for its kernel is kept as long as the run."""
         self.problems[number] = problem, bound.backend
         self._parameters.append(parameters)

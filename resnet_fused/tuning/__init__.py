@@ -24,9 +24,9 @@ from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.binding import divided, is_divisible, override_kernels
 from resnet_fused.text import table
 from resnet_fused.tuning import candidates
-from resnet_fused.tuning.bar import Bar
 from resnet_fused.tuning.compiling import Candidate, compile_ahead
 from resnet_fused.tuning.in_model import InModel, Times
+from resnet_fused.tuning.progress import Progress
 
 # Clearly faster: beyond what two measurements of the same kernel in the same place, or of the same model, differ by.
 _GAIN, _GAIN_OF_MODEL = 0.97, 0.99
@@ -121,9 +121,9 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
         )
     # While the parts are measured, wholes are composed of them.
     in_model = InModel(lambda: model(*arguments), {k: tuning_cache.PARTS if task.whole else STOCK for k, task in tasks.items()})
-    bar = Bar(len(tasks), progress)
+    bar = Progress(len(tasks), progress)
     try:
-        with override_kernels(in_model.serve):
+        with override_kernels(in_model.kernel_for):
             compile_ahead(_to_compile(tasks), bar.show)
             results, times, taken = _tune(tasks, in_model, bar)
     finally:
@@ -162,7 +162,7 @@ def _to_compile(tasks: dict[str, _Task]) -> list[Candidate]:
     return found
 
 
-def _tune(tasks: dict[str, _Task], model: InModel, bar: Bar) -> tuple[list[Result], Times, str]:
+def _tune(tasks: dict[str, _Task], model: InModel, progress: Progress) -> tuple[list[Result], Times, str]:
     """The results, times of the whole model, and which of these choices was taken."""
     rules, results = {}, {}
     for whole in sorted({task.whole for task in tasks.values()}):

@@ -34,7 +34,7 @@ _ROOM = 1.5
 
 
 class InModel:
-    """A model whose problems are computed, within `override_kernels(in_model.serve)`, by the candidates of one's choice.
+    """A model whose problems are computed, within `override_kernels(in_model.kernel_for)`, by the candidates of one's choice.
 
     Args:
         run: calls the model.
@@ -47,7 +47,7 @@ class InModel:
         self._devices: set[torch.device] = set()
         self._host_ms = 0.0  # in which the host launches a run, and some more
 
-    def serve(self, problem: Problem, parameters: ConvParameters) -> Kernel | None:
+    def kernel_for(self, problem: Problem, parameters: ConvParameters) -> Kernel | None:
         """The kernel that runs, at each call, what `chosen` names then; None for a problem that isn't to be chosen for."""
         key = tuning_cache.key(problem)
         if key not in self.chosen:

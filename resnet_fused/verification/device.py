@@ -30,7 +30,7 @@ from resnet_fused.backends import tuning_cache
 from resnet_fused.backends.accuracy import judge
 from resnet_fused.backends.binding import bind
 from resnet_fused.text import table
-from resnet_fused.verification.trials import DTYPES, Trial, problems, tensors, trials
+from resnet_fused.verification.cases import DTYPES, Trial, problems, tensors, trials
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from resnet_fused import backends
 from resnet_fused.backends import Conv, Problem, get, tuning_cache
 from resnet_fused.backends.cpu import plan as cpu_plan
 from resnet_fused.backends.cpu.chain import Chain
-from resnet_fused.verification import trials
+from resnet_fused.verification import cases as trials
 
 F32, BF16 = torch.float32, torch.bfloat16
 

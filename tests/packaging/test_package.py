@@ -110,7 +110,7 @@ def test_blocks_bring_in_torchvision_and_work_without_it():
         subprocess.run([sys.executable, "-c", code, torchvision], check=True)
 
 
-def test_unknown_names_are_refused_as_ever():
+def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="module 'resnet_fused' has no attribute 'resnet51'"):
         _ = rf.resnet51
     with pytest.raises(AttributeError, match=r"module 'resnet_fused\.modules' has no attribute 'Block3'"):

@@ -81,7 +81,7 @@ def clock(monkeypatch):
 
 
 def measure(model: InModel, keys: list[str], kept: dict[str, set[str]]) -> dict[str, dict[str, list[float]]]:
-    with override_kernels(model.serve):
+    with override_kernels(model.kernel_for):
         return model.measure(dict.fromkeys(keys, CANDIDATES), kept, lambda text: None)
 
 
@@ -96,7 +96,7 @@ def test_a_model_runs_on_what_is_chosen_at_each_call(run, keys, monkeypatch):
 
         monkeypatch.setattr(get(name), "prepare", noted)
     model = InModel(run, dict.fromkeys(keys, "reference"))
-    with override_kernels(model.serve):
+    with override_kernels(model.kernel_for):
         for first, second in itertools.product(CANDIDATES, repeat=2):
             ran.clear()
             model.chosen.update(zip(keys, (first, second), strict=True))
@@ -145,7 +145,7 @@ def test_the_whole_model_is_timed_with_each_choice(run, keys, monkeypatch):
     choices = {name: dict.fromkeys(keys, name) for name in CANDIDATES}
     choices["mixed"] = dict(zip(keys, ("cpu", "onednn"), strict=True))
     model = InModel(run, dict.fromkeys(keys, "reference"))
-    with override_kernels(model.serve):
+    with override_kernels(model.kernel_for):
         times = model.compare(choices, lambda text: None)
     assert {name: set(found) for name, found in times.items()} == {
         "reference": {15.0},
@@ -195,8 +195,8 @@ def test_on_a_gpu_launches_queue_up_before_each_timed_run(run, keys, monkeypatch
 @pytest.mark.parametrize("problem", ["interrupted", "records-can-not-be-kept"])
 def test_no_kernel_of_the_measurements_stays_in_the_model(problem, model, run, keys, monkeypatch, tmp_path):
     served = []
-    serve = InModel.serve
-    monkeypatch.setattr(InModel, "serve", lambda self, p, folded: served.append(serve(self, p, folded)) or served[-1])
+    serve = InModel.kernel_for
+    monkeypatch.setattr(InModel, "kernel_for", lambda self, p, folded: served.append(serve(self, p, folded)) or served[-1])
     if problem == "interrupted":
         monkeypatch.setattr(InModel, "compare", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

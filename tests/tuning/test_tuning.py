@@ -19,7 +19,7 @@ from resnet_fused import backends, tuning
 from resnet_fused.backends import ConvParameters, library, tuning_cache
 from resnet_fused.backends.problem import Conv
 from resnet_fused.modules import BasicBlock
-from resnet_fused.tuning import bar, candidates, in_model
+from resnet_fused.tuning import candidates, in_model, progress
 
 pytestmark = pytest.mark.cpu
 
@@ -284,7 +284,7 @@ def test_a_terminal_sees_every_candidate_go_by(block, monkeypatch):
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(bar.shutil, "get_terminal_size", lambda: os.terminal_size((200, 24)))
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((200, 24)))
     tuning.tune(block, torch.randn(1, 8, 5, 5))
     shown = terminal.getvalue()
     assert ": onednn" in shown

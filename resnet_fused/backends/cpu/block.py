@@ -26,7 +26,7 @@ class WholeBlock(Implementation):
         for conv in problem.convs:
             if conv.groups != 1:
                 return f"it serves convolutions of one group, not {conv.groups}"
-        if not plan.block_serves(block):
+        if not plan.whole_block_is_possible(block):
             return "as a whole it serves blocks of stride 1 whose 3×3 layers have padding and dilation 1"
         if any(not step.epilogue.bias for step in problem.steps):
             return "it serves convolutions with a bias"

@@ -70,7 +70,7 @@ def _stride_2(conv: Conv) -> bool:
 def keeps_transformed(conv: Conv) -> bool:
     """Whether a 3×3 convolution keeps its weights transformed, which takes four times their memory.
 
-    That is little where layers are narrow; in wide ones reading them takes as long as making them anew.
+    That is little where layers are narrow; in wide ones reading them takes as long as making them again.
     """
     return _unit_stride(conv) and conv.in_channels * conv.out_channels <= 128 * 128
 
@@ -148,7 +148,7 @@ def _name(plan: WinogradPlan) -> str:
     return f"winograd{plan.output_tile}-tiles{plan.tiles}-chunk{plan.channel_chunk}-{split}"
 
 
-def block_serves(block: Block) -> bool:
+def whole_block_is_possible(block: Block) -> bool:
     """Whether a block can be computed as a whole: stride 1, its 3×3 layers by Winograd, the others 1×1."""
     convs = block.main
     if block.shortcut is not None and not _plain_pointwise(block.shortcut):
@@ -163,7 +163,7 @@ def _plain_pointwise(conv: Conv) -> bool:
 
 
 def block(problem: Problem) -> BlockPlan:
-    """The plan for a block that `block_serves`."""
+    """The plan for a block that `whole_block_is_possible`."""
     n, _, h, w = problem.shape
     strip = 1 if w > 52 else 2
     # Four units a thread let it finish evenly, but every seam of two parts costs rows that are computed twice.

@@ -30,7 +30,7 @@ class _Passes:
         self._stock = StockPasses()
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not _served(x):
+        if not _readable(x):
             return self._stock.statistics(x)
         return torch.ops.resnet_fused_cuda.bn_statistics.default(x)
 
@@ -45,14 +45,14 @@ class _Passes:
         eps: float,
         relu: bool,
     ) -> Tensor:
-        if not _served(x, residual):
+        if not _readable(x, residual):
             return self._stock.apply(x, residual, mean, var, weight, bias, eps, relu)
         return torch.ops.resnet_fused_cuda.bn_apply_fwd.default(x, residual, mean, var, weight, bias, eps, relu)
 
     def backward_reduce(
         self, dy: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, eps: float, keep_masked: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not _served(dy, x, y):
+        if not _readable(dy, x, y):
             return self._stock.backward_reduce(dy, x, y, mean, var, eps, keep_masked)
         run = torch.ops.resnet_fused_cuda.bn_reduce_bwd.default
         dweight, dbias, masked = run(dy, x, y, mean, var, eps, keep_masked)
@@ -70,7 +70,7 @@ class _Passes:
         eps: float,
         keep_masked: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        if not _served(dy, x, y):
+        if not _readable(dy, x, y):
             return self._stock.backward_apply(dy, x, y, mean, var, weight, sums, eps, keep_masked)
         dweight, dbias, count = (None, None, 0.0) if sums is None else sums
         run = torch.ops.resnet_fused_cuda.bn_apply_bwd.default
@@ -78,7 +78,7 @@ class _Passes:
         return dx, masked if keep_masked else None
 
 
-def _served(first: Tensor, *others: Tensor | None) -> bool:
+def _readable(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels read these activations: channels_last, not empty, of one dtype, aligned to 16 bytes."""
     return first.numel() > 0 and all(
         t is None or (t.dtype == first.dtype and t.is_contiguous(memory_format=torch.channels_last) and t.data_ptr() % 16 == 0)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.triton import bn
+from resnet_fused.backends.triton import batch_norm_kernels as bn
 from resnet_fused.backends.triton.launch import Launch, aligned, on
 
 _Result = TypeVar("_Result")

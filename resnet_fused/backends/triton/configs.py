@@ -186,7 +186,7 @@ def walk_of(problem: Problem) -> int:
     by_taps = taps * math.ceil(channels / _SMALLEST_BLOCK_K) * _SMALLEST_BLOCK_K
     if lanes >= by_taps or lanes > _MOST_LANES_OF_A_ROW:
         return TAPS
-    return PAIRS if _pairs_serve(problem) else ROWS
+    return PAIRS if _pairs_fit(problem) else ROWS
 
 
 def row_lanes(conv: Conv) -> int:
@@ -199,7 +199,7 @@ def lead(conv: Conv) -> int:
     return -conv.padding[1] * conv.in_channels % UNIT
 
 
-def _pairs_serve(problem: Problem) -> bool:
+def _pairs_fit(problem: Problem) -> bool:
     """Whether windows of two neighbours start at multiples of UNIT where single ones don't, and fit into one step."""
     conv = problem.conv
     (_, c, _, w), s, stride = problem.shape, conv.kernel[1], conv.stride[1]

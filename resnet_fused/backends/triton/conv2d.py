@@ -147,7 +147,7 @@ def conv2d_fwd_kernel(
     k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
 
-    # Rows behind the last one read the last one again, which needs no mask; they are not stored.
+    # Rows after the last one read the last one again, which needs no mask; they are not stored.
     row = tl.minimum(m, M - 1)
     if WALK == POINTWISE and STRIDE_H == 1 and STRIDE_W == 1:
         x_rows = x_ptr + (row * (GROUPS * C) + group * C)[:, None] + lane[None, :]

@@ -67,7 +67,7 @@ def conv2d_pairs_fwd_kernel(
     k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
 
-    # Pairs behind the last one read the last one again, which needs no mask; they are not stored.
+    # Pairs after the last one read the last one again, which needs no mask; they are not stored.
     pair = tl.minimum(tile_m * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2), M - 1)
     image = pair // (OH * PAIRS)
     within = (pair % (OH * PAIRS)).to(tl.int32)

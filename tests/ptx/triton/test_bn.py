@@ -4,7 +4,7 @@ import pytest
 import torch
 from aot import CHIPS, instructions, opcodes, ptxas, spilled_registers, target
 
-from resnet_fused.backends.triton import bn
+from resnet_fused.backends.triton import batch_norm_kernels as bn
 
 F16, EPS = torch.float16, 1e-5
 

@@ -124,7 +124,7 @@ def _batch_norm(
             f"x has shape {tuple(x.shape)}, one value per channel, whose variance is not defined. Use a larger batch or image, "
             "or training=False."
         )
-    if not _serves(relu, x, residual, *vectors.values()):
+    if not _beats_stock(relu, x, residual, *vectors.values()):
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         y = y if residual is None else y + residual
         return F.relu(y, inplace=True) if relu else y
@@ -140,7 +140,7 @@ def _batch_norm(
     return y
 
 
-def _serves(relu: bool, x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
+def _beats_stock(relu: bool, x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
     """Whether the op serves these tensors, and on another backend than the reference: stock's own batch norm is faster."""
     if x.layout is not torch.strided or x.numel() == 0:
         return False
