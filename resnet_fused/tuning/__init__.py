@@ -169,17 +169,17 @@ def _tune(tasks: dict[str, _Task], model: InModel, progress: Progress) -> tuple[
         names, dropped, failed = {}, {}, {}
         for key, task in tasks.items():
             if task.whole == whole:
-                names[key], dropped[key], failed[key] = _right(task, bar.show)
+                names[key], dropped[key], failed[key] = _right(task, progress.show)
                 by_rule = candidates.by_rules(task.problem)
                 rules[key] = by_rule if by_rule in names[key] else STOCK
-                bar.done += 1
-        times = model.measure(names, {key: {STOCK, rules[key]} for key in names}, bar.show)
+                progress.done += 1
+        times = model.measure(names, {key: {STOCK, rules[key]} for key in names}, progress.show)
         for key, found in times.items():
             ms = {name: 1e3 * statistics.median(own) for name, own in found.items() if own}
             results[key] = Result(tasks[key].problem, _fastest(found, rules[key], _GAIN), ms, dropped[key], failed[key])
             model.chosen[key] = results[key].chosen
     choices = {"stock": dict.fromkeys(tasks, STOCK), "by rule": rules, "tuned": {key: r.chosen for key, r in results.items()}}
-    model_times = model.compare(choices, bar.show)
+    model_times = model.compare(choices, progress.show)
     taken = _fastest(model_times, "by rule", _GAIN_OF_MODEL)
     for key, result in results.items():
         result.chosen = choices[taken][key]

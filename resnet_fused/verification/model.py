@@ -100,7 +100,7 @@ def _blocks(fused: nn.Module) -> list[str]:
         fast = path_of(module)
         built = None if fast is None else fast.trace()
         for group in built.groups.values() if built is not None else ():
-            names = [unit.name.split(".") for unit in group.units]
+            names = [match.name.split(".") for match in group.matches]
             if len(names) > 1:
                 common = [part for part, *others in zip(*names, strict=False) if others == [part] * len(others)]
                 found.append(join(path, ".".join(common)))

@@ -1,9 +1,9 @@
 """The one judge of results: `rf.fuse`, trials, `rf.tune`, `rf.verify` and the benchmarks ask it.
 
 A result has stock's shape and dtype. Where stock and the truth are both NaN or Inf it is so, too; where both are finite it is
-finite; where both are Inf it is no NaN. Where they differ either is right: stock's own algorithm may spread a NaN, as Winograd's
-do over a tile, and cuDNN's may lose one. Over the elements where all are finite, its error is at most what `tolerance.allowed`
-says.
+finite; where both are Inf it is no NaN. Where they differ either is right: stock's own algorithm may spread a NaN, as
+Winograd's do over a tile, and cuDNN's may lose one. Over the elements where all are finite, its error is at most what
+`tolerance.allowed` says.
 """
 
 from __future__ import annotations
