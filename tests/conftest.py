@@ -19,7 +19,7 @@ os.environ["RESNET_FUSED_CACHE_DIR"] = tempfile.mkdtemp(prefix="resnet_fused_tes
 
 
 # Instruction sets that there are CPU kernels for, by their numbers in csrc/cpu/isa.h.
-ISAS = {"avx2": 1, "avx512": 2}
+ISAS = {"scalar": 0, "avx2": 1, "avx512": 2}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

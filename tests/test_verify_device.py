@@ -65,7 +65,7 @@ def automatic_choice() -> str:
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("error", "RuntimeError: no such engine"), ("imprecise", "error "), ("unwritten", "a NaN or Inf appeared")],
+    [("error", "RuntimeError: no such engine"), ("imprecise", "its relative error "), ("unwritten", "a NaN or Inf appears")],
 )
 def test_a_wrong_kernel_is_avoided_until_it_passes(faulty: Faulty, fault: str, reason: str) -> None:
     assert automatic_choice() == "faulty"
@@ -135,16 +135,6 @@ def test_the_process_of_a_backend() -> None:
     assert not skipped
     assert [c.problem for c in checks] == [c.problem for c in verify_device._checks("onednn", CPU, (torch.float32,))[0]]
     assert all(c.passed for c in checks)
-
-
-def test_finite_where_stock_is_not_is_right_where_float64_is_finite() -> None:
-    """As where stock's Winograd spreads a NaN over a tile."""
-    truth = torch.tensor([1.0, 2.0, torch.nan], dtype=torch.float64)
-    stock = torch.tensor([1.0, torch.nan, torch.nan])
-    trial = trials.Trial("a", "", "conv2d_bn", torch.float32, "", torch.empty, stock, truth)
-    assert verify_device._judge(torch.tensor([1.0, 2.0, torch.nan]), trial)[2] == ""
-    assert verify_device._judge(torch.tensor([1.0, 2.0, 3.0]), trial)[2] == "a NaN or Inf of stock's disappeared"
-    assert verify_device._judge(torch.tensor([torch.nan, 2.0, torch.nan]), trial)[2] == "a NaN or Inf appeared"
 
 
 def test_command(faulty: Faulty, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,6 @@ void average_pool(const AveragePoolParams& p) {
   });
 }
 
-inline void average_pool(const AveragePoolParams& p) { p.bfloat16 ? average_pool<Bf16>(p) : average_pool<float>(p); }
+inline void average_pool(const AveragePoolParams& p) { p.dtype == DType::bfloat16 ? average_pool<Bf16>(p) : average_pool<float>(p); }
 
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -17,14 +19,15 @@
 #include "runtime.h"
 
 #define RF_ISA avx512
-#define RF_ISA_IS_AVX512 1
+#define RF_VECTORS "simd/x86_avx512.h"
+#define RF_PRODUCTS "simd/products_float32.h"
 RF_ISA_AVX512_BEGIN
 
 #include "isa_kernels.h"
 
 namespace resnet_fused::cpu {
 
-const Kernels& avx512_kernels() { return RF_ISA::kernel_table(); }
+extern const Kernels avx512_kernels = RF_ISA::KERNELS;
 
 }  // namespace resnet_fused::cpu
 

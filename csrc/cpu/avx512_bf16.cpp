@@ -1,4 +1,4 @@
-// Direct bfloat16 convolutions, and whole blocks that contain them, compiled for AVX512_BF16.
+// Direct sums of bfloat16, and whole blocks that contain them, compiled for AVX512_BF16.
 #include "isa.h"
 
 #if RF_X86_64
@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -17,8 +19,8 @@
 #include "runtime.h"
 
 #define RF_ISA avx512_bf16
-#define RF_ISA_IS_AVX512 1
-#define RF_ISA_IS_BF16 1
+#define RF_VECTORS "simd/x86_avx512.h"
+#define RF_PRODUCTS "simd/products_avx512_bf16.h"
 RF_ISA_AVX512_BF16_BEGIN
 
 #include "simd.h"
@@ -39,11 +41,9 @@ RF_ISA_AVX512_BF16_BEGIN
 
 namespace resnet_fused::cpu {
 
-const Bf16Kernels& avx512_bf16_kernels() {
-  using namespace RF_ISA;
-  static const Bf16Kernels kernels{pointwise, direct, bottleneck, basic_block, weight_gradient, input_gradient, multiply_add_loop};
-  return kernels;
-}
+extern const DirectKernels avx512_bf16_kernels{RF_ISA::pointwise,       RF_ISA::direct,         RF_ISA::bottleneck,
+                                               RF_ISA::basic_block,     RF_ISA::weight_gradient, RF_ISA::input_gradient,
+                                               RF_ISA::multiply_add_loop};
 
 }  // namespace resnet_fused::cpu
 

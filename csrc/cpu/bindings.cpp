@@ -24,19 +24,6 @@ namespace resnet_fused::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const Kernels& kernels() {
-  switch (detected_isa()) {
-#if RF_X86_64
-    case Isa::avx512:
-      return avx512_kernels();
-    case Isa::avx2:
-      return avx2_kernels();
-#endif
-    default:
-      STD_TORCH_CHECK(false, "resnet_fused_cpu needs a CPU with AVX2 and FMA, or AVX-512; use the backend 'onednn'.");
-  }
-}
-
 int64_t padded_channels(int64_t channels) {
   const int64_t panel = 2 * kernels().lanes;
   return (channels + panel - 1) / panel * panel;
@@ -88,8 +75,9 @@ PackParams pack_params(const Tensor& weight) {
   PackParams p{};
   p.weights = weight.const_data_ptr();
   p.out_channels = weight.size(0), p.in_channels = weight.size(1), p.taps = weight.size(2) * weight.size(3);
-  p.from_bfloat16 = p.to_bfloat16 = weight.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(p.from_bfloat16 || weight.scalar_type() == ScalarType::Float, "weight must be float32 or bfloat16.");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16 || weight.scalar_type() == ScalarType::Float,
+                  "weight must be float32 or bfloat16.");
+  p.source = p.destination = dtype_of(weight);
   check_channels_last(weight, "weight");
   return p;
 }
@@ -102,7 +90,7 @@ void check_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
     return;
   }
   STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
-  STD_TORCH_CHECK(!p.bfloat16 || (has_avx512_bf16() && p.in_channels % 2 == 0),
+  STD_TORCH_CHECK(p.source == DType::float32 || (has_avx512_bf16() && p.in_channels % 2 == 0),
                   "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
 }
 
@@ -112,9 +100,9 @@ void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
     return;
   }
   if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
-    p.bfloat16 ? avx512_bf16_kernels().pointwise(p) : kernels().pointwise(p);
+    direct_kernels(p.source).pointwise(p);
   } else {
-    p.bfloat16 ? avx512_bf16_kernels().direct(p) : kernels().direct(p);
+    direct_kernels(p.source).direct(p);
   }
 }
 
@@ -125,7 +113,7 @@ Tensor pack(Tensor weight, bool winograd) {
   PackParams p = pack_params(weight);
   STD_TORCH_CHECK(!winograd || (weight.size(2) == 3 && weight.size(3) == 3), "weight has a kernel of ", weight.size(2), " x ",
                   weight.size(3), "; Winograd serves 3 x 3, pack it for the direct kernels.");
-  STD_TORCH_CHECK(winograd || !p.to_bfloat16 || (p.in_channels % 2 == 0 && has_avx512_bf16()),
+  STD_TORCH_CHECK(winograd || p.destination == DType::float32 || (p.in_channels % 2 == 0 && has_avx512_bf16()),
                   "a bfloat16 weight of the direct kernels needs an even number of input channels, and a CPU with AVX512_BF16; "
                   "pack it for Winograd, or in float32.");
   p.winograd = winograd;
@@ -147,13 +135,13 @@ Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64
   Tensor u = torch::stable::empty({size.data(), size.size()}, ScalarType::Float, std::nullopt, packed.device());
   advise_huge_pages(u.mutable_data_ptr(), size[0] * static_cast<int64_t>(sizeof(float)));
   kernels().transform({packed.const_data_ptr(), false, nullptr, in_channels, out_channels}, stride,
-                      packed.scalar_type() == ScalarType::BFloat16, static_cast<float*>(u.mutable_data_ptr()));
+                      dtype_of(packed), static_cast<float*>(u.mutable_data_ptr()));
   return u;
 }
 
-// y = maxpool(relu(conv(x, w) + shift)), or without the pool; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
+// y = maxpool(relu(conv(x, w) + bias)), or without the pool; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
 // `weights` are transformed, [panel][36][4 in_channels][PANEL]; x may have any strides. None where the kernel declined x.
-std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor shift, int64_t out_channels, bool pool, bool relu) {
+std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_channels, bool pool, bool relu) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
                   "x must be float32 or bfloat16; convert it with .to().");
@@ -161,15 +149,16 @@ std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor shift, int64_t out_c
   const int64_t padded = padded_channels(out_channels);
   STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == padded * 36 * 4 * x.size(1),
                   "weights must be the float32 transformed weights of this stem.");
-  STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.numel() == padded, "shift must be float32 with ", padded,
+  STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
                   " elements (whole panels).");
   StemParams p{};
   p.x = x.const_data_ptr();
   p.x_stride_n = x.stride(0), p.x_stride_c = x.stride(1), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
   p.weights = static_cast<const float*>(weights.const_data_ptr());
-  p.shift = static_cast<const float*>(shift.const_data_ptr());
+  p.bias = static_cast<const float*>(bias.const_data_ptr());
   p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3), p.out_channels = out_channels;
-  p.pool = pool, p.relu = relu, p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  p.pool = pool, p.dtype = dtype_of(x);
+  p.activation = relu ? ActivationFunction::relu : ActivationFunction::none;
   STD_TORCH_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
   Tensor y = new_activations(x, p.batch, out_channels, p.out_height(), p.out_width());
   p.y = y.mutable_data_ptr();
@@ -186,7 +175,7 @@ Tensor average_pool(Tensor x) {
   AveragePoolParams p{};
   p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   STD_TORCH_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
-  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  p.dtype = dtype_of(x);
   Tensor y = new_activations(x, p.batch, p.channels, 1, 1);
   p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
@@ -196,8 +185,7 @@ Tensor average_pool(Tensor x) {
 
 // The machine's multiply-add peak on the threads at hand, GFLOP/s: the best of a few measurements of some milliseconds.
 double measure_peak(bool bfloat16) {
-  STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "the bfloat16 peak needs a CPU with AVX512_BF16.");
-  const auto loop = bfloat16 ? avx512_bf16_kernels().multiply_add_loop : kernels().multiply_add_loop;
+  const auto loop = direct_kernels(bfloat16 ? DType::bfloat16 : DType::float32).multiply_add_loop;
   const int64_t threads = thread_count();
   double best = 0;
   for (int i = 0; i < 20; ++i) {
@@ -230,6 +218,7 @@ int64_t panel() { return 2 * kernels().lanes; }
 }  // namespace resnet_fused::cpu
 
 STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
+  m.def("instruction_sets() -> int[]");
   m.def("isa() -> int");
   m.def("limit_isa(int highest) -> int");
   m.def("avx512_bf16() -> bool");
@@ -238,7 +227,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool winograd) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
-  m.def("stem(Tensor x, Tensor weights, Tensor shift, int out_channels, bool pool, bool relu) -> Tensor?");
+  m.def("stem(Tensor x, Tensor weights, Tensor bias, int out_channels, bool pool, bool relu) -> Tensor?");
   m.def("average_pool(Tensor x) -> Tensor");
   m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");
@@ -247,6 +236,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   using namespace resnet_fused::cpu;
+  m.impl("instruction_sets", TORCH_BOX(&built_instruction_sets));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("limit_isa", TORCH_BOX(&set_isa_limit));
   m.impl("avx512_bf16", TORCH_BOX(&avx512_bf16));

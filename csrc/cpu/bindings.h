@@ -6,13 +6,16 @@
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include "kernels.h"
 
 namespace resnet_fused::cpu {
 
-// The kernels of this CPU.
-const Kernels& kernels();
+// float32 or bfloat16, as a DType.
+inline DType dtype_of(const torch::stable::Tensor& t) {
+  return t.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? DType::bfloat16 : DType::float32;
+}
 
 // Channels up to whole panels.
 int64_t padded_channels(int64_t channels);

@@ -48,7 +48,7 @@ struct BlockPart {
   void multiply(const LayerParams& layer, const Activation* from, int64_t first, int64_t last, const Activation* residual,
                 Activation* to, bool relu) const {
     pointwise_rows(reinterpret_cast<const float*>(from), (last - first) * p.width, layer.in_channels / CHANNELS_PER_UNIT,
-                   static_cast<const float*>(layer.weights), layer.shift, residual, to, layer.out_channels, relu);
+                   static_cast<const float*>(layer.weights), layer.bias, residual, to, layer.out_channels, relu);
   }
 
   // The shortcut of rows [first, last): x itself, or its projection, which is put where the result will be.

@@ -57,7 +57,7 @@ struct Chain {
   std::vector<Step> steps;
   std::vector<Tensor> parameters;  // what steps point into
 
-  bool bfloat16() const { return dtype == ScalarType::BFloat16; }
+  DType type() const { return dtype == ScalarType::BFloat16 ? DType::bfloat16 : DType::float32; }
 
   const Shape& shape(int64_t value, const char* name) const {
     STD_TORCH_CHECK(value == X || (value >= FIRST_RESULT && value < static_cast<int64_t>(values.size())), name, " is ", value,
@@ -92,15 +92,12 @@ struct Chain {
   }
 };
 
-void run_block(const BlockParams& p, bool bfloat16) {
-  if (p.layers[2].weights != nullptr) {
-    bfloat16 ? avx512_bf16_kernels().bottleneck(p) : kernels().bottleneck(p);
-  } else {
-    bfloat16 ? avx512_bf16_kernels().basic_block(p) : kernels().basic_block(p);
-  }
+void run_block(const BlockParams& p, DType dtype) {
+  const DirectKernels& kernels = direct_kernels(dtype);
+  p.layers[2].weights != nullptr ? kernels.bottleneck(p) : kernels.basic_block(p);
 }
 
-void run_step(const Step& step, bool bfloat16, const void* x, const void* residual, void* y, Declined& declined) {
+void run_step(const Step& step, DType dtype, const void* x, const void* residual, void* y, Declined& declined) {
   if (const Convolution* conv = std::get_if<Convolution>(&step.work)) {
     ConvParams p = conv->p;
     p.x = x, p.residual = residual, p.y = y, p.declined = &declined;
@@ -108,7 +105,7 @@ void run_step(const Step& step, bool bfloat16, const void* x, const void* residu
   } else {
     BlockParams p = std::get<BlockParams>(step.work);
     p.x = x, p.y = y, p.declined = &declined;
-    run_block(p, bfloat16);
+    run_block(p, dtype);
   }
 }
 
@@ -162,7 +159,7 @@ int64_t new_chain(std::vector<int64_t> shape, bool bfloat16) {
 void delete_chain(int64_t chain) { chains().remove(chain); }
 
 // Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed.
-void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, const Tensor& shift) {
+void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, const Tensor& bias) {
   const int64_t padded = padded_channels(p.out_channels);
   const int64_t wanted = padded * p.kernel_h * p.kernel_w * p.in_channels;
   p.transformed = p.kernel_h == 3 && p.kernel_w == 3 && weights.scalar_type() == ScalarType::Float &&
@@ -170,25 +167,25 @@ void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, co
   STD_TORCH_CHECK(p.transformed || weights.scalar_type() == dtype, "weights and x differ in dtype; pack the weights in x's dtype.");
   STD_TORCH_CHECK(p.transformed || weights.numel() == wanted, "weights has ", weights.numel(),
                   " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");
-  STD_TORCH_CHECK(shift.scalar_type() == ScalarType::Float && shift.numel() == padded, "shift must be float32 with ", padded,
-                  " elements (whole panels); it has ", shift.numel(), ".");
+  STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
+                  " elements (whole panels); it has ", bias.numel(), ".");
 }
 
-// Adds y = act(conv(x, w) + shift + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs);
+// Adds y = act(conv(x, w) + bias + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs);
 // otherwise the five numbers of a WinogradPlan.
-int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tensor weights, Tensor shift, int64_t out_channels,
+int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tensor weights, Tensor bias, int64_t out_channels,
                    std::vector<int64_t> geometry, bool relu, std::vector<int64_t> plan) {
   const std::shared_ptr<Chain> chain = chains().get(id);
   const Shape in = chain->shape(x, "x");
   ConvParams p{};
   p.weights = weights.const_data_ptr();
-  p.shift = static_cast<const float*>(shift.const_data_ptr());
+  p.bias = static_cast<const float*>(bias.const_data_ptr());
   p.batch = in.n, p.in_channels = in.c, p.height = in.h, p.width = in.w;
   p.out_channels = out_channels;
-  p.relu = relu;
-  p.bfloat16 = chain->bfloat16();
+  p.activation = relu ? ActivationFunction::relu : ActivationFunction::none;
+  p.source = p.weight = chain->type();
   set_geometry(p, geometry);
-  check_parameters(p, chain->dtype, weights, shift);
+  check_parameters(p, chain->dtype, weights, bias);
   check_conv(p, plan);
   const Shape out{p.batch, p.out_channels, p.out_height, p.out_width};
   if (residual == RESIDUAL) {
@@ -197,32 +194,32 @@ int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tenso
     STD_TORCH_CHECK(chain->shape(*residual, "residual") == out, "residual differs from the result in shape.");
   }
   chain->parameters.push_back(weights);
-  chain->parameters.push_back(shift);
+  chain->parameters.push_back(bias);
   return chain->add({Convolution{p, std::move(plan)}, x, residual.value_or(NONE)}, out);
 }
 
-LayerParams layer_params(ScalarType dtype, const Tensor& weights, const Tensor& shift, int64_t in_channels,
+LayerParams layer_params(ScalarType dtype, const Tensor& weights, const Tensor& bias, int64_t in_channels,
                          int64_t out_channels, int64_t kernel) {
   ConvParams p{};
   p.in_channels = in_channels, p.out_channels = out_channels, p.kernel_h = p.kernel_w = kernel;
   p.stride_h = p.stride_w = 1;
-  check_parameters(p, dtype, weights, shift);
-  return {weights.const_data_ptr(), p.transformed, static_cast<const float*>(shift.const_data_ptr()), in_channels, out_channels};
+  check_parameters(p, dtype, weights, bias);
+  return {weights.const_data_ptr(), p.transformed, static_cast<const float*>(bias.const_data_ptr()), in_channels, out_channels};
 }
 
 // Adds y = relu(layers(x) + shortcut(x)) of a block of stride 1. `channels`: those of each layer's result; as many weights and
-// shifts as layers, and one more for a projection shortcut. `plan`: strip, parts, panels of BlockParams.
-int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vector<Tensor> shifts,
+// biases as layers, and one more for a projection shortcut. `plan`: strip, parts, panels of BlockParams.
+int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vector<Tensor> biases,
                     std::vector<int64_t> channels, std::vector<int64_t> plan) {
   const std::shared_ptr<Chain> chain = chains().get(id);
   const Shape in = chain->shape(x, "x");
-  const bool bfloat16 = chain->bfloat16();
+  const bool bfloat16 = chain->type() == DType::bfloat16;
   STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "a bfloat16 block as a whole needs a CPU with AVX512_BF16.");
   const size_t layers = channels.size();
   const bool projection = weights.size() > layers;
   STD_TORCH_CHECK((layers == 2 || layers == 3) && (weights.size() == layers || weights.size() == layers + 1) &&
-                      shifts.size() == weights.size(),
-                  "channels, weights and shifts don't describe a basic block (two layers) or a bottleneck (three).");
+                      biases.size() == weights.size(),
+                  "channels, weights and biases don't describe a basic block (two layers) or a bottleneck (three).");
   STD_TORCH_CHECK(plan.size() == 3 && plan[0] > 0 && plan[1] > 0 && plan[2] > 0,
                   "plan must hold three positive numbers: strip, parts, panels.");
   STD_TORCH_CHECK(projection || in.c == channels.back(), "channels don't match the identity shortcut.");
@@ -230,7 +227,7 @@ int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vec
   p.batch = in.n, p.height = in.h, p.width = in.w;
   const auto layer = [&](size_t i, int64_t from, int64_t to, int64_t kernel) {
     STD_TORCH_CHECK(!bfloat16 || from % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", from, ".");
-    return layer_params(chain->dtype, weights[i], shifts[i], from, to, kernel);
+    return layer_params(chain->dtype, weights[i], biases[i], from, to, kernel);
   };
   for (size_t i = 0; i < layers; ++i) {
     const bool pointwise = layers == 3 && i != 1;
@@ -239,7 +236,7 @@ int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vec
   if (projection) p.shortcut = layer(layers, in.c, channels.back(), 1);
   p.strip = plan[0], p.parts = plan[1], p.panels = plan[2];
   chain->parameters.insert(chain->parameters.end(), weights.begin(), weights.end());
-  chain->parameters.insert(chain->parameters.end(), shifts.begin(), shifts.end());
+  chain->parameters.insert(chain->parameters.end(), biases.begin(), biases.end());
   return chain->add({p, x, NONE}, {in.n, channels.back(), in.h, in.w});
 }
 
@@ -283,7 +280,7 @@ std::optional<Tensor> run_chain(int64_t id, Tensor x, std::optional<Tensor> resi
       to = memory[result]->memory;
     }
     data[result] = to;
-    run_step(step, chain.bfloat16(), data[static_cast<size_t>(step.x)],
+    run_step(step, chain.type(), data[static_cast<size_t>(step.x)],
              step.residual == NONE ? nullptr : data[static_cast<size_t>(step.residual)], to, declined);
     if (declined.load(std::memory_order_relaxed)) return std::nullopt;
     if (chain.in_place(result)) memory[result] = std::move(memory[static_cast<size_t>(step.residual)]);
@@ -303,9 +300,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def("new_chain(int[] shape, bool bfloat16) -> int");
   m.def("delete_chain(int chain) -> ()");
   m.def(
-      "chain_conv(int chain, int x, int? residual, Tensor weights, Tensor shift, int out_channels, int[] geometry, bool relu, "
+      "chain_conv(int chain, int x, int? residual, Tensor weights, Tensor bias, int out_channels, int[] geometry, bool relu, "
       "int[] plan) -> int");
-  m.def("chain_block(int chain, int x, Tensor[] weights, Tensor[] shifts, int[] channels, int[] plan) -> int");
+  m.def("chain_block(int chain, int x, Tensor[] weights, Tensor[] biases, int[] channels, int[] plan) -> int");
   m.def("run_chain(int chain, Tensor x, Tensor? residual) -> Tensor?");
 }
 

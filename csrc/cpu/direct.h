@@ -91,9 +91,9 @@ inline void direct(const ConvParams& p) {
           const int64_t at = ((n * p.out_height + o) * p.out_width) * p.out_channels + channel;
           const ConvTile<Activation> tile{
               taps, taps_count, p.stride_h * layout.row_stride, layout.block_stride, channels, 0,
-              static_cast<const float*>(p.weights) + channel * taps_count * channels, p.shift + channel,
+              static_cast<const float*>(p.weights) + channel * taps_count * channels, p.bias + channel,
               residual == nullptr ? nullptr : residual + at, static_cast<Activation*>(p.y) + at, p.out_channels,
-              p.out_channels - channel, p.relu};
+              p.out_channels - channel, p.activation == ActivationFunction::relu};
           lines == 2 ? convolve_two_lines<LANES>(tile, p.out_width) : convolve_rows<LANES>(tile, p.out_width);
         }
       }

@@ -50,7 +50,7 @@ inline void input_gradient(const InputGradientParams& p) {
         tile.taps = taps, tile.tap_count = found;
         tile.row_stride = LANES, tile.block_stride = count * LANES, tile.channels = channels;
         tile.b = static_cast<const float*>(p.weights) + (panel * taps_count + passed) * channels * PANEL;
-        tile.shift = zeros;
+        tile.bias = zeros;
         tile.y = results + at, tile.pixel_stride = width, tile.out_lanes = width - at;
         convolve_rows<LANES>(tile, count);
       }

@@ -1,7 +1,7 @@
 // Instruction sets: which one the CPU has, and how a source file is compiled for one of them.
 //
-// The library is one binary for every x86-64 CPU. The kernels are headers, compiled once per instruction set by
-// avx512.cpp and avx2.cpp between RF_ISA_*_BEGIN and RF_ISA_END; nothing is built with -march. System and PyTorch headers
+// The library is one binary for every CPU of a target. The kernels are headers, compiled once per instruction set by scalar.cpp,
+// avx2.cpp and avx512.cpp, between RF_ISA_*_BEGIN and RF_ISA_END where it isn't the target's own; nothing is built with -march. System and PyTorch headers
 // stand before BEGIN, so that no inline function of theirs is compiled for an instruction set the CPU may lack.
 #pragma once
 
@@ -34,7 +34,7 @@
 
 namespace resnet_fused::cpu {
 
-enum class Isa : int { none = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
 // The best instruction set that this CPU and operating system offer and we have kernels for, within the limit.
 Isa detected_isa();

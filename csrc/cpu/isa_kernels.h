@@ -1,5 +1,5 @@
-// All kernels and the table of their entry points: what avx512.cpp and avx2.cpp compile, each for its instruction set, between
-// RF_ISA_*_BEGIN and RF_ISA_END.
+// All kernels and the tables of their entry points: what scalar.cpp, avx2.cpp and avx512.cpp compile, each for its instruction
+// set, between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
 #include "simd.h"
@@ -23,13 +23,23 @@
 #include "weight_gradient_tile.h"
 #include "weight_gradient_winograd.h"
 #include "weight_gradient.h"
+#include "batch_norm_sweep.h"
+#include "batch_norm_reduce.h"
+#include "batch_norm.h"
 
 namespace resnet_fused::cpu::RF_ISA {
 
-inline const Kernels& kernel_table() {
-  static const Kernels kernels{LANES,        pack,       transform_packed, transformed_size, winograd,       pointwise,        direct, stem,
-                               average_pool, bottleneck, basic_block,      weight_gradient,  input_gradient, multiply_add_loop};
-  return kernels;
-}
+constexpr Kernels KERNELS{
+    LANES,
+    pack,
+    transform_packed,
+    transformed_size,
+    winograd,
+    weight_gradient_winograd,
+    stem,
+    average_pool,
+    {pointwise, direct, bottleneck, basic_block, weight_gradient, input_gradient, multiply_add_loop},
+    {bn_statistics, bn_apply, bn_backward_reduce, bn_backward_apply},
+};
 
 }  // namespace resnet_fused::cpu::RF_ISA

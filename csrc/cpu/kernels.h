@@ -1,43 +1,58 @@
-// The kernels of one instruction set as a table of entry points; bindings.cpp picks the table at run time.
+// The kernels of the instruction sets, as one table of entry points for all targets (instruction_sets.cpp).
 #pragma once
 
+#include <cstdint>
+#include <vector>
+
+#include "batch_norm_params.h"
 #include "isa.h"
 #include "params.h"
 
 namespace resnet_fused::cpu {
 
+// Direct sums over activations of one dtype, and blocks that contain them.
+struct DirectKernels {
+  void (*pointwise)(const ConvParams&);
+  void (*direct)(const ConvParams&);
+  void (*bottleneck)(const BlockParams&);
+  void (*basic_block)(const BlockParams&);
+  void (*weight_gradient)(const WeightGradientParams&);
+  void (*input_gradient)(const InputGradientParams&);
+  int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
+};
+
+// What serves activations of every dtype, computing in float32.
 struct Kernels {
   int64_t lanes;  // float32 lanes of a vector; a panel of packed weights is two vectors wide
   void (*pack)(const PackParams&);
-  // U of a 3 x 3 layer's packed weights, and its number of elements (in_channels, out_channels, stride).
-  void (*transform)(const LayerParams& layer, int64_t stride, bool bfloat16, float* u);
+  // U of a 3 x 3 layer's packed weights, which are of a dtype, and its number of elements (in_channels, out_channels, stride).
+  void (*transform)(const LayerParams& layer, int64_t stride, DType weight, float* u);
   int64_t (*transformed_size)(int64_t in_channels, int64_t out_channels, int64_t stride);
   void (*winograd)(const ConvParams&, const WinogradPlan&);
-  void (*pointwise)(const ConvParams&);
-  void (*direct)(const ConvParams&);
+  void (*weight_gradient_winograd)(const WeightGradientParams&);
   void (*stem)(const StemParams&);
   void (*average_pool)(const AveragePoolParams&);
-  void (*bottleneck)(const BlockParams&);
-  void (*basic_block)(const BlockParams&);
-  void (*weight_gradient)(const WeightGradientParams&);
-  void (*input_gradient)(const InputGradientParams&);
-  int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
+  DirectKernels float32;
+  BatchNormKernels batch_norm;
 };
 
-const Kernels& avx512_kernels();
-const Kernels& avx2_kernels();
-
-// Direct convolutions of bfloat16 activations with an even number of channels by vdpbf16ps, and blocks that contain them.
-struct Bf16Kernels {
-  void (*pointwise)(const ConvParams&);
-  void (*direct)(const ConvParams&);
-  void (*bottleneck)(const BlockParams&);
-  void (*basic_block)(const BlockParams&);
-  void (*weight_gradient)(const WeightGradientParams&);
-  void (*input_gradient)(const InputGradientParams&);
-  int64_t (*multiply_add_loop)(int64_t rounds, float* sink);
+// One instruction set: its kernels, and the direct sums of bfloat16 where a CPU may have instructions for them.
+struct InstructionSet {
+  Isa isa;
+  const Kernels& kernels;
+  const DirectKernels* bfloat16;
 };
 
-const Bf16Kernels& avx512_bf16_kernels();
+// The instruction set that is used.
+const InstructionSet& instruction_set();
+
+// Its kernels.
+inline const Kernels& kernels() { return instruction_set().kernels; }
+
+// Its direct sums for activations of a dtype. Throws where this CPU has none.
+const DirectKernels& direct_kernels(DType dtype);
+
+// The instruction sets that this library was built for, as numbers of Isa, the best one last.
+std::vector<int64_t> built_instruction_sets();
 
 }  // namespace resnet_fused::cpu

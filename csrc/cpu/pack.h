@@ -126,9 +126,9 @@ void pack_as(const PackParams& p) {
 }
 
 inline void pack(const PackParams& p) {
-  if (!p.to_bfloat16) {
+  if (p.destination == DType::float32) {
     pack_as<float, float>(p);
-  } else if (p.from_bfloat16) {
+  } else if (p.source == DType::bfloat16) {
     pack_as<Bf16, Bf16>(p);
   } else {
     pack_as<float, Bf16>(p);

@@ -10,6 +10,11 @@ struct Bf16 {
   uint16_t bits;
 };
 
+enum class DType : uint8_t { float32, bfloat16 };
+
+// The function at the end of an epilogue.
+enum class ActivationFunction : uint8_t { none, relu };
+
 // Set by a kernel, on any of its threads, that can't give stock's answer for the values of x: y is then of no use (uneven.h).
 using Declined = std::atomic<bool>;
 
@@ -18,20 +23,21 @@ inline void note(bool served, Declined* declined) {
   if (!served && declined != nullptr) declined->store(true, std::memory_order_relaxed);
 }
 
-// y = act(conv(x, w) + shift + residual). x, residual and y are NHWC (channels_last) of one dtype, dense.
+// y = act(conv(x, w) + bias + residual). x, residual and y are NHWC (channels_last) of one dtype, dense.
 struct ConvParams {
   const void* x;
-  const void* weights;    // packed panels, see pack.h; float32, or bfloat16 where x is
+  const void* weights;    // packed panels, see pack.h
   bool transformed;       // weights are Winograd's U in float32, see winograd_stages.h
-  const float* shift;     // padded with zeros to whole panels
+  const float* bias;     // padded with zeros to whole panels
   const void* residual;   // shape of y, or null
   void* y;
   Declined* declined;     // or null
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  bool relu;
-  bool bfloat16;
+  ActivationFunction activation;
+  DType source;           // of x, residual and y
+  DType weight;           // of the weights as they are packed
 };
 
 // Weights to packed panels: see pack.h.
@@ -39,7 +45,7 @@ struct PackParams {
   const void* weights;      // [out_channels][taps][in_channels]
   void* packed;
   int64_t out_channels, in_channels, taps;
-  bool from_bfloat16, to_bfloat16;
+  DType source, destination;  // of the weights, and of what is packed of them
   bool winograd;            // for Winograd, not for the direct kernels
   const int64_t* order;     // turned round: the kernel positions as they are to follow each other; null: as they are
 };
@@ -69,7 +75,7 @@ struct InputGradientParams {
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel, stride, pad;
-  bool bfloat16;
+  DType dtype;              // of dy, dx and the packed weights
 };
 
 // Gradient of the weights of a convolution of equal kernel, stride and padding in height and width, and no dilation.
@@ -80,11 +86,10 @@ struct WeightGradientParams {
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel, stride, pad;
-  bool bfloat16;            // x and dy
-  bool winograd;            // 3 x 3, stride and padding 1
+  DType dtype;              // of x and dy
 };
 
-// How a Winograd convolution is cut up; see docs/cpu-kernels.md. Chosen by resnet_fused/backends/cpu_plan.py.
+// How a Winograd convolution is cut up; see docs/cpu-kernels.md. Chosen by resnet_fused/backends/cpu/plan.py.
 struct WinogradPlan {
   int64_t output_tile;     // m of the m x m results of a tile: 2 or 4 for stride 1, 5 for stride 2
   int64_t tiles;           // tiles that go through the stages together
@@ -93,11 +98,11 @@ struct WinogradPlan {
   bool by_panels;          // split the work over output channels (deep layers), not over tiles
 };
 
-// One convolution of a block: packed (or transformed) weights, shift padded to whole panels.
+// One convolution of a block: packed (or transformed) weights, bias padded to whole panels.
 struct LayerParams {
   const void* weights;
   bool transformed;
-  const float* shift;
+  const float* bias;
   int64_t in_channels, out_channels;
 };
 
@@ -115,16 +120,18 @@ struct BlockParams {
   int64_t panels;          // panels multiplied before their output transform
 };
 
-// 7 x 7 convolution of stride 2 and padding 3 on few channels, + shift, ReLU, and a 3 x 3 max-pool of stride 2 and padding 1.
+// 7 x 7 convolution of stride 2 and padding 3 on few channels, + bias, ReLU, and a 3 x 3 max-pool of stride 2 and padding 1.
 struct StemParams {
   const void* x;            // any strides
   int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
   const float* weights;     // transformed: [panel][point][4 in_channels][PANEL]
-  const float* shift;
+  const float* bias;
   void* y;                  // NHWC
   Declined* declined;
   int64_t batch, height, width, in_channels, out_channels;
-  bool pool, relu, bfloat16;
+  bool pool;
+  ActivationFunction activation;
+  DType dtype;              // of x and y
 
   int64_t conv_height() const { return (height + 1) / 2; }
   int64_t conv_width() const { return (width + 1) / 2; }
@@ -137,7 +144,7 @@ struct AveragePoolParams {
   const void* x;
   void* y;
   int64_t batch, height, width, channels;
-  bool bfloat16;
+  DType dtype;
 };
 
 }  // namespace resnet_fused::cpu

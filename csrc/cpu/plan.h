@@ -1,4 +1,4 @@
-// The check of a plan, by which a Winograd convolution is cut up. Plans are made by resnet_fused/backends/cpu_plan.py.
+// The check of a plan, by which a Winograd convolution is cut up. Plans are made by resnet_fused/backends/cpu/plan.py.
 #pragma once
 
 #include <cstdint>

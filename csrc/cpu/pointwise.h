@@ -34,7 +34,7 @@ struct Rows {
 };
 
 // y[row][0..out_channels) of panels [first_panel, last_panel) for all rows. `residual` and `y` point at row 0.
-inline void multiply_pointwise(const Rows& x, const float* weights, const float* shift, int64_t first_panel,
+inline void multiply_pointwise(const Rows& x, const float* weights, const float* bias, int64_t first_panel,
                                int64_t last_panel, const Activation* residual, Activation* y, int64_t out_channels,
                                bool relu) {
   const float* taps[1];
@@ -50,7 +50,7 @@ inline void multiply_pointwise(const Rows& x, const float* weights, const float*
     const int64_t channel = panel * PANEL, at = first_row * out_channels + channel;
     taps[0] = x.data + first_row * tile.row_stride;
     tile.b = weights + channel * x.channels;
-    tile.shift = shift + channel;
+    tile.bias = bias + channel;
     tile.residual = residual == nullptr ? nullptr : residual + at;
     tile.y = y + at;
     tile.out_lanes = out_channels - channel;
@@ -70,12 +70,12 @@ inline void multiply_pointwise(const Rows& x, const float* weights, const float*
 // Pixels that go through the product together: their activations stay in L2 while the weights stream past.
 constexpr int64_t POINTWISE_ROWS = 8 * MAX_ROWS;
 
-// y = act(x w + shift + residual) for `count` neighbouring pixels (stride 1) and all output channels.
-inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, const float* weights, const float* shift,
+// y = act(x w + bias + residual) for `count` neighbouring pixels (stride 1) and all output channels.
+inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, const float* weights, const float* bias,
                            const Activation* residual, Activation* y, int64_t out_channels, bool relu) {
   const int64_t panels = panel_count(out_channels);
   if (!rows_collide(in_channels)) {
-    multiply_pointwise({x, count, in_channels, false}, weights, shift, 0, panels, residual, y, out_channels, relu);
+    multiply_pointwise({x, count, in_channels, false}, weights, bias, 0, panels, residual, y, out_channels, relu);
     return;
   }
   Scratch scratch;
@@ -83,7 +83,7 @@ inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, c
   for (int64_t first = 0; first < count; first += POINTWISE_ROWS) {
     const int64_t rows = std::min(POINTWISE_ROWS, count - first), at = first * out_channels;
     copy_to_blocks(rows, in_channels, copy, [&](int64_t row) { return x + (first + row) * in_channels; });
-    multiply_pointwise({copy, rows, in_channels, true}, weights, shift, 0, panels,
+    multiply_pointwise({copy, rows, in_channels, true}, weights, bias, 0, panels,
                        residual == nullptr ? nullptr : residual + at, y + at, out_channels, relu);
   }
 }
@@ -116,9 +116,9 @@ inline void pointwise(const ConvParams& p) {
       }
       const int64_t at = begin * p.out_channels;
       multiply_pointwise({blocked ? copy : x + begin * channels, count, channels, blocked},
-                         static_cast<const float*>(p.weights), p.shift, panels * group / groups,
+                         static_cast<const float*>(p.weights), p.bias, panels * group / groups,
                          panels * (group + 1) / groups, residual == nullptr ? nullptr : residual + at, y + at, p.out_channels,
-                         p.relu);
+                         p.activation == ActivationFunction::relu);
     }
   });
 }

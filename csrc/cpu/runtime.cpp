@@ -158,7 +158,7 @@ Isa best_isa() {
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
-  return Isa::none;
+  return Isa::scalar;
 }
 
 std::atomic<Isa> chosen_isa{best_isa()};

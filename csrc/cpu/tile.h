@@ -116,7 +116,7 @@ struct ConvTile {
   int64_t channels;          // summed per tap
   int64_t ahead;             // how far behind these activations lie the next ones to be used, for prefetching; 0: cached
   const float* b;            // [tap][channel][PANEL]
-  const float* shift;        // [PANEL]
+  const float* bias;        // [PANEL]
   const Out* residual;       // row 0, or null
   Out* y;
   int64_t pixel_stride;      // between rows of y and of residual
@@ -192,11 +192,11 @@ void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
   const Out* residual = t.residual == nullptr ? nullptr : t.residual + first_row * t.pixel_stride;
 
   Accumulators<ROWS> acc;
-  const vec shift_low = load(t.shift), shift_high = load(t.shift + LANES);
+  const vec bias_low = load(t.bias), bias_high = load(t.bias + LANES);
   RF_UNROLL(16)
   for (int r = 0; r < ROWS; ++r) {
-    acc.low[r] = shift_low;
-    acc.high[r] = shift_high;
+    acc.low[r] = bias_low;
+    acc.high[r] = bias_high;
   }
   const float* b = t.b;
   const int64_t offset = first_row * (STRIDE != RUNTIME_STRIDE ? STRIDE : t.row_stride);

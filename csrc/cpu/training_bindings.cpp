@@ -22,7 +22,7 @@ using torch::stable::Tensor;
 
 void check_training(const Tensor& x, const char* name, const Tensor& weight, const PackParams& packing, int64_t channels,
                     int64_t stride, int64_t pad) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || !packing.from_bfloat16, "weight is bfloat16 where ", name,
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || packing.source == DType::float32, "weight is bfloat16 where ", name,
                   " is float32; convert one with .to().");
   STD_TORCH_CHECK(x.size(1) == channels, name, " has ", x.size(1), " channels, where weight asks for ", channels, ".");
   STD_TORCH_CHECK(weight.size(2) == weight.size(3), "weight has a kernel of ", weight.size(2), " x ", weight.size(3),
@@ -32,20 +32,20 @@ void check_training(const Tensor& x, const char* name, const Tensor& weight, con
 }
 
 // Packs weights into `scratch`. `order` as in PackParams.
-const void* packed_for_a_call(Scratch& scratch, PackParams packing, bool bfloat16, bool winograd, const int64_t* order) {
+const void* packed_for_a_call(Scratch& scratch, PackParams packing, DType dtype, bool winograd, const int64_t* order) {
   const int64_t results = order != nullptr ? packing.in_channels : packing.out_channels;
   const int64_t summed = order != nullptr ? packing.out_channels : packing.in_channels;
-  packing.packed = scratch.take<char>(padded_channels(results) * packing.taps * summed * (bfloat16 ? 2 : 4));
-  packing.to_bfloat16 = bfloat16, packing.winograd = winograd, packing.order = order;
+  packing.packed = scratch.take<char>(padded_channels(results) * packing.taps * summed * (dtype == DType::bfloat16 ? 2 : 4));
+  packing.destination = dtype, packing.winograd = winograd, packing.order = order;
   kernels().pack(packing);
   return packing.packed;
 }
 
 const float* no_shift(Scratch& scratch, int64_t channels) {
   const int64_t padded = padded_channels(channels);
-  float* shift = scratch.take<float>(padded);
-  std::fill(shift, shift + padded, 0.0f);
-  return shift;
+  float* bias = scratch.take<float>(padded);
+  std::fill(bias, bias + padded, 0.0f);
+  return bias;
 }
 
 // conv(x, w); `plan` as run_conv takes it.
@@ -58,15 +58,15 @@ Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::
   p.x = x.const_data_ptr();
   p.batch = x.size(0), p.in_channels = packing.in_channels, p.height = x.size(2), p.width = x.size(3);
   p.out_channels = packing.out_channels;
-  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  p.source = p.weight = dtype_of(x);
   set_geometry(p, {kernel, kernel, stride, stride, pad, pad, 1, 1});
   check_conv(p, plan);
   Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
   p.y = y.mutable_data_ptr();
   if (p.batch == 0) return y;
   Scratch scratch;
-  p.weights = packed_for_a_call(scratch, packing, p.bfloat16, !plan.empty(), nullptr);
-  p.shift = no_shift(scratch, p.out_channels);
+  p.weights = packed_for_a_call(scratch, packing, p.source, !plan.empty(), nullptr);
+  p.bias = no_shift(scratch, p.out_channels);
   run_conv(p, plan);
   return y;
 }
@@ -84,7 +84,7 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
   p.batch = dy.size(0), p.height = height, p.width = width, p.in_channels = packing.in_channels;
   p.out_channels = packing.out_channels, p.out_height = dy.size(2), p.out_width = dy.size(3);
   p.kernel = kernel, p.stride = stride, p.pad = pad;
-  p.bfloat16 = dy.scalar_type() == ScalarType::BFloat16;
+  p.dtype = dtype_of(dy);
   STD_TORCH_CHECK(p.out_height > 0 && p.out_width > 0 && p.out_height == result_size(height, kernel, stride, pad) &&
                       p.out_width == result_size(width, kernel, stride, pad),
                   "dy doesn't have the size of the result of this convolution on ", height, " x ", width, " pixels.");
@@ -93,7 +93,7 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
   conv.x = p.dy;
   conv.batch = p.batch, conv.in_channels = p.out_channels, conv.height = p.out_height, conv.width = p.out_width;
   conv.out_channels = p.in_channels;
-  conv.bfloat16 = p.bfloat16;
+  conv.source = conv.weight = p.dtype;
   if (plan.empty()) check_conv(conv, plan);
   Tensor dx = new_activations(dy, p.batch, p.in_channels, height, width);
   if (p.batch == 0) return dx;
@@ -103,12 +103,12 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
     positions([&](int64_t kh, int64_t kw) { order.push_back(kh * kernel + kw); });
   });
   Scratch scratch;
-  p.weights = conv.weights = packed_for_a_call(scratch, packing, p.bfloat16, !plan.empty(), order.data());
+  p.weights = conv.weights = packed_for_a_call(scratch, packing, p.dtype, !plan.empty(), order.data());
   if (plan.empty() && (kernel > 1 || stride > 1)) {
-    p.bfloat16 ? avx512_bf16_kernels().input_gradient(p) : kernels().input_gradient(p);
+    direct_kernels(p.dtype).input_gradient(p);
     return dx;
   }
-  conv.shift = no_shift(scratch, p.in_channels);
+  conv.bias = no_shift(scratch, p.in_channels);
   set_geometry(conv, {kernel, kernel, 1, 1, kernel - 1 - pad, kernel - 1 - pad, 1, 1});
   run_conv(conv, plan);
   return dx;
@@ -124,18 +124,18 @@ Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int6
   p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   p.out_channels = dy.size(1), p.out_height = dy.size(2), p.out_width = dy.size(3);
   p.kernel = kernel, p.stride = stride, p.pad = pad;
-  p.bfloat16 = x.scalar_type() == ScalarType::BFloat16, p.winograd = winograd;
+  p.dtype = dtype_of(x);
   STD_TORCH_CHECK(kernel > 0 && stride > 0 && pad >= 0, "kernel and stride must be positive, pad not negative.");
   STD_TORCH_CHECK(dy.size(0) == p.batch && p.out_height == result_size(p.height, kernel, stride, pad) &&
                       p.out_width == result_size(p.width, kernel, stride, pad) && dy.numel() > 0 && x.numel() > 0,
                   "dy doesn't have the shape of this convolution's result, or is empty.");
   STD_TORCH_CHECK(!winograd || (kernel == 3 && stride == 1 && pad == 1),
                   "Winograd serves 3 x 3 kernels of stride and padding 1.");
-  STD_TORCH_CHECK(winograd || !p.bfloat16 || has_avx512_bf16(),
+  STD_TORCH_CHECK(winograd || p.dtype == DType::float32 || has_avx512_bf16(),
                   "the gradient of weights in bfloat16 needs a CPU with AVX512_BF16, or Winograd.");
   Tensor dweight = new_weight_gradient(x, p.out_channels, kernel, p.in_channels);
   p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
-  p.bfloat16 && !winograd ? avx512_bf16_kernels().weight_gradient(p) : kernels().weight_gradient(p);
+  winograd ? kernels().weight_gradient_winograd(p) : direct_kernels(p.dtype).weight_gradient(p);
   return dweight;
 }
 

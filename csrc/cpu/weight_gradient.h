@@ -4,19 +4,6 @@
 
 namespace resnet_fused::cpu::RF_ISA {
 
-// Channels [channel, channel + lanes) of one step: in float32 of one pixel, in bfloat16 of two side by side. `rows` points at
-// the pixels.
-RF_INLINE vec load_step(const float* const* rows, int64_t channel, int lanes) {
-  return lanes >= LANES ? load(rows[0] + channel) : load(rows[0] + channel, lanes);
-}
-
-#if defined(RF_ISA_IS_BF16)
-RF_INLINE vec load_step(const Bf16* const* rows, int64_t channel, int lanes) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane_mask(lanes), rows[0] + channel));
-  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(load(rows[1] + channel, lanes))));
-}
-#endif
-
 // Blocks of dy's channels as the register tile takes them, [block][step][LANES]. Block i begins at channel begins[i].
 inline void pack_steps(const Activation* const* rows, int64_t steps, const int64_t* begins, int64_t blocks, float* out,
                        int64_t block_stride) {
@@ -175,7 +162,7 @@ inline void add_ranges(const float* partial, int64_t ranges, int64_t size, float
   });
 }
 
-inline void weight_gradient_by_pixels(const WeightGradientParams& p) {
+inline void weight_gradient(const WeightGradientParams& p) {
   const int64_t steps = (p.batch * p.out_height * p.out_width + CHANNELS_PER_UNIT - 1) / CHANNELS_PER_UNIT;
   const int64_t taps = p.kernel * p.kernel, size = p.out_channels * taps * p.in_channels;
   const int64_t blocks = OutBlocks(p.out_channels).count, panels = panel_count(p.in_channels);
@@ -193,16 +180,6 @@ inline void weight_gradient_by_pixels(const WeightGradientParams& p) {
     sum_pixels(p, plan, part, steps * range / plan.ranges, steps * (range + 1) / plan.ranges, zeros, partial + range * size);
   });
   if (plan.ranges > 1) add_ranges(partial, plan.ranges, size, p.dweight);
-}
-
-inline void weight_gradient(const WeightGradientParams& p) {
-#if !defined(RF_ISA_IS_BF16)
-  if (p.winograd) {
-    p.bfloat16 ? weight_gradient_by_tiles<Bf16>(p) : weight_gradient_by_tiles<float>(p);
-    return;
-  }
-#endif
-  weight_gradient_by_pixels(p);
 }
 
 }  // namespace resnet_fused::cpu::RF_ISA

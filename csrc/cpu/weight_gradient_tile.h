@@ -39,33 +39,6 @@ struct OuterTile {
   LinesAhead ahead;
 };
 
-#if defined(RF_ISA_IS_BF16)
-// Two pixels' channels side by side as vdpbf16ps takes them, in the order that interleaving leaves: within each eight
-// channels, four in `low` and four in `high`.
-RF_INLINE void load_panel(const Bf16* const* rows, int64_t channel, int64_t lanes, vec& low, vec& high) {
-  const __mmask32 mask = lanes >= PANEL ? ~__mmask32{0} : (__mmask32{1} << lanes) - 1u;
-  const __m512i first = _mm512_maskz_loadu_epi16(mask, rows[0] + channel);
-  const __m512i second = _mm512_maskz_loadu_epi16(mask, rows[1] + channel);
-  low = _mm512_castsi512_ps(_mm512_unpacklo_epi16(first, second));
-  high = _mm512_castsi512_ps(_mm512_unpackhi_epi16(first, second));
-}
-// Back to the channels' own order.
-RF_INLINE void order_panel(vec& low, vec& high) {
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  const vec unordered = low;
-  low = _mm512_permutex2var_ps(unordered, first, high);
-  high = _mm512_permutex2var_ps(unordered, second, high);
-}
-#else
-RF_INLINE void load_panel(const float* const* rows, int64_t channel, int64_t lanes, vec& low, vec& high) {
-  const float* row = rows[0] + channel;
-  low = lanes >= LANES ? load(row) : load(row, static_cast<int>(lanes));
-  high = lanes >= PANEL ? load(row + LANES) : lanes > LANES ? load(row + LANES, static_cast<int>(lanes - LANES)) : zero();
-}
-RF_INLINE void order_panel(vec&, vec&) {}
-#endif
-
 template <class Products, int ROWS, bool FIRST>
 void outer_tile(const OuterTile& t) {
   Accumulators<ROWS> acc;

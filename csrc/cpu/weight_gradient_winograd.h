@@ -155,4 +155,8 @@ void weight_gradient_by_tiles(const WeightGradientParams& p) {
   transform_weight_gradient(p, du);
 }
 
+inline void weight_gradient_winograd(const WeightGradientParams& p) {
+  p.dtype == DType::bfloat16 ? weight_gradient_by_tiles<Bf16>(p) : weight_gradient_by_tiles<float>(p);
+}
+
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -17,8 +17,8 @@ struct WinogradConv {
       : p(params),
         plan(how),
         grid(params),
-        kept(transformed_weights<F>(static_cast<const float*>(params.weights), params.shift, params.in_channels,
-                                    params.out_channels, params.relu)),
+        kept(transformed_weights<F>(static_cast<const float*>(params.weights), params.bias, params.in_channels,
+                                    params.out_channels, params.activation == ActivationFunction::relu)),
         panels(panel_count(params.out_channels)),
         in_vectors(vector_count(params.in_channels)),
         blocks((grid.count + how.tiles - 1) / how.tiles) {}
@@ -49,8 +49,8 @@ struct WinogradConv {
   // transformed first, once for all threads.
   void by_tiles() const {
     Scratch shared;
-    const LayerParams layer{p.weights, p.transformed, p.shift, p.in_channels, p.out_channels};
-    const TransformedWeights weights = layer_weights<F, T>(shared, layer, p.relu);
+    const LayerParams layer{p.weights, p.transformed, p.bias, p.in_channels, p.out_channels};
+    const TransformedWeights weights = layer_weights<F, T>(shared, layer, p.activation == ActivationFunction::relu);
     parallel_units(blocks, [&](int64_t block, int64_t following) {
       const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
       const int64_t out_begin = grid.batch_row(begin, 0) * p.out_width * p.out_channels;
@@ -129,8 +129,8 @@ struct WinogradConv {
 
   void transform_output(int64_t panel, const TileBlock& tiles, const float* m, int64_t m_stride) const {
     for (int64_t t = 0; t < tiles.runs.count(); ++t) {
-      transform_output_vectors<F, T>(place(tiles.order[t]), m + t * LANES, m_stride, tiles.slots * LANES, p.shift, 2 * panel, 2,
-                                     p.relu);
+      transform_output_vectors<F, T>(place(tiles.order[t]), m + t * LANES, m_stride, tiles.slots * LANES, p.bias, 2 * panel, 2,
+                                     p.activation == ActivationFunction::relu);
     }
   }
 
@@ -205,15 +205,15 @@ struct WinogradConv {
 };
 
 // U of a layer's packed weights, for a caller that keeps it.
-inline void transform_packed(const LayerParams& layer, int64_t stride, bool bfloat16, float* u) {
+inline void transform_packed(const LayerParams& layer, int64_t stride, DType dtype, float* u) {
   const auto run = [&](auto f, auto t) {
     using T = decltype(t);
     transform_layer<decltype(f), T>(static_cast<const T*>(layer.weights), layer.in_channels, layer.out_channels, u);
   };
   if (stride == 2) {
-    bfloat16 ? run(Stride2{}, Bf16{}) : run(Stride2{}, float{});
+    dtype == DType::bfloat16 ? run(Stride2{}, Bf16{}) : run(Stride2{}, float{});
   } else {
-    bfloat16 ? run(F4{}, Bf16{}) : run(F4{}, float{});
+    dtype == DType::bfloat16 ? run(F4{}, Bf16{}) : run(F4{}, float{});
   }
 }
 
@@ -240,7 +240,7 @@ void run_winograd(const ConvParams& p, const WinogradPlan& plan) {
 }
 
 inline void winograd(const ConvParams& p, const WinogradPlan& plan) {
-  p.bfloat16 ? run_winograd<Bf16>(p, plan) : run_winograd<float>(p, plan);
+  p.source == DType::bfloat16 ? run_winograd<Bf16>(p, plan) : run_winograd<float>(p, plan);
 }
 
 }  // namespace resnet_fused::cpu::RF_ISA

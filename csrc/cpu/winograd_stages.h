@@ -179,10 +179,10 @@ void transform_weights(const W* packed, int64_t channels, float* u, int64_t u_po
   }
 }
 
-// Y = A^T M A of one tile and one vector of output channels, + shift + residual, ReLU. Pixels outside the image are not
+// Y = A^T M A of one tile and one vector of output channels, + bias + residual, ReLU. Pixels outside the image are not
 // written.
 template <class F, class T>
-void transform_output_tile(const float* m, int64_t m_point_stride, const float* shift, const TilePlace<T>& tile,
+void transform_output_tile(const float* m, int64_t m_point_stride, const float* bias, const TilePlace<T>& tile,
                            int64_t channel, bool relu) {
   constexpr int A = F::A, M = F::M;
   vec half[M][A];
@@ -195,7 +195,7 @@ void transform_output_tile(const float* m, int64_t m_point_stride, const float* 
     RF_UNROLL(8)
     for (int i = 0; i < M; ++i) half[i][j] = transformed[i];
   }
-  const vec shift_vector = load(shift + channel);
+  const vec shift_vector = load(bias + channel);
   const vec floor = relu ? zero() : splat(-__builtin_inff());
   const Strip<T>& y = tile.y;
   const int64_t rows = std::min(tile.rows, y.height - tile.top), columns = std::min(tile.columns, y.width - tile.left);
@@ -224,11 +224,11 @@ void transform_output_tile(const float* m, int64_t m_point_stride, const float* 
 // The same for `count` vectors of channels of a tile, from vector `first` on; those that don't exist are left out.
 template <class F, class T>
 void transform_output_vectors(const TilePlace<T>& tile, const float* m, int64_t m_point_stride, int64_t m_vector_stride,
-                              const float* shift, int64_t first, int64_t count, bool relu) {
+                              const float* bias, int64_t first, int64_t count, bool relu) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t channel = (first + i) * LANES;
     if (channel >= tile.y.channels) return;
-    transform_output_tile<F, T>(m + i * m_vector_stride, m_point_stride, shift, tile, channel, relu);
+    transform_output_tile<F, T>(m + i * m_vector_stride, m_point_stride, bias, tile, channel, relu);
   }
 }
 
@@ -237,7 +237,7 @@ struct TransformedWeights {
   const float* u;
   int64_t point_stride, panel_stride;
   int64_t in_channels, out_channels;
-  const float* shift;
+  const float* bias;
   bool relu;
 };
 
@@ -247,10 +247,10 @@ int64_t transformed_elements(int64_t in_channels, int64_t out_channels) {
 }
 
 template <class F>
-TransformedWeights transformed_weights(const float* u, const float* shift, int64_t in_channels, int64_t out_channels,
+TransformedWeights transformed_weights(const float* u, const float* bias, int64_t in_channels, int64_t out_channels,
                                        bool relu) {
   const int64_t stride = point_stride(F::PHASES * in_channels * 2);
-  return {u, stride, stride * F::A * F::A, in_channels, out_channels, shift, relu};
+  return {u, stride, stride * F::A * F::A, in_channels, out_channels, bias, relu};
 }
 
 // Transforms all weights of a layer, on all threads.
@@ -275,7 +275,7 @@ TransformedWeights layer_weights(Scratch& scratch, const LayerParams& layer, boo
     transform_layer<F, T>(static_cast<const T*>(layer.weights), layer.in_channels, layer.out_channels, made);
     u = made;
   }
-  return transformed_weights<F>(u, layer.shift, layer.in_channels, layer.out_channels, relu);
+  return transformed_weights<F>(u, layer.bias, layer.in_channels, layer.out_channels, relu);
 }
 
 // Channels summed in one go: sums of sums round less than one long sum (measured: half the error at 256 channels).
@@ -316,7 +316,7 @@ template <class F, class T, class Place, class Between>
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
-      transform_output_vectors<F, T>(place(t), m + t * LANES, m_stride, tiles * LANES, w.shift, 2 * first, 2 * count, w.relu);
+      transform_output_vectors<F, T>(place(t), m + t * LANES, m_stride, tiles * LANES, w.bias, 2 * first, 2 * count, w.relu);
     }
   }
   return trusted;

@@ -6,7 +6,7 @@ import shutil
 import sys
 
 
-class Bar:
+class Progress:
     """A line on the terminal that shows how far the work is, and what is being done."""
 
     width = 24

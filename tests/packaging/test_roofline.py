@@ -54,7 +54,7 @@ def test_a_projection_reads_the_input_again_and_has_no_relu():
     ops = work(problem_of("basic_block", (1, 8, 8, 8), torch.float32, CPU, convs, shortcut=True))
     assert len(ops[STOCK]) == 3 * 2 + 2 + 1  # convolutions with batch norms, two ReLUs, one sum
     x, y = 8 * 64, 16 * 16
-    assert ops[LAYERS][2] == Work(2 * y * 8, 4 * (x + 8 * 16 + 16 + y))
+    assert ops[LAYERS][0] == Work(2 * y * 8, 4 * (x + 8 * 16 + 16 + y))
 
 
 def test_a_stem_ends_with_the_pool():

@@ -17,6 +17,8 @@ from resnet_fused.backends.cpu.training_conv import TrainingConvolution
 from resnet_fused.backends.problem import Kind, Problem
 
 _LIBRARY = "resnet_fused_cpu"
+_INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512")  # Isa in csrc/cpu/isa.h
+_SCALAR = 0
 
 
 class CPU(Backend):
@@ -34,10 +36,19 @@ class CPU(Backend):
         TrainingConvolution(),
     )
 
+    def instruction_sets(self) -> str:
+        """Those that the compiled library has kernels for, and which are in use here; "none" where there is no library."""
+        if library.load(_LIBRARY) is not None:
+            return "none"
+        ops = torch.ops.resnet_fused_cpu
+        built = ", ".join(_INSTRUCTION_SETS[number] for number in ops.instruction_sets())
+        bfloat16 = " with AVX512_BF16" if ops.avx512_bf16() else ""
+        return f"{built}; in use: {_INSTRUCTION_SETS[ops.isa()]}{bfloat16}"
+
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
         reason = library.load(_LIBRARY)
-        if reason is None and torch.ops.resnet_fused_cpu.isa() == 0:
+        if reason is None and torch.ops.resnet_fused_cpu.isa() == _SCALAR:
             return "this CPU has neither AVX-512 nor AVX2 with FMA; use the backend 'onednn'"
         return reason
 

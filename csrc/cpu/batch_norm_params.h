@@ -9,16 +9,16 @@ namespace resnet_fused::cpu {
 
 // Activations of one layer, dense. As rows: (pixel of the batch, channel), which is channels_last. As planes: (image, channel,
 // pixel), which is PyTorch's contiguous format.
-struct BnShape {
+struct BatchNormShape {
   int64_t images, channels, pixels;  // pixels: height x width
   bool rows;
-  bool bfloat16;  // of all activations and their gradients; statistics, parameters and their gradients are float32
+  DType dtype;  // of all activations and their gradients; statistics, parameters and their gradients are float32
 
   int64_t per_channel() const { return images * pixels; }
 };
 
 // Null where the op has no such tensor.
-struct BnTensors {
+struct BatchNormTensors {
   const void* x = nullptr;
   const void* residual = nullptr;
   const void* dy = nullptr;
@@ -35,19 +35,16 @@ struct BnTensors {
 };
 
 // The kernels of one instruction set. Each writes all of its outputs.
-struct BnKernels {
+struct BatchNormKernels {
   // mean and biased variance of each channel.
-  void (*statistics)(const BnShape&, const BnTensors&, float* mean, float* var);
+  void (*statistics)(const BatchNormShape&, const BatchNormTensors&, float* mean, float* var);
   // out = act((x - mean) * weight / sqrt(var + eps) + bias + residual)
-  void (*apply)(const BnShape&, const BnTensors&, void* out);
+  void (*apply)(const BatchNormShape&, const BatchNormTensors&, void* out);
   // g = dy where y is positive or NaN; dbias = sum of g, dweight = sum of g * (x - mean) / sqrt(var + eps); masked = g unless
   // null.
-  void (*backward_reduce)(const BnShape&, const BnTensors&, void* masked, float* dweight, float* dbias);
+  void (*backward_reduce)(const BatchNormShape&, const BatchNormTensors&, void* masked, float* dweight, float* dbias);
   // dx from g, and masked = g unless null. Without dweight and dbias the statistics count as constants.
-  void (*backward_apply)(const BnShape&, const BnTensors&, void* masked, void* dx);
+  void (*backward_apply)(const BatchNormShape&, const BatchNormTensors&, void* masked, void* dx);
 };
-
-const BnKernels& bn_avx512_kernels();
-const BnKernels& bn_avx2_kernels();
 
 }  // namespace resnet_fused::cpu

@@ -6,7 +6,7 @@ namespace resnet_fused::cpu::RF_ISA {
 
 // y = (x - mean) scale + shift. Not x scale + (shift - mean scale), which cancels where the mean is large.
 struct ForwardTerms {
-  ForwardTerms(const BnShape& s, const BnTensors& t)
+  ForwardTerms(const BatchNormShape& s, const BatchNormTensors& t)
       : mean(t.mean), scale(scratch.take<float>(s.channels)), shift(scratch.take<float>(s.channels)) {
     for (int64_t c = 0; c < s.channels; ++c) {
       const double inverse = 1.0 / std::sqrt(static_cast<double>(t.var[c]) + t.eps);
@@ -20,7 +20,7 @@ struct ForwardTerms {
 };
 
 template <class T, bool RESIDUAL, bool RELU>
-void apply_kernel(const BnShape& s, const BnTensors& t, T* out) {
+void apply_kernel(const BatchNormShape& s, const BatchNormTensors& t, T* out) {
   const ForwardTerms terms(s, t);
   const T* x = static_cast<const T*>(t.x);
   const T* residual = static_cast<const T*>(t.residual);
@@ -35,7 +35,7 @@ void apply_kernel(const BnShape& s, const BnTensors& t, T* out) {
 
 // dx = scale (g - mean(g) - xhat mean(g xhat)) = scale g + slope (x - mean) + offset, with xhat = (x - mean) / deviation.
 struct BackwardTerms {
-  BackwardTerms(const BnShape& s, const BnTensors& t)
+  BackwardTerms(const BatchNormShape& s, const BatchNormTensors& t)
       : mean(t.mean),
         scale(scratch.take<float>(s.channels)),
         slope(scratch.take<float>(s.channels)),
@@ -55,7 +55,7 @@ struct BackwardTerms {
 };
 
 template <class T, bool RELU, bool MASKED, bool CONSTANT>
-void backward_apply_kernel(const BnShape& s, const BnTensors& t, T* masked, T* dx) {
+void backward_apply_kernel(const BatchNormShape& s, const BatchNormTensors& t, T* masked, T* dx) {
   const BackwardTerms terms(s, t);
   const Gradient<T, RELU> gradient{static_cast<const T*>(t.dy), static_cast<const T*>(t.y)};
   const T* x = static_cast<const T*>(t.x);
@@ -82,11 +82,11 @@ void with_flag(bool flag, const Body& body) {
 
 // Calls body with a null pointer of the activations' type.
 template <class Body>
-void with_type(const BnShape& s, const Body& body) {
-  s.bfloat16 ? body(static_cast<Bf16*>(nullptr)) : body(static_cast<float*>(nullptr));
+void with_type(const BatchNormShape& s, const Body& body) {
+  s.dtype == DType::bfloat16 ? body(static_cast<Bf16*>(nullptr)) : body(static_cast<float*>(nullptr));
 }
 
-inline void bn_statistics(const BnShape& s, const BnTensors& t, float* mean, float* var) {
+inline void bn_statistics(const BatchNormShape& s, const BatchNormTensors& t, float* mean, float* var) {
   with_type(s, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T* x = static_cast<const T*>(t.x);
@@ -94,7 +94,7 @@ inline void bn_statistics(const BnShape& s, const BnTensors& t, float* mean, flo
   });
 }
 
-inline void bn_apply(const BnShape& s, const BnTensors& t, void* out) {
+inline void bn_apply(const BatchNormShape& s, const BatchNormTensors& t, void* out) {
   with_type(s, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     with_flag(t.residual != nullptr, [&](auto residual) {
@@ -105,7 +105,7 @@ inline void bn_apply(const BnShape& s, const BnTensors& t, void* out) {
   });
 }
 
-inline void bn_backward_reduce(const BnShape& s, const BnTensors& t, void* masked, float* dweight, float* dbias) {
+inline void bn_backward_reduce(const BatchNormShape& s, const BatchNormTensors& t, void* masked, float* dweight, float* dbias) {
   with_type(s, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     T* g = static_cast<T*>(masked);
@@ -117,7 +117,7 @@ inline void bn_backward_reduce(const BnShape& s, const BnTensors& t, void* maske
   });
 }
 
-inline void bn_backward_apply(const BnShape& s, const BnTensors& t, void* masked, void* dx) {
+inline void bn_backward_apply(const BatchNormShape& s, const BatchNormTensors& t, void* masked, void* dx) {
   with_type(s, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     T* g = static_cast<T*>(masked);
@@ -131,7 +131,5 @@ inline void bn_backward_apply(const BnShape& s, const BnTensors& t, void* masked
     });
   });
 }
-
-inline BnKernels bn_kernels() { return {bn_statistics, bn_apply, bn_backward_reduce, bn_backward_apply}; }
 
 }  // namespace resnet_fused::cpu::RF_ISA

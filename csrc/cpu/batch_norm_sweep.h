@@ -8,44 +8,29 @@ namespace resnet_fused::cpu::RF_ISA {
 constexpr int64_t UNIT_ELEMENTS = 16384;
 
 // A whole vector, or the first `lanes` of one at the end of a row or plane.
-using Whole = std::false_type;
-using Part = std::true_type;
+using WholeVector = std::false_type;
+using PartOfVector = std::true_type;
 
 template <class T>
-RF_INLINE vec get(Whole, const T* p, int) {
+RF_INLINE vec get(WholeVector, const T* p, int) {
   return load(p);
 }
 template <class T>
-RF_INLINE vec get(Part, const T* p, int lanes) {
+RF_INLINE vec get(PartOfVector, const T* p, int lanes) {
   return load(p, lanes);
 }
 template <class T>
-RF_INLINE void put(Whole, T* p, vec a, int) {
+RF_INLINE void put(WholeVector, T* p, vec a, int) {
   store(p, a);
 }
 template <class T>
-RF_INLINE void put(Part, T* p, vec a, int lanes) {
+RF_INLINE void put(PartOfVector, T* p, vec a, int lanes) {
   store(p, a, lanes);
 }
 
-// dy where y is positive, or NaN as in stock PyTorch; zero elsewhere.
-RF_INLINE vec through_relu(vec y, vec dy) {
-#if defined(RF_ISA_IS_AVX512)
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), dy);
-#else
-  return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_NLE_UQ), dy);
-#endif
-}
-
 // Zero beyond the first `lanes`, where a masked load of x gave (0 - mean).
-RF_INLINE vec first_lanes(Whole, vec a, int) { return a; }
-RF_INLINE vec first_lanes(Part, vec a, int lanes) {
-#if defined(RF_ISA_IS_AVX512)
-  return _mm512_maskz_mov_ps(lane_mask(lanes), a);
-#else
-  return _mm256_and_ps(_mm256_castsi256_ps(lane_mask(lanes)), a);
-#endif
-}
+RF_INLINE vec first_lanes(WholeVector, vec a, int) { return a; }
+RF_INLINE vec first_lanes(PartOfVector, vec a, int lanes) { return first_lanes(a, lanes); }
 
 RF_INLINE float horizontal_sum(vec a) {
   alignas(64) float lanes[LANES];
@@ -61,8 +46,8 @@ RF_INLINE float horizontal_sum(vec a) {
 template <class Body>
 RF_INLINE void for_vectors(int64_t length, const Body& body) {
   int64_t i = 0;
-  for (; i + LANES <= length; i += LANES) body(Whole{}, i, LANES);
-  if (i < length) body(Part{}, i, static_cast<int>(length - i));
+  for (; i + LANES <= length; i += LANES) body(WholeVector{}, i, LANES);
+  if (i < length) body(PartOfVector{}, i, static_cast<int>(length - i));
 }
 
 // A value per channel for one vector of activations: a vector of them in rows, one of them in planes.
@@ -83,7 +68,7 @@ struct InPlanes {
 // reduction before has just read the activations from first to last: their end is still in the cache, and whoever reads the
 // result next begins where this ends.
 template <class Body>
-void for_activations(const BnShape& s, const Body& body) {
+void for_activations(const BatchNormShape& s, const Body& body) {
   if (s.rows) {
     const int64_t rows = s.per_channel(), step = std::max<int64_t>(1, UNIT_ELEMENTS / s.channels);
     const int64_t units = (rows + step - 1) / step;

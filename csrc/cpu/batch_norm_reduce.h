@@ -9,7 +9,7 @@ namespace resnet_fused::cpu::RF_ISA {
 
 // Partial results of two sums per channel, over blocks of rows.
 struct RowBlocks {
-  explicit RowBlocks(const BnShape& s)
+  explicit RowBlocks(const BatchNormShape& s)
       : shape(s),
         // Few rows still make enough blocks for several threads; many make blocks whose sums are small beside them.
         height(std::min<int64_t>(64, std::max<int64_t>(16, s.per_channel() / 32))),
@@ -39,7 +39,7 @@ struct RowBlocks {
     });
   }
 
-  BnShape shape;
+  BatchNormShape shape;
   int64_t height, down, per_unit;
 };
 
@@ -94,7 +94,7 @@ RF_INLINE void statistics_of_block(const T* x, const T* shift, int64_t rows, int
 }
 
 template <class T>
-void statistics_in_rows(const BnShape& s, const T* x, float* mean, float* var) {
+void statistics_in_rows(const BatchNormShape& s, const T* x, float* mean, float* var) {
   const RowBlocks blocks(s);
   Scratch scratch;
   float* partial = scratch.take<float>(blocks.partial_floats());
@@ -132,7 +132,7 @@ void statistics_in_rows(const BnShape& s, const T* x, float* mean, float* var) {
 }
 
 template <class T>
-void statistics_in_planes(const BnShape& s, const T* x, float* mean, float* var) {
+void statistics_in_planes(const BatchNormShape& s, const T* x, float* mean, float* var) {
   parallel_units(s.channels, [&](int64_t channel, int64_t) {
     const float first = widen(x[channel * s.pixels]);
     const vec origin = splat(first);
@@ -177,7 +177,7 @@ struct Gradient {
 
 // Sums of g and of g (x - mean); the second is divided by the deviation at the end.
 template <class T, bool RELU, bool MASKED>
-void gradient_sums(const BnShape& s, const BnTensors& t, T* masked, float* dweight, float* dbias) {
+void gradient_sums(const BatchNormShape& s, const BatchNormTensors& t, T* masked, float* dweight, float* dbias) {
   const Gradient<T, RELU> gradient{static_cast<const T*>(t.dy), static_cast<const T*>(t.y)};
   const T* x = static_cast<const T*>(t.x);
   const auto deviation = [&](int64_t c) { return std::sqrt(static_cast<double>(t.var[c]) + t.eps); };

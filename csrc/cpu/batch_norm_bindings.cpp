@@ -1,5 +1,5 @@
 // Batch norm operators of the namespace resnet_fused_cpu, on PyTorch's stable ABI. They write into tensors that the caller,
-// resnet_fused/backends/cpu_bn.py, made.
+// resnet_fused/backends/cpu/batch_norm.py, made.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "bindings.h"
-#include "bn_params.h"
+#include "batch_norm_params.h"
 #include "isa.h"
 
 namespace resnet_fused::cpu {
@@ -18,24 +18,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-const BnKernels& bn_kernels() {
-  switch (detected_isa()) {
-#if RF_X86_64
-    case Isa::avx512:
-      return bn_avx512_kernels();
-    case Isa::avx2:
-      return bn_avx2_kernels();
-#endif
-    default:
-      STD_TORCH_CHECK(false, "resnet_fused_cpu needs a CPU with AVX2 and FMA, or AVX-512; use the backend 'reference'.");
-  }
-}
+const BatchNormKernels& bn_kernels() { return kernels().batch_norm; }
 
 bool dense_planes(const Tensor& t) {
   return has_strides(t, {t.size(1) * t.size(2) * t.size(3), t.size(2) * t.size(3), t.size(3), 1});
 }
 
-BnShape shape_of(const Tensor& x, const char* name) {
+BatchNormShape shape_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, name, " must be a CPU tensor with four dimensions, (N, C, H, W).");
   STD_TORCH_CHECK(x.numel() > 0, name, " is empty; use the backend 'reference'.");
   const ScalarType dtype = x.scalar_type();
@@ -43,47 +32,46 @@ BnShape shape_of(const Tensor& x, const char* name) {
                   " must be float32 or bfloat16; convert it with .to().");
   const bool rows = is_channels_last(x);
   STD_TORCH_CHECK(rows || dense_planes(x), name, " is neither channels_last nor contiguous; call .contiguous() on it.");
-  return {x.size(0), x.size(1), x.size(2) * x.size(3), rows, dtype == ScalarType::BFloat16};
+  return {x.size(0), x.size(1), x.size(2) * x.size(3), rows, dtype_of(x)};
 }
 
 // Data of an activation that must be like the one that `s` was taken from.
-void* like(const BnShape& s, const Tensor& t, const char* name) {
+void* like(const BatchNormShape& s, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 && t.size(0) == s.images && t.size(1) == s.channels &&
                       t.size(2) * t.size(3) == s.pixels,
                   name, " must be a CPU tensor of the same shape as the first activation.");
-  STD_TORCH_CHECK((t.scalar_type() == ScalarType::BFloat16) == s.bfloat16 &&
-                      (s.bfloat16 || t.scalar_type() == ScalarType::Float),
+  STD_TORCH_CHECK(t.scalar_type() == (s.dtype == DType::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float),
                   name, " must have the dtype of the first activation.");
   STD_TORCH_CHECK(s.rows ? is_channels_last(t) : dense_planes(t), name,
                   " must have the memory format of the first activation.");
   return t.mutable_data_ptr();
 }
 
-void* like(const BnShape& s, const MaybeTensor& t, const char* name) {
+void* like(const BatchNormShape& s, const MaybeTensor& t, const char* name) {
   return t.has_value() ? like(s, *t, name) : nullptr;
 }
 
-float* per_channel(const BnShape& s, const Tensor& t, const char* name) {
+float* per_channel(const BatchNormShape& s, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == s.channels && t.is_contiguous(), name,
                   " must be a contiguous float32 CPU tensor with one value for each of the ", s.channels, " channels.");
   return static_cast<float*>(t.mutable_data_ptr());
 }
 
-float* per_channel(const BnShape& s, const MaybeTensor& t, const char* name) {
+float* per_channel(const BatchNormShape& s, const MaybeTensor& t, const char* name) {
   return t.has_value() ? per_channel(s, *t, name) : nullptr;
 }
 
 void bn_statistics(Tensor x, Tensor mean, Tensor var) {
-  const BnShape s = shape_of(x, "x");
-  BnTensors t;
+  const BatchNormShape s = shape_of(x, "x");
+  BatchNormTensors t;
   t.x = x.const_data_ptr();
   bn_kernels().statistics(s, t, per_channel(s, mean, "mean"), per_channel(s, var, "var"));
 }
 
 void bn_apply(Tensor x, MaybeTensor residual, Tensor mean, Tensor var, MaybeTensor weight, MaybeTensor bias, double eps,
               bool relu, Tensor y) {
-  const BnShape s = shape_of(x, "x");
-  BnTensors t;
+  const BatchNormShape s = shape_of(x, "x");
+  BatchNormTensors t;
   t.x = x.const_data_ptr();
   t.residual = like(s, residual, "residual");
   t.mean = per_channel(s, mean, "mean");
@@ -97,8 +85,8 @@ void bn_apply(Tensor x, MaybeTensor residual, Tensor mean, Tensor var, MaybeTens
 
 void bn_backward_reduce(Tensor dy, Tensor x, MaybeTensor y, Tensor mean, Tensor var, double eps, MaybeTensor masked,
                         Tensor dweight, Tensor dbias) {
-  const BnShape s = shape_of(dy, "dy");
-  BnTensors t;
+  const BatchNormShape s = shape_of(dy, "dy");
+  BatchNormTensors t;
   t.dy = dy.const_data_ptr();
   t.x = like(s, x, "x");
   t.y = like(s, y, "y");
@@ -111,10 +99,10 @@ void bn_backward_reduce(Tensor dy, Tensor x, MaybeTensor y, Tensor mean, Tensor 
 
 void bn_backward_apply(Tensor dy, MaybeTensor x, MaybeTensor y, Tensor mean, Tensor var, MaybeTensor weight, MaybeTensor dweight,
                        MaybeTensor dbias, double count, double eps, MaybeTensor masked, Tensor dx) {
-  const BnShape s = shape_of(dy, "dy");
+  const BatchNormShape s = shape_of(dy, "dy");
   STD_TORCH_CHECK(dweight.has_value() == dbias.has_value() && (x.has_value() || !dweight.has_value()),
                   "dweight, dbias and x are given together, or none of the first two is.");
-  BnTensors t;
+  BatchNormTensors t;
   t.dy = dy.const_data_ptr();
   t.x = like(s, x, "x");
   t.y = like(s, y, "y");

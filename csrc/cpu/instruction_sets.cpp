@@ -1,0 +1,47 @@
+// The table of instruction sets, for all targets, and which entry is used.
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace resnet_fused::cpu {
+
+extern const Kernels scalar_kernels;
+#if RF_X86_64
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const DirectKernels avx512_bf16_kernels;
+#endif
+
+namespace {
+
+// In the order of Isa.
+const InstructionSet INSTRUCTION_SETS[] = {
+    {Isa::scalar, scalar_kernels, nullptr},
+#if RF_X86_64
+    {Isa::avx2, avx2_kernels, nullptr},
+    {Isa::avx512, avx512_kernels, &avx512_bf16_kernels},
+#endif
+};
+
+}  // namespace
+
+const InstructionSet& instruction_set() { return INSTRUCTION_SETS[static_cast<size_t>(detected_isa())]; }
+
+const DirectKernels& direct_kernels(DType dtype) {
+  const InstructionSet& set = instruction_set();
+  if (dtype == DType::float32) return set.kernels.float32;
+  STD_TORCH_CHECK(set.bfloat16 != nullptr && has_avx512_bf16(), "direct sums of bfloat16 need a CPU with AVX512_BF16.");
+  return *set.bfloat16;
+}
+
+std::vector<int64_t> built_instruction_sets() {
+  std::vector<int64_t> found;
+  for (const InstructionSet& set : INSTRUCTION_SETS) found.push_back(static_cast<int64_t>(set.isa));
+  return found;
+}
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,96 @@
+// Plain C++, for any target: vectors of 4 float32 numbers, which a compiler may keep in a register.
+// Its kernels are right, and not fast: the Python side chooses them for no problem.
+#pragma once
+
+namespace resnet_fused::cpu::RF_ISA {
+
+struct vec {
+  float lane[4];
+};
+constexpr int LANES = 4;
+constexpr int MAX_ROWS = 4;  // at most LANES: weight_gradient.h packs a tile's rows in a vector
+
+// f(i) for each lane i.
+template <class F>
+RF_INLINE vec each_lane(F&& f) {
+  vec a;
+  for (int i = 0; i < LANES; ++i) a.lane[i] = f(i);
+  return a;
+}
+
+RF_INLINE vec splat(float a) {
+  return each_lane([&](int) { return a; });
+}
+RF_INLINE vec zero() { return splat(0.0f); }
+RF_INLINE vec load(const float* p, int lanes) {
+  return each_lane([&](int i) { return i < lanes ? p[i] : 0.0f; });
+}
+RF_INLINE void store(float* p, vec a, int lanes) {
+  for (int i = 0; i < lanes; ++i) p[i] = a.lane[i];
+}
+RF_INLINE vec load(const float* p) { return load(p, LANES); }
+RF_INLINE void store(float* p, vec a) { store(p, a, LANES); }
+RF_INLINE vec add(vec a, vec b) {
+  return each_lane([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+RF_INLINE vec sub(vec a, vec b) {
+  return each_lane([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+RF_INLINE vec mul(vec a, vec b) {
+  return each_lane([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+RF_INLINE vec fma(vec a, vec b, vec c) {
+  return each_lane([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+RF_INLINE vec fnma(vec a, vec b, vec c) {
+  return each_lane([&](int i) { return c.lane[i] - a.lane[i] * b.lane[i]; });
+}
+// A NaN in `value` survives.
+RF_INLINE vec max_keeping_nan(vec floor, vec value) {
+  return each_lane([&](int i) { return floor.lane[i] > value.lane[i] ? floor.lane[i] : value.lane[i]; });
+}
+RF_INLINE vec magnitude(vec a) {
+  return each_lane([&](int i) { return std::fabs(a.lane[i]); });
+}
+// The larger of two magnitudes; a NaN of either wins.
+RF_INLINE vec larger(vec a, vec b) {
+  return each_lane([&](int i) { return a.lane[i] >= b.lane[i] || a.lane[i] != a.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+// Whether a lane is above the limit, or NaN.
+RF_INLINE bool any_above(vec a, float limit) {
+  bool found = false;
+  for (int i = 0; i < LANES; ++i) found = found || !(a.lane[i] <= limit);
+  return found;
+}
+
+RF_INLINE float from_bfloat16(Bf16 a) {
+  const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+// Round to nearest even; a NaN stays a quiet NaN.
+RF_INLINE Bf16 to_bfloat16(float a) {
+  uint32_t bits;
+  std::memcpy(&bits, &a, sizeof(bits));
+  return {a != a ? uint16_t{0x7fc0} : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+RF_INLINE vec load(const Bf16* p, int lanes) {
+  return each_lane([&](int i) { return i < lanes ? from_bfloat16(p[i]) : 0.0f; });
+}
+RF_INLINE void store(Bf16* p, vec a, int lanes) {
+  for (int i = 0; i < lanes; ++i) p[i] = to_bfloat16(a.lane[i]);
+}
+RF_INLINE vec load(const Bf16* p) { return load(p, LANES); }
+RF_INLINE void store(Bf16* p, vec a) { store(p, a, LANES); }
+
+// dy where y is positive, or NaN as in stock PyTorch; zero elsewhere.
+RF_INLINE vec through_relu(vec y, vec dy) {
+  return each_lane([&](int i) { return y.lane[i] <= 0 ? 0.0f : dy.lane[i]; });
+}
+// Zero beyond the first `lanes`.
+RF_INLINE vec first_lanes(vec a, int lanes) {
+  return each_lane([&](int i) { return i < lanes ? a.lane[i] : 0.0f; });
+}
+
+}  // namespace resnet_fused::cpu::RF_ISA

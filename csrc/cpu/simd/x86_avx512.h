@@ -1,0 +1,54 @@
+// AVX-512: vectors of 16 float32 numbers.
+#pragma once
+
+namespace resnet_fused::cpu::RF_ISA {
+
+using vec = __m512;
+constexpr int LANES = 16;
+constexpr int MAX_ROWS = 14;  // 14 x 2 accumulators, two weight vectors, one broadcast: 31 of 32 registers
+
+RF_INLINE vec zero() { return _mm512_setzero_ps(); }
+RF_INLINE vec splat(float a) { return _mm512_set1_ps(a); }
+RF_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+RF_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+RF_INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+RF_INLINE vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+RF_INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+RF_INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
+RF_INLINE vec fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+// vmaxps returns its second operand when either is NaN: `value` goes second, so that a NaN in it survives.
+RF_INLINE vec max_keeping_nan(vec floor, vec value) { return _mm512_max_ps(floor, value); }
+
+RF_INLINE vec magnitude(vec a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)));
+}
+// The larger of two magnitudes; a NaN of either wins: as integers, the NaNs are above all numbers.
+RF_INLINE vec larger(vec a, vec b) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+// Whether a lane is above the limit, or NaN.
+RF_INLINE bool any_above(vec a, float limit) { return _mm512_cmp_ps_mask(a, splat(limit), _CMP_NLE_UQ) != 0; }
+
+RF_INLINE __mmask16 lane_mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1u); }
+RF_INLINE vec load(const float* p, int lanes) { return _mm512_maskz_loadu_ps(lane_mask(lanes), p); }
+RF_INLINE void store(float* p, vec a, int lanes) { _mm512_mask_storeu_ps(p, lane_mask(lanes), a); }
+
+RF_INLINE vec widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+// Round to nearest even in integer arithmetic (vcvtneps2bf16 would flush subnormals); a NaN stays a quiet NaN.
+RF_INLINE __m256i narrow(vec a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  return _mm512_cvtepi32_epi16(rounded);
+}
+RF_INLINE vec load(const Bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+RF_INLINE vec load(const Bf16* p, int lanes) { return widen(_mm256_maskz_loadu_epi16(lane_mask(lanes), p)); }
+RF_INLINE void store(Bf16* p, vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+RF_INLINE void store(Bf16* p, vec a, int lanes) { _mm256_mask_storeu_epi16(p, lane_mask(lanes), narrow(a)); }
+// dy where y is positive, or NaN as in stock PyTorch; zero elsewhere.
+RF_INLINE vec through_relu(vec y, vec dy) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), dy); }
+// Zero beyond the first `lanes`.
+RF_INLINE vec first_lanes(vec a, int lanes) { return _mm512_maskz_mov_ps(lane_mask(lanes), a); }
+
+}  // namespace resnet_fused::cpu::RF_ISA
