@@ -46,7 +46,7 @@ def cpu_extension() -> Extension:
     return CppExtension(
         "resnet_fused.lib.resnet_fused_cpu",
         sources("cpu", "*.cpp"),
-        depends=sources("cpu", "*.h"),
+        depends=[*sources("cpu", "**/*.h"), "csrc/checks.h"],
         # PyTorch's headers have unused parameters; GCC 12's own _mm512_undefined_ps counts as maybe uninitialised, a warning
         # that Clang doesn't know.
         extra_compile_args=[

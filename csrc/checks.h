@@ -18,5 +18,5 @@ std::string message(const Parts&... parts) {
 
 // Throws std::invalid_argument with the further arguments as text unless the condition holds; they are evaluated only
 // then.
-#define RESNET_FUSED_CHECK(CONDITION, ...) \
+#define RF_CHECK(CONDITION, ...) \
   if (!(CONDITION)) throw std::invalid_argument(resnet_fused::message(__VA_ARGS__))

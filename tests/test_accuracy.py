@@ -83,7 +83,7 @@ def lost_digits(y: Tensor) -> Tensor:
 
 def unwritten(y: Tensor) -> Tensor:
     y = y.clone()
-    y.view(-1)[-1] = NAN
+    y[(-1,) * y.dim()] = NAN
     return y
 
 

@@ -1,6 +1,8 @@
 // The mean over the pixels of each channel, shared out over channels: in deep layers at batch 1 there is but one image.
 #pragma once
 
+#include "simd.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Vectors of channels that go over the pixels together: neighbouring cache lines, and enough sums to hide the adds' latency.
@@ -15,7 +17,9 @@ void average_pool(const AveragePoolParams& p) {
     const Element* x = static_cast<const Element*>(p.x) + n * p.height * p.width * p.channels + first;
     Element* y = static_cast<Element*>(p.y) + n * p.channels + first;
     const int64_t rest = p.channels - first;
-    const auto lanes = [&](int v) { return static_cast<int>(std::clamp<int64_t>(rest - v * LANES, 0, LANES)); };
+    const auto lanes = [&](int v) {
+      return static_cast<int>(std::clamp<int64_t>(rest - v * LANES, 0, LANES));
+    };
     const bool whole = rest >= POOLED_VECTORS * LANES;
     vec sum[POOLED_VECTORS];
     for (vec& s : sum) s = zero();
@@ -38,6 +42,8 @@ void average_pool(const AveragePoolParams& p) {
   });
 }
 
-inline void average_pool(const AveragePoolParams& p) { p.dtype == DType::bfloat16 ? average_pool<Bf16>(p) : average_pool<float>(p); }
+inline void average_pool(const AveragePoolParams& p) {
+  p.dtype == DType::bfloat16 ? average_pool<Bf16>(p) : average_pool<float>(p);
+}
 
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -23,26 +23,17 @@
 #define RF_PRODUCTS "simd/products_avx512_bf16.h"
 RF_ISA_AVX512_BF16_BEGIN
 
-#include "simd.h"
-// simd.h comes first: it defines the vector type that the others use.
-#include "peak.h"
-#include "tile.h"
-#include "winograd_transforms.h"
-#include "winograd_grid.h"
-#include "uneven.h"
-#include "winograd_stages.h"
-#include "pointwise.h"
+#include "blocks.h"
 #include "direct.h"
 #include "input_gradient.h"
-#include "row_buffer.h"
-#include "blocks.h"
-#include "weight_gradient_tile.h"
+#include "peak.h"
+#include "pointwise.h"
 #include "weight_gradient.h"
 
 namespace resnet_fused::cpu {
 
-extern const DirectKernels avx512_bf16_kernels{RF_ISA::pointwise,       RF_ISA::direct,         RF_ISA::bottleneck,
-                                               RF_ISA::basic_block,     RF_ISA::weight_gradient, RF_ISA::input_gradient,
+extern const DirectKernels avx512_bf16_kernels{RF_ISA::pointwise,        RF_ISA::direct,          RF_ISA::bottleneck,
+                                               RF_ISA::basic_block,      RF_ISA::weight_gradient, RF_ISA::input_gradient,
                                                RF_ISA::multiply_add_loop};
 
 }  // namespace resnet_fused::cpu

@@ -2,6 +2,9 @@
 // Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
+#include "batch_norm_reduce.h"
+#include "batch_norm_sweep.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // y = (x - mean) scale + shift. Not x scale + (shift - mean scale), which cancels where the mean is large.
@@ -110,9 +113,8 @@ inline void bn_backward_reduce(const BatchNormShape& s, const BatchNormTensors& 
     using T = std::remove_pointer_t<decltype(null)>;
     T* g = static_cast<T*>(masked);
     with_flag(t.y != nullptr, [&](auto relu) {
-      with_flag(g != nullptr, [&](auto keep) {
-        gradient_sums<T, decltype(relu)::value, decltype(keep)::value>(s, t, g, dweight, dbias);
-      });
+      with_flag(g != nullptr,
+                [&](auto keep) { gradient_sums<T, decltype(relu)::value, decltype(keep)::value>(s, t, g, dweight, dbias); });
     });
   });
 }

@@ -2,11 +2,11 @@
 // resnet_fused/backends/cpu/batch_norm.py, made.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <optional>
 
+#include "../checks.h"
 #include "bindings.h"
 #include "batch_norm_params.h"
 #include "isa.h"
@@ -25,25 +25,23 @@ bool dense_planes(const Tensor& t) {
 }
 
 BatchNormShape shape_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, name, " must be a CPU tensor with four dimensions, (N, C, H, W).");
-  STD_TORCH_CHECK(x.numel() > 0, name, " is empty; use the backend 'reference'.");
+  RF_CHECK(x.is_cpu() && x.dim() == 4, name, " must be a CPU tensor with four dimensions, (N, C, H, W).");
+  RF_CHECK(x.numel() > 0, name, " is empty; use the backend 'reference'.");
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
-                  " must be float32 or bfloat16; convert it with .to().");
+  RF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
+           " must be float32 or bfloat16; convert it with .to().");
   const bool rows = is_channels_last(x);
-  STD_TORCH_CHECK(rows || dense_planes(x), name, " is neither channels_last nor contiguous; call .contiguous() on it.");
+  RF_CHECK(rows || dense_planes(x), name, " is neither channels_last nor contiguous; call .contiguous() on it.");
   return {x.size(0), x.size(1), x.size(2) * x.size(3), rows, dtype_of(x)};
 }
 
 // Data of an activation that must be like the one that `s` was taken from.
 void* like(const BatchNormShape& s, const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 && t.size(0) == s.images && t.size(1) == s.channels &&
-                      t.size(2) * t.size(3) == s.pixels,
-                  name, " must be a CPU tensor of the same shape as the first activation.");
-  STD_TORCH_CHECK(t.scalar_type() == (s.dtype == DType::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float),
-                  name, " must have the dtype of the first activation.");
-  STD_TORCH_CHECK(s.rows ? is_channels_last(t) : dense_planes(t), name,
-                  " must have the memory format of the first activation.");
+  RF_CHECK(t.is_cpu() && t.dim() == 4 && t.size(0) == s.images && t.size(1) == s.channels && t.size(2) * t.size(3) == s.pixels,
+           name, " must be a CPU tensor of the same shape as the first activation.");
+  RF_CHECK(t.scalar_type() == (s.dtype == DType::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float), name,
+           " must have the dtype of the first activation.");
+  RF_CHECK(s.rows ? is_channels_last(t) : dense_planes(t), name, " must have the memory format of the first activation.");
   return t.mutable_data_ptr();
 }
 
@@ -52,8 +50,8 @@ void* like(const BatchNormShape& s, const MaybeTensor& t, const char* name) {
 }
 
 float* per_channel(const BatchNormShape& s, const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == s.channels && t.is_contiguous(), name,
-                  " must be a contiguous float32 CPU tensor with one value for each of the ", s.channels, " channels.");
+  RF_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == s.channels && t.is_contiguous(), name,
+           " must be a contiguous float32 CPU tensor with one value for each of the ", s.channels, " channels.");
   return static_cast<float*>(t.mutable_data_ptr());
 }
 
@@ -97,11 +95,11 @@ void bn_backward_reduce(Tensor dy, Tensor x, MaybeTensor y, Tensor mean, Tensor 
                                per_channel(s, dbias, "dbias"));
 }
 
-void bn_backward_apply(Tensor dy, MaybeTensor x, MaybeTensor y, Tensor mean, Tensor var, MaybeTensor weight, MaybeTensor dweight,
-                       MaybeTensor dbias, double count, double eps, MaybeTensor masked, Tensor dx) {
+void bn_backward_apply(Tensor dy, MaybeTensor x, MaybeTensor y, Tensor mean, Tensor var, MaybeTensor weight,
+                       MaybeTensor dweight, MaybeTensor dbias, double count, double eps, MaybeTensor masked, Tensor dx) {
   const BatchNormShape s = shape_of(dy, "dy");
-  STD_TORCH_CHECK(dweight.has_value() == dbias.has_value() && (x.has_value() || !dweight.has_value()),
-                  "dweight, dbias and x are given together, or none of the first two is.");
+  RF_CHECK(dweight.has_value() == dbias.has_value() && (x.has_value() || !dweight.has_value()),
+           "dweight, dbias and x are given together, or none of the first two is.");
   BatchNormTensors t;
   t.dy = dy.const_data_ptr();
   t.x = like(s, x, "x");

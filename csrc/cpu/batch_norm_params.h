@@ -22,15 +22,15 @@ struct BatchNormTensors {
   const void* x = nullptr;
   const void* residual = nullptr;
   const void* dy = nullptr;
-  const void* y = nullptr;       // the result after ReLU, whose sign is ReLU's mask
+  const void* y = nullptr;  // the result after ReLU, whose sign is ReLU's mask
   const float* mean = nullptr;
-  const float* var = nullptr;    // biased
+  const float* var = nullptr;  // biased
   const float* weight = nullptr;
   const float* bias = nullptr;
   const float* dweight = nullptr;
   const float* dbias = nullptr;
   double eps = 0;
-  double count = 0;              // values of a channel, over all processes
+  double count = 0;  // values of a channel, over all processes
   bool relu = false;
 };
 

@@ -5,6 +5,8 @@
 // Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
+#include "batch_norm_sweep.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Partial results of two sums per channel, over blocks of rows.
@@ -34,9 +36,8 @@ struct RowBlocks {
   template <class Body>
   void for_channels(const Body& body) const {
     const int64_t step = down * shape.channels > UNIT_ELEMENTS ? 64 : shape.channels;
-    parallel_units((shape.channels + step - 1) / step, [&](int64_t unit, int64_t) {
-      body(unit * step, std::min(step, shape.channels - unit * step));
-    });
+    parallel_units((shape.channels + step - 1) / step,
+                   [&](int64_t unit, int64_t) { body(unit * step, std::min(step, shape.channels - unit * step)); });
   }
 
   BatchNormShape shape;
@@ -79,9 +80,8 @@ RF_INLINE void statistics_of_block(const T* x, const T* shift, int64_t rows, int
     put(kind, mean + c, add(get(kind, mean + c, lanes), sum), lanes);
   });
   const vec scale = splat(1.0f / static_cast<float>(rows));
-  for_vectors(channels, [&](auto kind, int64_t c, int lanes) {
-    put(kind, mean + c, mul(get(kind, mean + c, lanes), scale), lanes);
-  });
+  for_vectors(channels,
+              [&](auto kind, int64_t c, int lanes) { put(kind, mean + c, mul(get(kind, mean + c, lanes), scale), lanes); });
   for_bands(rows, channels, [&](auto kind, int64_t i, int64_t c, int lanes, auto band) {
     const vec origin = get(kind, shift + c, lanes), center = get(kind, mean + c, lanes);
     vec sum = get(kind, deviations + c, lanes);
@@ -180,7 +180,9 @@ template <class T, bool RELU, bool MASKED>
 void gradient_sums(const BatchNormShape& s, const BatchNormTensors& t, T* masked, float* dweight, float* dbias) {
   const Gradient<T, RELU> gradient{static_cast<const T*>(t.dy), static_cast<const T*>(t.y)};
   const T* x = static_cast<const T*>(t.x);
-  const auto deviation = [&](int64_t c) { return std::sqrt(static_cast<double>(t.var[c]) + t.eps); };
+  const auto deviation = [&](int64_t c) {
+    return std::sqrt(static_cast<double>(t.var[c]) + t.eps);
+  };
   if (!s.rows) {
     parallel_units(s.channels, [&](int64_t channel, int64_t) {
       const vec center = splat(t.mean[channel]);

@@ -2,6 +2,8 @@
 // Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
+#include "simd.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Elements of one unit of work: 64 KiB of float32, so that what a unit reads again is still in L2.

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -13,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "../checks.h"
 #include "activations.h"
 #include "bindings.h"
 #include "kernels.h"
@@ -42,15 +42,15 @@ bool is_channels_last(const Tensor& t) {
 }
 
 static void check_channels_last(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(is_channels_last(t), name, " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
+  RF_CHECK(is_channels_last(t), name, " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
 }
 
 void check_cpu_activations(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; move it with .cpu().");
-  STD_TORCH_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must have four, (N, C, H, W).");
+  RF_CHECK(t.is_cpu(), name, " is not on the CPU; move it with .cpu().");
+  RF_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must have four, (N, C, H, W).");
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
-                  " must be float32 or bfloat16; convert it with .to().");
+  RF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
+           " must be float32 or bfloat16; convert it with .to().");
   check_channels_last(t, name);
 }
 
@@ -60,23 +60,22 @@ int64_t result_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad) {
 }
 
 void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
-  STD_TORCH_CHECK(geometry.size() == 8, "geometry has ", geometry.size(),
-                  " entries; it must hold kernel, stride, padding and dilation, two each.");
+  RF_CHECK(geometry.size() == 8, "geometry has ", geometry.size(),
+           " entries; it must hold kernel, stride, padding and dilation, two each.");
   p.kernel_h = geometry[0], p.kernel_w = geometry[1], p.stride_h = geometry[2], p.stride_w = geometry[3];
   p.pad_h = geometry[4], p.pad_w = geometry[5], p.dilation_h = geometry[6], p.dilation_w = geometry[7];
   p.out_height = result_size(p.height, p.dilation_h * (p.kernel_h - 1) + 1, p.stride_h, p.pad_h);
   p.out_width = result_size(p.width, p.dilation_w * (p.kernel_w - 1) + 1, p.stride_w, p.pad_w);
-  STD_TORCH_CHECK(p.out_height > 0 && p.out_width > 0, "x is smaller than the kernel: the result would be empty.");
+  RF_CHECK(p.out_height > 0 && p.out_width > 0, "x is smaller than the kernel: the result would be empty.");
 }
 
 PackParams pack_params(const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.is_cpu(),
-                  "weight must be a CPU tensor of shape (out_channels, in_channels, kh, kw).");
+  RF_CHECK(weight.dim() == 4 && weight.is_cpu(), "weight must be a CPU tensor of shape (out_channels, in_channels, kh, kw).");
   PackParams p{};
   p.weights = weight.const_data_ptr();
   p.out_channels = weight.size(0), p.in_channels = weight.size(1), p.taps = weight.size(2) * weight.size(3);
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16 || weight.scalar_type() == ScalarType::Float,
-                  "weight must be float32 or bfloat16.");
+  RF_CHECK(weight.scalar_type() == ScalarType::BFloat16 || weight.scalar_type() == ScalarType::Float,
+           "weight must be float32 or bfloat16.");
   p.source = p.destination = dtype_of(weight);
   check_channels_last(weight, "weight");
   return p;
@@ -85,13 +84,13 @@ PackParams pack_params(const Tensor& weight) {
 void check_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
   if (!plan.empty()) {
     const WinogradPlan how = winograd_plan(p, plan);
-    STD_TORCH_CHECK(!p.transformed || how.output_tile != 2,
-                    "plan's output tile is 2, but weights are transformed for another; give packed weights.");
+    RF_CHECK(!p.transformed || how.output_tile != 2,
+             "plan's output tile is 2, but weights are transformed for another; give packed weights.");
     return;
   }
-  STD_TORCH_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
-  STD_TORCH_CHECK(p.source == DType::float32 || (has_avx512_bf16() && p.in_channels % 2 == 0),
-                  "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
+  RF_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
+  RF_CHECK(p.source == DType::float32 || (has_avx512_bf16() && p.in_channels % 2 == 0),
+           "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
 }
 
 void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
@@ -111,11 +110,11 @@ namespace {
 // Packed weights of a convolution, as the direct kernels take them or as Winograd does.
 Tensor pack(Tensor weight, bool winograd) {
   PackParams p = pack_params(weight);
-  STD_TORCH_CHECK(!winograd || (weight.size(2) == 3 && weight.size(3) == 3), "weight has a kernel of ", weight.size(2), " x ",
-                  weight.size(3), "; Winograd serves 3 x 3, pack it for the direct kernels.");
-  STD_TORCH_CHECK(winograd || p.destination == DType::float32 || (p.in_channels % 2 == 0 && has_avx512_bf16()),
-                  "a bfloat16 weight of the direct kernels needs an even number of input channels, and a CPU with AVX512_BF16; "
-                  "pack it for Winograd, or in float32.");
+  RF_CHECK(!winograd || (weight.size(2) == 3 && weight.size(3) == 3), "weight has a kernel of ", weight.size(2), " x ",
+           weight.size(3), "; Winograd serves 3 x 3, pack it for the direct kernels.");
+  RF_CHECK(winograd || p.destination == DType::float32 || (p.in_channels % 2 == 0 && has_avx512_bf16()),
+           "a bfloat16 weight of the direct kernels needs an even number of input channels, and a CPU with AVX512_BF16; "
+           "pack it for Winograd, or in float32.");
   p.winograd = winograd;
   const std::array<int64_t, 1> size{padded_channels(p.out_channels) * p.taps * p.in_channels};
   Tensor packed = torch::stable::empty({size.data(), size.size()}, weight.scalar_type(), std::nullopt, weight.device());
@@ -127,30 +126,30 @@ Tensor pack(Tensor weight, bool winograd) {
 
 // Weights packed for Winograd, of a 3 x 3 convolution of stride 1 or 2, as it multiplies them: float32, about four times as large.
 Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64_t stride) {
-  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride is ", stride, "; Winograd serves strides 1 and 2.");
+  RF_CHECK(stride == 1 || stride == 2, "stride is ", stride, "; Winograd serves strides 1 and 2.");
   const int64_t wanted = padded_channels(out_channels) * 9 * in_channels;
-  STD_TORCH_CHECK(packed.numel() == wanted, "packed has ", packed.numel(), " elements, the packed weights of this convolution ",
-                  wanted, "; make it with resnet_fused_cpu::pack.");
+  RF_CHECK(packed.numel() == wanted, "packed has ", packed.numel(), " elements, the packed weights of this convolution ",
+           wanted, "; make it with resnet_fused_cpu::pack.");
   const std::array<int64_t, 1> size{kernels().transformed_size(in_channels, out_channels, stride)};
   Tensor u = torch::stable::empty({size.data(), size.size()}, ScalarType::Float, std::nullopt, packed.device());
   advise_huge_pages(u.mutable_data_ptr(), size[0] * static_cast<int64_t>(sizeof(float)));
-  kernels().transform({packed.const_data_ptr(), false, nullptr, in_channels, out_channels}, stride,
-                      dtype_of(packed), static_cast<float*>(u.mutable_data_ptr()));
+  kernels().transform({packed.const_data_ptr(), false, nullptr, in_channels, out_channels}, stride, dtype_of(packed),
+                      static_cast<float*>(u.mutable_data_ptr()));
   return u;
 }
 
 // y = maxpool(relu(conv(x, w) + bias)), or without the pool; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
 // `weights` are transformed, [panel][36][4 in_channels][PANEL]; x may have any strides. None where the kernel declined x.
 std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_channels, bool pool, bool relu) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
-                  "x must be float32 or bfloat16; convert it with .to().");
-  STD_TORCH_CHECK(relu || !pool, "the pool of a stem follows a ReLU.");
+  RF_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
+  RF_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
+           "x must be float32 or bfloat16; convert it with .to().");
+  RF_CHECK(relu || !pool, "the pool of a stem follows a ReLU.");
   const int64_t padded = padded_channels(out_channels);
-  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == padded * 36 * 4 * x.size(1),
-                  "weights must be the float32 transformed weights of this stem.");
-  STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
-                  " elements (whole panels).");
+  RF_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == padded * 36 * 4 * x.size(1),
+           "weights must be the float32 transformed weights of this stem.");
+  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
+           " elements (whole panels).");
   StemParams p{};
   p.x = x.const_data_ptr();
   p.x_stride_n = x.stride(0), p.x_stride_c = x.stride(1), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
@@ -159,7 +158,7 @@ std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_ch
   p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3), p.out_channels = out_channels;
   p.pool = pool, p.dtype = dtype_of(x);
   p.activation = relu ? ActivationFunction::relu : ActivationFunction::none;
-  STD_TORCH_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
+  RF_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
   Tensor y = new_activations(x, p.batch, out_channels, p.out_height(), p.out_width());
   p.y = y.mutable_data_ptr();
   Declined declined{false};
@@ -174,7 +173,7 @@ Tensor average_pool(Tensor x) {
   check_cpu_activations(x, "x");
   AveragePoolParams p{};
   p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
-  STD_TORCH_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
+  RF_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
   p.dtype = dtype_of(x);
   Tensor y = new_activations(x, p.batch, p.channels, 1, 1);
   p.x = x.const_data_ptr();
@@ -204,7 +203,7 @@ double measure_peak(bool bfloat16) {
 }
 
 Tensor empty_activations(Tensor like) {
-  STD_TORCH_CHECK(like.is_cpu() && like.dim() == 4, "like must be a CPU tensor with four dimensions, (N, C, H, W).");
+  RF_CHECK(like.is_cpu() && like.dim() == 4, "like must be a CPU tensor with four dimensions, (N, C, H, W).");
   return new_activations(like);
 }
 

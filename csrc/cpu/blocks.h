@@ -2,6 +2,10 @@
 // between stay in L2. Rows that the next strip's 3 x 3 needs again are kept, so that nothing is computed twice within a part.
 #pragma once
 
+#include "pointwise.h"
+#include "row_buffer.h"
+#include "winograd_stages.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // What both kinds of block share: the image's geometry and the cut into strips. One object serves one unit of work.
@@ -23,18 +27,15 @@ struct BlockPart {
         x(static_cast<const Activation*>(p.x) + unit / p.parts * p.height * p.width * p.layers[0].in_channels),
         y(static_cast<Activation*>(p.y) + unit / p.parts * p.height * p.width * out_channels()) {}
 
-  int64_t out_channels() const {
-    return p.layers[2].weights == nullptr ? p.layers[1].out_channels : p.layers[2].out_channels;
-  }
+  int64_t out_channels() const { return p.layers[2].weights == nullptr ? p.layers[1].out_channels : p.layers[2].out_channels; }
   RF_INLINE int64_t clamp_row(int64_t row) const { return row < 0 ? 0 : row > p.height ? p.height : row; }
   RF_INLINE const Activation* x_row(int64_t h) const { return x + h * p.width * p.layers[0].in_channels; }
   RF_INLINE Activation* y_row(int64_t h) const { return y + h * p.width * out_channels(); }
 
   // The 3 x 3 layer `weights` on rows of tiles [first, last).
   template <class Between>
-  void convolve(const TransformedWeights& weights, const Strip<const Activation>& from,
-                const Strip<const Activation>& residual, const Strip<Activation>& to, int64_t first, int64_t last,
-                Between&& between) const {
+  void convolve(const TransformedWeights& weights, const Strip<const Activation>& from, const Strip<const Activation>& residual,
+                const Strip<Activation>& to, int64_t first, int64_t last, Between&& between) const {
     const bool trusted = winograd_tiles<F, Activation>(
         weights, TileRuns::all_full((last - first) * tiles_across), p.panels,
         [&](int64_t t) -> TilePlace<Activation> {
@@ -132,7 +133,8 @@ inline void basic_block(const BlockParams& p) {
 
       const int64_t top = M * first, bottom = part.clamp_row(M * last);
       part.shortcut(top, bottom);
-      Prefetcher next_y(part.y_row(top), (bottom - top) * p.width * channels, POINTS * std::min(p.panels, panel_count(channels)));
+      Prefetcher next_y(part.y_row(top), (bottom - top) * p.width * channels,
+                        POINTS * std::min(p.panels, panel_count(channels)));
       part.convolve(second_weights, inner.strip<const Activation>(), residual, y, first, last,
                     [&] { next_y.template advance<true>(); });
       inner.keep_from(part.clamp_row(M * last - 1));

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <memory>
 #include <mutex>
@@ -17,6 +16,7 @@
 #include <variant>
 #include <vector>
 
+#include "../checks.h"
 #include "activations.h"
 #include "bindings.h"
 
@@ -60,8 +60,8 @@ struct Chain {
   DType type() const { return dtype == ScalarType::BFloat16 ? DType::bfloat16 : DType::float32; }
 
   const Shape& shape(int64_t value, const char* name) const {
-    STD_TORCH_CHECK(value == X || (value >= FIRST_RESULT && value < static_cast<int64_t>(values.size())), name, " is ", value,
-                    "; it must be 0, the chain's x, or a step's result.");
+    RF_CHECK(value == X || (value >= FIRST_RESULT && value < static_cast<int64_t>(values.size())), name, " is ", value,
+             "; it must be 0, the chain's x, or a step's result.");
     return values[static_cast<size_t>(value)].shape;
   }
 
@@ -122,7 +122,7 @@ class Chains {
   std::shared_ptr<Chain> get(int64_t id) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = chains_.find(id);
-    STD_TORCH_CHECK(found != chains_.end(), "chain is ", id, ", which new_chain didn't give, or which was deleted.");
+    RF_CHECK(found != chains_.end(), "chain is ", id, ", which new_chain didn't give, or which was deleted.");
     return found->second;
   }
   void remove(int64_t id) {
@@ -149,8 +149,8 @@ Chains& chains() {
 // ---- Operators ----------------------------------------------------------------------------------------------------------
 
 int64_t new_chain(std::vector<int64_t> shape, bool bfloat16) {
-  STD_TORCH_CHECK(shape.size() == 4 && shape[0] > 0 && shape[1] > 0 && shape[2] > 0 && shape[3] > 0,
-                  "shape must be four positive numbers, (N, C, H, W), those of x.");
+  RF_CHECK(shape.size() == 4 && shape[0] > 0 && shape[1] > 0 && shape[2] > 0 && shape[3] > 0,
+           "shape must be four positive numbers, (N, C, H, W), those of x.");
   Chain chain{bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, detected_isa(), {}, {}, {}};
   chain.values = {{{shape[0], shape[1], shape[2], shape[3]}}, {{0, 0, 0, 0}}};
   return chains().add(std::move(chain));
@@ -164,11 +164,11 @@ void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, co
   const int64_t wanted = padded * p.kernel_h * p.kernel_w * p.in_channels;
   p.transformed = p.kernel_h == 3 && p.kernel_w == 3 && weights.scalar_type() == ScalarType::Float &&
                   weights.numel() == kernels().transformed_size(p.in_channels, p.out_channels, p.stride_h);
-  STD_TORCH_CHECK(p.transformed || weights.scalar_type() == dtype, "weights and x differ in dtype; pack the weights in x's dtype.");
-  STD_TORCH_CHECK(p.transformed || weights.numel() == wanted, "weights has ", weights.numel(),
-                  " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");
-  STD_TORCH_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
-                  " elements (whole panels); it has ", bias.numel(), ".");
+  RF_CHECK(p.transformed || weights.scalar_type() == dtype, "weights and x differ in dtype; pack the weights in x's dtype.");
+  RF_CHECK(p.transformed || weights.numel() == wanted, "weights has ", weights.numel(),
+           " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");
+  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
+           " elements (whole panels); it has ", bias.numel(), ".");
 }
 
 // Adds y = act(conv(x, w) + bias + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs);
@@ -191,15 +191,15 @@ int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tenso
   if (residual == RESIDUAL) {
     chain->values[RESIDUAL].shape = out;
   } else if (residual.has_value()) {
-    STD_TORCH_CHECK(chain->shape(*residual, "residual") == out, "residual differs from the result in shape.");
+    RF_CHECK(chain->shape(*residual, "residual") == out, "residual differs from the result in shape.");
   }
   chain->parameters.push_back(weights);
   chain->parameters.push_back(bias);
   return chain->add({Convolution{p, std::move(plan)}, x, residual.value_or(NONE)}, out);
 }
 
-LayerParams layer_params(ScalarType dtype, const Tensor& weights, const Tensor& bias, int64_t in_channels,
-                         int64_t out_channels, int64_t kernel) {
+LayerParams layer_params(ScalarType dtype, const Tensor& weights, const Tensor& bias, int64_t in_channels, int64_t out_channels,
+                         int64_t kernel) {
   ConvParams p{};
   p.in_channels = in_channels, p.out_channels = out_channels, p.kernel_h = p.kernel_w = kernel;
   p.stride_h = p.stride_w = 1;
@@ -214,19 +214,19 @@ int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vec
   const std::shared_ptr<Chain> chain = chains().get(id);
   const Shape in = chain->shape(x, "x");
   const bool bfloat16 = chain->type() == DType::bfloat16;
-  STD_TORCH_CHECK(!bfloat16 || has_avx512_bf16(), "a bfloat16 block as a whole needs a CPU with AVX512_BF16.");
+  RF_CHECK(!bfloat16 || has_avx512_bf16(), "a bfloat16 block as a whole needs a CPU with AVX512_BF16.");
   const size_t layers = channels.size();
   const bool projection = weights.size() > layers;
-  STD_TORCH_CHECK((layers == 2 || layers == 3) && (weights.size() == layers || weights.size() == layers + 1) &&
-                      biases.size() == weights.size(),
-                  "channels, weights and biases don't describe a basic block (two layers) or a bottleneck (three).");
-  STD_TORCH_CHECK(plan.size() == 3 && plan[0] > 0 && plan[1] > 0 && plan[2] > 0,
-                  "plan must hold three positive numbers: strip, parts, panels.");
-  STD_TORCH_CHECK(projection || in.c == channels.back(), "channels don't match the identity shortcut.");
+  RF_CHECK((layers == 2 || layers == 3) && (weights.size() == layers || weights.size() == layers + 1) &&
+               biases.size() == weights.size(),
+           "channels, weights and biases don't describe a basic block (two layers) or a bottleneck (three).");
+  RF_CHECK(plan.size() == 3 && plan[0] > 0 && plan[1] > 0 && plan[2] > 0,
+           "plan must hold three positive numbers: strip, parts, panels.");
+  RF_CHECK(projection || in.c == channels.back(), "channels don't match the identity shortcut.");
   BlockParams p{};
   p.batch = in.n, p.height = in.h, p.width = in.w;
   const auto layer = [&](size_t i, int64_t from, int64_t to, int64_t kernel) {
-    STD_TORCH_CHECK(!bfloat16 || from % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", from, ".");
+    RF_CHECK(!bfloat16 || from % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", from, ".");
     return layer_params(chain->dtype, weights[i], biases[i], from, to, kernel);
   };
   for (size_t i = 0; i < layers; ++i) {
@@ -243,8 +243,8 @@ int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vec
 const void* check_input(const Chain& chain, int64_t value, const Tensor& t, const char* name) {
   const Shape& shape = chain.values[static_cast<size_t>(value)].shape;
   check_cpu_activations(t, name);
-  STD_TORCH_CHECK(t.scalar_type() == chain.dtype && Shape({t.size(0), t.size(1), t.size(2), t.size(3)}) == shape, name,
-                  " differs in shape or dtype from that which the chain was made for.");
+  RF_CHECK(t.scalar_type() == chain.dtype && Shape({t.size(0), t.size(1), t.size(2), t.size(3)}) == shape, name,
+           " differs in shape or dtype from that which the chain was made for.");
   return t.const_data_ptr();
 }
 
@@ -252,10 +252,10 @@ const void* check_input(const Chain& chain, int64_t value, const Tensor& t, cons
 std::optional<Tensor> run_chain(int64_t id, Tensor x, std::optional<Tensor> residual) {
   const std::shared_ptr<const Chain> shared = chains().get(id);
   const Chain& chain = *shared;
-  STD_TORCH_CHECK(!chain.steps.empty(), "chain has no steps.");
-  STD_TORCH_CHECK(chain.isa == detected_isa(), "chain was made before limit_isa chose other kernels; make it anew.");
-  STD_TORCH_CHECK(residual.has_value() == (chain.values[RESIDUAL].last_step >= 0),
-                  residual.has_value() ? "residual is given, but no step adds it." : "residual is missing; a step adds it.");
+  RF_CHECK(!chain.steps.empty(), "chain has no steps.");
+  RF_CHECK(chain.isa == detected_isa(), "chain was made before limit_isa chose other kernels; make it anew.");
+  RF_CHECK(residual.has_value() == (chain.values[RESIDUAL].last_step >= 0),
+           residual.has_value() ? "residual is given, but no step adds it." : "residual is missing; a step adds it.");
   std::vector<const void*> data(chain.values.size());
   data[X] = check_input(chain, X, x, "x");
   if (residual.has_value()) data[RESIDUAL] = check_input(chain, RESIDUAL, *residual, "residual");

@@ -3,6 +3,9 @@
 // sums over the kernel positions.
 #pragma once
 
+#include "pointwise.h"
+#include "tile.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // A padded row, its columns sorted by phase (column mod stride): [phase][channel block][column][LANES].
@@ -84,16 +87,23 @@ inline void direct(const ConvParams& p) {
             const float* row = rows + ((o - o_begin) * p.stride_h + kh * p.dilation_h) * layout.row_stride;
             for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
               const int64_t column = kw * p.dilation_w;
-              taps[kh * p.kernel_w + kw] =
-                  row + column % p.stride_w * layout.phase_stride + column / p.stride_w * LANES;
+              taps[kh * p.kernel_w + kw] = row + column % p.stride_w * layout.phase_stride + column / p.stride_w * LANES;
             }
           }
           const int64_t at = ((n * p.out_height + o) * p.out_width) * p.out_channels + channel;
-          const ConvTile<Activation> tile{
-              taps, taps_count, p.stride_h * layout.row_stride, layout.block_stride, channels, 0,
-              static_cast<const float*>(p.weights) + channel * taps_count * channels, p.bias + channel,
-              residual == nullptr ? nullptr : residual + at, static_cast<Activation*>(p.y) + at, p.out_channels,
-              p.out_channels - channel, p.activation == ActivationFunction::relu};
+          const ConvTile<Activation> tile{taps,
+                                          taps_count,
+                                          p.stride_h * layout.row_stride,
+                                          layout.block_stride,
+                                          channels,
+                                          0,
+                                          static_cast<const float*>(p.weights) + channel * taps_count * channels,
+                                          p.bias + channel,
+                                          residual == nullptr ? nullptr : residual + at,
+                                          static_cast<Activation*>(p.y) + at,
+                                          p.out_channels,
+                                          p.out_channels - channel,
+                                          p.activation == ActivationFunction::relu};
           lines == 2 ? convolve_two_lines<LANES>(tile, p.out_width) : convolve_rows<LANES>(tile, p.out_width);
         }
       }

@@ -6,11 +6,15 @@
 // Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
+#include "pointwise.h"
+#include "tile.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 inline void input_gradient(const InputGradientParams& p) {
   constexpr int64_t COPIES = 128 * 1024;  // elements of dy that stay in L2, copied for each kernel position
-  const int64_t channels = p.out_channels / CHANNELS_PER_UNIT, vectors = vector_count(channels), taps_count = p.kernel * p.kernel;
+  const int64_t channels = p.out_channels / CHANNELS_PER_UNIT, vectors = vector_count(channels),
+                taps_count = p.kernel * p.kernel;
   const int64_t down = (p.height + p.stride - 1) / p.stride, across = (p.width + p.stride - 1) / p.stride;
   const int64_t cells = p.batch * down * across, side = (p.kernel + p.stride - 1) / p.stride, most = side * side;
   const int64_t rows = std::clamp<int64_t>(COPIES / (most * vectors * LANES) / MAX_ROWS, 1, 8) * MAX_ROWS;

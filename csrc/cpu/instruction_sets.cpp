@@ -1,10 +1,10 @@
 // The table of instruction sets, for all targets, and which entry is used.
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
+#include "../checks.h"
 #include "kernels.h"
 
 namespace resnet_fused::cpu {
@@ -34,7 +34,7 @@ const InstructionSet& instruction_set() { return INSTRUCTION_SETS[static_cast<si
 const DirectKernels& direct_kernels(DType dtype) {
   const InstructionSet& set = instruction_set();
   if (dtype == DType::float32) return set.kernels.float32;
-  STD_TORCH_CHECK(set.bfloat16 != nullptr && has_avx512_bf16(), "direct sums of bfloat16 need a CPU with AVX512_BF16.");
+  RF_CHECK(set.bfloat16 != nullptr && has_avx512_bf16(), "direct sums of bfloat16 need a CPU with AVX512_BF16.");
   return *set.bfloat16;
 }
 

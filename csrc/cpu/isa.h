@@ -14,8 +14,7 @@
 #define RF_PRAGMA(text) _Pragma(#text)
 
 #if defined(__clang__)
-#define RF_TARGET(features) \
-  RF_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define RF_TARGET(features) RF_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define RF_ISA_END RF_PRAGMA(clang attribute pop)
 #define RF_UNROLL(n) RF_PRAGMA(unroll n)
 #else

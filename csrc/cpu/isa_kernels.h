@@ -2,30 +2,18 @@
 // set, between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
-#include "simd.h"
-// simd.h comes first: it defines the vector type that the others use.
-#include "peak.h"
-#include "tile.h"
-#include "pack.h"
-#include "winograd_transforms.h"
-#include "winograd_grid.h"
-#include "uneven.h"
-#include "winograd_stages.h"
-#include "winograd_few.h"
-#include "winograd.h"
-#include "pointwise.h"
+#include "average_pool.h"
+#include "batch_norm.h"
+#include "blocks.h"
 #include "direct.h"
 #include "input_gradient.h"
-#include "row_buffer.h"
+#include "pack.h"
+#include "peak.h"
+#include "pointwise.h"
 #include "stem.h"
-#include "average_pool.h"
-#include "blocks.h"
-#include "weight_gradient_tile.h"
-#include "weight_gradient_winograd.h"
 #include "weight_gradient.h"
-#include "batch_norm_sweep.h"
-#include "batch_norm_reduce.h"
-#include "batch_norm.h"
+#include "weight_gradient_winograd.h"
+#include "winograd.h"
 
 namespace resnet_fused::cpu::RF_ISA {
 

@@ -9,6 +9,8 @@
 // x, channels in each other's place and kernel positions in an order of their own. Training packs at every step.
 #pragma once
 
+#include "simd.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Input channel c of a panel.

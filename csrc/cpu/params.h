@@ -26,28 +26,28 @@ inline void note(bool served, Declined* declined) {
 // y = act(conv(x, w) + bias + residual). x, residual and y are NHWC (channels_last) of one dtype, dense.
 struct ConvParams {
   const void* x;
-  const void* weights;    // packed panels, see pack.h
-  bool transformed;       // weights are Winograd's U in float32, see winograd_stages.h
+  const void* weights;   // packed panels, see pack.h
+  bool transformed;      // weights are Winograd's U in float32, see winograd_stages.h
   const float* bias;     // padded with zeros to whole panels
-  const void* residual;   // shape of y, or null
+  const void* residual;  // shape of y, or null
   void* y;
-  Declined* declined;     // or null
+  Declined* declined;  // or null
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   ActivationFunction activation;
-  DType source;           // of x, residual and y
-  DType weight;           // of the weights as they are packed
+  DType source;  // of x, residual and y
+  DType weight;  // of the weights as they are packed
 };
 
 // Weights to packed panels: see pack.h.
 struct PackParams {
-  const void* weights;      // [out_channels][taps][in_channels]
+  const void* weights;  // [out_channels][taps][in_channels]
   void* packed;
   int64_t out_channels, in_channels, taps;
   DType source, destination;  // of the weights, and of what is packed of them
-  bool winograd;            // for Winograd, not for the direct kernels
-  const int64_t* order;     // turned round: the kernel positions as they are to follow each other; null: as they are
+  bool winograd;              // for Winograd, not for the direct kernels
+  const int64_t* order;       // turned round: the kernel positions as they are to follow each other; null: as they are
 };
 
 // Runs body(row, column, positions) for each phase of a strided convolution's input, row and column being a pixel's in its
@@ -55,7 +55,9 @@ struct PackParams {
 // last ones first. See input_gradient.h.
 template <class Body>
 void for_each_phase(int64_t kernel, int64_t stride, int64_t pad, Body&& body) {
-  const auto last = [&](int64_t at) { return kernel - 1 - (kernel - 1 - at - pad + stride * (pad + 1)) % stride; };
+  const auto last = [&](int64_t at) {
+    return kernel - 1 - (kernel - 1 - at - pad + stride * (pad + 1)) % stride;
+  };
   for (int64_t row = 0; row < stride; ++row) {
     for (int64_t column = 0; column < stride; ++column) {
       body(row, column, [&](auto&& visit) {
@@ -69,33 +71,33 @@ void for_each_phase(int64_t kernel, int64_t stride, int64_t pad, Body&& body) {
 
 // Gradient of the input of a convolution, as in WeightGradientParams.
 struct InputGradientParams {
-  const void* dy;           // NHWC, like dx
-  const void* weights;      // packed turned round, kernel positions phase by phase
+  const void* dy;       // NHWC, like dx
+  const void* weights;  // packed turned round, kernel positions phase by phase
   void* dx;
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel, stride, pad;
-  DType dtype;              // of dy, dx and the packed weights
+  DType dtype;  // of dy, dx and the packed weights
 };
 
 // Gradient of the weights of a convolution of equal kernel, stride and padding in height and width, and no dilation.
 struct WeightGradientParams {
-  const void* x;            // NHWC, like dy
+  const void* x;  // NHWC, like dy
   const void* dy;
-  float* dweight;           // [out_channels][kernel_h][kernel_w][in_channels]
+  float* dweight;  // [out_channels][kernel_h][kernel_w][in_channels]
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel, stride, pad;
-  DType dtype;              // of x and dy
+  DType dtype;  // of x and dy
 };
 
 // How a Winograd convolution is cut up; see docs/cpu-kernels.md. Chosen by resnet_fused/backends/cpu/plan.py.
 struct WinogradPlan {
-  int64_t output_tile;     // m of the m x m results of a tile: 2 or 4 for stride 1, 5 for stride 2
-  int64_t tiles;           // tiles that go through the stages together
-  int64_t panels;          // output-channel panels multiplied before their output transform (by_tiles)
-  int64_t channel_chunk;   // input channels whose weights are transformed at once (by_panels)
-  bool by_panels;          // split the work over output channels (deep layers), not over tiles
+  int64_t output_tile;    // m of the m x m results of a tile: 2 or 4 for stride 1, 5 for stride 2
+  int64_t tiles;          // tiles that go through the stages together
+  int64_t panels;         // output-channel panels multiplied before their output transform (by_tiles)
+  int64_t channel_chunk;  // input channels whose weights are transformed at once (by_panels)
+  bool by_panels;         // split the work over output channels (deep layers), not over tiles
 };
 
 // One convolution of a block: packed (or transformed) weights, bias padded to whole panels.
@@ -113,25 +115,25 @@ struct BlockParams {
   void* y;
   Declined* declined;
   int64_t batch, height, width;
-  LayerParams layers[3];   // basic block: two 3 x 3; bottleneck: 1 x 1, 3 x 3, 1 x 1
-  LayerParams shortcut;    // 1 x 1; weights null: the identity
-  int64_t strip;           // rows of Winograd tiles that go through the block together
-  int64_t parts;           // parts of an image, so that a small batch keeps all threads busy
-  int64_t panels;          // panels multiplied before their output transform
+  LayerParams layers[3];  // basic block: two 3 x 3; bottleneck: 1 x 1, 3 x 3, 1 x 1
+  LayerParams shortcut;   // 1 x 1; weights null: the identity
+  int64_t strip;          // rows of Winograd tiles that go through the block together
+  int64_t parts;          // parts of an image, so that a small batch keeps all threads busy
+  int64_t panels;         // panels multiplied before their output transform
 };
 
 // 7 x 7 convolution of stride 2 and padding 3 on few channels, + bias, ReLU, and a 3 x 3 max-pool of stride 2 and padding 1.
 struct StemParams {
-  const void* x;            // any strides
+  const void* x;  // any strides
   int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
-  const float* weights;     // transformed: [panel][point][4 in_channels][PANEL]
+  const float* weights;  // transformed: [panel][point][4 in_channels][PANEL]
   const float* bias;
-  void* y;                  // NHWC
+  void* y;  // NHWC
   Declined* declined;
   int64_t batch, height, width, in_channels, out_channels;
   bool pool;
   ActivationFunction activation;
-  DType dtype;              // of x and y
+  DType dtype;  // of x and y
 
   int64_t conv_height() const { return (height + 1) / 2; }
   int64_t conv_width() const { return (width + 1) / 2; }

@@ -1,6 +1,8 @@
 // The multiply-add peak of a core, for benchmarks: what share of it a kernel reaches.
 #pragma once
 
+#include "simd.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Runs `rounds` rounds of multiply-adds that depend on nothing but registers. Returns their number of floating-point

@@ -1,6 +1,8 @@
 // 1 x 1 convolution: a matrix product over pixels, with the epilogue in the register tile.
 #pragma once
 
+#include "tile.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Channels of p in the units that the register tile sums over.
@@ -34,9 +36,8 @@ struct Rows {
 };
 
 // y[row][0..out_channels) of panels [first_panel, last_panel) for all rows. `residual` and `y` point at row 0.
-inline void multiply_pointwise(const Rows& x, const float* weights, const float* bias, int64_t first_panel,
-                               int64_t last_panel, const Activation* residual, Activation* y, int64_t out_channels,
-                               bool relu) {
+inline void multiply_pointwise(const Rows& x, const float* weights, const float* bias, int64_t first_panel, int64_t last_panel,
+                               const Activation* residual, Activation* y, int64_t out_channels, bool relu) {
   const float* taps[1];
   ConvTile<Activation> tile{};
   tile.taps = taps;
@@ -83,8 +84,8 @@ inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, c
   for (int64_t first = 0; first < count; first += POINTWISE_ROWS) {
     const int64_t rows = std::min(POINTWISE_ROWS, count - first), at = first * out_channels;
     copy_to_blocks(rows, in_channels, copy, [&](int64_t row) { return x + (first + row) * in_channels; });
-    multiply_pointwise({copy, rows, in_channels, true}, weights, bias, 0, panels,
-                       residual == nullptr ? nullptr : residual + at, y + at, out_channels, relu);
+    multiply_pointwise({copy, rows, in_channels, true}, weights, bias, 0, panels, residual == nullptr ? nullptr : residual + at,
+                       y + at, out_channels, relu);
   }
 }
 
@@ -116,8 +117,8 @@ inline void pointwise(const ConvParams& p) {
       }
       const int64_t at = begin * p.out_channels;
       multiply_pointwise({blocked ? copy : x + begin * channels, count, channels, blocked},
-                         static_cast<const float*>(p.weights), p.bias, panels * group / groups,
-                         panels * (group + 1) / groups, residual == nullptr ? nullptr : residual + at, y + at, p.out_channels,
+                         static_cast<const float*>(p.weights), p.bias, panels * group / groups, panels * (group + 1) / groups,
+                         residual == nullptr ? nullptr : residual + at, y + at, p.out_channels,
                          p.activation == ActivationFunction::relu);
     }
   });

@@ -1,6 +1,8 @@
 // A window on the rows of an image in the making, for layers that are computed strip by strip.
 #pragma once
 
+#include "winograd_stages.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // The rows of a layer's result that the following 3 x 3 layer may still need. They lie in memory in order, from row `begin`.

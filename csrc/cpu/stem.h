@@ -6,6 +6,9 @@
 // Rows pass through the stages strip by strip: phases, Winograd, pool; everything between x and y stays in L2.
 #pragma once
 
+#include "row_buffer.h"
+#include "winograd_stages.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Row `s` of the image of phases: out[w] = x[2s][2w], x[2s][2w + 1], x[2s + 1][2w], x[2s + 1][2w + 1], all channels each.
@@ -36,8 +39,8 @@ void pool_row(const StemParams& p, const RowBuffer<float>& rows, int64_t q, floa
     if (lanes == LANES) {
       store(highest + i, max_magnitude(load(middle + i), max_magnitude(load(above + i), load(below + i))));
     } else {
-      store(highest + i,
-            max_magnitude(load(middle + i, lanes), max_magnitude(load(above + i, lanes), load(below + i, lanes))), lanes);
+      store(highest + i, max_magnitude(load(middle + i, lanes), max_magnitude(load(above + i, lanes), load(below + i, lanes))),
+            lanes);
     }
   }
   for (int64_t w = 0; w < p.out_width(); ++w) {
@@ -95,7 +98,9 @@ void stem_rows(const StemParams& p, const TransformedWeights& weights, int64_t n
         [] {});
     note(trusted, p.declined);
     rows.grow_to(std::min(top + F::M, height));
-    const auto ready = [&] { return out < end && (p.pool ? std::min(2 * out + 2, height) : out + 1) <= rows.end(); };
+    const auto ready = [&] {
+      return out < end && (p.pool ? std::min(2 * out + 2, height) : out + 1) <= rows.end();
+    };
     for (; ready(); ++out) {
       T* to = y + out * p.out_width() * p.out_channels;
       p.pool ? pool_row(p, rows, out, highest, to) : copy_row(rows.row(out), width * p.out_channels, to);
@@ -107,8 +112,8 @@ void stem_rows(const StemParams& p, const TransformedWeights& weights, int64_t n
 template <class T>
 void run_stem(const StemParams& p) {
   const int64_t channels = 4 * p.in_channels, stride = channels * PANEL;
-  const TransformedWeights weights{p.weights, stride, stride * Stem34::A * Stem34::A, channels, p.out_channels, p.bias,
-                                   p.activation == ActivationFunction::relu};
+  const TransformedWeights weights{p.weights,      stride, stride * Stem34::A * Stem34::A,          channels,
+                                   p.out_channels, p.bias, p.activation == ActivationFunction::relu};
   const int64_t parts = std::min(p.out_height(), (4 * thread_count() + p.batch - 1) / p.batch);
   parallel_units(p.batch * parts, [&](int64_t unit, int64_t) {
     const int64_t part = unit % parts;

@@ -5,6 +5,8 @@
 // into two multiply-adds. Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
+#include "simd.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Weights are read once per tile from L2 or beyond: fetched into L1 this many elements ahead.
@@ -73,13 +75,13 @@ RF_INLINE const float* multiply(Accumulators<ROWS>& acc, const float* a, int64_t
 // ---- Winograd: a plain product of blocked matrices ----------------------------------------------------------------------
 
 struct ProductTile {
-  const float* a;          // [channel block][row][LANES]
+  const float* a;  // [channel block][row][LANES]
   int64_t a_block_stride;
-  const float* b;          // [channel][PANEL]
+  const float* b;  // [channel][PANEL]
   int64_t channels;
-  float* c;                // [2][row][LANES]
+  float* c;  // [2][row][LANES]
   int64_t c_vector_stride;
-  bool accumulate;         // add to c
+  bool accumulate;  // add to c
 };
 
 template <int ROWS>
@@ -111,16 +113,16 @@ template <class Out>
 struct ConvTile {
   const float* const* taps;
   int64_t tap_count;
-  int64_t row_stride;        // between neighbouring output pixels; between the lines, where a tile has two
-  int64_t block_stride;      // between blocks of LANES channels
-  int64_t channels;          // summed per tap
-  int64_t ahead;             // how far behind these activations lie the next ones to be used, for prefetching; 0: cached
-  const float* b;            // [tap][channel][PANEL]
-  const float* bias;        // [PANEL]
-  const Out* residual;       // row 0, or null
+  int64_t row_stride;    // between neighbouring output pixels; between the lines, where a tile has two
+  int64_t block_stride;  // between blocks of LANES channels
+  int64_t channels;      // summed per tap
+  int64_t ahead;         // how far behind these activations lie the next ones to be used, for prefetching; 0: cached
+  const float* b;        // [tap][channel][PANEL]
+  const float* bias;     // [PANEL]
+  const Out* residual;   // row 0, or null
   Out* y;
-  int64_t pixel_stride;      // between rows of y and of residual
-  int64_t out_lanes;         // channels of this panel that exist
+  int64_t pixel_stride;  // between rows of y and of residual
+  int64_t out_lanes;     // channels of this panel that exist
   bool relu;
 };
 
@@ -202,8 +204,8 @@ void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
   const int64_t offset = first_row * (STRIDE != RUNTIME_STRIDE ? STRIDE : t.row_stride);
   RowsBelow<ROWS, Out> below(t, residual, y);
   for (int64_t tap = 0; tap < t.tap_count; ++tap) {
-    b = multiply<UnitProducts, ROWS, STRIDE, LINES>(acc, t.taps[tap] + offset, t.row_stride, t.block_stride, t.channels,
-                                                    b, t.ahead, [&] { below.advance(); });
+    b = multiply<UnitProducts, ROWS, STRIDE, LINES>(acc, t.taps[tap] + offset, t.row_stride, t.block_stride, t.channels, b,
+                                                    t.ahead, [&] { below.advance(); });
   }
 
   const vec floor = t.relu ? zero() : splat(-__builtin_inff());

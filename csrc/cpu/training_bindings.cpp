@@ -3,13 +3,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
 
+#include "../checks.h"
 #include "activations.h"
 #include "bindings.h"
 #include "runtime.h"
@@ -22,13 +22,13 @@ using torch::stable::Tensor;
 
 void check_training(const Tensor& x, const char* name, const Tensor& weight, const PackParams& packing, int64_t channels,
                     int64_t stride, int64_t pad) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || packing.source == DType::float32, "weight is bfloat16 where ", name,
-                  " is float32; convert one with .to().");
-  STD_TORCH_CHECK(x.size(1) == channels, name, " has ", x.size(1), " channels, where weight asks for ", channels, ".");
-  STD_TORCH_CHECK(weight.size(2) == weight.size(3), "weight has a kernel of ", weight.size(2), " x ", weight.size(3),
-                  "; it must be square.");
-  STD_TORCH_CHECK(stride > 0 && pad >= 0 && pad < weight.size(2), "stride is ", stride, " and pad ", pad,
-                  "; stride must be positive, and pad not negative and less than the kernel.");
+  RF_CHECK(x.scalar_type() == ScalarType::BFloat16 || packing.source == DType::float32, "weight is bfloat16 where ", name,
+           " is float32; convert one with .to().");
+  RF_CHECK(x.size(1) == channels, name, " has ", x.size(1), " channels, where weight asks for ", channels, ".");
+  RF_CHECK(weight.size(2) == weight.size(3), "weight has a kernel of ", weight.size(2), " x ", weight.size(3),
+           "; it must be square.");
+  RF_CHECK(stride > 0 && pad >= 0 && pad < weight.size(2), "stride is ", stride, " and pad ", pad,
+           "; stride must be positive, and pad not negative and less than the kernel.");
 }
 
 // Packs weights into `scratch`. `order` as in PackParams.
@@ -85,10 +85,10 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
   p.out_channels = packing.out_channels, p.out_height = dy.size(2), p.out_width = dy.size(3);
   p.kernel = kernel, p.stride = stride, p.pad = pad;
   p.dtype = dtype_of(dy);
-  STD_TORCH_CHECK(p.out_height > 0 && p.out_width > 0 && p.out_height == result_size(height, kernel, stride, pad) &&
-                      p.out_width == result_size(width, kernel, stride, pad),
-                  "dy doesn't have the size of the result of this convolution on ", height, " x ", width, " pixels.");
-  STD_TORCH_CHECK(plan.empty() || stride == 1, "plan is for stride 1, not ", stride, ".");
+  RF_CHECK(p.out_height > 0 && p.out_width > 0 && p.out_height == result_size(height, kernel, stride, pad) &&
+               p.out_width == result_size(width, kernel, stride, pad),
+           "dy doesn't have the size of the result of this convolution on ", height, " x ", width, " pixels.");
+  RF_CHECK(plan.empty() || stride == 1, "plan is for stride 1, not ", stride, ".");
   ConvParams conv{};
   conv.x = p.dy;
   conv.batch = p.batch, conv.in_channels = p.out_channels, conv.height = p.out_height, conv.width = p.out_width;
@@ -118,21 +118,20 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
 Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int64_t pad, bool winograd) {
   check_cpu_activations(x, "x");
   check_cpu_activations(dy, "dy");
-  STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type(), "x and dy differ in dtype.");
+  RF_CHECK(x.scalar_type() == dy.scalar_type(), "x and dy differ in dtype.");
   WeightGradientParams p{};
   p.x = x.const_data_ptr(), p.dy = dy.const_data_ptr();
   p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   p.out_channels = dy.size(1), p.out_height = dy.size(2), p.out_width = dy.size(3);
   p.kernel = kernel, p.stride = stride, p.pad = pad;
   p.dtype = dtype_of(x);
-  STD_TORCH_CHECK(kernel > 0 && stride > 0 && pad >= 0, "kernel and stride must be positive, pad not negative.");
-  STD_TORCH_CHECK(dy.size(0) == p.batch && p.out_height == result_size(p.height, kernel, stride, pad) &&
-                      p.out_width == result_size(p.width, kernel, stride, pad) && dy.numel() > 0 && x.numel() > 0,
-                  "dy doesn't have the shape of this convolution's result, or is empty.");
-  STD_TORCH_CHECK(!winograd || (kernel == 3 && stride == 1 && pad == 1),
-                  "Winograd serves 3 x 3 kernels of stride and padding 1.");
-  STD_TORCH_CHECK(winograd || p.dtype == DType::float32 || has_avx512_bf16(),
-                  "the gradient of weights in bfloat16 needs a CPU with AVX512_BF16, or Winograd.");
+  RF_CHECK(kernel > 0 && stride > 0 && pad >= 0, "kernel and stride must be positive, pad not negative.");
+  RF_CHECK(dy.size(0) == p.batch && p.out_height == result_size(p.height, kernel, stride, pad) &&
+               p.out_width == result_size(p.width, kernel, stride, pad) && dy.numel() > 0 && x.numel() > 0,
+           "dy doesn't have the shape of this convolution's result, or is empty.");
+  RF_CHECK(!winograd || (kernel == 3 && stride == 1 && pad == 1), "Winograd serves 3 x 3 kernels of stride and padding 1.");
+  RF_CHECK(winograd || p.dtype == DType::float32 || has_avx512_bf16(),
+           "the gradient of weights in bfloat16 needs a CPU with AVX512_BF16, or Winograd.");
   Tensor dweight = new_weight_gradient(x, p.out_channels, kernel, p.in_channels);
   p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
   winograd ? kernels().weight_gradient_winograd(p) : direct_kernels(p.dtype).weight_gradient(p);

@@ -4,6 +4,8 @@
 // such as 1e10 spoils results that have nothing to do with it.
 #pragma once
 
+#include "simd.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // A tile's largest value may be this large, or this many times the largest in any one window of it: the error is then within about

@@ -4,7 +4,6 @@
 // memory after the other, by checksum, which finds a single element in the end. resnet_fused/backends/watch.py is the caller.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
@@ -16,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "../checks.h"
 #include "stable_abi.h"
 
 namespace resnet_fused::cpu {
@@ -306,7 +306,7 @@ class Watches {
   std::shared_ptr<Watch> get(int64_t id) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = watches_.find(id);
-    STD_TORCH_CHECK(found != watches_.end(), "watch is ", id, ", which new_watch didn't give, or which was deleted.");
+    RF_CHECK(found != watches_.end(), "watch is ", id, ", which new_watch didn't give, or which was deleted.");
     return found->second;
   }
   void remove(int64_t id) {

@@ -2,6 +2,9 @@
 // Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
+#include "weight_gradient_tile.h"
+#include "winograd_stages.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Blocks of dy's channels as the register tile takes them, [block][step][LANES]. Block i begins at channel begins[i].
@@ -24,7 +27,7 @@ inline void pack_steps(const Activation* const* rows, int64_t steps, const int64
 struct PixelPlan {
   int64_t ranges, outs, ins;  // outs, ins: blocks and panels of a part
   int64_t out_groups, in_groups;
-  int64_t run;                // steps
+  int64_t run;  // steps
 
   PixelPlan(const WeightGradientParams& p, int64_t steps) {
     constexpr int64_t LARGEST_PART = 64 * 1024, RANGE = 1024, RUN_ELEMENTS = 64 * 1024;
@@ -83,9 +86,9 @@ struct LineColumns {
 // A run of steps on one part and one kernel position: packed blocks of dy times rows of x.
 struct PixelRun {
   const float* a;
-  int64_t a_block;               // between blocks
+  int64_t a_block;  // between blocks
   const Activation* const* x;
-  int64_t next_x;                // where the rows of the next run are
+  int64_t next_x;  // where the rows of the next run are
   LineColumns next_dy;
   int64_t steps;
 };
@@ -103,10 +106,18 @@ inline void multiply_run(const PixelRun& run, const Part& part, const WeightGrad
       const int64_t block = out - part.first_out;
       const LinesAhead ahead = in == part.first_in && block < run.next_dy.count ? run.next_dy[block] : LinesAhead{here, 0, 0};
       const auto& tiles = block == 0 ? first_tiles : other_tiles;
-      tiles[static_cast<size_t>(blocks.width(out) - 1)](
-          {run.a + block * run.a_block, LANES, panel, panel + LANES, PANEL, run.steps,
-           sums + blocks.begin(out) * row + in * PANEL, row, p.in_channels - in * PANEL, accumulate,
-           {run.x, in * PANEL, run.next_x}, ahead});
+      tiles[static_cast<size_t>(blocks.width(out) - 1)]({run.a + block * run.a_block,
+                                                         LANES,
+                                                         panel,
+                                                         panel + LANES,
+                                                         PANEL,
+                                                         run.steps,
+                                                         sums + blocks.begin(out) * row + in * PANEL,
+                                                         row,
+                                                         p.in_channels - in * PANEL,
+                                                         accumulate,
+                                                         {run.x, in * PANEL, run.next_x},
+                                                         ahead});
     }
   }
 }

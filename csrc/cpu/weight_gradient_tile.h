@@ -7,6 +7,8 @@
 // Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
+#include "tile.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // ---- The register tile --------------------------------------------------------------------------------------------------
@@ -25,16 +27,16 @@ struct PanelRows {
 };
 
 struct OuterTile {
-  const float* a;          // [step][a_stride], of which ROWS count
+  const float* a;  // [step][a_stride], of which ROWS count
   int64_t a_stride;
-  float* b_low;            // [step][b_stride]: the panel's two vectors
+  float* b_low;  // [step][b_stride]: the panel's two vectors
   float* b_high;
   int64_t b_stride;
   int64_t steps;
-  float* c;                // [ROWS][c_stride]
+  float* c;  // [ROWS][c_stride]
   int64_t c_stride;
-  int64_t lanes;           // input channels of the panel that exist
-  bool accumulate;         // add to c
+  int64_t lanes;    // input channels of the panel that exist
+  bool accumulate;  // add to c
   PanelRows x;
   LinesAhead ahead;
 };

@@ -2,6 +2,9 @@
 // Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
+#include "weight_gradient_tile.h"
+#include "winograd_stages.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // The transforms of F(4 x 4, 3 x 3) turned round: with Y = A^T [U * V] A, dU = V * (A dY A^T) and dg = G^T dU G.
@@ -127,8 +130,8 @@ void weight_gradient_by_tiles(const WeightGradientParams& p) {
       const int64_t top = tile / across % down * F4::M, left = tile % across * F4::M;
       const T* x = static_cast<const T*>(p.x) + n * p.height * p.width * p.in_channels;
       const T* dy = static_cast<const T*>(p.dy) + n * p.height * p.width * p.out_channels;
-      transform_input_tile<F4, T>({x, 0, p.height, p.width, p.in_channels}, top - F4::PAD, left - F4::PAD, zeros,
-                                  v + i * LANES, v_stride, most * LANES, zero());
+      transform_input_tile<F4, T>({x, 0, p.height, p.width, p.in_channels}, top - F4::PAD, left - F4::PAD, zeros, v + i * LANES,
+                                  v_stride, most * LANES, zero());
       transform_gradient_tile<T>({dy, 0, p.height, p.width, p.out_channels}, top, left, zeros, e + i * out_row, e_stride);
     });
     parallel_units(POINTS * out_groups * in_groups, [&](int64_t unit, int64_t) {
@@ -144,9 +147,18 @@ void weight_gradient_by_tiles(const WeightGradientParams& p) {
           for (int64_t block = part.first_out; block < part.last_out; ++block) {
             const int64_t o = OutBlocks(p.out_channels).begin(block);
             product_tiles[static_cast<size_t>(OutBlocks(p.out_channels).width(block) - 1)](
-                {e + at * e_stride + first * out_row + o, out_row, b, b + most * LANES, LANES, steps,
-                 du + at * point + o * p.in_channels + panel * PANEL, p.in_channels, p.in_channels - panel * PANEL,
-                 round > 0 || r > 0, {}, nothing_ahead});
+                {e + at * e_stride + first * out_row + o,
+                 out_row,
+                 b,
+                 b + most * LANES,
+                 LANES,
+                 steps,
+                 du + at * point + o * p.in_channels + panel * PANEL,
+                 p.in_channels,
+                 p.in_channels - panel * PANEL,
+                 round > 0 || r > 0,
+                 {},
+                 nothing_ahead});
           }
         }
       }

@@ -1,6 +1,9 @@
 // 3 x 3 convolution of padding 1 by Winograd's minimal filtering, in two orders of work. See docs/cpu-kernels.md.
 #pragma once
 
+#include "winograd_few.h"
+#include "winograd_stages.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 template <class F, class T>
@@ -56,7 +59,9 @@ struct WinogradConv {
       const int64_t out_begin = grid.batch_row(begin, 0) * p.out_width * p.out_channels;
       const int64_t out_count = grid.batch_row(begin + tiles - 1, F::M) * p.out_width * p.out_channels - out_begin;
       const int64_t first_steps = POINTS * std::min(plan.panels, panels);
-      const auto at_output = [&](auto* data) { return data == nullptr ? data : data + out_begin; };
+      const auto at_output = [&](auto* data) {
+        return data == nullptr ? data : data + out_begin;
+      };
       Prefetcher y(at_output(static_cast<const T*>(p.y)), out_count, first_steps);
       Prefetcher residual(at_output(static_cast<const T*>(p.residual == p.y ? nullptr : p.residual)), out_count, first_steps);
       Prefetcher next_x;
@@ -122,7 +127,9 @@ struct WinogradConv {
     const TileRuns runs = sort_tiles(grid, begin, tiles, order);
     // Tiles that don't exist take part in the products of a few.
     if (tiles < slots) __builtin_memset(v, 0, static_cast<size_t>(v_stride * POINTS) * sizeof(float));
-    const auto at = [&](int64_t t) { return place(order[t]); };
+    const auto at = [&](int64_t t) {
+      return place(order[t]);
+    };
     note(transform_input<F, T>(tiles, at, zeros, v, v_stride, in_vectors, slots * LANES), p.declined);
     return {order, runs, v, v_stride, slots};
   }
@@ -144,9 +151,8 @@ struct WinogradConv {
       const bool last = c + FEW_CHANNELS >= p.in_channels;
       const T* next = !last ? taps + FEW_CHANNELS * CHANNEL_TAPS : following >= 0 ? panel_taps(following) : taps;
       for (int64_t half = 0; half < PANEL; half += LANES) {
-        multiply_few_tiles<F, T>({taps + half, half == 0 ? taps + LANES : next,
-                                  std::min(FEW_CHANNELS, p.in_channels - c), tiles.v + c * FEW_TILES, tiles.v_stride,
-                                  m + half * FEW_TILES, m_stride, c > 0},
+        multiply_few_tiles<F, T>({taps + half, half == 0 ? taps + LANES : next, std::min(FEW_CHANNELS, p.in_channels - c),
+                                  tiles.v + c * FEW_TILES, tiles.v_stride, m + half * FEW_TILES, m_stride, c > 0},
                                  two_by_two_short);
       }
     }
@@ -184,7 +190,7 @@ struct WinogradConv {
       for (int point = 0; point < POINTS; ++point) {
         const int column = point % F::A;
         if (!p.transformed && column == 0) {
-          ROW_TRANSFORMS<F, T>[static_cast<size_t>(point / F::A)](panel_taps(panel) + c * CHANNEL_TAPS, channels, made, u_stride,
+          ROW_TRANSFORMS<F, T>[static_cast<size_t>(point / F::A)](panel_taps(panel) + c* CHANNEL_TAPS, channels, made, u_stride,
                                                                   u_phase_stride);
         }
         const float* b = p.transformed ? u + point * u_stride : made + column * u_stride;

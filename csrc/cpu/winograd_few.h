@@ -2,6 +2,8 @@
 // used at once. Transformed in memory, where each is read but once or twice, weights take as long to make as to multiply.
 #pragma once
 
+#include "winograd_stages.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // 6 points x 4 tiles of sums, 3 lines of weights, a value and constants in 32 registers; with 16 registers half as many.
@@ -11,14 +13,14 @@ constexpr int64_t FEW_CHANNELS = 32;
 
 template <class T>
 struct FewTilesProduct {
-  const T* taps;            // [channel][9], PANEL apart: one vector of output channels
-  const T* next;            // the taps used after these, which are fetched meanwhile
+  const T* taps;  // [channel][9], PANEL apart: one vector of output channels
+  const T* next;  // the taps used after these, which are fetched meanwhile
   int64_t channels;
-  const float* v;           // [point][channel block][FEW_TILES][LANES]
-  int64_t v_stride;         // between points
-  float* m;                 // [point][tile][LANES]
+  const float* v;    // [point][channel block][FEW_TILES][LANES]
+  int64_t v_stride;  // between points
+  float* m;          // [point][tile][LANES]
   int64_t m_stride;
-  bool accumulate;          // add to m
+  bool accumulate;  // add to m
 };
 
 // The tiles with products at a point, known when compiling: all, or for SHORT those of an image of two by two tiles whose

@@ -2,6 +2,12 @@
 // the whole blocks.
 #pragma once
 
+#include "simd.h"
+#include "tile.h"
+#include "uneven.h"
+#include "winograd_grid.h"
+#include "winograd_transforms.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Rows of one NHWC image. `data` points at row `first_row`; a tile reads only the rows it needs, so that a strip of the
@@ -182,8 +188,8 @@ void transform_weights(const W* packed, int64_t channels, float* u, int64_t u_po
 // Y = A^T M A of one tile and one vector of output channels, + bias + residual, ReLU. Pixels outside the image are not
 // written.
 template <class F, class T>
-void transform_output_tile(const float* m, int64_t m_point_stride, const float* bias, const TilePlace<T>& tile,
-                           int64_t channel, bool relu) {
+void transform_output_tile(const float* m, int64_t m_point_stride, const float* bias, const TilePlace<T>& tile, int64_t channel,
+                           bool relu) {
   constexpr int A = F::A, M = F::M;
   vec half[M][A];
   RF_UNROLL(8)
@@ -285,7 +291,8 @@ constexpr int64_t LONGEST_SUM = 128;
 // lies; `between()` is called before each product, to prefetch what comes later. Returns whether Winograd can be trusted with
 // all of them.
 template <class F, class T, class Place, class Between>
-[[nodiscard]] bool winograd_tiles(const TransformedWeights& w, const TileRuns& runs, int64_t group, Place&& place, Between&& between) {
+[[nodiscard]] bool winograd_tiles(const TransformedWeights& w, const TileRuns& runs, int64_t group, Place&& place,
+                                  Between&& between) {
   constexpr int POINTS = F::A * F::A;
   const int64_t panels = panel_count(w.out_channels), tiles = runs.count();
   group = std::min(group, panels);

@@ -14,6 +14,8 @@
 // a group have one: uneven.h asks.
 #pragma once
 
+#include "simd.h"
+
 namespace resnet_fused::cpu::RF_ISA {
 
 // Phases that contribute to a point: `count` of them, from `first` on.
@@ -147,8 +149,8 @@ struct Stride2 {
   static constexpr int PHASES = 4;
 
   static constexpr int TAPS = 2;
-  static constexpr bool odd_row(int phase) { return phase < 2; }                     // odd odd even even
-  static constexpr bool odd_column(int phase) { return phase == 1 || phase == 2; }   // even odd odd even
+  static constexpr bool odd_row(int phase) { return phase < 2; }                    // odd odd even even
+  static constexpr bool odd_column(int phase) { return phase == 1 || phase == 2; }  // even odd odd even
   // The taps are 0 and 2 in the odd phase, none and 1 in the even one.
   static constexpr int kernel_row(int phase, int tap) { return odd_row(phase) ? 2 * tap : tap == 0 ? -1 : 1; }
   static constexpr int kernel_column(int phase, int tap) { return odd_column(phase) ? 2 * tap : tap == 0 ? -1 : 1; }
@@ -162,9 +164,7 @@ struct Stride2 {
     return point % A == 0 ? PhaseRun{1, 2} : PhaseRun{0, 4};
   }
   static RF_INLINE int64_t first_row(int64_t top, int64_t pad, int phase) { return 2 * (top - pad) + odd_row(phase); }
-  static RF_INLINE int64_t first_column(int64_t left, int64_t pad, int phase) {
-    return 2 * (left - pad) + odd_column(phase);
-  }
+  static RF_INLINE int64_t first_column(int64_t left, int64_t pad, int phase) { return 2 * (left - pad) + odd_column(phase); }
 
   static RF_INLINE void input(const vec (&x)[A], vec (&y)[A]) { F4::input(x, y); }
   static constexpr bool watched(int i) { return F4::watched(i); }

@@ -16,39 +16,39 @@ using Accumulators = float[Tile::WARP_M / 16][Tile::WARP_N / 8][4];
 template <class Tile>
 class TensorMath {
   using T = typename Tile::T;
-  static constexpr int kM = Tile::WARP_M / 16, kN = Tile::WARP_N / 8;
+  static constexpr int M = Tile::WARP_M / 16, N = Tile::WARP_N / 8;
 
  public:
-  static constexpr int kSteps = Tile::kRowBytes / 32;
+  static constexpr int STEPS = Tile::ROW_BYTES / 32;
   struct Fragments {
-    uint32_t a[kM][4];
-    uint32_t b[kN / 2][4];  // two columns of mma tiles a load
+    uint32_t a[M][4];
+    uint32_t b[N / 2][4];  // two columns of mma tiles a load
   };
 
   __device__ TensorMath(int warp_m, int warp_n, int lane) {
     a_ = Tile::offset(warp_m * Tile::WARP_M + lane % 16, lane / 16);
-    b_ = Tile::kBytesA + Tile::offset(warp_n * Tile::WARP_N + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    b_ = Tile::BYTES_A + Tile::offset(warp_n * Tile::WARP_N + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
 
   // stage: address of a step's tiles.
   __device__ __forceinline__ void read(Fragments& f, uint32_t stage, int step) const {
     const uint32_t a = (stage + a_) ^ (step * 32), b = (stage + b_) ^ (step * 32);
-    unroll<kM>([&](auto i) { ptx::ldmatrix_x4<i * 16 * Tile::kRowBytes>(f.a[i], a); });
-    unroll<kN / 2>([&](auto i) { ptx::ldmatrix_x4<i * 16 * Tile::kRowBytes>(f.b[i], b); });
+    unroll<M>([&](auto i) { ptx::ldmatrix_x4<i * 16 * Tile::ROW_BYTES>(f.a[i], a); });
+    unroll<N / 2>([&](auto i) { ptx::ldmatrix_x4<i * 16 * Tile::ROW_BYTES>(f.b[i], b); });
   }
 
   __device__ __forceinline__ static void multiply(Accumulators<Tile>& acc, Fragments& f) {
-    if constexpr (Tile::kElement == ElementType::kTf32) {  // the weights were rounded when they were packed
+    if constexpr (Tile::ELEMENT == ElementType::tf32) {  // the weights were rounded when they were packed
 #pragma unroll
       for (auto& a : f.a)
 #pragma unroll
         for (auto& bits : a) bits = ptx::round_to_tf32(bits);
     }
 #pragma unroll
-    for (int i = 0; i < kM; ++i)
+    for (int i = 0; i < M; ++i)
 #pragma unroll
-      for (int step = 0; step < kN; ++step) {
-        const int j = i % 2 ? kN - 1 - step : step;  // there and back, so that b stays in the register cache
+      for (int step = 0; step < N; ++step) {
+        const int j = i % 2 ? N - 1 - step : step;  // there and back, so that b stays in the register cache
         ptx::mma_16x8<T>(acc[i][j], f.a[i], f.b[j / 2][j % 2 * 2], f.b[j / 2][j % 2 * 2 + 1]);
       }
   }
@@ -60,35 +60,35 @@ class TensorMath {
 // Float32 multiply-adds, in the order of k: one step takes 16 bytes of k.
 template <class Tile>
 class FmaMath {
-  static constexpr int kM = Tile::WARP_M / 8, kN = Tile::WARP_N / 8;
+  static constexpr int M = Tile::WARP_M / 8, N = Tile::WARP_N / 8;
 
  public:
-  static constexpr int kSteps = Tile::kRowBytes / 16;
+  static constexpr int STEPS = Tile::ROW_BYTES / 16;
   struct Fragments {
-    float4 a[kM];     // rows lane / 4 + 8 i
-    float4 b[kN][2];  // columns 8 j + 2 (lane % 4) + {0, 1}
+    float4 a[M];     // rows lane / 4 + 8 i
+    float4 b[N][2];  // columns 8 j + 2 (lane % 4) + {0, 1}
   };
 
   __device__ FmaMath(int warp_m, int warp_n, int lane) {
     a_ = Tile::offset(warp_m * Tile::WARP_M + lane / 4, 0);
-    b_[0] = Tile::kBytesA + Tile::offset(warp_n * Tile::WARP_N + lane % 4 * 2, 0);
-    b_[1] = Tile::kBytesA + Tile::offset(warp_n * Tile::WARP_N + lane % 4 * 2 + 1, 0);
+    b_[0] = Tile::BYTES_A + Tile::offset(warp_n * Tile::WARP_N + lane % 4 * 2, 0);
+    b_[1] = Tile::BYTES_A + Tile::offset(warp_n * Tile::WARP_N + lane % 4 * 2 + 1, 0);
   }
 
   __device__ __forceinline__ void read(Fragments& f, uint32_t stage, int step) const {
     const uint32_t a = (stage + a_) ^ (step * 16);
-    unroll<kM>([&](auto i) { f.a[i] = ptx::load_shared_16<i * 8 * Tile::kRowBytes>(a); });
-    unroll<kN>([&](auto j) {
-      f.b[j][0] = ptx::load_shared_16<j * 8 * Tile::kRowBytes>((stage + b_[0]) ^ (step * 16));
-      f.b[j][1] = ptx::load_shared_16<j * 8 * Tile::kRowBytes>((stage + b_[1]) ^ (step * 16));
+    unroll<M>([&](auto i) { f.a[i] = ptx::load_shared_16<i * 8 * Tile::ROW_BYTES>(a); });
+    unroll<N>([&](auto j) {
+      f.b[j][0] = ptx::load_shared_16<j * 8 * Tile::ROW_BYTES>((stage + b_[0]) ^ (step * 16));
+      f.b[j][1] = ptx::load_shared_16<j * 8 * Tile::ROW_BYTES>((stage + b_[1]) ^ (step * 16));
     });
   }
 
   __device__ __forceinline__ static void multiply(Accumulators<Tile>& acc, const Fragments& f) {
 #pragma unroll
-    for (int i = 0; i < kM; ++i)
+    for (int i = 0; i < M; ++i)
 #pragma unroll
-      for (int j = 0; j < kN; ++j)
+      for (int j = 0; j < N; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& sum = acc[i / 2][j][i % 2 * 2 + c];

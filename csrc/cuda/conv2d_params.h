@@ -4,38 +4,38 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define RESNET_FUSED_HOST_DEVICE __host__ __device__ __forceinline__
+#define RF_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define RESNET_FUSED_HOST_DEVICE inline
+#define RF_HOST_DEVICE inline
 #endif
 
 namespace resnet_fused {
 
-// Division of 0 <= n < 2^31 by a divisor fixed on the host: one multiplication and one shift.
+// Division of 0 <= n < 2^31 by a divisor fixed on the host: one multiplication and one bias.
 // Source: Granlund and Montgomery, "Division by invariant integers using multiplication", PLDI 1994.
 struct FastDivisor {
-  uint32_t divisor, multiplier, shift;
+  uint32_t divisor, multiplier, bias;
 
   static FastDivisor of(uint32_t divisor) {
-    uint32_t shift = 0;
-    while ((uint64_t{1} << shift) < divisor) ++shift;
-    const uint64_t multiplier = divisor == 1 ? 0 : ((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor;
-    return {divisor, static_cast<uint32_t>(multiplier), shift == 0 ? 0 : shift - 1};
+    uint32_t bias = 0;
+    while ((uint64_t{1} << bias) < divisor) ++bias;
+    const uint64_t multiplier = divisor == 1 ? 0 : ((uint64_t{1} << (31 + bias)) + divisor - 1) / divisor;
+    return {divisor, static_cast<uint32_t>(multiplier), bias == 0 ? 0 : bias - 1};
   }
 
-  RESNET_FUSED_HOST_DEVICE uint32_t quotient(uint32_t n) const {
+  RF_HOST_DEVICE uint32_t quotient(uint32_t n) const {
 #ifdef __CUDA_ARCH__
     const uint32_t high = __umulhi(n, multiplier);
 #else
     const uint32_t high = static_cast<uint32_t>((uint64_t{n} * multiplier) >> 32);
 #endif
-    return divisor == 1 ? n : high >> shift;
+    return divisor == 1 ? n : high >> bias;
   }
 };
 
 // Runs that make no whole 16 bytes have this many zeros in front in the packed weight: it lets the stem's kernel read x
 // in aligned pairs.
-constexpr int32_t kRunLead = 1;
+constexpr int32_t RUN_LEAD = 1;
 
 // The filter is walked as filter_rows x runs, each run contiguous in x and in the packed weight: a run is the channels
 // of one filter position, or, where they make no whole 16 bytes, a whole filter row. The product's k is all runs in
@@ -43,7 +43,7 @@ constexpr int32_t kRunLead = 1;
 struct Conv2dParams {
   const void* x;                    // [N, height, width, channels]
   const void* weight;               // [out_channels, filter_rows, runs, run_length], zeros where a run was padded
-  const float* shift;               // [out_channels]
+  const float* bias;                // [out_channels]
   const void* residual;             // [N, P, Q, out_channels] or null
   void* y;                          // [N, P, Q, out_channels]
   float* partial;                   // [splits, N P Q, partial_stride], or null: no split of k

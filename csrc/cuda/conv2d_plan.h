@@ -12,7 +12,7 @@
 
 namespace resnet_fused {
 
-// y[batch, P, Q, out_channels] = act(conv2d(x[batch, height, width, channels]) + shift + residual), channels_last.
+// y[batch, P, Q, out_channels] = act(conv2d(x[batch, height, width, channels]) + bias + residual), channels_last.
 struct Conv2dProblem {
   int64_t batch, height, width, channels, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -25,7 +25,7 @@ struct Conv2dProblem {
 };
 
 struct Conv2dPointers {
-  const void *x, *weight, *shift, *residual;
+  const void *x, *weight, *bias, *residual;
   void *y, *partial;
 };
 

@@ -15,19 +15,19 @@ namespace resnet_fused {
 template <ElementType>
 struct ElementOf;
 template <>
-struct ElementOf<ElementType::kFloat16> {
+struct ElementOf<ElementType::float16> {
   using T = __half;
 };
 template <>
-struct ElementOf<ElementType::kBFloat16> {
+struct ElementOf<ElementType::bfloat16> {
   using T = __nv_bfloat16;
 };
 template <>
-struct ElementOf<ElementType::kFloat32> {
+struct ElementOf<ElementType::float32> {
   using T = float;
 };
 template <>
-struct ElementOf<ElementType::kTf32> {
+struct ElementOf<ElementType::tf32> {
   using T = float;
 };
 
@@ -51,29 +51,29 @@ __device__ __forceinline__ T from_float(float v) {
 
 // Sums with an infinity where PyTorch has one: it stores them as T before it adds a residual. They are looked at
 // together, since hardly ever is one beyond float16.
-template <class T, int kCount>
-__device__ __forceinline__ void overflow(float (&v)[kCount]) {
+template <class T, int COUNT>
+__device__ __forceinline__ void overflow(float (&v)[COUNT]) {
   if constexpr (std::is_same_v<T, __half>) {
-    constexpr float kInfinite = 65520.0f;  // the smallest number that rounds to infinity
+    constexpr float INFINITE = 65520.0f;  // the smallest number that rounds to infinity
     float largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(v[i]));
-    if (largest < kInfinite) return;
+    for (int i = 0; i < COUNT; ++i) largest = fmaxf(largest, fabsf(v[i]));
+    if (largest < INFINITE) return;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) v[i] = fabsf(v[i]) < kInfinite ? v[i] : v[i] * __int_as_float(0x7f800000);
+    for (int i = 0; i < COUNT; ++i) v[i] = fabsf(v[i]) < INFINITE ? v[i] : v[i] * __int_as_float(0x7f800000);
   }
 }
 
-// 16 bytes of elements of type T, as kCount floats and back with one rounding each.
+// 16 bytes of elements of type T, as COUNT floats and back with one rounding each.
 template <class T>
 struct Vector16 {
-  static constexpr int kCount = 16 / sizeof(T);
+  static constexpr int COUNT = 16 / sizeof(T);
 
-  __device__ static void unpack(uint4 bits, float (&v)[kCount]) {
+  __device__ static void unpack(uint4 bits, float (&v)[COUNT]) {
     const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (kCount == 4) {
+      if constexpr (COUNT == 4) {
         v[i] = __uint_as_float(words[i]);
       } else {
         const float2 pair = to_floats(words[i], T{});
@@ -82,11 +82,11 @@ struct Vector16 {
     }
   }
 
-  __device__ static uint4 pack(const float (&v)[kCount]) {
+  __device__ static uint4 pack(const float (&v)[COUNT]) {
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (kCount == 4) {
+      if constexpr (COUNT == 4) {
         words[i] = __float_as_uint(v[i]);
       } else {
         words[i] = to_word(v[2 * i], v[2 * i + 1], T{});
@@ -100,7 +100,7 @@ struct Vector16 {
     return {ptx::relu_word<T>(v.x), ptx::relu_word<T>(v.y), ptx::relu_word<T>(v.z), ptx::relu_word<T>(v.w)};
   }
 
-  __device__ static uint4 from_elements(const T (&elements)[kCount]) {
+  __device__ static uint4 from_elements(const T (&elements)[COUNT]) {
     uint4 bits;
     memcpy(&bits, elements, sizeof bits);
     return bits;
@@ -111,9 +111,7 @@ struct Vector16 {
   __device__ static float2 to_floats(uint32_t word, __nv_bfloat16) {  // the upper half of a float32
     return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
   }
-  __device__ static uint32_t to_word(float low, float high, __half) {
-    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
-  }
+  __device__ static uint32_t to_word(float low, float high, __half) { return bit_cast<uint32_t>(__floats2half2_rn(low, high)); }
   __device__ static uint32_t to_word(float low, float high, __nv_bfloat16) {
     return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
   }

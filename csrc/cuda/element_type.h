@@ -5,7 +5,7 @@
 
 namespace resnet_fused {
 
-// kFloat32 is direct float32 arithmetic, kTf32 tensor cores on float32 rounded to 10 bits of mantissa.
-enum class ElementType : int64_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kTf32 = 3 };
+// float32 is direct float32 arithmetic, tf32 tensor cores on float32 rounded to 10 bits of mantissa.
+enum class ElementType : int64_t { float16 = 0, bfloat16 = 1, float32 = 2, tf32 = 3 };
 
 }  // namespace resnet_fused

@@ -14,33 +14,33 @@
 #include "norm_kernels.h"
 #include "norm_params.h"
 
-#define RESNET_FUSED_CONV2D_KERNELS(X) \
-  RESNET_FUSED_CONV2D_TILES(X)         \
-  X(conv2d_stem_fwd_f16)               \
-  X(conv2d_stem_fwd_bf16)              \
-  X(conv2d_reduce_fwd_f16)             \
-  X(conv2d_reduce_fwd_bf16)            \
+#define RF_CONV2D_KERNELS(X) \
+  RF_CONV2D_TILES(X)         \
+  X(conv2d_stem_fwd_f16)     \
+  X(conv2d_stem_fwd_bf16)    \
+  X(conv2d_reduce_fwd_f16)   \
+  X(conv2d_reduce_fwd_bf16)  \
   X(conv2d_reduce_fwd_f32)
 
-#define RESNET_FUSED_ALL_NORM_KERNELS(X) RESNET_FUSED_NORM_KERNELS(X) RESNET_FUSED_NORM_FINISH_KERNELS(X)
+#define RF_ALL_NORM_KERNELS(X) RF_NORM_KERNELS(X) RF_NORM_FINISH_KERNELS(X)
 
 // The host stubs that nvcc makes of the kernels.
 extern "C" {
-#define RESNET_FUSED_DECLARE(NAME, ...) void NAME(resnet_fused::Conv2dParams);
-RESNET_FUSED_CONV2D_KERNELS(RESNET_FUSED_DECLARE)
-#undef RESNET_FUSED_DECLARE
-#define RESNET_FUSED_DECLARE(NAME, ...) void NAME(resnet_fused::NormParams);
-RESNET_FUSED_ALL_NORM_KERNELS(RESNET_FUSED_DECLARE)
-#undef RESNET_FUSED_DECLARE
-#define RESNET_FUSED_DECLARE(NAME, ...) void NAME(resnet_fused::AddReluParams);
-RESNET_FUSED_ADD_RELU_KERNELS(RESNET_FUSED_DECLARE)
-#undef RESNET_FUSED_DECLARE
+#define RF_DECLARE(NAME, ...) void NAME(resnet_fused::Conv2dParams);
+RF_CONV2D_KERNELS(RF_DECLARE)
+#undef RF_DECLARE
+#define RF_DECLARE(NAME, ...) void NAME(resnet_fused::NormParams);
+RF_ALL_NORM_KERNELS(RF_DECLARE)
+#undef RF_DECLARE
+#define RF_DECLARE(NAME, ...) void NAME(resnet_fused::AddReluParams);
+RF_ADD_RELU_KERNELS(RF_DECLARE)
+#undef RF_DECLARE
 }
 
 namespace resnet_fused {
 namespace {
 
-constexpr int kMaxDevices = 64;
+constexpr int MAX_DEVICES = 64;
 
 struct Entry {
   const char* name;
@@ -48,15 +48,14 @@ struct Entry {
   std::atomic<uint64_t> prepared{0};  // bit per device on which it may use more than 48 KiB of shared memory
 };
 
-Entry kEntries[] = {
-#define RESNET_FUSED_ENTRY(NAME, ...) {#NAME, reinterpret_cast<const void*>(&NAME)},
-    RESNET_FUSED_CONV2D_KERNELS(RESNET_FUSED_ENTRY) RESNET_FUSED_ALL_NORM_KERNELS(RESNET_FUSED_ENTRY)
-        RESNET_FUSED_ADD_RELU_KERNELS(RESNET_FUSED_ENTRY)
-#undef RESNET_FUSED_ENTRY
+Entry ENTRIES[] = {
+#define RF_ENTRY(NAME, ...) {#NAME, reinterpret_cast<const void*>(&NAME)},
+    RF_CONV2D_KERNELS(RF_ENTRY) RF_ALL_NORM_KERNELS(RF_ENTRY) RF_ADD_RELU_KERNELS(RF_ENTRY)
+#undef RF_ENTRY
 };
 
 Entry& find(const std::string& kernel) {
-  for (Entry& entry : kEntries)
+  for (Entry& entry : ENTRIES)
     if (kernel == entry.name) return entry;
   throw std::logic_error("the plan names a kernel that was not built: " + kernel);
 }
@@ -81,14 +80,13 @@ int64_t attribute(cudaDeviceAttr which, int device) {
 }  // namespace
 
 const DeviceProperties& device_properties(int32_t device) {
-  static std::once_flag read[kMaxDevices];
-  static DeviceProperties properties[kMaxDevices];
-  RESNET_FUSED_CHECK(device >= 0 && device < kMaxDevices, "CUDA device ", device,
-                     "; the extension serves devices 0 to ", kMaxDevices - 1);
+  static std::once_flag read[MAX_DEVICES];
+  static DeviceProperties properties[MAX_DEVICES];
+  RF_CHECK(device >= 0 && device < MAX_DEVICES, "CUDA device ", device, "; the extension serves devices 0 to ",
+           MAX_DEVICES - 1);
   std::call_once(read[device], [device] {
     properties[device] = {
-        10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-            attribute(cudaDevAttrComputeCapabilityMinor, device),
+        10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device),
         attribute(cudaDevAttrMultiProcessorCount, device),
         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
@@ -100,8 +98,8 @@ const DeviceProperties& device_properties(int32_t device) {
 void launch(const KernelLaunch& launch, void* params, int32_t device) {
   Entry& entry = find(launch.kernel);
   const uint64_t bit = uint64_t{1} << device;
-  constexpr uint32_t kWithoutOptIn = 48 << 10;
-  if (launch.shared_bytes > kWithoutOptIn && (entry.prepared.load(std::memory_order_relaxed) & bit) == 0) {
+  constexpr uint32_t WITHOUT_OPT_IN = 48 << 10;
+  if (launch.shared_bytes > WITHOUT_OPT_IN && (entry.prepared.load(std::memory_order_relaxed) & bit) == 0) {
     const auto which = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check_launch(cudaFuncSetAttribute(entry.function, which, int(launch.shared_bytes)), launch);
     entry.prepared.fetch_or(bit, std::memory_order_relaxed);

@@ -6,23 +6,21 @@ using resnet_fused::ElementOf;
 using resnet_fused::ElementType;
 using resnet_fused::NormParams;
 
-#define RESNET_FUSED_KERNEL(NAME, FUNCTION, ELEMENT, VECTOR)               \
-  extern "C" __global__ void __launch_bounds__(resnet_fused::kNormThreads) \
-      NAME(const __grid_constant__ NormParams p) {                         \
-    using T = ElementOf<ElementType::ELEMENT>::T;                          \
-    resnet_fused::FUNCTION<T, VECTOR ? 16 / int(sizeof(T)) : 1>(p);        \
+#define RF_KERNEL(NAME, FUNCTION, ELEMENT, VECTOR)                                                                      \
+  extern "C" __global__ void __launch_bounds__(resnet_fused::NORM_THREADS) NAME(const __grid_constant__ NormParams p) { \
+    using T = ElementOf<ElementType::ELEMENT>::T;                                                                       \
+    resnet_fused::FUNCTION<T, VECTOR ? 16 / int(sizeof(T)) : 1>(p);                                                     \
   }
-RESNET_FUSED_NORM_KERNELS(RESNET_FUSED_KERNEL)
+RF_NORM_KERNELS(RF_KERNEL)
 
-#define RESNET_FUSED_FINISH_KERNEL(NAME, FUNCTION)                         \
-  extern "C" __global__ void __launch_bounds__(resnet_fused::kNormThreads) \
-      NAME(const __grid_constant__ NormParams p) {                         \
-    resnet_fused::FUNCTION(p);                                             \
+#define RF_FINISH_KERNEL(NAME, FUNCTION)                                                                                \
+  extern "C" __global__ void __launch_bounds__(resnet_fused::NORM_THREADS) NAME(const __grid_constant__ NormParams p) { \
+    resnet_fused::FUNCTION(p);                                                                                          \
   }
-RESNET_FUSED_NORM_FINISH_KERNELS(RESNET_FUSED_FINISH_KERNEL)
+RF_NORM_FINISH_KERNELS(RF_FINISH_KERNEL)
 
-#define RESNET_FUSED_ADD_RELU_KERNEL(NAME, FUNCTION, ELEMENT)                                       \
+#define RF_ADD_RELU_KERNEL(NAME, FUNCTION, ELEMENT)                                                 \
   extern "C" __global__ void __launch_bounds__(256) NAME(const __grid_constant__ AddReluParams p) { \
     resnet_fused::FUNCTION<ElementOf<ElementType::ELEMENT>::T>(p);                                  \
   }
-RESNET_FUSED_ADD_RELU_KERNELS(RESNET_FUSED_ADD_RELU_KERNEL)
+RF_ADD_RELU_KERNELS(RF_ADD_RELU_KERNEL)

@@ -1,5 +1,5 @@
 // Batch norm's passes over channels_last activations: statistics, apply, and the two passes of the gradient.
-// A thread keeps its kVector channels and goes down the rows, so parameters by channel are read once and sums stay in
+// A thread keeps its VECTOR channels and goes down the rows, so parameters by channel are read once and sums stay in
 // registers. Sums are added in a fixed order, so that results don't depend on timing.
 #pragma once
 
@@ -9,16 +9,16 @@
 
 namespace resnet_fused {
 
-constexpr int kNormThreads = 256;
+constexpr int NORM_THREADS = 256;
 
-// kVector elements: 16 bytes, or one where the channels make no whole 16 bytes.
-template <class T, int kVector>
+// VECTOR elements: 16 bytes, or one where the channels make no whole 16 bytes.
+template <class T, int VECTOR>
 struct Elements {
-  float v[kVector];
+  float v[VECTOR];
 
   __device__ __forceinline__ static Elements load(const void* from, int64_t index) {
     Elements e;
-    if constexpr (kVector == 1) {
+    if constexpr (VECTOR == 1) {
       e.v[0] = to_float(static_cast<const T*>(from)[index]);
     } else {
       Vector16<T>::unpack(ptx::load_global_16(static_cast<const T*>(from) + index, true), e.v);
@@ -27,7 +27,7 @@ struct Elements {
   }
 
   __device__ __forceinline__ void store(void* to, int64_t index) const {
-    if constexpr (kVector == 1) {
+    if constexpr (VECTOR == 1) {
       static_cast<T*>(to)[index] = from_float<T>(v[0]);
     } else {
       ptx::store_global_16(static_cast<T*>(to) + index, Vector16<T>::pack(v), true);
@@ -36,26 +36,26 @@ struct Elements {
 };
 
 // The part of the activations that a thread walks.
-template <int kVector>
+template <int VECTOR>
 struct RowWalk {
   int64_t row, row_step;
   int channel, column, line, lines;  // line: the thread's place along the rows of its block
   bool inside;
 
   __device__ explicit RowWalk(const NormParams& p) {
-    column = threadIdx.x & (p.columns - 1), line = threadIdx.x / p.columns, lines = kNormThreads / p.columns;
-    channel = (blockIdx.x * p.columns + column) * kVector;
+    column = threadIdx.x & (p.columns - 1), line = threadIdx.x / p.columns, lines = NORM_THREADS / p.columns;
+    channel = (blockIdx.x * p.columns + column) * VECTOR;
     inside = channel < p.channels;
     row = int64_t(blockIdx.y) * lines + line, row_step = int64_t(p.groups) * lines;
   }
 };
 
-template <int kVector>
+template <int VECTOR>
 struct Channels {
-  float v[kVector];
+  float v[VECTOR];
   __device__ Channels(const float* by_channel, int channel, bool inside, float otherwise) {
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) v[k] = by_channel != nullptr && inside ? by_channel[channel + k] : otherwise;
+    for (int k = 0; k < VECTOR; ++k) v[k] = by_channel != nullptr && inside ? by_channel[channel + k] : otherwise;
   }
 };
 
@@ -78,11 +78,11 @@ struct Moments {
   }
 };
 
-// Adds up `values` over the lines of a block; the result is that of line 0. shared: kNormThreads floats.
-template <int kVector>
-__device__ __forceinline__ void sum_over_lines(float (&values)[kVector], int columns, int lines, float* shared) {
+// Adds up `values` over the lines of a block; the result is that of line 0. shared: NORM_THREADS floats.
+template <int VECTOR>
+__device__ __forceinline__ void sum_over_lines(float (&values)[VECTOR], int columns, int lines, float* shared) {
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  for (int k = 0; k < VECTOR; ++k) {
     shared[threadIdx.x] = values[k];
     __syncthreads();
     for (int half = lines / 2; half > 0; half /= 2) {
@@ -95,31 +95,30 @@ __device__ __forceinline__ void sum_over_lines(float (&values)[kVector], int col
 }
 
 // Mean and squared differences of each channel over the rows of a block.
-template <class T, int kVector>
+template <class T, int VECTOR>
 __device__ __forceinline__ void bn_statistics(const NormParams& p) {
-  __shared__ Moments shared[kNormThreads];
-  const RowWalk<kVector> walk(p);
-  float shift[kVector], sum[kVector] = {}, squares[kVector] = {};
+  __shared__ Moments shared[NORM_THREADS];
+  const RowWalk<VECTOR> walk(p);
+  float shift[VECTOR], sum[VECTOR] = {}, squares[VECTOR] = {};
   int count = 0;
   if (walk.inside && walk.row < p.rows) {
     // Differences from the thread's first value are small, whatever the mean: their squares lose nothing.
-    const auto first = Elements<T, kVector>::load(p.x, walk.row * p.channels + walk.channel);
+    const auto first = Elements<T, VECTOR>::load(p.x, walk.row * p.channels + walk.channel);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) shift[k] = first.v[k];
+    for (int k = 0; k < VECTOR; ++k) shift[k] = first.v[k];
     for (int64_t row = walk.row; row < p.rows; row += walk.row_step, ++count) {
-      const auto x = Elements<T, kVector>::load(p.x, row * p.channels + walk.channel);
+      const auto x = Elements<T, VECTOR>::load(p.x, row * p.channels + walk.channel);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) {
+      for (int k = 0; k < VECTOR; ++k) {
         const float d = x.v[k] - shift[k];
         sum[k] += d, squares[k] += d * d;
       }
     }
   }
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  for (int k = 0; k < VECTOR; ++k) {
     const float n = float(count);
-    shared[threadIdx.x] =
-        count == 0 ? Moments{0, 0, 0} : Moments{n, shift[k] + sum[k] / n, squares[k] - sum[k] * (sum[k] / n)};
+    shared[threadIdx.x] = count == 0 ? Moments{0, 0, 0} : Moments{n, shift[k] + sum[k] / n, squares[k] - sum[k] * (sum[k] / n)};
     __syncthreads();
     for (int half = walk.lines / 2; half > 0; half /= 2) {
       if (threadIdx.x < half * p.columns) shared[threadIdx.x].merge(shared[threadIdx.x + half * p.columns]);
@@ -140,103 +139,101 @@ __device__ __forceinline__ int64_t rows_of_group(const NormParams& p, int lines,
 }
 
 // Mean and biased variance from the blocks' moments; one thread a channel and 32 threads along the groups.
-constexpr int kFinishChannels = 8, kFinishLines = kNormThreads / kFinishChannels;
+constexpr int FINISH_CHANNELS = 8, FINISH_LINES = NORM_THREADS / FINISH_CHANNELS;
 
 __device__ __forceinline__ void bn_statistics_finish(const NormParams& p) {
-  __shared__ Moments shared[kNormThreads];
-  const int column = threadIdx.x % kFinishChannels, line = threadIdx.x / kFinishChannels;
-  const int channel = blockIdx.x * kFinishChannels + column;
+  __shared__ Moments shared[NORM_THREADS];
+  const int column = threadIdx.x % FINISH_CHANNELS, line = threadIdx.x / FINISH_CHANNELS;
+  const int channel = blockIdx.x * FINISH_CHANNELS + column;
   Moments own{0, 0, 0};
-  for (int group = line; group < p.groups && channel < p.channels; group += kFinishLines) {
+  for (int group = line; group < p.groups && channel < p.channels; group += FINISH_LINES) {
     const float* partial = p.partial + int64_t(group) * 2 * p.channels + channel;
-    own.merge({float(rows_of_group(p, kNormThreads / p.columns, group)), partial[0], partial[p.channels]});
+    own.merge({float(rows_of_group(p, NORM_THREADS / p.columns, group)), partial[0], partial[p.channels]});
   }
   shared[threadIdx.x] = own;
   __syncthreads();
-  for (int half = kFinishLines / 2; half > 0; half /= 2) {
-    if (line < half) shared[threadIdx.x].merge(shared[threadIdx.x + half * kFinishChannels]);
+  for (int half = FINISH_LINES / 2; half > 0; half /= 2) {
+    if (line < half) shared[threadIdx.x].merge(shared[threadIdx.x + half * FINISH_CHANNELS]);
     __syncthreads();
   }
   if (line == 0 && channel < p.channels) {
     p.first[channel] = shared[threadIdx.x].mean;
-    p.second[channel] =
-        relu(shared[threadIdx.x].squares) / shared[threadIdx.x].count;  // rounding may leave less than zero
+    p.second[channel] = relu(shared[threadIdx.x].squares) / shared[threadIdx.x].count;  // rounding may leave less than zero
   }
 }
 
 // out = act((x - mean) weight / sqrt(var + eps) + bias + residual)
-template <class T, int kVector>
+template <class T, int VECTOR>
 __device__ __forceinline__ void bn_apply_fwd(const NormParams& p) {
-  const RowWalk<kVector> walk(p);
+  const RowWalk<VECTOR> walk(p);
   if (!walk.inside) return;
-  const Channels<kVector> mean(p.mean, walk.channel, true, 0), var(p.var, walk.channel, true, 0);
-  const Channels<kVector> weight(p.weight, walk.channel, true, 1), bias(p.bias, walk.channel, true, 0);
-  float scale[kVector];
+  const Channels<VECTOR> mean(p.mean, walk.channel, true, 0), var(p.var, walk.channel, true, 0);
+  const Channels<VECTOR> weight(p.weight, walk.channel, true, 1), bias(p.bias, walk.channel, true, 0);
+  float scale[VECTOR];
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) scale[k] = weight.v[k] * inverse_deviation(var.v[k], p.eps);
+  for (int k = 0; k < VECTOR; ++k) scale[k] = weight.v[k] * inverse_deviation(var.v[k], p.eps);
   for (int64_t row = walk.row; row < p.rows; row += walk.row_step) {
     const int64_t at = row * p.channels + walk.channel;
-    auto y = Elements<T, kVector>::load(p.x, at);
+    auto y = Elements<T, VECTOR>::load(p.x, at);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) y.v[k] = __fmaf_rn(y.v[k] - mean.v[k], scale[k], bias.v[k]);
+    for (int k = 0; k < VECTOR; ++k) y.v[k] = __fmaf_rn(y.v[k] - mean.v[k], scale[k], bias.v[k]);
     if (p.residual != nullptr) {
-      const auto residual = Elements<T, kVector>::load(p.residual, at);
+      const auto residual = Elements<T, VECTOR>::load(p.residual, at);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) y.v[k] += residual.v[k];
+      for (int k = 0; k < VECTOR; ++k) y.v[k] += residual.v[k];
     }
     if (p.relu) {
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) y.v[k] = relu(y.v[k]);
+      for (int k = 0; k < VECTOR; ++k) y.v[k] = relu(y.v[k]);
     }
     y.store(p.out, at);
   }
 }
 
 // g = dy through ReLU's mask, kept in p.masked if that is given.
-template <class T, int kVector>
-__device__ __forceinline__ Elements<T, kVector> gradient(const NormParams& p, int64_t at) {
-  auto g = Elements<T, kVector>::load(p.dy, at);
+template <class T, int VECTOR>
+__device__ __forceinline__ Elements<T, VECTOR> gradient(const NormParams& p, int64_t at) {
+  auto g = Elements<T, VECTOR>::load(p.dy, at);
   if (p.y != nullptr) {
-    const auto y = Elements<T, kVector>::load(p.y, at);
+    const auto y = Elements<T, VECTOR>::load(p.y, at);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) g.v[k] = masked_gradient(g.v[k], y.v[k]);
+    for (int k = 0; k < VECTOR; ++k) g.v[k] = masked_gradient(g.v[k], y.v[k]);
   }
   if (p.masked != nullptr) g.store(p.masked, at);
   return g;
 }
 
 // The block's part of dbias = sum of g and dweight = sum of g (x - mean) / sqrt(var + eps).
-template <class T, int kVector>
+template <class T, int VECTOR>
 __device__ __forceinline__ void bn_reduce_bwd(const NormParams& p) {
-  __shared__ float shared[kNormThreads];
-  const RowWalk<kVector> walk(p);
-  const Channels<kVector> mean(p.mean, walk.channel, walk.inside, 0);
-  float dbias[kVector] = {}, dweight[kVector] = {};
+  __shared__ float shared[NORM_THREADS];
+  const RowWalk<VECTOR> walk(p);
+  const Channels<VECTOR> mean(p.mean, walk.channel, walk.inside, 0);
+  float dbias[VECTOR] = {}, dweight[VECTOR] = {};
   for (int64_t row = walk.row; walk.inside && row < p.rows; row += walk.row_step) {
     const int64_t at = row * p.channels + walk.channel;
-    const auto g = gradient<T, kVector>(p, at), x = Elements<T, kVector>::load(p.x, at);
+    const auto g = gradient<T, VECTOR>(p, at), x = Elements<T, VECTOR>::load(p.x, at);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k)
-      dbias[k] += g.v[k], dweight[k] = __fmaf_rn(g.v[k], x.v[k] - mean.v[k], dweight[k]);
+    for (int k = 0; k < VECTOR; ++k) dbias[k] += g.v[k], dweight[k] = __fmaf_rn(g.v[k], x.v[k] - mean.v[k], dweight[k]);
   }
   sum_over_lines(dbias, p.columns, walk.lines, shared);
   sum_over_lines(dweight, p.columns, walk.lines, shared);
   if (walk.line > 0 || !walk.inside) return;
   float* partial = p.partial + int64_t(blockIdx.y) * 2 * p.channels + walk.channel;
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) partial[k] = dbias[k], partial[p.channels + k] = dweight[k];
+  for (int k = 0; k < VECTOR; ++k) partial[k] = dbias[k], partial[p.channels + k] = dweight[k];
 }
 
 __device__ __forceinline__ void bn_reduce_bwd_finish(const NormParams& p) {
-  __shared__ float shared[kNormThreads];
-  const int column = threadIdx.x % kFinishChannels, line = threadIdx.x / kFinishChannels;
-  const int channel = blockIdx.x * kFinishChannels + column;
+  __shared__ float shared[NORM_THREADS];
+  const int column = threadIdx.x % FINISH_CHANNELS, line = threadIdx.x / FINISH_CHANNELS;
+  const int channel = blockIdx.x * FINISH_CHANNELS + column;
   float sums[2] = {};
-  for (int group = line; group < p.groups && channel < p.channels; group += kFinishLines) {
+  for (int group = line; group < p.groups && channel < p.channels; group += FINISH_LINES) {
     const float* partial = p.partial + int64_t(group) * 2 * p.channels + channel;
     sums[0] += partial[0], sums[1] += partial[p.channels];
   }
-  sum_over_lines(sums, kFinishChannels, kFinishLines, shared);
+  sum_over_lines(sums, FINISH_CHANNELS, FINISH_LINES, shared);
   if (line > 0 || channel >= p.channels) return;
   p.first[channel] = sums[1] * inverse_deviation(p.var[channel], p.eps);
   p.second[channel] = sums[0];
@@ -244,30 +241,30 @@ __device__ __forceinline__ void bn_reduce_bwd_finish(const NormParams& p) {
 
 // out = dx = weight / sqrt(var + eps) (g - dbias / count - xhat dweight / count); without batch statistics only g
 // counts.
-template <class T, int kVector>
+template <class T, int VECTOR>
 __device__ __forceinline__ void bn_apply_bwd(const NormParams& p) {
-  const RowWalk<kVector> walk(p);
+  const RowWalk<VECTOR> walk(p);
   if (!walk.inside) return;
-  const Channels<kVector> mean(p.mean, walk.channel, true, 0), var(p.var, walk.channel, true, 0);
-  const Channels<kVector> weight(p.weight, walk.channel, true, 1);
-  const Channels<kVector> dweight(p.dweight, walk.channel, true, 0), dbias(p.dbias, walk.channel, true, 0);
-  float scale[kVector], slope[kVector], offset[kVector];
+  const Channels<VECTOR> mean(p.mean, walk.channel, true, 0), var(p.var, walk.channel, true, 0);
+  const Channels<VECTOR> weight(p.weight, walk.channel, true, 1);
+  const Channels<VECTOR> dweight(p.dweight, walk.channel, true, 0), dbias(p.dbias, walk.channel, true, 0);
+  float scale[VECTOR], slope[VECTOR], offset[VECTOR];
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  for (int k = 0; k < VECTOR; ++k) {
     const float inverse = inverse_deviation(var.v[k], p.eps);
     scale[k] = weight.v[k] * inverse;
     slope[k] = dweight.v[k] * p.inverse_count * inverse, offset[k] = dbias.v[k] * p.inverse_count;
   }
   for (int64_t row = walk.row; row < p.rows; row += walk.row_step) {
     const int64_t at = row * p.channels + walk.channel;
-    auto dx = gradient<T, kVector>(p, at);
+    auto dx = gradient<T, VECTOR>(p, at);
     if (p.x != nullptr) {
-      const auto x = Elements<T, kVector>::load(p.x, at);
+      const auto x = Elements<T, VECTOR>::load(p.x, at);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) dx.v[k] = dx.v[k] - offset[k] - (x.v[k] - mean.v[k]) * slope[k];
+      for (int k = 0; k < VECTOR; ++k) dx.v[k] = dx.v[k] - offset[k] - (x.v[k] - mean.v[k]) * slope[k];
     }
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) dx.v[k] *= scale[k];
+    for (int k = 0; k < VECTOR; ++k) dx.v[k] *= scale[k];
     dx.store(p.out, at);
   }
 }
@@ -275,8 +272,8 @@ __device__ __forceinline__ void bn_apply_bwd(const NormParams& p) {
 // out = combine(a, b), elements in any order, the same for the three; 16 bytes a thread, the rest by element.
 template <class T, class Combine>
 __device__ __forceinline__ void elementwise(const AddReluParams& p, Combine&& combine) {
-  constexpr int kVector = Vector16<T>::kCount;
-  const int64_t vectors = p.count / kVector, thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  constexpr int VECTOR = Vector16<T>::COUNT;
+  const int64_t vectors = p.count / VECTOR, thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   const auto store = [&](auto a, auto b, int64_t at) {
 #pragma unroll
@@ -284,8 +281,8 @@ __device__ __forceinline__ void elementwise(const AddReluParams& p, Combine&& co
     a.store(p.out, at);
   };
   for (int64_t i = thread; i < vectors; i += threads)
-    store(Elements<T, kVector>::load(p.a, i * kVector), Elements<T, kVector>::load(p.b, i * kVector), i * kVector);
-  for (int64_t i = vectors * kVector + thread; i < p.count; i += threads)
+    store(Elements<T, VECTOR>::load(p.a, i * VECTOR), Elements<T, VECTOR>::load(p.b, i * VECTOR), i * VECTOR);
+  for (int64_t i = vectors * VECTOR + thread; i < p.count; i += threads)
     store(Elements<T, 1>::load(p.a, i), Elements<T, 1>::load(p.b, i), i);
 }
 

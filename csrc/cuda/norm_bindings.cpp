@@ -17,9 +17,9 @@ using Optional = std::optional<Tensor>;
 
 // A tensor by channel: contiguous float32 on x's device.
 const float* by_channel(const char* name, const Tensor& t, const Tensor& x) {
-  RESNET_FUSED_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == x.size(1) &&
-                         t.get_device_index() == x.get_device_index(),
-                     name, " must be ", x.size(1), " contiguous float32 on x's device");
+  RF_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == x.size(1) &&
+               t.get_device_index() == x.get_device_index(),
+           name, " must be ", x.size(1), " contiguous float32 on x's device");
   return static_cast<const float*>(t.const_data_ptr());
 }
 
@@ -29,10 +29,9 @@ const float* by_channel(const char* name, const Optional& t, const Tensor& x) {
 
 // Another activation, which must be laid out as x is.
 const void* beside(const char* name, const Tensor& t, const Tensor& x) {
-  RESNET_FUSED_CHECK(
-      t.dim() == 4 && t.scalar_type() == x.scalar_type() && t.numel() == x.numel() && is_channels_last(t) &&
-          is_aligned(t) && t.get_device_index() == x.get_device_index(),
-      name, " must have the shape, dtype and device of the first tensor, channels_last and aligned to 16 bytes");
+  RF_CHECK(t.dim() == 4 && t.scalar_type() == x.scalar_type() && t.numel() == x.numel() && is_channels_last(t) &&
+               is_aligned(t) && t.get_device_index() == x.get_device_index(),
+           name, " must have the shape, dtype and device of the first tensor, channels_last and aligned to 16 bytes");
   return t.const_data_ptr();
 }
 
@@ -41,8 +40,8 @@ const void* beside(const char* name, const Optional& t, const Tensor& x) {
 }
 
 NormPlan plan_of(NormPass pass, const Tensor& x) {
-  RESNET_FUSED_CHECK(x.dim() == 4 && is_channels_last(x) && is_aligned(x) && x.numel() > 0,
-                     "the activations must be (N, C, H, W), not empty, channels_last and aligned to 16 bytes");
+  RF_CHECK(x.dim() == 4 && is_channels_last(x) && is_aligned(x) && x.numel() > 0,
+           "the activations must be (N, C, H, W), not empty, channels_last and aligned to 16 bytes");
   const int64_t rows = x.numel() / x.size(1);
   return plan_norm(pass, rows, x.size(1), element_type(x, false), device_properties(x.get_device_index()));
 }
@@ -59,7 +58,7 @@ void run(NormPlan& plan, const Tensor& x) {
 
 std::tuple<Tensor, Tensor> bn_statistics_op(const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  NormPlan plan = plan_of(NormPass::kStatistics, x);
+  NormPlan plan = plan_of(NormPass::statistics, x);
   Tensor mean = empty_floats(x.size(1), x), var = empty_floats(x.size(1), x);
   auto& p = plan.params;
   p.x = x.const_data_ptr();
@@ -71,7 +70,7 @@ std::tuple<Tensor, Tensor> bn_statistics_op(const Tensor& x) {
 Tensor bn_apply_fwd_op(const Tensor& x, Optional residual, const Tensor& mean, const Tensor& var, Optional weight,
                        Optional bias, double eps, bool relu) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  NormPlan plan = plan_of(NormPass::kApplyFwd, x);
+  NormPlan plan = plan_of(NormPass::apply_fwd, x);
   Tensor y = torch::stable::empty_like(x);
   auto& p = plan.params;
   p.x = x.const_data_ptr(), p.residual = beside("residual", residual, x), p.out = y.mutable_data_ptr();
@@ -86,7 +85,7 @@ Tensor bn_apply_fwd_op(const Tensor& x, Optional residual, const Tensor& mean, c
 std::tuple<Tensor, Tensor, Tensor> bn_reduce_bwd_op(const Tensor& dy, const Tensor& x, Optional y, const Tensor& mean,
                                                     const Tensor& var, double eps, bool keep_masked) {
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
-  NormPlan plan = plan_of(NormPass::kReduceBwd, dy);
+  NormPlan plan = plan_of(NormPass::reduce_bwd, dy);
   Tensor dweight = empty_floats(dy.size(1), dy), dbias = empty_floats(dy.size(1), dy);
   Tensor masked = keep_masked ? torch::stable::empty_like(dy) : empty_floats(0, dy);
   auto& p = plan.params;
@@ -99,21 +98,20 @@ std::tuple<Tensor, Tensor, Tensor> bn_reduce_bwd_op(const Tensor& dy, const Tens
 }
 
 // dweight, dbias and count: of the batch; none where statistics are constants. masked is empty unless keep_masked.
-std::tuple<Tensor, Tensor> bn_apply_bwd_op(const Tensor& dy, Optional x, Optional y, const Tensor& mean,
-                                           const Tensor& var, Optional weight, Optional dweight, Optional dbias,
-                                           double count, double eps, bool keep_masked) {
+std::tuple<Tensor, Tensor> bn_apply_bwd_op(const Tensor& dy, Optional x, Optional y, const Tensor& mean, const Tensor& var,
+                                           Optional weight, Optional dweight, Optional dbias, double count, double eps,
+                                           bool keep_masked) {
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
-  RESNET_FUSED_CHECK(dweight.has_value() == dbias.has_value() && (!dweight.has_value() || (x.has_value() && count > 0)),
-                     "dweight and dbias come together, with x and the number of values of a channel");
-  NormPlan plan = plan_of(NormPass::kApplyBwd, dy);
+  RF_CHECK(dweight.has_value() == dbias.has_value() && (!dweight.has_value() || (x.has_value() && count > 0)),
+           "dweight and dbias come together, with x and the number of values of a channel");
+  NormPlan plan = plan_of(NormPass::apply_bwd, dy);
   Tensor dx = torch::stable::empty_like(dy);
   Tensor masked = keep_masked ? torch::stable::empty_like(dy) : empty_floats(0, dy);
   auto& p = plan.params;
   p.dy = dy.const_data_ptr(), p.y = beside("y", y, dy), p.out = dx.mutable_data_ptr();
   p.x = dweight.has_value() ? beside("x", x, dy) : nullptr;
   p.masked = keep_masked ? masked.mutable_data_ptr() : nullptr;
-  p.mean = by_channel("mean", mean, dy), p.var = by_channel("var", var, dy),
-  p.weight = by_channel("weight", weight, dy);
+  p.mean = by_channel("mean", mean, dy), p.var = by_channel("var", var, dy), p.weight = by_channel("weight", weight, dy);
   p.dweight = by_channel("dweight", dweight, dy), p.dbias = by_channel("dbias", dbias, dy);
   p.eps = float(eps), p.inverse_count = dweight.has_value() ? float(1.0 / count) : 0.0f;
   run(plan, dy);
@@ -123,9 +121,9 @@ std::tuple<Tensor, Tensor> bn_apply_bwd_op(const Tensor& dy, Optional x, Optiona
 // Both tensors are dense and have the same strides.
 Tensor add_relu(bool backward, const Tensor& a, const Tensor& b) {
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  RESNET_FUSED_CHECK(a.scalar_type() == b.scalar_type() && a.numel() == b.numel() && is_aligned(a) && is_aligned(b) &&
-                         a.get_device_index() == b.get_device_index(),
-                     "both tensors must be of one shape, dtype, device and memory format, aligned to 16 bytes");
+  RF_CHECK(a.scalar_type() == b.scalar_type() && a.numel() == b.numel() && is_aligned(a) && is_aligned(b) &&
+               a.get_device_index() == b.get_device_index(),
+           "both tensors must be of one shape, dtype, device and memory format, aligned to 16 bytes");
   Tensor out = torch::stable::empty_like(a);
   if (a.numel() == 0) return out;
   const int32_t device = a.get_device_index();
@@ -138,10 +136,9 @@ Tensor add_relu_fwd_op(const Tensor& x, const Tensor& residual) { return add_rel
 
 Tensor add_relu_bwd_op(const Tensor& dy, const Tensor& y) { return add_relu(true, dy, y); }
 
-PlanWords norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t type, Ints device, Ints pointers,
-                       double eps, double inverse_count, bool relu) {
-  RESNET_FUSED_CHECK(pass >= 0 && pass <= 3 && pointers.size() == 15,
-                     "pass is 0 to 3, and pointers are 15 in order of NormParams");
+PlanWords norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t type, Ints device, Ints pointers, double eps,
+                       double inverse_count, bool relu) {
+  RF_CHECK(pass >= 0 && pass <= 3 && pointers.size() == 15, "pass is 0 to 3, and pointers are 15 in order of NormParams");
   NormPlan plan = plan_norm(NormPass(pass), rows, channels, ElementType(type), device_of(device));
   auto& p = plan.params;
   size_t next = 0;
@@ -155,7 +152,7 @@ PlanWords norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t typ
 }
 
 PlanWords add_relu_plan_op(bool backward, int64_t count, int64_t type, Ints device, Ints pointers) {
-  RESNET_FUSED_CHECK(pointers.size() == 3, "pointers are 3, in order of AddReluParams");
+  RF_CHECK(pointers.size() == 3, "pointers are 3, in order of AddReluParams");
   const AddReluParams p{reinterpret_cast<const void*>(pointers[0]), reinterpret_cast<const void*>(pointers[1]),
                         reinterpret_cast<void*>(pointers[2]), count};
   return plan_words({plan_add_relu(backward, count, ElementType(type), device_of(device))}, p, 0);
@@ -183,8 +180,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
       "norm_plan(int norm_pass, int rows, int channels, int type, int[] device, int[] pointers, float eps, float "
       "inverse_count, "
       "bool relu) -> (str[], int[], int[], int)");
-  m.def(
-      "add_relu_plan(bool backward, int count, int type, int[] device, int[] pointers) -> (str[], int[], int[], int)");
+  m.def("add_relu_plan(bool backward, int count, int type, int[] device, int[] pointers) -> (str[], int[], int[], int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {

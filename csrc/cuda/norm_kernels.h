@@ -2,7 +2,7 @@
 #pragma once
 
 // X(name, function, element, vector) for kernels of both widths: 16 bytes, and one element for odd channel counts.
-#define RESNET_FUSED_NORM_KERNELS_OF(X, SUFFIX, ELEMENT)            \
+#define RF_NORM_KERNELS_OF(X, SUFFIX, ELEMENT)                      \
   X(bn_statistics_##SUFFIX, bn_statistics, ELEMENT, true)           \
   X(bn_statistics_##SUFFIX##_scalar, bn_statistics, ELEMENT, false) \
   X(bn_apply_fwd_##SUFFIX, bn_apply_fwd, ELEMENT, true)             \
@@ -12,21 +12,21 @@
   X(bn_apply_bwd_##SUFFIX, bn_apply_bwd, ELEMENT, true)             \
   X(bn_apply_bwd_##SUFFIX##_scalar, bn_apply_bwd, ELEMENT, false)
 
-#define RESNET_FUSED_NORM_KERNELS(X)               \
-  RESNET_FUSED_NORM_KERNELS_OF(X, f16, kFloat16)   \
-  RESNET_FUSED_NORM_KERNELS_OF(X, bf16, kBFloat16) \
-  RESNET_FUSED_NORM_KERNELS_OF(X, f32, kFloat32)
+#define RF_NORM_KERNELS(X)              \
+  RF_NORM_KERNELS_OF(X, f16, float16)   \
+  RF_NORM_KERNELS_OF(X, bf16, bfloat16) \
+  RF_NORM_KERNELS_OF(X, f32, float32)
 
 // X(name, function): take NormParams, whatever the element.
-#define RESNET_FUSED_NORM_FINISH_KERNELS(X)     \
+#define RF_NORM_FINISH_KERNELS(X)               \
   X(bn_statistics_finish, bn_statistics_finish) \
   X(bn_reduce_bwd_finish, bn_reduce_bwd_finish)
 
 // X(name, function, element): take AddReluParams.
-#define RESNET_FUSED_ADD_RELU_KERNELS(X)        \
-  X(add_relu_fwd_f16, add_relu_fwd, kFloat16)   \
-  X(add_relu_fwd_bf16, add_relu_fwd, kBFloat16) \
-  X(add_relu_fwd_f32, add_relu_fwd, kFloat32)   \
-  X(add_relu_bwd_f16, add_relu_bwd, kFloat16)   \
-  X(add_relu_bwd_bf16, add_relu_bwd, kBFloat16) \
-  X(add_relu_bwd_f32, add_relu_bwd, kFloat32)
+#define RF_ADD_RELU_KERNELS(X)                 \
+  X(add_relu_fwd_f16, add_relu_fwd, float16)   \
+  X(add_relu_fwd_bf16, add_relu_fwd, bfloat16) \
+  X(add_relu_fwd_f32, add_relu_fwd, float32)   \
+  X(add_relu_bwd_f16, add_relu_bwd, float16)   \
+  X(add_relu_bwd_bf16, add_relu_bwd, bfloat16) \
+  X(add_relu_bwd_f32, add_relu_bwd, float32)

@@ -8,7 +8,7 @@
 
 namespace resnet_fused {
 
-enum class NormPass : int64_t { kStatistics = 0, kApplyFwd = 1, kReduceBwd = 2, kApplyBwd = 3 };
+enum class NormPass : int64_t { statistics = 0, apply_fwd = 1, reduce_bwd = 2, apply_bwd = 3 };
 
 struct NormPlan {
   std::vector<KernelLaunch> launches;  // in order; all take `params`

@@ -25,18 +25,18 @@ struct KernelLaunch {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t element_bytes(ElementType type) {
-  return type == ElementType::kFloat16 || type == ElementType::kBFloat16 ? 2 : 4;
+  return type == ElementType::float16 || type == ElementType::bfloat16 ? 2 : 4;
 }
 
 // As kernels of activations are named after it.
 inline const char* suffix(ElementType type) {
   switch (type) {
-    case ElementType::kFloat16:
+    case ElementType::float16:
       return "f16";
-    case ElementType::kBFloat16:
+    case ElementType::bfloat16:
       return "bf16";
-    case ElementType::kFloat32:
-    case ElementType::kTf32:
+    case ElementType::float32:
+    case ElementType::tf32:
       return "f32";
   }
   throw std::invalid_argument("unknown element type");

@@ -13,46 +13,46 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// cp.async (9.7.9.25.3): copies 16 bytes from global memory to `shared` + kOffset, past L1; writes zeros and reads
+// cp.async (9.7.9.25.3): copies 16 bytes from global memory to `shared` + OFFSET, past L1; writes zeros and reads
 // nothing where !valid.
-template <int kOffset>
+template <int OFFSET>
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;" ::"r"(shared), "n"(kOffset), "l"(global),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;" ::"r"(shared), "n"(OFFSET), "l"(global),
                "r"(valid ? 16 : 0));
 }
 
 // cp.async.commit_group: the copies issued since the last call become one group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// cp.async.wait_group: waits until at most kPending of the latest groups are in flight.
-template <int kPending>
+// cp.async.wait_group: waits until at most PENDING of the latest groups are in flight.
+template <int PENDING>
 __device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // ld.shared, st.shared (9.7.9.8, 9.7.9.12) at an address of shared memory plus a constant number of bytes.
-template <int kOffset>
+template <int OFFSET>
 __device__ __forceinline__ uint32_t load_shared_4(uint32_t shared) {
   uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(shared), "n"(kOffset));
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(shared), "n"(OFFSET));
   return v;
 }
-template <int kOffset>
+template <int OFFSET>
 __device__ __forceinline__ float4 load_shared_16(uint32_t shared) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + %5];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(shared), "n"(kOffset));
+               : "r"(shared), "n"(OFFSET));
   return v;
 }
-template <int kOffset>
+template <int OFFSET>
 __device__ __forceinline__ void store_shared_8(uint32_t shared, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0 + %1], {%2, %3};" ::"r"(shared), "n"(kOffset), "f"(x), "f"(y) : "memory");
+  asm volatile("st.shared.v2.f32 [%0 + %1], {%2, %3};" ::"r"(shared), "n"(OFFSET), "f"(x), "f"(y) : "memory");
 }
-template <int kOffset>
+template <int OFFSET>
 __device__ __forceinline__ void store_shared_16(uint32_t shared, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(shared), "n"(kOffset), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
+  asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(shared), "n"(OFFSET), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 }
 
@@ -67,8 +67,8 @@ __device__ __forceinline__ uint4 load_global_16(const void* global, bool valid) 
   return v;
 }
 __device__ __forceinline__ void store_global_16(void* global, uint4 v, bool valid) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(global),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(valid))
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(global), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(valid))
                : "memory");
 }
 
@@ -100,17 +100,15 @@ __device__ __forceinline__ uint32_t relu_word<float>(uint32_t word) {
 }
 
 // prefetch (9.7.9.15): asks for the line of `global` to be brought into L2; holds no register.
-__device__ __forceinline__ void prefetch_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
+__device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // ldmatrix (9.7.15.5.15): four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit); lane i gives the address of row i %
-// 8 of matrix i / 8 less kOffset, and receives elements 2 (i % 4) and 2 (i % 4) + 1 of row i / 4 of each.
-template <int kOffset>
+// 8 of matrix i / 8 less OFFSET, and receives elements 2 (i % 4) and 2 (i % 4) + 1 of row i / 4 of each.
+template <int OFFSET>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared), "n"(kOffset));
+               : "r"(shared), "n"(OFFSET));
 }
 
 // mma (9.7.15.5): d += a b, a 16 rows, b 8 columns, 32 bytes of each along k, float32 accumulators.
@@ -137,8 +135,7 @@ __device__ __forceinline__ void mma_16x8<__half>(float (&d)[4], const uint32_t (
 }
 
 template <>
-__device__ __forceinline__ void mma_16x8<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                        uint32_t b1) {
+__device__ __forceinline__ void mma_16x8<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"

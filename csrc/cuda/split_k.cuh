@@ -1,4 +1,4 @@
-// The second half of a convolution whose k was split: y = relu(sum of the parts + shift + residual), one rounding.
+// The second half of a convolution whose k was split: y = relu(sum of the parts + bias + residual), one rounding.
 #pragma once
 
 #include "conv2d_params.h"
@@ -12,8 +12,8 @@ __device__ __forceinline__ void store_quad(const Conv2dParams& p, const float (&
     T elements[4];
   };
   Quad residual{}, y;
-  const float4 shift = *reinterpret_cast<const float4*>(p.shift + channel);
-  float v[4] = {sum[0] + shift.x, sum[1] + shift.y, sum[2] + shift.z, sum[3] + shift.w};
+  const float4 bias = *reinterpret_cast<const float4*>(p.bias + channel);
+  float v[4] = {sum[0] + bias.x, sum[1] + bias.y, sum[2] + bias.z, sum[3] + bias.w};
   if (p.residual != nullptr) {
     residual = *reinterpret_cast<const Quad*>(static_cast<const T*>(p.residual) + offset);
     overflow<T>(v);
@@ -49,7 +49,7 @@ __device__ __forceinline__ void conv2d_reduce_fwd(const Conv2dParams& p) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (channel + e >= p.out_channels) continue;
-        float y[1] = {v[e] + p.shift[channel + e]};
+        float y[1] = {v[e] + p.bias[channel + e]};
         if (p.residual != nullptr) {
           overflow<T>(y);
           y[0] += to_float(static_cast<const T*>(p.residual)[offset + e]);

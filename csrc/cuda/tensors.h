@@ -21,11 +21,11 @@ using Ints = std::vector<int64_t>;
 inline ElementType element_type(const Tensor& x, bool tf32) {
   switch (x.scalar_type()) {
     case ScalarType::Half:
-      return ElementType::kFloat16;
+      return ElementType::float16;
     case ScalarType::BFloat16:
-      return ElementType::kBFloat16;
+      return ElementType::bfloat16;
     case ScalarType::Float:
-      return tf32 ? ElementType::kTf32 : ElementType::kFloat32;
+      return tf32 ? ElementType::tf32 : ElementType::float32;
     default:
       throw std::invalid_argument("x has a dtype that the CUDA kernels don't serve; use float16, bfloat16 or float32");
   }
@@ -34,7 +34,9 @@ inline ElementType element_type(const Tensor& x, bool tf32) {
 // Dense in the order N, H, W, C; the strides of dimensions of size 1 don't matter.
 inline bool is_channels_last(const Tensor& t) {
   const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
-  const auto fits = [&](int64_t dim, int64_t size, int64_t stride) { return size <= 1 || t.stride(dim) == stride; };
+  const auto fits = [&](int64_t dim, int64_t size, int64_t stride) {
+    return size <= 1 || t.stride(dim) == stride;
+  };
   return fits(1, c, 1) && fits(3, w, c) && fits(2, h, w * c) && fits(0, n, h * w * c);
 }
 
@@ -47,10 +49,10 @@ inline Tensor empty_channels_last(const Tensor& like, const Ints& sizes) {
 
 // An activation in the layout and alignment that the kernels read; a copy only where it isn't already.
 inline Tensor as_activation(const char* name, const Tensor& t, const Tensor& like) {
-  RESNET_FUSED_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must be (N, C, H, W)");
-  RESNET_FUSED_CHECK(t.get_device_index() == like.get_device_index(), name, " is on CUDA device ", t.get_device_index(),
-                     ", x on ", like.get_device_index(), "; move them to one device");
-  RESNET_FUSED_CHECK(t.scalar_type() == like.scalar_type(), name, " and x differ in dtype; cast one of them");
+  RF_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must be (N, C, H, W)");
+  RF_CHECK(t.get_device_index() == like.get_device_index(), name, " is on CUDA device ", t.get_device_index(), ", x on ",
+           like.get_device_index(), "; move them to one device");
+  RF_CHECK(t.scalar_type() == like.scalar_type(), name, " and x differ in dtype; cast one of them");
   if (is_channels_last(t) && is_aligned(t)) return t;
   Tensor copy = empty_channels_last(t, Ints(t.sizes().begin(), t.sizes().end()));
   torch::stable::copy_(copy, t);
@@ -62,9 +64,8 @@ inline Tensor empty_floats(int64_t count, const Tensor& like) {
 }
 
 inline DeviceProperties device_of(const Ints& v) {
-  RESNET_FUSED_CHECK(v.size() == 4, "device has ", v.size(),
-                     " integers; it takes 4: compute capability, multiprocessors, ",
-                     "shared bytes per block and per multiprocessor");
+  RF_CHECK(v.size() == 4, "device has ", v.size(), " integers; it takes 4: compute capability, multiprocessors, ",
+           "shared bytes per block and per multiprocessor");
   return {v[0], v[1], v[2], v[3]};
 }
 

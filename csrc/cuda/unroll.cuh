@@ -5,9 +5,9 @@
 
 namespace resnet_fused {
 
-template <int kValue>
+template <int VALUE>
 struct Constant {
-  __host__ __device__ constexpr operator int() const { return kValue; }  // as std::integral_constant, for device code
+  __host__ __device__ constexpr operator int() const { return VALUE; }  // as std::integral_constant, for device code
 };
 
 template <class F, int... I>
@@ -15,10 +15,10 @@ __device__ __forceinline__ void unroll(F&& f, std::integer_sequence<int, I...>) 
   (f(Constant<I>{}), ...);
 }
 
-// f(0), ..., f(kCount - 1), the argument a Constant.
-template <int kCount, class F>
+// f(0), ..., f(COUNT - 1), the argument a Constant.
+template <int COUNT, class F>
 __device__ __forceinline__ void unroll(F&& f) {
-  unroll(f, std::make_integer_sequence<int, kCount>{});
+  unroll(f, std::make_integer_sequence<int, COUNT>{});
 }
 
 }  // namespace resnet_fused

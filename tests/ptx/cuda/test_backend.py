@@ -27,6 +27,9 @@ def problem(conv: Conv = CONV, dtype: torch.dtype = torch.float16, device: torch
     return problem_of("conv2d_bn_add_relu", (1, conv.in_channels, 6, 7), dtype, device, (conv,), **other)
 
 
+BOTTLENECK = problem_of("bottleneck", (1, 8, 4, 4), torch.float16, GPU, [Conv(8, 8, (1, 1))] * 3)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Properties that every CUDA device has; an A100's until a test changes them."""
@@ -52,7 +55,7 @@ def float32_precision(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         pytest.param(problem(dtype=torch.bfloat16), T4, "bfloat16 needs compute capability 8.0", id="bfloat16_on_sm75"),
         pytest.param(problem(CONV._replace(groups=2)), A100, "one group, not 2", id="groups"),
         pytest.param(problem(CONV._replace(kernel=(17, 1), padding=(8, 0))), A100, "up to 16 rows", id="filter"),
-        pytest.param(problem_of("bottleneck", (1, 8, 4, 4), torch.float16, GPU), A100, "no kernel for bottleneck", id="op"),
+        pytest.param(BOTTLENECK, A100, "no kernel for bottleneck", id="op"),
     ],
 )
 def test_unsupported_says_why(asked: Problem, device: list[int], reason: str, gpu: list[int]) -> None:
