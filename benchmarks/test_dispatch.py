@@ -22,9 +22,9 @@ def test_dispatch(benchmark, variant: str):
     path = path_of(fused)
     assert path is not None
     (run,) = path.runs()
-    ((problem, _),), (folded,) = run.problems.values(), run.folded
-    kernel, _ = bind(problem, folded, "auto")
-    (weight,), (bias,) = folded.tensors()
+    ((problem, _),), (parameters,) = run.problems.values(), run.parameters
+    kernel = bind(problem, parameters, "auto").kernel
+    (weight,), (bias,) = parameters.tensors()
     benchmark.group = "dispatch of a 1-pixel convolution"
     calls = {
         "1 kernel alone": lambda: kernel(x, None),

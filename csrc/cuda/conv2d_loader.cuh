@@ -14,13 +14,13 @@ enum class Copy { async, through_registers };
 
 // A block computes BLOCK_M x BLOCK_N outputs with warps of WARP_M x WARP_N, BLOCK_K elements of k a step, STAGES in
 // flight. GATHER: x is loaded by element, for runs that make no whole 16 bytes.
-template <ElementType ELEMENT, bool GATHER, Copy COPY, int BLOCK_M_, int BLOCK_N_, int BLOCK_K_, int WARP_M_, int WARP_N_,
+template <ElementType ELEMENT_, bool GATHER_, Copy COPY_, int BLOCK_M_, int BLOCK_N_, int BLOCK_K_, int WARP_M_, int WARP_N_,
           int STAGES_>
 struct Conv2dTile {
-  using T = typename ElementOf<ELEMENT>::T;
-  static constexpr ElementType ELEMENT = ELEMENT;
-  static constexpr bool GATHER = GATHER;
-  static constexpr Copy COPY = COPY;
+  using T = typename ElementOf<ELEMENT_>::T;
+  static constexpr ElementType ELEMENT = ELEMENT_;
+  static constexpr bool GATHER = GATHER_;
+  static constexpr Copy COPY = COPY_;
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, BLOCK_K = BLOCK_K_, WARP_M = WARP_M_, WARP_N = WARP_N_;
   static constexpr int STAGES = STAGES_;
   static constexpr int WARPS_M = BLOCK_M / WARP_M, WARPS_N = BLOCK_N / WARP_N;

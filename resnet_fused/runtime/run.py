@@ -36,6 +36,7 @@ class Run:
 
     Attributes:
         problems: by the number of a fused step, its problem and the name of the backend that serves it.
+        parameters: of the fused steps, with what was packed for their kernels; kept as long as the run.
         unequal: numbers of steps whose residual isn't as what it is added to, which run as stock.
         declined: how often in a row kernels left values to stock's ops.
     """
@@ -43,7 +44,7 @@ class Run:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.problems: dict[int, tuple[Problem, str]] = {}
-        self._parameters: list[ConvParameters] = []
+        self.parameters: list[ConvParameters] = []
         self.unequal: list[int] = []
         self.declined = 0
         self._operations: list[Operation] = []
@@ -53,9 +54,9 @@ class Run:
         self.replay: Replay | None = None
 
     def note_kernel(self, number: int, problem: Problem, bound: Bound, parameters: ConvParameters) -> None:
-        """Notes what serves a step. What was packed for its kernel is kept as long as the run."""
+        """Notes what serves a step."""
         self.problems[number] = problem, bound.backend
-        self._parameters.append(parameters)
+        self.parameters.append(parameters)
         self._bounded = self._bounded or bound.keeps_bounds
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:

@@ -42,7 +42,7 @@ def test_one_warning_where_most_calls_run_as_stock(make, call, reason, trained, 
         assert not caplog.text
         for _ in range(30):
             call(fused)
-    (record,) = caplog.tuning_cache
+    (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert reason in record.getMessage()
     assert "See rf.report" in record.getMessage()

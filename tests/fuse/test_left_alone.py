@@ -367,7 +367,7 @@ def test_example_inputs_are_compared(trained, monkeypatch, caplog):
     [
         ({"model": torch.ones(1)}, TypeError, "model is Tensor"),
         ({"backend": "cudnnn"}, ValueError, "backend is 'cudnnn'; it must be 'auto' or one of"),
-        ({"precision": "double"}, ValueError, "precision is 'double'; it must be one of 'fast', 'exact'"),
+        ({"precision": "double"}, ValueError, "precision is 'double'; it must be 'fast' or 'direct'"),
         ({"tune": True}, ValueError, "tune=True needs example_inputs"),
     ],
     ids=["no-module", "backend", "precision", "tune"],

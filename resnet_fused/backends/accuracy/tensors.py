@@ -40,9 +40,9 @@ def parameters_of(problem: Problem, seed: int = 2) -> ConvParameters:
         conv = Conv(*step.operation, (1, 1)) if isinstance(step.operation, Linear) else step.operation
         if isinstance(conv, Conv):
             shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel
-            weight = torch.randn(shape, generator=generator, dtype=torch.float32) / math.prod(shape[1:]) ** 0.5
+            weight = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") / math.prod(shape[1:]) ** 0.5
             weights.append(weight.to(problem.device, problem.types.weight))
-            bias = torch.randn(conv.out_channels, generator=generator, dtype=torch.float32)
+            bias = torch.randn(conv.out_channels, generator=generator, dtype=torch.float32, device="cpu")
             biases.append(bias.to(problem.device, problem.types.weight))
     return ConvParameters(weights, biases)
 
