@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-WANTED := torch>=2.10
+OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
+WANTED := torch>=$(OLDEST)
 
-# Headers of the oldest PyTorch that pyproject.toml allows. PyPI's wheel for macOS has the same as that for Linux, with 80 MB
-# in place of 900.
-OLDEST  := 2.10.0
+# Headers of the oldest PyTorch that pyproject.toml allows, for tests/packaging/test_oldest_headers.py. PyPI's wheel for macOS
+# has the same ones as that for Linux, in 80 MB in place of 900.
 HEADERS := build/headers-torch-$(OLDEST)
 
 .PHONY: demo test pytest test-torch bench lint format clean
@@ -16,7 +16,7 @@ HEADERS := build/headers-torch-$(OLDEST)
 demo: $(VENV)/.installed
 	$(BIN)/resnet-fused bench
 
-test: lint $(HEADERS)/.downloaded pytest
+test: lint $(HEADERS) pytest
 
 pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -25,7 +25,7 @@ pytest: $(VENV)/.installed
 # own, so that the libraries built in this one stay. Without a GPU the CUDA kernels are built for one architecture alone.
 TORCH_TREE = build/torch-$(TORCH)
 test-torch:
-	$(if $(TORCH),,$(error Say which PyTorch, such as: make test-torch TORCH=$(OLDEST)))
+	$(if $(TORCH),,$(error Say which PyTorch, such as: make test-torch TORCH=$(OLDEST).0))
 	mkdir -p $(TORCH_TREE)
 	find $(TORCH_TREE) -type f -not -path '*/resnet_fused/lib/*' -delete
 	git ls-files -z --cached --others --exclude-standard | tar -c --null --files-from=- --ignore-failed-read | tar -x -C $(TORCH_TREE)
@@ -52,10 +52,9 @@ $(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,cuda,dev]"
 	touch $@
 
-$(HEADERS)/.downloaded: | $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(HEADERS) \
-		--only-binary=:all: --platform macosx_11_0_arm64 --python-version 3.11 torch==$(OLDEST)
-	touch $@
+$(HEADERS): | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $@ \
+		--only-binary=:all: --platform macosx_11_0_arm64 --python-version 3.11 "torch==$(OLDEST).*"
 
 clean:
 	rm -rf build dist *.egg-info resnet_fused/lib .pytest_cache .mypy_cache .ruff_cache .benchmarks
