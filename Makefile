@@ -3,15 +3,34 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
+WANTED := torch>=$(OLDEST)
 
-.PHONY: demo test bench lint format clean
+# Headers of the oldest PyTorch that pyproject.toml allows, for tests/packaging/test_oldest_headers.py. PyPI's wheel for macOS
+# has the same ones as that for Linux, in 80 MB in place of 900.
+HEADERS := build/headers-torch-$(OLDEST)
+
+.PHONY: demo test pytest test-torch bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/resnet-fused bench
 
-test: $(VENV)/.installed lint
+test: lint $(HEADERS) pytest
+
+pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The whole suite with another PyTorch: make test-torch TORCH=2.11.0. It has a virtual environment and a copy of the tree of its
+# own, so that the libraries built in this one stay. Without a GPU the CUDA kernels are built for one architecture alone.
+TORCH_TREE = build/torch-$(TORCH)
+test-torch:
+	$(if $(TORCH),,$(error Say which PyTorch, such as: make test-torch TORCH=$(OLDEST).0))
+	mkdir -p $(TORCH_TREE)
+	find $(TORCH_TREE) -type f -not -path '*/resnet_fused/lib/*' -delete
+	git ls-files -z --cached --others --exclude-standard | tar -c --null --files-from=- --ignore-failed-read | tar -x -C $(TORCH_TREE)
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$(if $(shell nvidia-smi -L 2>/dev/null),,8.0)}" \
+	$(MAKE) -C $(TORCH_TREE) pytest VENV=$(abspath .venv-torch-$(TORCH)) WANTED=torch===$(TORCH)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group --benchmark-sort=name
@@ -31,9 +50,13 @@ format: $(VENV)/.installed
 # repeated when a native source or the build's own files change.
 $(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "torch>=2.10" "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.*"
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "$(WANTED)" torchvision "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.*"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,cuda,dev]"
 	touch $@
+
+$(HEADERS): | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $@ \
+		--only-binary=:all: --platform macosx_11_0_arm64 --python-version 3.11 "torch==$(OLDEST).*"
 
 clean:
 	rm -rf build dist *.egg-info resnet_fused/lib .pytest_cache .mypy_cache .ruff_cache .benchmarks

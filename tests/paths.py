@@ -6,6 +6,7 @@ import io
 from collections import Counter
 
 import pytest
+import torch
 from torch import nn
 
 import resnet_fused as rf
@@ -15,6 +16,11 @@ from resnet_fused.runtime.run import Run
 
 needs_kernels = pytest.mark.skipif(
     backends.get("cpu").unavailable() is not None, reason=f"cpu backend: {backends.get('cpu').unavailable()}"
+)
+
+# csrc/cpu/activations.cpp makes tensors of its own memory with torch_from_blob, which came with PyTorch 2.11.
+needs_kept_memory = pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="the CPU kernels keep the memory of results only on PyTorch 2.11 and newer; install one"
 )
 
 

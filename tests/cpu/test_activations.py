@@ -7,6 +7,9 @@ import gc
 
 import pytest
 import torch
+from paths import needs_kept_memory
+
+pytestmark = needs_kept_memory
 
 MIB = 2**20
 CYCLES, LONGEST = 256, 1024  # of csrc/cpu/recent_need.h

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from layers import Block, Layer
+from paths import needs_kept_memory
 from tolerances import assert_as_good_as_stock
 
 # Plans: output tile, tiles together, panels together, channel chunk, by panels.
@@ -149,6 +150,7 @@ def test_nan_and_inf_survive_the_relu(isa: str, plan: list[int], sizes: dict):
     assert_as_good_as_stock(layer.ours(plan), layer.stock(torch.float32), layer.stock(torch.float64))
 
 
+@needs_kept_memory
 def test_results_in_kept_memory_are_written_whole(isa: str):
     """Results of 1 MiB and more lie in memory that is used again; here it is full of NaN from before."""
     layer = Layer(n=2, c=16, h=56, w=57, out=64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from paths import needs_kept_memory
 from tolerances import assert_as_good_as_stock
 
 CL = torch.channels_last
@@ -90,6 +91,7 @@ def test_result_does_not_depend_on_the_number_of_threads(sizes: tuple[int, ...],
     assert torch.equal(results[0], results[2])
 
 
+@needs_kept_memory
 def test_large_gradients_lie_in_kept_memory():
     x, dy, geometry = tensors((1, 512, 4, 4, 1024, 1, 1), torch.float32)
     first = torch.ops.resnet_fused_cpu.weight_gradient(x, dy, *geometry, False)
