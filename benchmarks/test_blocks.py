@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import BATCH, BLOCKS, assert_close
+from support.shapes import BATCH, BLOCKS, assert_close
 from torchvision.models import resnet
 
 import resnet_fused as rf

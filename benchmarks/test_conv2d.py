@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import BATCH, LAYERS, Layer, assert_close
+from support.shapes import BATCH, LAYERS, Layer, assert_close
 
 import resnet_fused as rf
 

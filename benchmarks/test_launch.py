@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from posing import problem_of
+from support.problems import problem_of
 
 from resnet_fused.backends import ConvParameters
 from resnet_fused.backends.problem import Conv

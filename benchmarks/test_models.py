@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import MODELS
+from support.shapes import MODELS
 
 import resnet_fused as rf
 from resnet_fused.bench.workloads import Workload

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from posing import problem_of
+from support.problems import problem_of
 from torch import Tensor, nn
 
 import resnet_fused as rf

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from posing import problem_of
+from support.problems import problem_of
 from torch import Tensor
 
 from resnet_fused import backends

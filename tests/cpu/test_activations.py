@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from paths import needs_kept_memory
+from support.fast_paths import needs_kept_memory
 
 pytestmark = needs_kept_memory
 

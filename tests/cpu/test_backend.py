@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from paths import report
-from posing import problem_of
-from tolerances import assert_as_good_as_stock
+from support.conv_cases import CASES, Case
+from support.fast_paths import report
+from support.problems import problem_of
+from support.refusals import Asked, Machine, refusal
+from support.tolerances import assert_as_good_as_stock
 
 from resnet_fused.backends import Conv, ConvParameters, Pool, Problem, get
 from resnet_fused.backends.binding import bind
@@ -152,3 +154,17 @@ def test_weights_take_little_more_than_twice_the_memory(name: str, trained):
     plain, theirs = (sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (model, stock))
     assert packed > plain / 2
     assert plain + packed <= 2.2 * theirs, f"{plain / 1e6:.1f} + {packed / 1e6:.1f} MB against {theirs / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("op", ["conv2d_bn", "conv2d_bn_relu", "conv2d_bn_add_relu"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_refusals_are_those_of_the_table(isa: str, case: Case, op: str):
+    """With each instruction set: a CPU without AVX512_BF16 is one with AVX2 alone."""
+    x, weight, _ = case.tensors()
+    conv = Conv.of(weight, *case.geometry)
+    asked = Asked(case.id, op, case.dtype, 0 in x.shape, case.groups, case.stock_fails)
+    reason, expected = (
+        get("cpu").why_not(problem(op, x.shape, conv, dtype=case.dtype)),
+        refusal("cpu", asked, Machine.here("cpu")),
+    )
+    assert reason is None if expected is None else expected in reason

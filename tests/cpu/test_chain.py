@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from posing import problem_of
-from tolerances import assert_as_good_as_stock
+from support.problems import problem_of
+from support.tolerances import assert_as_good_as_stock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused.backends import ConvParameters, get

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import Block, Layer
-from posing import problem_of
-from tolerances import FLOOR
+from support.cpu_layers import Block, Layer
+from support.problems import problem_of
+from support.tolerances import FLOOR
 from torch import Tensor
 
 import resnet_fused as rf

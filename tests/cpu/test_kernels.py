@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers import Block, Layer
-from paths import needs_kept_memory
-from tolerances import assert_as_good_as_stock
+from support.cpu_layers import Block, Layer
+from support.fast_paths import needs_kept_memory
+from support.tolerances import assert_as_good_as_stock
 
 # Plans: output tile, tiles together, panels together, channel chunk, by panels.
 BY_TILES, BY_PANELS = [4, 8, 4, 64, 0], [4, 8, 1, 32, 1]

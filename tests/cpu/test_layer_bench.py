@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from posing import problem_of
+from support.problems import problem_of
 
 from resnet_fused.backends import Conv
 from resnet_fused.bench.layers import LayerResult, operations, run_layers

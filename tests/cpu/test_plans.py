@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from posing import problem_of
-from tolerances import assert_as_good_as_stock
-from tuning_fakes import fake_times, tune_problem
+from support.fake_tuning import fake_times, tune_problem
+from support.problems import problem_of
+from support.tolerances import assert_as_good_as_stock
 
 from resnet_fused import backends
 from resnet_fused.backends import Conv, Problem, get, tuning_cache

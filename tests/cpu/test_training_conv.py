@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_as_good_as_stock
+from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
 
 CL = torch.channels_last

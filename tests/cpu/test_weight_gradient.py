@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paths import needs_kept_memory
-from tolerances import assert_as_good_as_stock
+from support.fast_paths import needs_kept_memory
+from support.tolerances import assert_as_good_as_stock
 
 CL = torch.channels_last
 

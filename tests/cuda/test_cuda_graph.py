@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graph_notes import Notes
+from support.graph_notes import Notes
 from torch import nn
 
 import resnet_fused as rf

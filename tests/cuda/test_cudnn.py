@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from posing import problem_of
+from support.problems import problem_of
 
 import resnet_fused as rf
 from resnet_fused import backends

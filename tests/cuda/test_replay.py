@@ -11,8 +11,8 @@ import threading
 
 import pytest
 import torch
-from graph_notes import Notes
-from paths import report
+from support.fast_paths import report
+from support.graph_notes import Notes
 from torch import nn
 
 import resnet_fused as rf

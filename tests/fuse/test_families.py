@@ -8,7 +8,7 @@ import io
 import pytest
 import timm
 import torch
-from kinds import assert_same, check, counts, ops
+from support.kinds import assert_same, check, counts, ops
 from timm.layers import BatchNormAct2d
 from torch import nn
 

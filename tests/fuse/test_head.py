@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from paths import assert_same_model, needs_kernels, runs
-from tolerances import assert_as_good_as_stock
+from support.fast_paths import assert_same_model, needs_kernels, runs
+from support.tolerances import assert_as_good_as_stock
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.models import resnet18

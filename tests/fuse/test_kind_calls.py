@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from kinds import Unit, check, counts, unit
+from support.kinds import Unit, check, counts, unit
 from torch import nn
 
 import resnet_fused as rf

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from kinds import Unit, assert_same, check, counts, ops, unit
+from support.kinds import Unit, assert_same, check, counts, ops, unit
 from torch import nn
 
 import resnet_fused as rf

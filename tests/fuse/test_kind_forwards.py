@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from kinds import Unit, assert_same, check, counts, ops, unit
+from support.kinds import Unit, assert_same, check, counts, ops, unit
 from torch import nn
 
 import resnet_fused as rf

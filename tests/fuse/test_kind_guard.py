@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from kinds import Unit, check, ops, unit
+from support.kinds import Unit, check, ops, unit
 from torch import Tensor, nn
 
 import resnet_fused as rf

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from kinds import Unit, assert_same, counts, unit
+from support.kinds import Unit, assert_same, counts, unit
 from torch import nn
 
 import resnet_fused as rf

@@ -8,7 +8,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from kinds import Unit, check, counts, unit
+from support.kinds import Unit, check, counts, unit
 from torch import nn
 
 import resnet_fused as rf

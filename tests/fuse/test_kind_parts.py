@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from kinds import Unit, assert_same, check, counts, ops, unit
+from support.kinds import Unit, assert_same, check, counts, ops, unit
 from torch import nn
 
 import resnet_fused as rf

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kinds import Unit, assert_same, check, counts, ops, unit
+from support.kinds import Unit, assert_same, check, counts, ops, unit
 from torch import Tensor, nn
 
 import resnet_fused as rf

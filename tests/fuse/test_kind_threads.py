@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from kinds import Unit, assert_same, check, counts, ops, unit
+from support.kinds import Unit, assert_same, check, counts, ops, unit
 from torch import fx, nn
 
 import resnet_fused as rf

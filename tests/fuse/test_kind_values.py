@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from kinds import Unit, check, counts, ops, unit
+from support.kinds import Unit, check, counts, ops, unit
 from torch import nn
 
 import resnet_fused as rf

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from paths import assert_same_model, ops, report, rows
-from tolerances import assert_as_good_as_stock
+from support.fast_paths import assert_same_model, ops, report, rows
+from support.tolerances import assert_as_good_as_stock
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 import torchvision
-from paths import assert_same_model, ops, report, rows, runs
-from plain_resnet import PlainResNet
-from tolerances import assert_as_good_as_stock
+from support.fast_paths import assert_same_model, ops, report, rows, runs
+from support.plain_resnet import PlainResNet
+from support.tolerances import assert_as_good_as_stock
 from torch import nn
 from torch.utils.mkldnn import to_mkldnn
 from torchvision.models.feature_extraction import create_feature_extractor

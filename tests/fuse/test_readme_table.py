@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from kinds import assert_same, check, check_comes_back, counts, ops
+from support.kinds import assert_same, check, check_comes_back, counts, ops
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from paths import needs_kernels, ops, report, runs
+from support.fast_paths import needs_kernels, ops, report, runs
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torchvision.models import resnet

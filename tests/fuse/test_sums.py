@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from paths import report, rows
+from support.fast_paths import report, rows
 from torch import nn
 
 import resnet_fused as rf

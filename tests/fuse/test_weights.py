@@ -6,7 +6,7 @@ import copy
 
 import torch
 import torchvision
-from paths import assert_same_model, report, rows
+from support.fast_paths import assert_same_model, report, rows
 from torch import nn
 
 import resnet_fused as rf

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 import torchvision
-from tolerances import FLOOR, assert_as_good_as_stock, relative_error
+from support.tolerances import FLOOR, assert_as_good_as_stock, relative_error
 from torch import nn
 
 import resnet_fused as rf

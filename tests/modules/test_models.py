@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from plain_resnet import PlainResNet
-from tolerances import relative_error
+from support.plain_resnet import PlainResNet
+from support.tolerances import relative_error
 
 import resnet_fused as rf
 

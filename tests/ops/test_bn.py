@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from posing import problem_of
-from tolerances import FLOOR, TIMES_STOCK, assert_as_good_as_stock, relative_error
+from support.problems import problem_of
+from support.tolerances import FLOOR, TIMES_STOCK, assert_as_good_as_stock, relative_error
 
 import resnet_fused as rf
 from resnet_fused import ops

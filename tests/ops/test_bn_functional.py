@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import FLOOR, assert_as_good_as_stock, relative_error
+from support.tolerances import FLOOR, assert_as_good_as_stock, relative_error
 
 import resnet_fused as rf
 from resnet_fused.backends import BackendError

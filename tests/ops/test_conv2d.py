@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_as_good_as_stock
+from support.tolerances import assert_as_good_as_stock
 
 import resnet_fused as rf
 from resnet_fused import ops

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import FLOOR, TIMES_STOCK
+from support.tolerances import FLOOR, TIMES_STOCK
 
 import resnet_fused as rf
 from resnet_fused import modules

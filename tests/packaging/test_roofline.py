@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from posing import problem_of
+from support.problems import problem_of
 
 from resnet_fused import cli
 from resnet_fused.backends import Conv, Pool

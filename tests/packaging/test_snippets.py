@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from tuning_fakes import fake_times
+from support.fake_tuning import fake_times
 
 import resnet_fused as rf
 

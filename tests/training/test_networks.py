@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from tolerances import assert_as_good_as_stock
+from support.tolerances import assert_as_good_as_stock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet

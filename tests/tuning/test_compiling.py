@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from posing import problem_of
+from support.problems import problem_of
 
 from resnet_fused import tuning
 from resnet_fused.backends import ConvParameters, Problem, tuning_cache

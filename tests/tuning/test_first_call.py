@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from posing import problem_of
+from support.problems import problem_of
 
 from resnet_fused import backends
 from resnet_fused.backends import BackendError, ConvParameters, Problem, binding, first_call, get, gpu_time, tuning_cache

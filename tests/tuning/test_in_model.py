@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from paths import runs
+from support.fast_paths import runs
 from torch import nn
 
 import resnet_fused as rf

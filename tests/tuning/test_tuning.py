@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from paths import report, served
-from posing import problem_of
+from support.fake_tuning import fake_times, tune_problem
+from support.fast_paths import report, served
+from support.problems import problem_of
 from torch import nn
-from tuning_fakes import fake_times, tune_problem
 
 import resnet_fused as rf
 from resnet_fused import backends, tuning

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import FLOOR, assert_as_good_as_stock, relative_error
+from support.tolerances import FLOOR, assert_as_good_as_stock, relative_error
 
 from resnet_fused import ops
 from resnet_fused.backends.triton import batch_norm_kernels as bn

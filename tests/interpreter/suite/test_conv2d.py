@@ -5,8 +5,8 @@ import threading
 
 import pytest
 import torch
-from problems import Case, check, fused, stock
-from tolerances import relative_error
+from support.tolerances import relative_error
+from support.triton_problems import Case, check, fused, stock
 
 from resnet_fused import backends
 from resnet_fused.backends import Problem

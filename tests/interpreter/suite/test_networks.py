@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from paths import rows, served
-from plain_resnet import PlainResNet
+from support.fast_paths import rows, served
+from support.plain_resnet import PlainResNet
 from torch import nn
 from torchvision.models import resnet18, resnet50
 

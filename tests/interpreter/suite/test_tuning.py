@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from posing import problem_of
-from tuning_fakes import fake_times, tune_problem
+from support.fake_tuning import fake_times, tune_problem
+from support.problems import problem_of
 
 import resnet_fused as rf
 from resnet_fused import backends

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-import emulate
 import pytest
 import torch
-from emulate import A100, T4
-from posing import problem_of
-from tolerances import assert_as_good_as_stock
+from support import emulated_cuda as emulate
+from support.emulated_cuda import A100, T4
+from support.problems import problem_of
+from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
 
 from resnet_fused.backends import NO_PARAMETERS, Conv, ConvParameters, Problem, get

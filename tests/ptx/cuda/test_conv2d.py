@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from emulate import A100, T4, conv2d
-from tolerances import assert_as_good_as_stock
+from support.emulated_cuda import A100, T4, conv2d
+from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32

@@ -12,7 +12,7 @@ import re
 import ptx_executor as px
 import pytest
 import torch
-from emulate import A100, Result, conv2d, ptx
+from support.emulated_cuda import A100, Result, conv2d, ptx
 
 TILE = "conv2d_fwd_f16_128x128x32"
 # channels in, size, channels out, filter: executed warp instructions per mma of CUTLASS at 128×128×32

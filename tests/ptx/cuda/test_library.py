@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from posing import problem_of
+from support.problems import problem_of
 
 from resnet_fused.backends import Conv, get
 

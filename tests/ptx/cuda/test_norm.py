@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulate import T4, Norm, add_relu
-from tolerances import assert_as_good_as_stock
+from support.emulated_cuda import T4, Norm, add_relu
+from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
 
 from resnet_fused.backends.reference.batch_norm import StockPasses

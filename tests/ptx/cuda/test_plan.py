@@ -8,7 +8,7 @@ import numpy as np
 import ptx_executor as px
 import pytest
 import torch
-from emulate import A100, T4, module, pack_weight
+from support.emulated_cuda import A100, T4, module, pack_weight
 
 RTX4090, H100 = [89, 128, 99 << 10, 100 << 10], [90, 132, 227 << 10, 228 << 10]
 GPUS = {"t4": T4, "a100": A100, "rtx4090": RTX4090, "h100": H100}

@@ -7,7 +7,7 @@ import re
 
 import ptx_executor as px
 import pytest
-from emulate import SOURCES, ptx
+from support.emulated_cuda import SOURCES, ptx
 
 REGISTERS = 65536  # of a multiprocessor: CUDA C++ Programming Guide, "Compute Capabilities"
 

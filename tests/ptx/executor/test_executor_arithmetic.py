@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from executor_snippet import run_snippet
+from support.ptx_snippet import run_snippet
 
 EDGES = [
     0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import ptx_executor as px
 import pytest
-from executor_snippet import run_snippet
+from support.ptx_snippet import run_snippet
 
 X = np.arange(1, 129, dtype=np.float32)
 N = 128

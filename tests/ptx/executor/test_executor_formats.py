@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import ptx_executor as px
 import pytest
-from executor_snippet import run_snippet
+from support.ptx_snippet import run_snippet
 
 RNG = np.random.default_rng(3)
 HALVES = np.concatenate([RNG.standard_normal(58), [0.0, -0.0, np.nan, np.inf, 6e4, -6e4]]).astype(np.float16)

@@ -12,7 +12,7 @@ import numpy as np
 import ptx_executor as px
 import pytest
 import torch
-from tolerances import FLOOR, relative_error
+from support.tolerances import FLOOR, relative_error
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton (torch for Linux brings it)")
 import triton.language as tl  # noqa: E402

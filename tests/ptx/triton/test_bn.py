@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aot import CHIPS, instructions, opcodes, ptxas, spilled_registers, target
+from support.triton_aot import CHIPS, instructions, opcodes, ptxas, spilled_registers, target
 
 from resnet_fused.backends.triton import batch_norm_kernels as bn
 

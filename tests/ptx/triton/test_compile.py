@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from aot import (
+from support.triton_aot import (
     CHIPS,
     compile_conv,
     instructions,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from aot import CHIPS, problem
+from support.triton_aot import CHIPS, problem
 
 from resnet_fused.backends.triton import configs
 

@@ -10,8 +10,8 @@ import ptx_executor as px
 import pytest
 import torch
 import torch.nn.functional as F
-from aot import CHIPS, plan, problem, target
-from tolerances import assert_as_good_as_stock
+from support.tolerances import assert_as_good_as_stock
+from support.triton_aot import CHIPS, plan, problem, target
 from torch import Tensor
 
 from resnet_fused.backends.problem import Problem

@@ -13,9 +13,9 @@ import ptx_executor as px
 import pytest
 import torch
 import triton
-from aot import CHIPS, problem, target
-from posing import problem_of
-from tolerances import relative_error
+from support.problems import problem_of
+from support.tolerances import relative_error
+from support.triton_aot import CHIPS, problem, target
 
 from resnet_fused.backends import ConvParameters, tf32
 from resnet_fused.backends.triton import configs, conv2d, elementwise, prepare

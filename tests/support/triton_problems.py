@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from posing import problem_of
-from tolerances import assert_as_good_as_stock
 from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.backends import ConvParameters
 from resnet_fused.backends.problem import Conv, Problem
+from support.problems import problem_of
+from support.tolerances import assert_as_good_as_stock
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import ptx_executor as px
 import torch
-from posing import problem_of
 from torch import Tensor
 
 from resnet_fused.backends.cuda.convolution import pack_weight, plan_problem
 from resnet_fused.backends.problem import Conv
+from support.problems import problem_of
 
-SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 # In order of csrc/cuda/plan.h's DeviceProperties: an A100 and a T4.
 A100 = [80, 108, 163 << 10, 164 << 10]
 T4 = [75, 40, 64 << 10, 64 << 10]

@@ -7,11 +7,11 @@ import io
 from typing import Any
 
 import torch
-from tolerances import assert_as_good_as_stock
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 import resnet_fused as rf
+from support.tolerances import assert_as_good_as_stock
 
 
 def unit(

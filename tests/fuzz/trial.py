@@ -63,7 +63,7 @@ class Trial:
         return (
             f"===== trial {self.number} of seed {self.seed} ====={where}\n{source.strip()}\n\n"
             f"# Image of {self.program.shape}\n{steps}\n\n{found}{more}\n{self.detail}\n"
-            f"Reproduce: python tests/fuse/fuzz --seed {self.seed} --only {self.number}\n"
+            f"Reproduce: python tests/fuzz --seed {self.seed} --only {self.number}\n"
         )
 
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from posing import problem_of
 from triton.backends.compiler import GPUTarget
 
 from resnet_fused.backends.problem import Conv, Problem
 from resnet_fused.backends.triton import configs
 from resnet_fused.backends.triton.configs import Chip, Plan, Tile
 from resnet_fused.backends.triton.prepare import module_of
+from support.problems import problem_of
 
 # Shared memory of one program at most: CUDA C++ Programming Guide, table of technical specifications per compute
 # capability; on AMD, LDS by the CDNA 3 ISA.

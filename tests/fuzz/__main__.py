@@ -1,4 +1,4 @@
-"""Runs many trials over several processes: `python tests/fuse/fuzz --trials 2000 --seed 1 --jobs 2`."""
+"""Runs many trials over several processes: `python tests/fuzz --trials 2000 --seed 1 --jobs 2`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python tests/fuse/fuzz", description=__doc__)
+    p = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__)
     p.add_argument("--trials", type=int, default=300)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--start", type=int, default=0, help="number of the first trial")
