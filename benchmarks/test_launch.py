@@ -90,7 +90,7 @@ def _calls(case, device):
     if case == "add_relu":
         launch = elementwise.add_relu_fwd(x.numel(), F16)
         tensors, bound = (x, residual, y), launch.bind()
-        prepared = prepare.prepare(problem_of("add_relu", shape, F16, device), ConvParameters((), ()), None)
+        prepared = prepare.elementwise_kernel(problem_of("add_relu", shape, F16, device))
     else:
         conv = Conv(64, 64, (3, 3), padding=(1, 1))
         problem = problem_of("conv2d_bn_add_relu", shape, F16, device, (conv,))
@@ -99,7 +99,7 @@ def _calls(case, device):
         weight, bias = torch.randn(64, 64, 3, 3, device=device).to(F16) / 24, torch.randn(64, device=device).to(F16)
         tensors = (x, conv2d.pack(weight, conv, plan), bias, residual, y)
         launch, bound = conv2d.launches(problem, plan, chip, False)[0], conv2d.bind(problem, plan, chip, False)
-        prepared = prepare.prepare(problem, ConvParameters((weight,), (bias,)), plan.name)
+        prepared = prepare.convolution(problem, ConvParameters((weight,), (bias,)), plan.name)
     calls = {
         "1 bound launch": lambda: bound(*tensors),
         "2 Triton's launch": _by_triton(launch, tensors),

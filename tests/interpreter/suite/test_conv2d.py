@@ -10,6 +10,7 @@ from support.triton_problems import Case, check, fused, stock
 
 from resnet_fused import backends
 from resnet_fused.backends import Problem
+from resnet_fused.backends.problem import Types
 from resnet_fused.backends.triton import configs, conv2d, launch
 from resnet_fused.backends.triton.configs import Chip, Plan
 from resnet_fused.backends.triton.prepare import module_of
@@ -250,7 +251,7 @@ def test_compiles_into_one_graph(monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"dtype": torch.float64}, "float32, float16 and bfloat16"), ({"shape": (0, 72, 7, 11)}, "empty")],
+    [({"types": Types.of(torch.float64)}, "float32, float16 and bfloat16"), ({"shape": (0, 72, 7, 11)}, "empty")],
     ids=["float64", "batch-0"],
 )
 def test_says_what_it_can_not_serve(change, reason):

@@ -97,7 +97,7 @@ def expected(posed: Any, folded: ConvParameters, x: torch.Tensor, residual: torc
 def test_a_prepared_convolution_launches_one_kernel_a_call(op, driver):
     posed = problem(op, (1, 32, 6, 6), 32, 3)
     folded, x, residual = operands(posed)
-    kernel = prepare.prepare(posed, folded, None)
+    kernel = prepare.convolution(posed, folded, None)
     assert not driver.launches
     for factor in (1, -2):
         y = kernel(x * factor, residual)
@@ -109,7 +109,7 @@ def test_float32_is_rounded_to_tf32_where_that_is_allowed(driver, monkeypatch):
     posed = problem("conv2d_bn_add_relu", (1, 32, 6, 6), 32, 3, dtype=torch.float32)
     folded, x, residual = operands(posed)
     monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="tf32"))
-    y = prepare.prepare(posed, folded, None)(x, residual)
+    y = prepare.convolution(posed, folded, None)(x, residual)
     assert relative_error(y, tf32.exact(posed, folded)(x, residual)) < 1e-6
 
 
@@ -129,13 +129,13 @@ def test_an_unaligned_input_is_not_read_by_wide_accesses(driver):
     posed = problem("conv2d_bn_relu", (1, 32, 4, 4), 32, 1)
     folded, x, _ = operands(posed)
     shifted = torch.cat((x.new_zeros(1), x.permute(0, 2, 3, 1).flatten()))[1:].view(1, 4, 4, 32).permute(0, 3, 1, 2)
-    y = prepare.prepare(posed, folded, None)(shifted, None)
+    y = prepare.convolution(posed, folded, None)(shifted, None)
     torch.testing.assert_close(y.double(), expected(posed, folded, x, None), rtol=2e-3, atol=2e-3)
 
 
 def test_add_relu_launches_one_kernel(driver):
     posed = problem_of("add_relu", (1, 16, 3, 5), torch.float16, torch.device("cpu"))
     x, residual = torch.randn(2, *posed.shape).half().unbind()
-    y = prepare.prepare(posed, ConvParameters((), ()), None)(x, residual)
+    y = prepare.elementwise_kernel(posed)(x, residual)
     assert torch.equal(y, torch.relu(x + residual))
     assert [name for name, _ in driver.launches] == ["add_relu_fwd_kernel"]
