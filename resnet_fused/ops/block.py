@@ -35,17 +35,16 @@ class _Family:
         common.register_autograd(name, self._setup_context, self._backward)
         self.operator: Callable[..., Tensor] = getattr(torch.ops.resnet_fused, name).default
 
-    def form(self, convs: tuple[Conv, ...]) -> tuple[Step, ...]:
-        """The steps, from the convolutions in the steps' order."""
-        projected = len(convs) > self.main
-        return residual_block(convs[projected:], convs[0] if projected else None)
+    def _steps(self, weights: Sequence[Tensor], geometry: Sequence[int]) -> tuple[Step, ...]:
+        convs = Conv.unflatten(weights, geometry)
+        return residual_block(convs[: self.main], convs[self.main] if len(convs) > self.main else None)
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
         if calls.plain_eager(x, *weights, *biases):
             return self._eager(x, weights, biases, geometry)
         if not calls.stock_only():
             return self.operator(x, weights, biases, geometry)
-        steps = self.form(self._in_order(Conv.unflatten(weights, geometry)))
+        steps = self._steps(weights, geometry)
         return common.stock_result(steps, x, None, self._in_order(weights), self._in_order(biases))
 
     def _in_order(self, items: Sequence[_Item]) -> tuple[_Item, ...]:
@@ -53,8 +52,8 @@ class _Family:
         return (*items[self.main :], *items[: self.main])
 
     def _eager(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
-        convs = self._in_order(Conv.unflatten(weights, geometry))
-        runner = common.runner_for(weights[0], self.form, convs)
+        what = (self.name, *geometry, *(weight.shape for weight in weights))
+        runner = common.runner_for(weights[0], what, lambda: self._steps(weights, geometry))
         return runner(x, None, self._in_order(weights), self._in_order(biases))
 
     def _fake(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused import config
-from resnet_fused.backends import STOCK, Conv, ConvParameters, Declined, Kernel, Problem, Step, choice, choosing, stock
+from resnet_fused.backends import STOCK, ConvParameters, Declined, Kernel, Problem, Step, choice, choosing, stock
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.problem import Types
 from resnet_fused.ops import checks
@@ -80,8 +80,9 @@ class Runner:
 
     def __call__(self, x: Tensor, residual: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
         """The result. Weights and biases are in the order of the steps."""
+        kernel = self._kernel(x, residual, weights, biases, choice())
         try:
-            return self._kernel(x, residual, weights, biases, choice())(x, residual)
+            return kernel(x, residual)
         except Declined:
             return self._kernel(x, residual, weights, biases, STOCK)(x, residual)
 
@@ -126,20 +127,33 @@ def _warn_of_inference_tensors() -> None:
     )
 
 
-_runners = WeakIdKeyDictionary()
-
-Form = Callable[[tuple[Conv, ...]], tuple[Step, ...]]
-"""What an op computes: the steps on convolutions of a geometry."""
+# By the identity of a weight: a reference that tells whether it still lives, and its runners by what they compute.
+_runners: dict[int, tuple[weakref.ref[Tensor], dict[Hashable, Runner]]] = {}
 
 
-def runner_for(weight: Tensor, form: Form, convs: tuple[Conv, ...]) -> Runner:
-    """The runner of an op's calls with that first weight: kept as long as the weight lives."""
-    own: dict[tuple[Any, ...], Runner] = _runners.setdefault(weight, {})
-    key = form, convs
-    runner = own.get(key)
+def runner_for(weight: Tensor, what: Hashable, steps: Callable[[], tuple[Step, ...]]) -> Runner:
+    """The runner of an op's calls with that first weight: kept as long as the weight lives.
+
+    Args:
+        what: what it computes, and the weight's shape: another runner for each. Cheaper to make than the steps.
+        steps: gives the steps.
+    """
+    number = id(weight)
+    found = _runners.get(number)
+    if found is None or found[0]() is not weight:
+        # Where a weight is gone another one may have its number, before the other's runners were dropped.
+        reference = weakref.ref(weight, lambda dead: _drop(number, dead))
+        found = _runners[number] = reference, {}
+    runner = found[1].get(what)
     if runner is None:
-        runner = own.setdefault(key, Runner(form(convs)))
+        runner = found[1].setdefault(what, Runner(steps()))
     return runner
+
+
+def _drop(number: int, dead: weakref.ref[Tensor]) -> None:
+    found = _runners.get(number)
+    if found is not None and found[0] is dead:
+        _runners.pop(number, None)
 
 
 def stock_result(

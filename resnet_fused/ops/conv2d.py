@@ -37,9 +37,8 @@ class _Family:
         common.register_autograd(name, self._setup_context, self._backward)
         self.operator: Callable[..., Tensor] = getattr(torch.ops.resnet_fused, name).default
 
-    def form(self, convs: tuple[Conv, ...]) -> tuple[Step, ...]:
-        """The one step."""
-        return (Step(convs[0], self.epilogue, (X, RESIDUAL) if self.epilogue.residual else (X,)),)
+    def _steps(self, weight: Tensor, *geometry: Any) -> tuple[Step, ...]:
+        return (Step(Conv.of(weight, *geometry), self.epilogue, (X, RESIDUAL) if self.epilogue.residual else (X,)),)
 
     def __call__(self, *args: Any) -> Tensor:
         if calls.plain_eager(*args[: self.count]):
@@ -48,12 +47,14 @@ class _Family:
 
     def _eager(self, *args: Any) -> Tensor:
         x, weight, bias, *rest = args[: self.count]
-        runner = common.runner_for(weight, self.form, (Conv.of(weight, *args[self.count :]),))
+        stride, padding, dilation, groups = args[self.count :]
+        what = (self.name, weight.shape, *stride, *padding, *dilation, groups)
+        runner = common.runner_for(weight, what, lambda: self._steps(weight, *args[self.count :]))
         return runner(x, rest[0] if rest else None, (weight,), (bias,))
 
     def _stock(self, *args: Any) -> Tensor:
         x, weight, bias, *rest = args[: self.count]
-        steps = self.form((Conv.of(weight, *args[self.count :]),))
+        steps = self._steps(weight, *args[self.count :])
         return common.stock_result(steps, x, rest[0] if rest else None, (weight,), (bias,))
 
     def _fake(self, *args: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +15,13 @@ from resnet_fused.runtime import calls
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
-    runner = common.runner_for(weight, _form(_pool(pool)), Conv.unflatten([weight], geometry))
+    runner = common.runner_for(weight, ("stem", weight.shape, *geometry, *pool), lambda: _steps(weight, geometry, pool))
     return runner(x, None, (weight,), (bias,))
 
 
-@functools.lru_cache(maxsize=64)
-def _form(pool: Pool) -> common.Form:
-    """The one step, for a pool."""
-    return lambda convs: (Step(convs[0], Epilogue(activation=Activation.RELU, pool=pool)),)
+def _steps(weight: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> tuple[Step, ...]:
+    (conv,) = Conv.unflatten([weight], geometry)
+    return (Step(conv, Epilogue(activation=Activation.RELU, pool=_pool(pool))),)
 
 
 def _pool(pool: Sequence[int]) -> Pool:
@@ -69,6 +67,5 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], pool:
     if calls.plain_eager(x, weight, bias):
         return _eager(x, weight, bias, geometry, pool)
     if calls.stock_only():
-        steps = _form(_pool(pool))(Conv.unflatten([weight], geometry))
-        return common.stock_result(steps, x, None, [weight], [bias])
+        return common.stock_result(_steps(weight, geometry, pool), x, None, [weight], [bias])
     return torch.ops.resnet_fused.stem.default(x, weight, bias, geometry, pool)

@@ -88,13 +88,12 @@ class Kept(ByKind[Value]):
         super().__init__()
         self.aliases = tuple(p.detach() for p in parameters)
         self._stamp = _stamp(parameters)
-        self._look = Look(self.aliases)
+        self._watch = Watch(self.aliases)
         self._made: Any = None
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are the parameters, with the values that they had."""
-        # The aliases count their own changes only.
-        return _stamp(parameters) == self._stamp and self._look.unchanged()
+        return _stamp(parameters) == self._stamp and self._watch.unchanged()
 
     def once(self, make: Callable[[tuple[Tensor, ...]], Any]) -> Any:
         """What is made of the aliases, at the first call."""
