@@ -45,11 +45,12 @@ def machine() -> list[tuple[str, str]]:
 
 
 def availability() -> list[tuple[str, str, str]]:
-    """Each backend: whether it can run here, and why not, with the remedy."""
+    """Each backend: whether it can run here; what it has, or why not, with the remedy."""
     rows = []
     for name in backends.names():
-        reason = backends.get(name).unavailable()
-        rows.append((name, "yes" if reason is None else "no", reason or ""))
+        backend = backends.get(name)
+        reason = backend.unavailable()
+        rows.append((name, "no", reason) if reason is not None else (name, "yes", backend.details()))
     return rows
 
 
@@ -65,7 +66,7 @@ def text() -> str:
     parts = [
         table(("package", "version"), versions()),
         table(("machine", ""), machine()),
-        table(("backend", "available", "why not, and the remedy"), availability()),
+        table(("backend", "available", "what it has; or why not, and the remedy"), availability()),
         table(("setting", "value"), settings),
     ]
     return "\n\n".join(parts)

@@ -95,6 +95,10 @@ class Backend:
         """Why this backend can't run on this machine, with the remedy; None if it can."""
         raise NotImplementedError
 
+    def details(self) -> str:
+        """What `resnet-fused info` tells of a backend that is available."""
+        return ""
+
     def why_none(self, problem: Problem) -> str | None:
         """Why none of the implementations can serve the problem, whatever its kind; None if one may."""
         raise NotImplementedError

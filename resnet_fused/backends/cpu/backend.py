@@ -36,14 +36,11 @@ class CPU(Backend):
         TrainingConvolution(),
     )
 
-    def instruction_sets(self) -> str:
-        """Those that the compiled library has kernels for, and which are in use here; "none" where there is no library."""
-        if library.load(_LIBRARY) is not None:
-            return "none"
+    def details(self) -> str:
         ops = torch.ops.resnet_fused_cpu
         built = ", ".join(_INSTRUCTION_SETS[number] for number in ops.instruction_sets())
         bfloat16 = " with AVX512_BF16" if ops.avx512_bf16() else ""
-        return f"{built}; in use: {_INSTRUCTION_SETS[ops.isa()]}{bfloat16}"
+        return f"built for {built}; in use: {_INSTRUCTION_SETS[ops.isa()]}{bfloat16}"
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
