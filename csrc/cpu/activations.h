@@ -1,5 +1,5 @@
 // Memory of results. A large block that PyTorch's CPU allocator frees goes back to the system, and the next layer pays for
-// every page again: 9% of a ResNet-50's time. Freed blocks are therefore kept, behind huge pages, and given out again, as many
+// every page again: 9% of a ResNet-50's time. Freed blocks are therefore kept, in huge pages, and given out again, as many
 // as recent calls needed.
 #pragma once
 

@@ -253,7 +253,7 @@ std::optional<Tensor> run_chain(int64_t id, Tensor x, std::optional<Tensor> resi
   const std::shared_ptr<const Chain> shared = chains().get(id);
   const Chain& chain = *shared;
   RF_CHECK(!chain.steps.empty(), "chain has no steps.");
-  RF_CHECK(chain.isa == detected_isa(), "chain was made before limit_isa chose other kernels; make it anew.");
+  RF_CHECK(chain.isa == detected_isa(), "chain was made before limit_isa chose other kernels; make it again.");
   RF_CHECK(residual.has_value() == (chain.values[RESIDUAL].last_step >= 0),
            residual.has_value() ? "residual is given, but no step adds it." : "residual is missing; a step adds it.");
   std::vector<const void*> data(chain.values.size());

@@ -72,10 +72,10 @@ class Scratch {
   int64_t used_;
 };
 
-// Memory that begins at a huge page and lies behind huge pages; std::free gives it back. Throws std::bad_alloc.
+// Memory that begins at a huge page and consists of huge pages; std::free gives it back. Throws std::bad_alloc.
 void* allocate_huge_pages(int64_t bytes);
 
-// Asks the system for huge pages behind [p, p + bytes): one page fault and one TLB entry per 2 MiB.
+// Asks the system for huge pages in [p, p + bytes): one page fault and one TLB entry per 2 MiB.
 void advise_huge_pages(void* p, int64_t bytes);
 
 }  // namespace resnet_fused::cpu

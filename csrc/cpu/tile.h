@@ -116,7 +116,7 @@ struct ConvTile {
   int64_t row_stride;    // between neighbouring output pixels; between the lines, where a tile has two
   int64_t block_stride;  // between blocks of LANES channels
   int64_t channels;      // summed per tap
-  int64_t ahead;         // how far behind these activations lie the next ones to be used, for prefetching; 0: cached
+  int64_t ahead;         // distance to the activations that are used next, for prefetching; 0: they are in the cache
   const float* b;        // [tap][channel][PANEL]
   const float* bias;     // [PANEL]
   const Out* residual;   // row 0, or null
@@ -141,7 +141,7 @@ RF_INLINE void finish(vec acc, const Out* residual, Out* y, vec floor, int64_t l
 }
 
 // The rows of y and of the residual that the tile below will need, fetched a few for each block of channels, which was measured to
-// be faster than all at once: the tile's own operands needn't wait behind them.
+// be faster than all at once: the tile's own operands needn't wait for them.
 template <int ROWS, class Out>
 class RowsBelow {
  public:

@@ -85,7 +85,7 @@ struct Extent {
     return offset;
   }
 
-  // From the first byte to behind the last.
+  // From the first byte to the one after the last.
   int64_t bytes() const { return offset_of_run(runs() - 1) + run; }
 };
 

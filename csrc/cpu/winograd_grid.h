@@ -1,7 +1,7 @@
 // How a batch of results is cut into Winograd's tiles.
 //
-// Where M doesn't divide the image's height or width, tiles of M - 1 results make up for it as far as they can: 14 = 4 + 4 + 3 + 3
-// and 7 = 4 + 3. Only the last of a line of M results has a share of the point at infinity, the last of the A points, so that a
+// Where M doesn't divide the image's height or width, some tiles have M - 1 results, where enough of them
+// can be so: 14 = 4 + 4 + 3 + 3 and 7 = 4 + 3. Only the last of a line of M results has a share of the point at infinity, the last of the A points, so that a
 // tile that is one row short needs no products at the last row of points: at 7 x 7 and 14 x 14 a sixth less for all tiles.
 #pragma once
 

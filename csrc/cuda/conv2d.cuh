@@ -57,7 +57,7 @@ __device__ __forceinline__ void accumulate_through_registers(Accumulators<Tile>&
   loader.put(pipeline);
   for (int step = 0; step < steps; ++step) {
     __syncthreads();
-    loader.fetch();  // zeros behind the last step
+    loader.fetch();  // zeros after the last step
 #pragma unroll
     for (int k = 0; k < Math<Tile>::STEPS; ++k) {
       math.read(fragments, pipeline + stage, k);

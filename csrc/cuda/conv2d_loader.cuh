@@ -165,7 +165,7 @@ class TileLoader {
     update_position();
   }
 
-  // 16 bytes of the run by element; zeros where the run leaves the image, and behind its end.
+  // 16 bytes of the run by element; zeros where the run leaves the image, and after its end.
   __device__ __forceinline__ uint4 gather(int i, bool valid) const {
     constexpr int VECTOR = 16 / sizeof(T);
     const int w = first_w_[i] + run_ * p_.dilation_w;

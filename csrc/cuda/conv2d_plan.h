@@ -29,8 +29,8 @@ struct Conv2dPointers {
   void *y, *partial;
 };
 
-// Shape of the packed weight: [out_channels, filter_rows, runs, padded_run_length], a run's run_length elements behind
-// `lead` zeros and before others. See Conv2dParams.
+// Shape of the packed weight: [out_channels, filter_rows, runs, padded_run_length], a run's run_length elements after
+// `lead` zeros, and then zeros. See Conv2dParams.
 struct WeightLayout {
   int64_t filter_rows, runs, lead, run_length, padded_run_length;
 };

@@ -54,7 +54,7 @@ __device__ __forceinline__ void conv2d_stem_fwd(const Conv2dParams& p, unsigned 
   Epilogue<T, Tile::CHANNELS> epilogue(p, first_channel, lane, patch + warp * Tile::STRIP_BYTES);
 
   float acc[2][8][4] = {};
-  // Of a pair of elements before or behind the window, the part that x must not contribute: 0 times infinity is no
+  // Of a pair of elements before or after the window, the part that x must not contribute: 0 times infinity is no
   // zero.
   const uint32_t first_mask = lane % 4 == 0 ? 0xffff0000u : ~0u, last_mask = lane % 4 == 3 ? 0 : ~0u;
   const uint32_t a = patch + warp * 2 * Tile::STRIDE * Tile::PATCH_ROW_BYTES + Tile::FIRST * 2 +

@@ -337,7 +337,7 @@ class Problem:
     def tf32_allowed(self) -> bool:
         """Whether TF32 may be used now: by torch.backends.cudnn.conv.fp32_precision, and not with precision="direct"."""
         setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        return self.dtype == torch.float32 and self.precision != "direct" and setting == "tf32"
+        return self.dtype == torch.float32 and self.precision == "fast" and setting == "tf32"
 
     @property
     def label(self) -> str:

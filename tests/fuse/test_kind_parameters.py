@@ -84,7 +84,7 @@ def test_written_parameters_are_used_at_the_next_call(make, write, fuse, trained
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 @torch.no_grad()
 def test_parameters_can_be_swapped_once_nothing_watches_them(make, trained):
-    """README, Limits: torch.utils.swap_tensors asks that nobody else hold a parameter, and a fast path watches them."""
+    """docs/guarantees.md, Limits: swap_tensors asks that nobody else hold a parameter, and a fast path watches them."""
     model = trained(make())
     fused = rf.fuse(model)
     check(fused, model, X)

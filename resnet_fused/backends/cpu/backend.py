@@ -63,7 +63,7 @@ class CPU(Backend):
         if kind in (Kind.BATCH_NORM, Kind.AVERAGE_POOL, Kind.TRAINING_CONV):
             return True
         # Without Winograd we are level with oneDNN at best.
-        if problem.precision == "direct":
+        if problem.precision != "fast":
             return False
         # oneDNN uses AMX, at many times the rate of our instructions.
         if problem.dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16():

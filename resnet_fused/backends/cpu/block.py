@@ -30,7 +30,7 @@ class WholeBlock(Implementation):
             return "as a whole it serves blocks of stride 1 whose 3×3 layers have padding and dilation 1"
         if any(not step.epilogue.bias for step in problem.steps):
             return "it serves convolutions with a bias"
-        if problem.precision == "direct":
+        if problem.precision != "fast":
             return "as a whole it serves blocks by Winograd only, which precision='direct' forbids"
         if problem.dtype == torch.bfloat16:
             return next(filter(None, map(why_not_direct_bfloat16, problem.convs)), None)

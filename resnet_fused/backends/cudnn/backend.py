@@ -55,7 +55,7 @@ class CuDNN(Backend):
             return reason
         if not torch.backends.cudnn.enabled:
             return "torch.backends.cudnn.enabled is False"
-        if problem.precision == "direct" and replace(problem, precision="fast").tf32_allowed():
+        if problem.precision != "fast" and replace(problem, precision="fast").tf32_allowed():
             return "precision is 'direct', and torch.backends.cudnn.conv.fp32_precision is 'tf32'; set it to 'ieee'"
         n, c, h, w = problem.shape
         result = torch.Size(problem.output_shape()).numel()

@@ -1,4 +1,4 @@
-"""The README's table of what can be done with a fused model: every row has a test here, which does it."""
+"""The table in docs/guarantees.md of what can be done with a fused model: every row has a test here, which does it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import resnet_fused as rf
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guarantees.md"
 X = torch.randn(2, 3, 40, 40)
 TESTS: dict[str, Callable[..., None]] = {}
 
 
 def _rows() -> list[str]:
     """First cells of the table."""
-    section = README.read_text().split("## What you can do with a fused model", 1)[1].split("\n## ", 1)[0]
+    section = PAGE.read_text().split("## What you can do with a fused model", 1)[1].split("\n## ", 1)[0]
     cells = re.findall(r"^\| (.+?) \| .+ \|$", section, re.M)
     assert cells[0] == "what you do"
     return cells[1:]
