@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
 WANTED := torch>=$(OLDEST)
+NUMPY  := numpy
 
 # Headers of the oldest PyTorch that pyproject.toml allows, for tests/packaging/test_oldest_headers.py. PyPI's wheel for macOS
 # has the same ones as that for Linux, in 80 MB in place of 900.
@@ -23,6 +24,7 @@ pytest: $(VENV)/.installed
 
 # The whole suite with another PyTorch: make test-torch TORCH=2.11.0. It has a virtual environment and a copy of the tree of its
 # own, so that the libraries built in this one stay. Without a GPU the CUDA kernels are built for one architecture alone.
+# The interpreter of Triton 3.6, which comes with PyTorch 2.10 and 2.11, fails with NumPy 2.4.
 TORCH_TREE = build/torch-$(TORCH)
 test-torch:
 	$(if $(TORCH),,$(error Say which PyTorch, such as: make test-torch TORCH=$(OLDEST).0))
@@ -30,7 +32,8 @@ test-torch:
 	find $(TORCH_TREE) -type f -not -path '*/resnet_fused/lib/*' -delete
 	git ls-files -z --cached --others --exclude-standard | tar -c --null --files-from=- --ignore-failed-read | tar -x -C $(TORCH_TREE)
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$(if $(shell nvidia-smi -L 2>/dev/null),,8.0)}" \
-	$(MAKE) -C $(TORCH_TREE) pytest VENV=$(abspath .venv-torch-$(TORCH)) WANTED=torch===$(TORCH)
+	$(MAKE) -C $(TORCH_TREE) pytest VENV=$(abspath .venv-torch-$(TORCH)) WANTED=torch===$(TORCH) \
+		NUMPY="$(if $(filter 2.10.% 2.11.%,$(TORCH)),numpy<2.4,numpy)"
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group --benchmark-sort=name
@@ -50,7 +53,7 @@ format: $(VENV)/.installed
 # repeated when a native source or the build's own files change.
 $(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "$(WANTED)" torchvision "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.*"
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "$(WANTED)" torchvision "$(NUMPY)" "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.*"
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,cuda,dev]"
 	touch $@
 

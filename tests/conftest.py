@@ -32,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 ON_DEVICE = ("ops", "modules", "training", "fuse", "tuning")
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Tensors that a file makes while it is imported are the same in each run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Whatever a test, or its file, makes without naming a device is made on --device."""
     device = config.getoption("--device")

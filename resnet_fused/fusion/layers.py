@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused.backends import Conv
-from resnet_fused.runtime.folding import NotFoldable, check_conv, check_norm, is_norm, probe
+from resnet_fused.runtime.folding import NotFoldable, check_conv, check_eps, check_norm, is_norm, probe
 
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -161,4 +161,5 @@ def norm(module: nn.Module, node: fx.Node) -> Norm | None:
         if path is None and given.get(name) is not None:
             raise NotFoldable(f"the batch norm's {name} is no parameter")
     eps: Any = given.get("eps", 1e-5)
+    check_eps(eps)
     return Norm(mean, var, gamma, beta, float(eps))

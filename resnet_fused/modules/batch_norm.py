@@ -55,7 +55,7 @@ def _fusible(norm: Any, x: Tensor, residual: Tensor | None, relu: bool) -> bool:
         return False  # a tracer's stand-in
     if type(norm) not in _NORMS or hooks_of(norm) is not None or module_hooks._has_any_global_hook():
         return False
-    if x.layout is not torch.strided or x.dim() != 4 or x.shape[1] != norm.num_features:
+    if x.layout is not torch.strided or x.dim() != 4 or x.shape[1] != norm.num_features or not norm.eps > 0:
         return False  # oneDNN's own layout runs as in stock, and stock's forward raises the errors that users know
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         return False

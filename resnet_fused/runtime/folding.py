@@ -104,7 +104,14 @@ def check_norm(norm: nn.Module) -> nn.Module:
             raise NotFoldable("the batch norm is in training mode; call model.eval() first")
         if norm.running_mean is None or norm.running_var is None:
             raise NotFoldable("the batch norm has no running statistics (track_running_stats=False)")
+        check_eps(norm.eps)
     return norm
+
+
+def check_eps(eps: float) -> None:
+    """Raises NotFoldable where F.batch_norm may refuse eps: all releases of PyTorch do below 0, those before 2.12 also 0."""
+    if not eps > 0:
+        raise NotFoldable(f"the batch norm's eps is {eps}, not above 0")
 
 
 def probe(norm: nn.Module) -> None:

@@ -140,6 +140,29 @@ def test_left_exactly_as_it_was_with_the_reason(make, reason):
         assert reason in row.note, row.note
 
 
+class FunctionalNorm(ConvBN):
+    def forward(self, x):
+        mean, var = self.bn.running_mean, self.bn.running_var
+        return self.act(F.batch_norm(self.conv(x), mean, var, self.bn.weight, self.bn.bias, False, 0.1, self.bn.eps))
+
+
+@pytest.mark.parametrize("make", [ConvBN, FunctionalNorm])
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+@torch.no_grad()
+def test_whether_a_batch_norm_takes_its_eps_is_asked_of_stock(make, eps, trained):
+    """No release of PyTorch takes one below 0, and those before 2.12 don't take 0."""
+    model = trained(make(bn=nn.BatchNorm2d(8, eps=eps)))
+    x = torch.randn(2, 8, 6, 6)
+    fused = rf.fuse(model)
+    assert f"the batch norm's eps is {eps}, not above 0" in str(report(fused))
+    if eps < 0 or torch.__version__ < (2, 12):
+        for m in (model, fused):
+            with pytest.raises(ValueError, match="batch_norm eps must be"):
+                m(x)
+    else:
+        assert_as_good_as_stock(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_each_convolution_has_a_reason_of_its_own():
     model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.utils.weight_norm(nn.Conv2d(8, 8, 1)), nn.BatchNorm2d(8)).eval()

@@ -70,6 +70,13 @@ def test_one_value_per_channel_raises_as_stock():
     assert fused.bn_relu(nn.BatchNorm2d(4).eval(), torch.randn(1, 4, 1, 1)).shape == (1, 4, 1, 1)
 
 
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+def test_eps_that_stock_refuses_raises_as_stock(eps: float):
+    for call in (nn.Module.__call__, fused.bn):
+        with pytest.raises(ValueError, match="eps must be positive"):
+            call(nn.BatchNorm2d(4, eps=eps), torch.randn(2, 4, 3, 3))
+
+
 class Doubled(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)

@@ -30,7 +30,7 @@ def matmul(a, b, c, m, n, k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexp
         rk = k0 + tl.arange(0, BK)
         x = tl.load(a + rm[:, None] * k + rk[None, :], mask=(rm < m)[:, None] & (rk < k)[None, :], other=0)
         y = tl.load(b + rk[:, None] * n + rn[None, :], mask=(rk < k)[:, None] & (rn < n)[None, :], other=0)
-        total = tl.dot(x, y, total)
+        total = tl.dot(x, y, total, out_dtype=SUM)
     tl.store(c + rm[:, None] * n + rn[None, :], total, mask=(rm < m)[:, None] & (rn < n)[None, :])
 
 
