@@ -22,7 +22,7 @@ from resnet_fused.accept_page import Outcome, Record, Step
 _LEAST, _RESERVE = 5.0, 2.0
 
 # The command line, by -c, since -m would look for the package in the folder of the results first.
-_PROGRAM = "import sys; from resnet_fused.cli import main; sys.exit(main())"
+PROGRAM = "import sys; from resnet_fused.cli import main; sys.exit(main())"
 
 
 def plan(device: str, seconds: float) -> list[Step]:
@@ -117,7 +117,7 @@ def _run_step(step: Step, seconds: float, out: Path) -> Outcome:
     log = out / step.log
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, *step.arguments],
+            [sys.executable, "-c", PROGRAM, *step.arguments],
             cwd=out,
             stdout=file,
             stderr=subprocess.STDOUT,

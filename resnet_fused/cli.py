@@ -16,7 +16,7 @@ _DTYPES = f"{', '.join(options.DTYPES)}, separated by commas"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         _check_environment()
         return arguments.run(arguments)
@@ -37,7 +37,7 @@ def _check_environment() -> None:
         raise options.UserError(str(error)) from error
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="resnet-fused",
         description="Fused kernels that make ResNets faster in PyTorch without changing what they compute.",

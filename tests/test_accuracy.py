@@ -110,9 +110,9 @@ def spoilt_programs(fault, monkeypatch: pytest.MonkeyPatch) -> str:
     spoil, words = fault
     call = run.Run.__call__
     monkeypatch.setattr(run.Run, "__call__", lambda self, inputs: spoil(call(self, inputs)))
-    settle = installing.FastPath._settle
+    settle = installing.FastPath.choose_run
     spoilt = lambda self, *args: (lambda made, y: (made, spoil(y)))(*settle(self, *args))  # noqa: E731
-    monkeypatch.setattr(installing.FastPath, "_settle", spoilt)
+    monkeypatch.setattr(installing.FastPath, "choose_run", spoilt)
     return words
 
 
@@ -140,8 +140,8 @@ def test_trials_and_tuning_ask_it(fault) -> None:
 def test_verification_of_a_device_asks_it(fault) -> None:
     spoil, words = fault
     case = next(made for _, every in cases.trials("onednn", CPU, (torch.float32,)) for made in every)
-    assert device._check(case).passed
-    assert words in device._check(case._replace(compute=lambda: spoil(case.compute()))).reason
+    assert device.check_trial(case).passed
+    assert words in device.check_trial(case._replace(compute=lambda: spoil(case.compute()))).reason
 
 
 def test_the_benchmarks_ask_it(fault) -> None:
@@ -150,8 +150,8 @@ def test_the_benchmarks_ask_it(fault) -> None:
     result = inference.Result(variants.OURS)
     truth, stock = TRUTH[None], TRUTH.float()[None]
     result.error = accuracy.relative_error(stock, truth)
-    assert not inference._is_wrong(result, workload, stock, stock, truth)
+    assert not inference.is_wrong(result, workload, stock, stock, truth)
     ours = spoil(stock)
     result.error = accuracy.relative_error(ours, truth)
-    assert inference._is_wrong(result, workload, ours, stock, truth)
+    assert inference.is_wrong(result, workload, ours, stock, truth)
     assert words in result.note

@@ -50,8 +50,8 @@ def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Faulty:
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     found = {"faulty": backend, "reference": backends.get("reference")}
-    monkeypatch.setattr(backends, "_BACKENDS", dict.fromkeys(found, ("", "")))
-    monkeypatch.setattr(backends, "_AUTOMATIC_ORDER", tuple(found))
+    monkeypatch.setattr(backends, "BACKENDS", dict.fromkeys(found, ("", "")))
+    monkeypatch.setattr(backends, "AUTOMATIC_ORDER", tuple(found))
     monkeypatch.setattr(backends, "get", found.__getitem__)
     tuning_cache.forget()
     yield backend
@@ -85,7 +85,7 @@ def test_a_wrong_kernel_is_avoided_until_it_passes(faulty: Faulty, fault: str, r
 def test_after_a_kernel_that_spoils_the_gpu_nothing_else_is_recorded(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(verify_device.check_kernels(CPU).checks) > 1
     faulty.fault = "error"
-    monkeypatch.setattr(verify_device, "_dead", lambda device: "AcceleratorError: an illegal memory access")
+    monkeypatch.setattr(verify_device, "why_unusable", lambda device: "AcceleratorError: an illegal memory access")
     result = verify_device.check_kernels(CPU)
     (culprit,) = result.checks
     assert culprit.reason.endswith("it leaves the GPU unusable")
@@ -123,7 +123,7 @@ def test_what_a_process_had_checked_before_its_end_counts(
     python.write_text(f"#!/bin/sh\nprintf '%s' '{lines}' > \"$6\"\nexec 2>&-\n{ends}\n")
     python.chmod(0o755)
     monkeypatch.setattr(verify_device.sys, "executable", str(python))
-    ((name, checks, skipped),) = verify_device._in_processes(["triton"], torch.device("cuda", 0), 2.0)
+    ((name, checks, skipped),) = verify_device.check_in_processes(["triton"], torch.device("cuda", 0), 2.0)
     assert name == "triton"
     assert checks[0] == made
     assert skipped[0] == ("triton: further kernels in float32", fault)
@@ -131,9 +131,9 @@ def test_what_a_process_had_checked_before_its_end_counts(
 
 def test_the_process_of_a_backend() -> None:
     """It finds the package, and gives what the same checks give here."""
-    checks, skipped = verify_device._checks_of_process("onednn", torch.float32, CPU, None)
+    checks, skipped = verify_device.checks_of_process("onednn", torch.float32, CPU, None)
     assert not skipped
-    assert [c.problem for c in checks] == [c.problem for c in verify_device._checks("onednn", CPU, (torch.float32,))[0]]
+    assert [c.problem for c in checks] == [c.problem for c in verify_device.run_checks("onednn", CPU, (torch.float32,))[0]]
     assert all(c.passed for c in checks)
 
 

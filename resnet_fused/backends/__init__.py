@@ -2,7 +2,7 @@
 
 A backend is a `Backend` with a list of implementations. Its choice follows, in this order: the argument, `use_backend`,
 the environment's RESNET_FUSED_BACKEND, automatic. An explicit choice that can't serve raises `BackendError` with the
-reason; the automatic one takes what `rf.tune` recorded, else the first backend of `_AUTOMATIC_ORDER` that serves the
+reason; the automatic one takes what `rf.tune` recorded, else the first backend of `AUTOMATIC_ORDER` that serves the
 problem and is known to win it, and ends with the reference, which is stock PyTorch and serves everything.
 """
 
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 # Module and class of each backend; the module is imported when the backend is first asked for.
-_BACKENDS: dict[str, tuple[str, str]] = {
+BACKENDS: dict[str, tuple[str, str]] = {
     "reference": ("resnet_fused.backends.reference.backend", "Reference"),
     "onednn": ("resnet_fused.backends.onednn.backend", "OneDNN"),
     "cpu": ("resnet_fused.backends.cpu.backend", "CPU"),
@@ -63,14 +63,14 @@ _BACKENDS: dict[str, tuple[str, str]] = {
 STOCK = "reference"
 """Name of the backend that is stock PyTorch."""
 
-_AUTOMATIC_ORDER = ("cpu", "onednn", "cudnn", "cuda", STOCK)
+AUTOMATIC_ORDER = ("cpu", "onednn", "cudnn", "cuda", STOCK)
 
 _context_choice: ContextVar[str | None] = ContextVar("resnet_fused_backend", default=None)
 
 
 def names() -> tuple[str, ...]:
     """Names of all backends that this version knows, available or not."""
-    return tuple(_BACKENDS)
+    return tuple(BACKENDS)
 
 
 def check_available(name: str, argument: str) -> None:
@@ -84,17 +84,17 @@ def check_available(name: str, argument: str) -> None:
 
 def check_name(name: str, argument: str) -> str:
     """`name` if it names a backend or is "auto"; raises ValueError that names the argument otherwise."""
-    if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"{argument} is {name!r}; it must be 'auto' or one of {', '.join(map(repr, _BACKENDS))}.")
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{argument} is {name!r}; it must be 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
     return name
 
 
 @functools.cache
 def get(name: str) -> Backend:
     """The backend of that name. Raises ValueError for an unknown name."""
-    if name not in _BACKENDS:
-        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, _BACKENDS))}.")
-    module, attribute = _BACKENDS[name]
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}.")
+    module, attribute = BACKENDS[name]
     return getattr(importlib.import_module(module), attribute)()
 
 
@@ -105,7 +105,7 @@ def stock() -> Backend:
 
 def available_backends() -> list[str]:
     """Names of the backends that can run on this machine, in the order in which the automatic choice asks them."""
-    ordered = [*_AUTOMATIC_ORDER, *(n for n in _BACKENDS if n not in _AUTOMATIC_ORDER)]
+    ordered = [*AUTOMATIC_ORDER, *(n for n in BACKENDS if n not in AUTOMATIC_ORDER)]
     return [name for name in ordered if get(name).unavailable() is None]
 
 
@@ -136,7 +136,7 @@ def choosing(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _environment_choice() -> str:
+def environment_choice() -> str:
     return check_name(config.backend(), "RESNET_FUSED_BACKEND")
 
 
@@ -144,12 +144,12 @@ def choice(argument: str = "auto") -> str:
     """The backend's name by the order argument, context manager, environment; "auto" if none of them chose."""
     if argument != "auto":
         return argument
-    return _context_choice.get() or _environment_choice()
+    return _context_choice.get() or environment_choice()
 
 
 def candidates(problem: Problem) -> list[str]:
     """Backends that are available and can serve the problem, in automatic order, then the others."""
-    ordered = [*_AUTOMATIC_ORDER, *(n for n in _BACKENDS if n not in _AUTOMATIC_ORDER)]
+    ordered = [*AUTOMATIC_ORDER, *(n for n in BACKENDS if n not in AUTOMATIC_ORDER)]
     return [name for name in ordered if _refusal(get(name), problem) is None]
 
 
@@ -179,7 +179,7 @@ def resolve(problem: Problem, chosen: str) -> Backend:
             raise BackendError(f"backend {chosen!r} can't serve {problem}: {reason}. Choose another backend, or 'auto'.")
         return backend
     recorded = tuning_cache.choice(problem)
-    if recorded is not None and recorded.backend in _BACKENDS:
+    if recorded is not None and recorded.backend in BACKENDS:
         backend = get(recorded.backend)
         if _refusal(backend, problem) is None:
             return backend
@@ -188,7 +188,7 @@ def resolve(problem: Problem, chosen: str) -> Backend:
 
 def by_rules(problem: Problem) -> Backend:
     """The backend that the automatic choice takes for the problem where nothing was recorded."""
-    for name in _AUTOMATIC_ORDER:
+    for name in AUTOMATIC_ORDER:
         backend = get(name)
         reason = _refusal(backend, problem)
         if reason is not None:

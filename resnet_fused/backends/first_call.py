@@ -21,7 +21,7 @@ from resnet_fused.backends import STOCK, ConvParameters, Declined, Kernel, Probl
 from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.problem import Kind
 
-_DEVICE = "cuda"
+DEVICE = "cuda"
 # How many of a backend's plans are tried.
 _PLANS = 3
 # A kernel takes stock's place if it takes at most this share of its time.
@@ -32,7 +32,7 @@ _trials = threading.Lock()
 
 def trial(problem: Problem, parameters: ConvParameters) -> None:
     """Tries the problem's kernels and records the fastest, unless there is a record, or a trial isn't possible now."""
-    if problem.device.type != _DEVICE or problem.kind is not Kind.CONVOLUTION or not problem.epilogue.bias:
+    if problem.device.type != DEVICE or problem.kind is not Kind.CONVOLUTION or not problem.epilogue.bias:
         return
     if tuning_cache.choice(problem) is not None or not _possible():
         return
@@ -42,7 +42,7 @@ def trial(problem: Problem, parameters: ConvParameters) -> None:
         names = _names(problem)
         if len(names) == 1:
             return
-        _say_once()
+        say_once()
         try:
             entry = _try(problem, parameters, names)
         except torch.OutOfMemoryError:
@@ -51,7 +51,7 @@ def trial(problem: Problem, parameters: ConvParameters) -> None:
     try:
         tuning_cache.add(problem.device, {tuning_cache.key(problem): entry})
     except OSError as error:
-        _warn_of_disk(str(error))
+        warn_of_disk(str(error))
 
 
 def _possible() -> bool:
@@ -109,13 +109,13 @@ def _try(problem: Problem, parameters: ConvParameters, names: list[str]) -> dict
 
 
 @functools.cache
-def _say_once() -> None:
+def say_once() -> None:
     path = config.cache_dir()
     config.logger().info("kernels are tried at the first call of each problem, and the choices kept in %s", path)
 
 
 @functools.cache
-def _warn_of_disk(reason: str) -> None:
+def warn_of_disk(reason: str) -> None:
     config.logger().warning(
         "choices of kernels can't be kept on disk: %s. Set RESNET_FUSED_CACHE_DIR to a folder of yours.", reason
     )

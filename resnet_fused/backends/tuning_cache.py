@@ -113,7 +113,7 @@ def add(device: torch.device, entries: dict[str, dict[str, Any]]) -> None:
 
 
 def _write(device: torch.device, entries: dict[str, dict[str, Any]]) -> Path:
-    path = _path(device)
+    path = file_of(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     choices = {**_read(path, device), **entries}
     content = {"format": _FORMAT, "machine": machine(device), "choices": choices}
@@ -211,7 +211,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _path(device: torch.device) -> Path:
+def file_of(device: torch.device) -> Path:
     digest = hashlib.sha256(json.dumps(machine(device), sort_keys=True).encode()).hexdigest()[:16]
     return config.cache_dir() / f"tuning-{digest}.json"
 
@@ -221,7 +221,7 @@ def _table(device: torch.device) -> dict[str, Any]:
     folder = config.cache_dir()
     table = _tables.get((device, folder))
     if table is None:
-        table = _read(_path(device), device) if folder.is_dir() else {}
+        table = _read(file_of(device), device) if folder.is_dir() else {}
         _tables[device, folder] = table
     return table
 

@@ -146,7 +146,7 @@ def compare(
         except variants.Unavailable as reason:
             result.note = str(reason)
             continue
-        if _is_wrong(result, workload, y, by_stock, truth):
+        if is_wrong(result, workload, y, by_stock, truth):
             continue
         runs[name], counts[name] = run, _group(run) if x.is_cuda else 1
         calls[name] = run if counts[name] == 1 else functools.partial(_repeat, run, counts[name])
@@ -160,7 +160,7 @@ def compare(
             error = relative_error(y, truth)
             if not error <= result.error:  # NaN is worse as well
                 result.error = error
-            if _is_wrong(result, workload, y, by_stock, truth):
+            if is_wrong(result, workload, y, by_stock, truth):
                 continue
             own = samples[result.variant]
             result.median, result.spread = own.median / counts[result.variant], own.spread
@@ -172,7 +172,7 @@ def compare(
     return comparison
 
 
-def _is_wrong(result: Result, workload: Workload, y: Tensor, by_stock: Tensor, truth: Tensor) -> bool:
+def is_wrong(result: Result, workload: Workload, y: Tensor, by_stock: Tensor, truth: Tensor) -> bool:
     """Whether a result isn't what it must be, which the note then says.
 
     Ours must be as good as stock's; others' may be further off, but not by more than rounding explains. So may ours in TF32,

@@ -22,8 +22,8 @@ from resnet_fused.runtime.capture import Captured, overlaps
 from resnet_fused.runtime.kept import Look
 
 # The device that graphs are captured on, and the most graphs that a model keeps; the least recently used one goes.
-_DEVICE = "cuda"
-_MOST_GRAPHS = 16
+DEVICE = "cuda"
+MOST_GRAPHS = 16
 _MOST_COUNTED = 1024
 # Calls of a kind before it is captured; twice as many after each graph that had to go, up to the other number.
 _CALLS, _MOST_NEEDED = 2, 1 << 20
@@ -105,7 +105,7 @@ class CudaGraphed(nn.Module):
         if self.training or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or overridden():
             return None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not tensors or any(type(t) is not Tensor or t.device.type != _DEVICE for t in tensors):
+        if not tensors or any(type(t) is not Tensor or t.device.type != DEVICE for t in tensors):
             return None
         if len({t.device for t in tensors}) != 1 or _capturing() or any(map(overlaps, tensors)):
             return None
@@ -134,10 +134,10 @@ class CudaGraphed(nn.Module):
         if self._calls[key] < self._needed:
             return None
         del self._calls[key]
-        if len(self._graphs) >= _MOST_GRAPHS:
+        if len(self._graphs) >= MOST_GRAPHS:
             # More kinds of input than graphs: a capture takes as long as many calls, and this one may go before it has paid.
             self._needed = min(2 * self._needed, _MOST_NEEDED)
-        while len(self._graphs) >= _MOST_GRAPHS:
+        while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)
 
         def run(leaves: list[Any]) -> Any:
@@ -160,7 +160,7 @@ class CudaGraphed(nn.Module):
         """Drops what was captured of another state. False where a replay would leave something out."""
         if self._look is not None and self._look.unchanged():
             return True
-        self._look, state = None, self._current_state()
+        self._look, state = None, state_of(self.model)
         if state is None:
             return False
         if state != self._state:
@@ -171,22 +171,23 @@ class CudaGraphed(nn.Module):
         self._look = _Look(self.model)
         return True
 
-    def _current_state(self) -> tuple[Any, ...] | None:
-        """Modules, and addresses and versions of their tensors; None where a replay would leave something out."""
-        if _hooks_everywhere():
+
+def state_of(model: nn.Module) -> tuple[Any, ...] | None:
+    """Modules, and addresses and versions of their tensors; None where a replay would leave something out."""
+    if _hooks_everywhere():
+        return None
+    state: list[Any] = []
+    for module in model.modules():
+        if module.training or module._forward_hooks or module._forward_pre_hooks:
             return None
-        state: list[Any] = []
-        for module in self.model.modules():
-            if module.training or module._forward_hooks or module._forward_pre_hooks:
-                return None
-            state.append(module)  # is equal to itself alone, and another one may have no tensors
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    if tensor.is_inference():
-                        # Doesn't count its changes.
-                        return None
-                    state += (tensor.data_ptr(), tensor._version)
-        return tuple(state)
+        state.append(module)  # is equal to itself alone, and another one may have no tensors
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                if tensor.is_inference():
+                    # Doesn't count its changes.
+                    return None
+                state += (tensor.data_ptr(), tensor._version)
+    return tuple(state)
 
 
 def _capturing() -> bool:
@@ -199,8 +200,8 @@ def _settings() -> tuple[Any, ...]:
     return (
         choice(),
         tuning_cache.generation(),
-        torch.is_autocast_enabled(_DEVICE),
-        torch.get_autocast_dtype(_DEVICE),
+        torch.is_autocast_enabled(DEVICE),
+        torch.get_autocast_dtype(DEVICE),
         torch.is_inference_mode_enabled(),
         cudnn.enabled,
         cudnn.benchmark,

@@ -299,11 +299,11 @@ class FastPath:
             if not self._values_changed(traced):
                 return self._not(self._untraceable)
             runs = traced.runs
-        key = self._key(args)
+        key = self.kind_of(args)
         run = runs.get(key)
         try:
             if run is None:
-                run, result = self._settle(traced, runs, key, args)
+                run, result = self.choose_run(traced, runs, key, args)
             else:
                 result = run(args)
         except Unservable as reason:
@@ -323,14 +323,14 @@ class FastPath:
         self._alone |= {match.name for step in steps for match in traced.built.groups[step].matches}
         self._traced, self._attempts, self._wait = None, self._attempts - 1, 0
 
-    def _key(self, args: tuple[Any, ...]) -> Any:
+    def kind_of(self, args: tuple[Any, ...]) -> Any:
         """What kernels are chosen by."""
         kinds = [(x.shape, x.stride(), x.dtype, x.device, x.layout) for x in args]
         dtype = autocast_dtype(args[0].device.type)
         settings = (choice(self._settings.backend), dtype, torch._C._get_mkldnn_enabled())
         return (*kinds, *settings, torch.get_num_threads())
 
-    def _settle(self, traced: _Traced, runs: ByKind[Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
+    def choose_run(self, traced: _Traced, runs: ByKind[Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
         """Runs the program for the first time on this kind of input."""
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
             if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:

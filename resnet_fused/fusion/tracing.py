@@ -198,7 +198,7 @@ class _NoArithmetic(TorchFunctionMode):
         raise CannotTrace(f"makes a tensor or asks PyTorch by itself ({name})")
 
 
-class _Tracer(TracerBase):
+class Tracer(TracerBase):
     def __init__(self, module: nn.Module, opaque: dict[str, str]) -> None:
         self.trace = Trace(fx.Graph(), opaque=dict(opaque))
         self.graph = self.trace.graph
@@ -383,7 +383,7 @@ def trace(module: nn.Module) -> Trace:
     opaque = {p: f"{type(m).__name__} has hooks" for p, m in module.named_modules() if p and has_hooks(m)}
     # A module that its own forward changes, which is seen only afterwards, is called as a whole at the next attempt.
     for _ in range(1 + sum(1 for _ in module.modules())):
-        tracer = _Tracer(module, opaque)
+        tracer = Tracer(module, opaque)
         found = tracer.run()
         changing = [(p, tracer.sandbox.changed(module.get_submodule(p))) for p in dict.fromkeys(found.inlined)]
         changed = {p: f"forward of {_kind(module, p)} changes its attribute {name!r}" for p, name in changing if name}

@@ -23,7 +23,7 @@ _captures = threading.RLock()
 
 
 @functools.cache
-def _stream_of(device: torch.device) -> Any:
+def stream_of(device: torch.device) -> Any:
     """The stream that captures are made on; a graph's kernels belong to the device of its stream."""
     return torch.cuda.Stream(device)
 
@@ -51,7 +51,7 @@ class Captured:
         self._graph = torch.cuda.CUDAGraph()
         with _captures, torch.cuda.device(self._device):
             self._stream = torch.cuda.current_stream(self._device)
-            side = _stream_of(self._device)
+            side = stream_of(self._device)
             side.wait_stream(self._stream)
             try:
                 # Left by any exit: PyTorch's own context leaves its stream current where the end of a capture fails.
@@ -76,7 +76,7 @@ class Captured:
                 with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     values = run(self.inputs)
             except BaseException:
-                _close(self._device, pool)
+                close_pool(self._device, pool)
                 raise
         for warning in warned:
             if _EMPTY in str(warning.message):
@@ -114,7 +114,7 @@ def _copy(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _close(device: torch.device, pool: Any) -> None:
+def close_pool(device: torch.device, pool: Any) -> None:
     """Ends the use of a failed capture's memory, which the end of the capture leaves open where it fails itself.
 
     While one is open the allocator gives no memory back on any stream.

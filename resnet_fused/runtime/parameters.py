@@ -21,7 +21,7 @@ def with_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t for t in tensors if not isinstance(t, ReleasedParameter)]
 
 
-def _fold(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fold_weights(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Folded weight and bias of a layer, computed in float64 and rounded to the weight's dtype, then to `dtype`."""
     weight, bias, mean, var, gamma, beta = (None if t is None else t.detach() for t in tensors[:6])
     assert weight is not None
@@ -53,7 +53,7 @@ class Parameters:
     def layer(self, layer: Layer, parameters: Sequence[Tensor], dtype: torch.dtype) -> LazyConvParameters:
         """A layer's folded parameters in a dtype."""
         tensors = [None if number == NONE else parameters[number] for number in layer.tensors]
-        return self._get((layer.conv, layer.eps, dtype), tensors, lambda: _fold(layer, tensors, dtype))
+        return self._get((layer.conv, layer.eps, dtype), tensors, lambda: fold_weights(layer, tensors, dtype))
 
     def _get(
         self, kind: tuple[object, ...], tensors: Sequence[Tensor | None], make: Callable[[], tuple[Tensor, Tensor]]

@@ -21,11 +21,11 @@ from resnet_fused.backends.binding import overridden
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.capture import Captured, overlaps
 
-_DEVICE = "cuda"
+DEVICE = "cuda"
 # Calls that a run serves before it is timed, and how often it is timed before it is left alone.
 _CALLS, _TIMINGS = 2, 3
 # Fewer operations aren't worth the copies.
-_FEWEST_OPERATIONS = 8
+FEWEST_OPERATIONS = 8
 # The GPU took at most so many times as long as the host did: it waited for it.
 _HOST_BOUND = 1.2
 
@@ -36,9 +36,9 @@ def replayable(inputs: Sequence[Tensor], operations: int) -> bool:
     """Whether a run on such inputs may be captured later."""
     devices = {x.device for x in inputs}
     return (
-        operations >= _FEWEST_OPERATIONS
+        operations >= FEWEST_OPERATIONS
         and len(devices) == 1
-        and inputs[0].device.type == _DEVICE
+        and inputs[0].device.type == DEVICE
         and torch.version.hip is None
         and not any(map(overlaps, inputs))
     )
@@ -78,7 +78,7 @@ class Replay:
 
     def _state(self) -> tuple[Any, ...]:
         """What a graph has fixed, and an eager run would ask for."""
-        return (*map(Tensor.data_ptr, self._held), *_settings())
+        return (*map(Tensor.data_ptr, self._held), *current_settings())
 
     def _eager(self, inputs: Sequence[Tensor]) -> Values:
         if self.graph is not None:  # of another state
@@ -151,7 +151,7 @@ class _Graph:
         return values
 
 
-def _settings() -> tuple[Any, ...]:
+def current_settings() -> tuple[Any, ...]:
     """Settings by which stock's ops choose their arithmetic when they are launched."""
     cudnn = torch.backends.cudnn
     return (
@@ -159,7 +159,7 @@ def _settings() -> tuple[Any, ...]:
         cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
-        autocast_dtype(_DEVICE),
+        autocast_dtype(DEVICE),
     )
 
 

@@ -47,7 +47,7 @@ class Run:
         self.parameters: list[ConvParameters] = []
         self.unequal: list[int] = []
         self.declined = 0
-        self._operations: list[Operation] = []
+        self.operations: list[Operation] = []
         self._count = 0
         self._single = type(program.outputs) is Value
         self._bounded = False
@@ -74,7 +74,7 @@ class Run:
     def _run(self, known: dict[Any, Any], inputs: Sequence[Tensor]) -> list[Any]:
         values: list[Any] = [*inputs, *(None,) * (self._count - len(inputs))]
         declined = False
-        for operation in self._operations:
+        for operation in self.operations:
             given = [values[number] for number in operation.reads]
             if operation.plain is None:
                 known.clear()  # no kernel: it may write to what it gets
@@ -92,7 +92,7 @@ class Run:
 
     def may_replay(self, inputs: Sequence[Tensor], kept: set[int], held: Sequence[Tensor]) -> None:
         """Lets the run become a CUDA graph, if it can; arguments as a `Replay`'s."""
-        if replayable(inputs, len(self._operations)):
+        if replayable(inputs, len(self.operations)):
             self.replay = Replay(self._values, kept, held)
 
     def finish(self, operations: list[Operation], kept: set[int], count: int) -> None:
@@ -123,9 +123,9 @@ class Run:
                 joined[-1].append(operation)
             else:
                 joined.append([operation])
-        self._operations = [_join(row) for row in joined]
+        self.operations = [_join(row) for row in joined]
         last: dict[int, Operation] = {}
-        for operation in self._operations:
+        for operation in self.operations:
             for number in (*operation.reads, *operation.writes):
                 last[number] = operation
         for number, operation in last.items():

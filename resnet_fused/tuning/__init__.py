@@ -83,7 +83,7 @@ class Tuning:
 
 
 @dataclass
-class _Task:
+class Task:
     problem: Problem
     parameters: ConvParameters
     whole: bool
@@ -113,7 +113,7 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
     if model.training:
         raise ValueError("model is in training mode, where nothing is folded; call model.eval() first.")
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    tasks = _tasks(model, arguments)
+    tasks = tasks_of(model, arguments)
     if not tasks:
         raise ValueError(
             "model has no fused op to tune whose backend is chosen automatically; pass what rf.fuse returned, without a "
@@ -124,19 +124,19 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
     bar = Progress(len(tasks), progress)
     try:
         with override_kernels(in_model.kernel_for):
-            compile_ahead(_to_compile(tasks), bar.show)
-            results, times, taken = _tune(tasks, in_model, bar)
+            compile_ahead(to_compile(tasks), bar.show)
+            results, times, taken = tune_tasks(tasks, in_model, bar)
     finally:
         bar.close()
         for task in tasks.values():
             task.parameters.forget()  # what was packed for candidates
     model_ms = {name: 1e3 * statistics.median(found) for name, found in times.items()}
-    return Tuning(results, model_ms, taken, _record(results))
+    return Tuning(results, model_ms, taken, record_results(results))
 
 
-def _tasks(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Task]:
+def tasks_of(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Task]:
     """The distinct problems that the model poses, by their keys, those of parts before those of wholes."""
-    found: dict[str, _Task] = {}
+    found: dict[str, Task] = {}
 
     def add(problem: Problem, parameters: ConvParameters) -> None:
         # Not by calling itself: that would be a cycle, in which what candidates packed would outlive the tuning.
@@ -145,14 +145,14 @@ def _tasks(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Task]:
         own = [(part.problem, part.parameters) for part in parts if part.problem.convs]
         for each, its in (*own, (problem, parameters)):
             if 0 not in (*each.shape, *each.output_shape()):
-                found.setdefault(tuning_cache.key(each), _Task(each, its, each is problem and bool(parts)))
+                found.setdefault(tuning_cache.key(each), Task(each, its, each is problem and bool(parts)))
 
     with override_kernels(add):
         model(*arguments)
     return dict(sorted(found.items(), key=lambda item: item[1].whole))
 
 
-def _to_compile(tasks: dict[str, _Task]) -> list[Candidate]:
+def to_compile(tasks: dict[str, Task]) -> list[Candidate]:
     """Candidates for a GPU's problems that have to be compiled."""
     found = []
     for task in tasks.values():
@@ -162,7 +162,7 @@ def _to_compile(tasks: dict[str, _Task]) -> list[Candidate]:
     return found
 
 
-def _tune(tasks: dict[str, _Task], model: InModel, progress: Progress) -> tuple[list[Result], Times, str]:
+def tune_tasks(tasks: dict[str, Task], model: InModel, progress: Progress) -> tuple[list[Result], Times, str]:
     """The results, times of the whole model, and which of these choices was taken."""
     rules, results = {}, {}
     for whole in sorted({task.whole for task in tasks.values()}):
@@ -186,7 +186,7 @@ def _tune(tasks: dict[str, _Task], model: InModel, progress: Progress) -> tuple[
     return list(results.values()), model_times, taken
 
 
-def _right(task: _Task, show: Callable[[str], object]) -> tuple[list[str], dict[str, str], dict[str, str]]:
+def _right(task: Task, show: Callable[[str], object]) -> tuple[list[str], dict[str, str], dict[str, str]]:
     """Candidates that compute the problem as they should; why others are wrong, by now or before; why others failed."""
     problem = task.problem
     show(f"{problem}: stock")
@@ -224,7 +224,7 @@ def _fastest(times: Times, base: str, gain: float) -> str:
     return best if ratios.get(best, 1.0) <= gain else base
 
 
-def _record(results: list[Result]) -> Path | None:
+def record_results(results: list[Result]) -> Path | None:
     try:
         for device in {result.problem.device for result in results}:
             own = [result for result in results if result.problem.device == device]
@@ -248,5 +248,5 @@ def _check_device(problem: Problem, dropped: dict[str, str], name: str, reason: 
     try:
         torch.cuda.synchronize(problem.device)
     except RuntimeError as error:
-        _record([Result(problem, STOCK, {}, {**dropped, name: reason})])
+        record_results([Result(problem, STOCK, {}, {**dropped, name: reason})])
         raise RuntimeError(f"{name} left the GPU unusable for {problem}; it is recorded, start a new process.") from error

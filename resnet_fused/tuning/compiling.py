@@ -22,7 +22,7 @@ from resnet_fused.tuning.candidates import prepare
 
 Candidate = tuple[Problem, str]
 # By -c and standard input: multiprocessing would run a user's script again where it has no `if __name__ == "__main__"`.
-_PROGRAM = "from resnet_fused.tuning import compiling; compiling.work()"
+PROGRAM = "from resnet_fused.tuning import compiling; compiling.work()"
 # A process takes some seconds to start, and memory on the GPU: fewer candidates aren't worth it, and more of them not either.
 _FEWEST, _MOST_PROCESSES = 8, 12
 
@@ -55,7 +55,7 @@ def compile_ahead(candidates: Sequence[Candidate], show: Callable[[str], object]
                 show(f"compiling {done} of {len(candidates)} candidates, about {rest:.0f} s left")
 
     show(f"compiling {len(candidates)} candidates in {count} processes")
-    command, environment = [sys.executable, "-c", _PROGRAM], config.environment_of_child()
+    command, environment = [sys.executable, "-c", PROGRAM], config.environment_of_child()
     pipe = subprocess.PIPE
     processes = [
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment) for _ in range(count)

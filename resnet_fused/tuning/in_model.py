@@ -44,7 +44,7 @@ class InModel:
     def __init__(self, run: Callable[[], object], chosen: dict[str, str]) -> None:
         self._run, self.chosen = run, chosen
         self._marks: dict[str, list[tuple[Any, Any]]] = {}
-        self._devices: set[torch.device] = set()
+        self.devices: set[torch.device] = set()
         self._host_ms = 0.0  # in which the host launches a run, and some more
 
     def kernel_for(self, problem: Problem, parameters: ConvParameters) -> Kernel | None:
@@ -53,7 +53,7 @@ class InModel:
         if key not in self.chosen:
             return None
         if problem.device.type == "cuda":
-            self._devices.add(problem.device)
+            self.devices.add(problem.device)
         kernels: dict[str, Kernel] = {}
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -62,9 +62,9 @@ class InModel:
                 kernels[name] = prepare(problem, parameters, name)
             if key not in self._marks:
                 return kernels[name](x, residual)
-            begin = _mark(problem.device)
+            begin = time_mark(problem.device)
             y = kernels[name](x, residual)
-            self._marks[key].append((begin, _mark(problem.device)))
+            self._marks[key].append((begin, time_mark(problem.device)))
             return y
 
         return kernel
@@ -116,7 +116,7 @@ class InModel:
 
     def _whole_run(self) -> float:
         self._synchronize()
-        if not self._devices:
+        if not self.devices:
             start = time.perf_counter()
             self._run()
             return time.perf_counter() - start
@@ -127,17 +127,17 @@ class InModel:
     def _run_queued(self) -> list[tuple[Any, Any]]:
         """Runs the model; on GPUs its launches queue up, so that events time the kernels and not the host. Marks by GPU."""
         begins = []
-        for device in self._devices:
+        for device in self.devices:
             with torch.cuda.device(device):
                 let_launches_queue(self._host_ms)
-            begins.append(_mark(device))
+            begins.append(time_mark(device))
         start = time.perf_counter()
         self._run()
         self._host_ms = _ROOM * 1e3 * (time.perf_counter() - start)
-        return [(begin, _mark(device)) for begin, device in zip(begins, self._devices, strict=True)]
+        return [(begin, time_mark(device)) for begin, device in zip(begins, self.devices, strict=True)]
 
     def _synchronize(self) -> None:
-        for device in self._devices:
+        for device in self.devices:
             torch.cuda.synchronize(device)
 
 
@@ -176,7 +176,7 @@ def _go_on(done: int, start: float) -> bool:
     return done < _TURNS or (done < _MOST_TURNS and time.perf_counter() - start < _SECONDS)
 
 
-def _mark(device: torch.device) -> Any:
+def time_mark(device: torch.device) -> Any:
     """A moment on the device: on a GPU an event, elsewhere the clock's seconds."""
     if device.type != "cuda":
         return time.perf_counter()

@@ -139,7 +139,7 @@ def check_kernels(
             unavailable.append((name, reason))
         elif name != "reference":
             available.append(name)
-    for name, found, skipped in (_in_processes if device.type == "cuda" else _here)(available, device, seconds):
+    for name, found, skipped in (check_in_processes if device.type == "cuda" else _here)(available, device, seconds):
         if found:
             progress(f"{name}: {len(found)} checks, {sum(not c.passed for c in found)} failed")
         checks += found
@@ -159,23 +159,23 @@ _Found = Iterator[tuple[str, list[Check], _Skipped]]
 def _here(names: list[str], device: torch.device, seconds: float | None) -> _Found:
     """Checks of each backend, in this process."""
     for name in names:
-        yield name, *_checks(name, device, DTYPES)
+        yield name, *run_checks(name, device, DTYPES)
 
 
-def _in_processes(names: list[str], device: torch.device, seconds: float | None) -> _Found:
+def check_in_processes(names: list[str], device: torch.device, seconds: float | None) -> _Found:
     """The same from processes of their own, one for each backend and dtype. So many run at once as there are pairs of cores."""
     deadline = None if seconds is None else time.monotonic() + seconds
     tasks = [(name, dtype) for name in names for dtype in DTYPES]
     workers = max(1, min(len(tasks), (os.cpu_count() or 2) // 2))
     with ThreadPoolExecutor(workers) as pool:
-        results = [pool.submit(_checks_of_process, *task, device, deadline) for task in tasks]
+        results = [pool.submit(checks_of_process, *task, device, deadline) for task in tasks]
         for name in names:
             own = [result.result() for (whose, _), result in zip(tasks, results, strict=True) if whose == name]
             yield name, [check for checks, _ in own for check in checks], [one for _, skipped in own for one in skipped]
 
 
 @torch.no_grad()
-def _checks(
+def run_checks(
     name: str, device: torch.device, dtypes: Sequence[torch.dtype], done: Callable[[Check], object] = lambda check: None
 ) -> tuple[list[Check], _Skipped]:
     """Checks of a backend's kernels, up to one that leaves the GPU unusable; what was not verified, and why.
@@ -188,8 +188,8 @@ def _checks(
     for problem, made in trials(name, device, dtypes):
         try:
             for trial in made:
-                check = _check(trial)
-                dead = None if check.passed else _dead(device)
+                check = check_trial(trial)
+                dead = None if check.passed else why_unusable(device)
                 if dead is not None:
                     check.reason += "; it leaves the GPU unusable"
                 checks.append(check)
@@ -199,12 +199,12 @@ def _checks(
                     return checks, [*skipped, (f"{name}: further kernels", why)]
         except Exception as error:  # of stock's ops, or for want of memory; that is no kernel's fault
             skipped.append((f"{name}: {problem}", _first_line(error)))
-            if _dead(device) is not None:
+            if why_unusable(device) is not None:
                 return checks, skipped
     return checks, skipped
 
 
-def _checks_of_process(
+def checks_of_process(
     name: str, dtype: torch.dtype, device: torch.device, deadline: float | None
 ) -> tuple[list[Check], _Skipped]:
     """Checks of a process of its own. Where that ends by a signal, what it had checked before counts."""
@@ -239,13 +239,13 @@ def work(name: str, dtype: str, device: str, path: str) -> None:
             file.write(json.dumps(content) + "\n")
 
         dtypes = (getattr(torch, dtype),)
-        _, skipped = _checks(name, torch.device(device), dtypes, lambda check: write(dataclasses.asdict(check)))
+        _, skipped = run_checks(name, torch.device(device), dtypes, lambda check: write(dataclasses.asdict(check)))
         write(skipped)
-    if _dead(torch.device(device)) is not None:
+    if why_unusable(torch.device(device)) is not None:
         os._exit(0)  # what Python frees at its exit would only meet the same error
 
 
-def _dead(device: torch.device) -> str | None:
+def why_unusable(device: torch.device) -> str | None:
     """Why nothing more runs on the GPU in this process; None if something does."""
     if device.type != "cuda":
         return None
@@ -265,7 +265,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
 
 
-def _check(trial: Trial) -> Check:
+def check_trial(trial: Trial) -> Check:
     """Runs one kernel and judges its result; a kernel that raises has failed, unless it is for want of memory."""
     error = stock = None
     try:

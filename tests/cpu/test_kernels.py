@@ -200,7 +200,7 @@ def test_wrong_arguments_are_named(change: dict, message: str):
     layer = Layer(n=1, c=16, h=8, w=8, out=16)
     for name, value in change.items():
         setattr(layer, name, value)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         layer.ours([])
 
 
@@ -208,5 +208,5 @@ def test_wrong_arguments_are_named(change: dict, message: str):
     "plan", [[4, 8, 4, 64], [3, 8, 4, 64, 0], [4, 0, 4, 64, 0], [4, 8, 4, 20, 1]], ids=["short", "tile", "zero", "chunk"]
 )
 def test_impossible_plans_are_refused(plan: list[int]):
-    with pytest.raises(RuntimeError, match="plan"):
+    with pytest.raises(ValueError, match="plan"):
         Layer(n=1, c=16, h=8, w=8, out=16).ours(plan)

@@ -69,9 +69,9 @@ def test_result_and_gradient_of_x(isa: str, case: Case, dtype: torch.dtype):
     ops = torch.ops.resnet_fused_cpu
     x, weight, dy = case.tensors(dtype)
     if dtype == torch.bfloat16 and not case.plan and not ops.avx512_bf16():
-        with pytest.raises(RuntimeError, match="need a CPU with AVX512_BF16"):
+        with pytest.raises(ValueError, match="need a CPU with AVX512_BF16"):
             ops.training_conv(x, weight, case.stride, case.pad, case.plan)
-        with pytest.raises(RuntimeError, match="need a CPU with AVX512_BF16"):
+        with pytest.raises(ValueError, match="need a CPU with AVX512_BF16"):
             ops.input_gradient(dy, weight, case.height, case.width, case.stride, case.pad, case.plan)
         return
     y = ops.training_conv(x, weight, case.stride, case.pad, case.plan)
@@ -129,15 +129,15 @@ def test_wrong_arguments_are_named(isa: str):
         "smaller than the kernel": (x[:, :, :2, :2].contiguous(memory_format=CL), weight, 2, 0, []),
     }
     for message, arguments in wrong.items():
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             ops.training_conv(*arguments)
-    with pytest.raises(RuntimeError, match="size of the result"):
+    with pytest.raises(ValueError, match="size of the result"):
         ops.input_gradient(dy, weight, 17, 14, 2, 1, [])
-    with pytest.raises(RuntimeError, match="plan is for stride 1"):
+    with pytest.raises(ValueError, match="plan is for stride 1"):
         ops.input_gradient(dy, weight, 15, 14, 2, 1, WINOGRAD)
-    with pytest.raises(RuntimeError, match="dy has 48 channels, where weight asks for 40"):
+    with pytest.raises(ValueError, match="dy has 48 channels, where weight asks for 40"):
         ops.input_gradient(dy, weight[:40].contiguous(memory_format=CL), 15, 14, 2, 1, [])
     if ops.avx512_bf16():
         odd = torch.randn(2, 33, 6, 6).bfloat16().contiguous(memory_format=CL)
-        with pytest.raises(RuntimeError, match="even number of input channels"):
+        with pytest.raises(ValueError, match="even number of input channels"):
             ops.training_conv(odd, torch.randn(64, 33, 1, 1), 1, 0, [])

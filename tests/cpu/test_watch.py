@@ -288,7 +288,7 @@ def test_a_watch_deleted_while_others_ask():
         try:
             while True:
                 assert library_ops.watch_unchanged(id)
-        except RuntimeError as error:
+        except ValueError as error:
             outcomes.append(str(error))
 
     threads = [threading.Thread(target=ask) for _ in range(3)]

@@ -111,5 +111,5 @@ def test_wrong_arguments_are_named():
         ((x, dy, 3, 2, 1, False), "shape of this convolution's result"),
         ((x, dy, 1, 1, 0, True), "Winograd serves"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             run(*arguments)

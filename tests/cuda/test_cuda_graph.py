@@ -69,16 +69,16 @@ def emulated(monkeypatch):
         is_available=lambda: False,
         streams=current,
     )
-    capture._stream_of.cache_clear()
+    capture.stream_of.cache_clear()
     monkeypatch.setattr(cuda_graph.torch, "cuda", fake)
-    monkeypatch.setattr(cuda_graph, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")
     monkeypatch.setattr(
         torch._C, "_cuda_endAllocateToPool", lambda index, pool: captures[-1].__dict__.update(ended=pool), False
     )
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda index, pool: captures[-1].__dict__.update(freed=pool), False)
     yield captures
     assert len(current) == 1
-    capture._stream_of.cache_clear()
+    capture.stream_of.cache_clear()
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_a_replay_looks_at_the_model_in_one_flat_way(graphed, model, monkeypatch
     x = image()
     for _ in range(3):
         graphed(x)
-    monkeypatch.setattr(CudaGraphed, "_current_state", lambda self: pytest.fail("it was looked at module by module"))
+    monkeypatch.setattr(cuda_graph, "state_of", lambda model: pytest.fail("it was looked at module by module"))
     expected = model(x)
     for _ in range(3):
         torch.testing.assert_close(graphed(x), expected)
@@ -281,7 +281,7 @@ def test_another_module_without_parameters_is_seen(graphed, model):
 
 
 def test_keeps_no_more_graphs_than_it_may(graphed, monkeypatch):
-    monkeypatch.setattr(cuda_graph, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
     for size in (4, 5, 6):
         for _ in range(2):
             graphed(image(size))

@@ -74,7 +74,7 @@ def test_serves_what_is_within_its_limits(backend):
     ],
 )
 def test_is_the_rules_choice_only_where_it_was_measured(dtype, groups, measured, wins, backend, monkeypatch):
-    monkeypatch.setattr(cudnn, "_measured", lambda device: measured)
+    monkeypatch.setattr(cudnn, "was_measured", lambda device: measured)
     posed = problem_of("conv2d_bn_relu", (2, 8, 9, 9), dtype, CUDA, (Conv(8, 16, (3, 3), groups=groups),))
     assert backend.preferred(posed) == wins
 
@@ -239,7 +239,7 @@ def passes(monkeypatch):
     ],
 )
 def test_the_most_promising_way_comes_first(op, measured, names, backend, passes, monkeypatch):
-    monkeypatch.setattr(cudnn, "_measured", lambda device: measured)
+    monkeypatch.setattr(cudnn, "was_measured", lambda device: measured)
     posed = problem_of(op, (2, 8, 9, 9), torch.float16, CUDA, (CONV._replace(groups=1),))
     assert backend.why_not(posed) is None
     assert backend.plans(posed) == names
@@ -262,7 +262,7 @@ def test_a_pass_over_stocks_convolution(op, backend, operators, passes):
 
 
 def test_a_pass_serves_where_the_fused_engine_is_wrong(backend, operators, passes, monkeypatch):
-    monkeypatch.setattr(cudnn, "_measured", lambda device: True)
+    monkeypatch.setattr(cudnn, "was_measured", lambda device: True)
     relu = operators.cudnn_convolution_relu
     operators.cudnn_convolution_relu = lambda *args: relu(*args).nan_to_num(0.0)
     posed = problem("conv2d_bn_relu", dtype=torch.float32, device=torch.device("cpu"))

@@ -80,13 +80,13 @@ def gpu(monkeypatch):
     }
     for name, stand_in in emulated.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    capture._stream_of.cache_clear()
-    monkeypatch.setattr(capture, "_close", lambda device, pool: None)
-    monkeypatch.setattr(replay, "_DEVICE", "cpu")
-    monkeypatch.setattr(replay, "_FEWEST_OPERATIONS", 1)
+    capture.stream_of.cache_clear()
+    monkeypatch.setattr(capture, "close_pool", lambda device, pool: None)
+    monkeypatch.setattr(replay, "DEVICE", "cpu")
+    monkeypatch.setattr(replay, "FEWEST_OPERATIONS", 1)
     with torch.no_grad():
         yield gpu
-    capture._stream_of.cache_clear()
+    capture.stream_of.cache_clear()
 
 
 def plain(trained) -> nn.Module:
@@ -199,7 +199,7 @@ def test_settings_that_ops_follow_are_seen(trained, gpu, monkeypatch):
     model = plain(trained)
     fused = fuse(model)
     check(fused, model)
-    monkeypatch.setattr(replay, "_settings", lambda: ("others",))
+    monkeypatch.setattr(replay, "current_settings", lambda: ("others",))
     check(fused, model)
     assert len(gpu.captures) == 2
 
@@ -340,7 +340,7 @@ def test_another_stream_waits_for_the_one_before(gpu):
     ids=["fits", "few-operations", "expanded", "another-device"],
 )
 def test_what_may_be_replayed(x, operations, may, monkeypatch):
-    monkeypatch.setattr(replay, "_FEWEST_OPERATIONS", 8)
+    monkeypatch.setattr(replay, "FEWEST_OPERATIONS", 8)
     assert replay.replayable([x], operations) == may
 
 

@@ -46,7 +46,7 @@ def _state() -> list[object]:
 
 def _stopping_in_trace(monkeypatch, gate: _Gate, model: nn.Module):
     """rf.fuse that stops while it traces. Compiled as PyTorch's own code, which the trace doesn't look at."""
-    original = tracing._Tracer.create_node
+    original = tracing.Tracer.create_node
     source = "def create_node(self, *args, **kwargs):\n    gate.stop()\n    return original(self, *args, **kwargs)\n"
     names = {"gate": gate, "original": original}
     exec(compile(source, torch.__file__, "exec"), names)
@@ -54,7 +54,7 @@ def _stopping_in_trace(monkeypatch, gate: _Gate, model: nn.Module):
     inner = {"reached": gate.reached, "go": gate.go}
     exec(trusted, inner)
     gate.stop = inner["stop"]
-    monkeypatch.setattr(tracing._Tracer, "create_node", names["create_node"])
+    monkeypatch.setattr(tracing.Tracer, "create_node", names["create_node"])
     return lambda: rf.fuse(model)
 
 

@@ -372,8 +372,8 @@ def test_example_inputs_are_compared(trained, monkeypatch, caplog):
     x = torch.randn(1, 8, 6, 6)
     assert rf.fuse(model, example_inputs=x) is not model
 
-    fold = parameters._fold
-    monkeypatch.setattr(parameters, "_fold", lambda *args: tuple(t * 1.5 for t in fold(*args)))
+    fold = parameters.fold_weights
+    monkeypatch.setattr(parameters, "fold_weights", lambda *args: tuple(t * 1.5 for t in fold(*args)))
     state = copy.deepcopy(model.state_dict())
     for inplace in (False, True):
         caplog.clear()

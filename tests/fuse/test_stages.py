@@ -75,7 +75,7 @@ def test_the_blocks_kernels_run_in_a_row(stage, x):
     x = x.contiguous(memory_format=torch.channels_last)
     first = stage(x)
     (run,) = runs(stage)
-    assert len(run._operations) == 1
+    assert len(run.operations) == 1
     assert all(torch.equal(stage(x), first) for _ in range(3))
 
 

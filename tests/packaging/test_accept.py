@@ -24,7 +24,7 @@ def steps(monkeypatch):
     def set_plan(programs: dict[str, str], shares: dict[str, float] | None = None) -> None:
         plan = [Step(title, ("bench", "--out", title.lower()), (shares or {}).get(title, 1.0)) for title in programs]
         monkeypatch.setattr(accept, "plan", lambda device, seconds: plan)
-        monkeypatch.setattr(accept, "_PROGRAM", "import sys\nexec(" + repr(programs) + "[sys.argv[3].capitalize()])")
+        monkeypatch.setattr(accept, "PROGRAM", "import sys\nexec(" + repr(programs) + "[sys.argv[3].capitalize()])")
 
     return set_plan
 
@@ -84,7 +84,7 @@ def test_the_steps_are_commands_that_a_user_can_run(device):
     benches = [step for step in plan if step.arguments[0] == "bench"]
     assert len({step.folder for step in benches}) == len(benches)
     for step in plan:
-        arguments = cli._parser().parse_args(step.arguments)
+        arguments = cli.make_parser().parse_args(step.arguments)
         assert arguments.run is not None
         assert 0 < step.share <= 1
 

@@ -153,12 +153,12 @@ def test_environment_is_checked_before_anything_runs(variable, value, monkeypatc
     from resnet_fused import backends
 
     monkeypatch.setenv(variable, value)
-    backends._environment_choice.cache_clear()
+    backends.environment_choice.cache_clear()
     try:
         assert cli.main(["info"]) == 2
     finally:
         monkeypatch.undo()
-        backends._environment_choice.cache_clear()
+        backends.environment_choice.cache_clear()
     assert f"{variable} is {value!r}; it must be" in capsys.readouterr().err
 
 
@@ -168,7 +168,7 @@ def test_environment_is_checked_before_anything_runs(variable, value, monkeypatc
 @pytest.mark.parametrize("command", ["bench", "verify"])
 def test_a_backend_that_is_not_available_here(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("resnet_fused.backends._environment_choice", lambda: "cuda")
+    monkeypatch.setattr("resnet_fused.backends.environment_choice", lambda: "cuda")
     arguments = ["--models", "resnet18", "--size", "32"]
     more = ["--batches", "1", "--dtypes", "float32", "--no-compile"] if command == "bench" else []
     assert cli.main([command, *arguments, *more]) == 2

@@ -35,7 +35,7 @@ def fake_times(monkeypatch, seconds: dict[str, float], model: dict[str, float] |
 
 def tune_problem(problem: Problem, folded: ConvParameters) -> tuning.Result:
     """Tunes one problem as if a model posed it, by the times of `fake_times`, and records the result."""
-    tasks = {tuning_cache.key(problem): tuning._Task(problem, folded, is_divisible(problem))}
-    (result,), _, _ = tuning._tune(tasks, InModel(lambda: None, {}), Progress(1, False))
-    tuning._record([result])
+    tasks = {tuning_cache.key(problem): tuning.Task(problem, folded, is_divisible(problem))}
+    (result,), _, _ = tuning.tune_tasks(tasks, InModel(lambda: None, {}), Progress(1, False))
+    tuning.record_results([result])
     return result

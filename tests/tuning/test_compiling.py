@@ -33,7 +33,7 @@ for problem, variant in pickle.load(sys.stdin.buffer):
     open(os.path.join({str(tmp_path)!r}, variant), "x").close()  # fails where it was compiled before
     print("done", flush=True)
 """
-    monkeypatch.setattr(compiling, "_PROGRAM", program)
+    monkeypatch.setattr(compiling, "PROGRAM", program)
     shown: list[str] = []
     compiling.compile_ahead(CANDIDATES, shown.append)
     assert {path.name for path in tmp_path.iterdir()} == {variant for _, variant in CANDIDATES}
@@ -43,7 +43,7 @@ for problem, variant in pickle.load(sys.stdin.buffer):
 
 @pytest.mark.parametrize("program", ["raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)", "print('done')"])
 def test_processes_that_fail_do_no_harm(program, monkeypatch):
-    monkeypatch.setattr(compiling, "_PROGRAM", program)
+    monkeypatch.setattr(compiling, "PROGRAM", program)
     compiling.compile_ahead(CANDIDATES, lambda text: None)
 
 
@@ -83,5 +83,5 @@ def test_only_what_triton_has_to_compile(monkeypatch):
     monkeypatch.setattr(tuning_cache, "dropped", lambda problem: {"triton:b": "it was wrong"})
     on_cpu = problem_of("conv2d_bn_relu", (1, 16, 8, 8), torch.float32, torch.device("cpu"), (CONV,))
     nothing = ConvParameters((), ())
-    tasks = {str(problem): tuning._Task(problem, nothing, False) for problem in (PROBLEM, on_cpu)}
-    assert tuning._to_compile(tasks) == [(PROBLEM, "triton:c")]
+    tasks = {str(problem): tuning.Task(problem, nothing, False) for problem in (PROBLEM, on_cpu)}
+    assert tuning.to_compile(tasks) == [(PROBLEM, "triton:c")]

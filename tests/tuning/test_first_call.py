@@ -24,10 +24,10 @@ PROBLEM = problem_of("conv2d_bn_add_relu", (10, 16, 6, 6), torch.float32, torch.
 def cache(tmp_path, monkeypatch):
     """An empty folder for the records; the CPU's backends are tried."""
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(first_call, "_DEVICE", "cpu")
+    monkeypatch.setattr(first_call, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    first_call._say_once.cache_clear()
-    first_call._warn_of_disk.cache_clear()
+    first_call.say_once.cache_clear()
+    first_call.warn_of_disk.cache_clear()
     tuning_cache.forget()
     yield tmp_path
     tuning_cache.forget()

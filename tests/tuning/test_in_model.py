@@ -58,7 +58,7 @@ def run(model):
 def keys(model) -> list[str]:
     """The problems' keys, the one posed twice first."""
     with torch.no_grad():
-        return [*tuning._tasks(model, (torch.randn(2, 8, 6, 6),))]
+        return [*tuning.tasks_of(model, (torch.randn(2, 8, 6, 6),))]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def clock(monkeypatch):
         return call
 
     monkeypatch.setattr(in_model, "prepare", slow)
-    monkeypatch.setattr(in_model, "_mark", lambda device: now[0])
+    monkeypatch.setattr(in_model, "time_mark", lambda device: now[0])
     return costs
 
 
@@ -179,7 +179,7 @@ def test_on_a_gpu_launches_queue_up_before_each_timed_run(run, keys, monkeypatch
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     model = InModel(lambda: (done.append("run"), time.sleep(0.004)), dict.fromkeys(keys, "reference"))
-    model._devices = {torch.device("cuda", 0)}
+    model.devices = {torch.device("cuda", 0)}
     times = model.compare({"one": {}}, lambda text: None)
     assert set(times["one"]) == {2e-3}
     first, second = done[:4], done[4:8]
@@ -209,7 +209,7 @@ def test_no_kernel_of_the_measurements_stays_in_the_model(problem, model, run, k
     run()
     (kept,) = runs(model)
     assert [backend for _, backend in kept.problems.values()] == 3 * ["cpu"]
-    reached = {id(value) for operation in kept._operations for value in _reached(operation.run)}
+    reached = {id(value) for operation in kept.operations for value in _reached(operation.run)}
     assert len(reached) > 3
     assert not reached & {*map(id, served)}
 

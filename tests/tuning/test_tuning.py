@@ -185,7 +185,7 @@ def test_records_of_another_build_of_the_library_are_others(tmp_path, monkeypatc
             (tmp_path / "resnet_fused_cpu.so").write_bytes(content)
         library.digest.cache_clear()
         tuning_cache.machine.cache_clear()
-        paths.add(tuning_cache._path(CPU))
+        paths.add(tuning_cache.file_of(CPU))
     monkeypatch.undo()
     library.digest.cache_clear()
     tuning_cache.machine.cache_clear()
@@ -221,7 +221,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in SPOILT.items()])
 def test_a_spoilt_file_is_ignored_with_a_warning(content, caplog):
-    path = tuning_cache._path(CPU)
+    path = tuning_cache.file_of(CPU)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with caplog.at_level(logging.WARNING, "resnet_fused"):
         assert tuning_cache.choice(PROBLEM) is None
@@ -241,7 +241,7 @@ ENTRIES = {
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=name) for name, entry in ENTRIES.items()])
 def test_a_spoilt_entry_changes_nothing(entry):
     before = backends.resolve(PROBLEM, "auto").name
-    tuning_cache._path(CPU).write_text(json.dumps({**valid(), "choices": {tuning_cache.key(PROBLEM): entry}}))
+    tuning_cache.file_of(CPU).write_text(json.dumps({**valid(), "choices": {tuning_cache.key(PROBLEM): entry}}))
     tuning_cache.forget()
     assert backends.resolve(PROBLEM, "auto").name == before
     assert tuning_cache.dropped(PROBLEM) == {}

@@ -57,10 +57,10 @@ def sass_mix(ptx: str, arch: str = "sm_80") -> dict[str, SassMix]:
         CompileError: ptxas refuses the PTX.
     """
     parts = re.split(r"^\.text\.(\S+):$", disassemble(compile_cubin(ptx, arch)), flags=re.M)
-    return {name: _mix(text.split(".section", 1)[0]) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: mix_of(text.split(".section", 1)[0]) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def _mix(text: str) -> SassMix:
+def mix_of(text: str) -> SassMix:
     code: list[tuple[int, str]] = []
     labels: dict[str, int] = {}
     branches: list[tuple[str, int]] = []

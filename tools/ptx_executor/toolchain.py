@@ -55,7 +55,7 @@ class KernelResources:
     barriers: int
 
 
-def _package_folders(package: str, *below: str) -> list[Path]:
+def package_folders(package: str, *below: str) -> list[Path]:
     """The folders matching a pattern inside an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     places = list(spec.submodule_search_locations or []) if spec is not None else []
@@ -86,7 +86,7 @@ def find_toolkit() -> Toolkit:
         if toolkit is None:
             raise ToolkitNotFound(f"CUDA_HOME={home!r} has no bin/nvcc and bin/ptxas; correct it, or unset it and {REMEDY}")
         return toolkit
-    for folder in _package_folders("nvidia", "cu*"):
+    for folder in package_folders("nvidia", "cu*"):
         if toolkit := _toolkit_at(folder):
             return toolkit
     nvcc = shutil.which("nvcc")
@@ -105,11 +105,11 @@ def find_tool(name: str) -> Path:
     folders = []
     if os.environ.get("CUDA_HOME"):
         folders.append(Path(os.environ["CUDA_HOME"]) / "bin")
-    folders += _package_folders("nvidia", "cu*", "bin")
+    folders += package_folders("nvidia", "cu*", "bin")
     on_path = shutil.which(name)
     if on_path:
         folders.append(Path(on_path).parent)
-    folders += _package_folders("triton", "backends", "nvidia", "bin")
+    folders += package_folders("triton", "backends", "nvidia", "bin")
     for folder in folders:
         if (folder / name).is_file():
             return folder / name

@@ -83,15 +83,15 @@ class ChainKernel(JoinableKernel):
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, record: Record) -> None:
         self.shape, self.dtype, self.record = shape, dtype, record
-        self._chain: Chain | None = None
+        self.chain: Chain | None = None
         self._run = torch.ops.resnet_fused_cpu.run_chain.default
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        chain = self._chain
+        chain = self.chain
         if chain is None:
             chain = Chain(self.shape, self.dtype)
             self.record(chain, Chain.X, Chain.RESIDUAL)
-            self._chain = chain
+            self.chain = chain
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)

@@ -131,7 +131,7 @@ def _without_bias(problem: Problem, parameters: ConvParameters) -> Kernel:
 def fusing_was_faster(problem: Problem) -> bool:
     """Whether cuDNN's fused operations were measured to be the fastest for such problems."""
     conv, half = problem.conv, problem.dtype in (torch.float16, torch.bfloat16)
-    return half and conv.groups == 1 and conv.in_channels % 8 == 0 and _measured(problem.device)
+    return half and conv.groups == 1 and conv.in_channels % 8 == 0 and was_measured(problem.device)
 
 
 @contextlib.contextmanager
@@ -149,7 +149,7 @@ def _benchmark() -> Iterator[None]:
 
 
 @functools.cache
-def _measured(device: torch.device) -> bool:
+def was_measured(device: torch.device) -> bool:
     """Whether the device is of the architecture that `preferred` was measured on."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 

@@ -62,7 +62,7 @@ class Launch:
         """Compiles for the current device. Gives a function of the tensors that launches on the current stream."""
         scalars, constants, grid = self.scalars, self.constants, self.grid
         if config.triton_interpreted():
-            return functools.partial(_interpret, self.kernel[grid], scalars, constants)
+            return functools.partial(interpret, self.kernel[grid], scalars, constants)
         tensors = [t and _Anything(t) for t in self.tensors]
         compiled = self.kernel.warmup(*tensors, *scalars, **constants, grid=grid, num_warps=self.warps, num_stages=self.stages)
         runner = compiled[grid]
@@ -90,7 +90,7 @@ class Launch:
         return triton.compile(source, target=target, options={"num_warps": self.warps, "num_stages": self.stages})
 
 
-def _interpret(launch: Any, scalars: tuple[int, ...], constants: dict[str, Any], *tensors: Tensor | None) -> None:
+def interpret(launch: Any, scalars: tuple[int, ...], constants: dict[str, Any], *tensors: Tensor | None) -> None:
     # The interpreter replaces functions of triton.language while it runs.
     with _INTERPRETER:
         launch(*tensors, *scalars, **constants)

@@ -239,8 +239,8 @@ def test_gradients_are_those_of_stock():
 def test_compiles_into_one_graph(monkeypatch):
     """Through Inductor, which generates C++ for the rest, and calls the op as it is."""
     launched = []
-    interpret = launch._interpret
-    monkeypatch.setattr(launch, "_interpret", lambda *args: launched.append(args) or interpret(*args))
+    interpret = launch.interpret
+    monkeypatch.setattr(launch, "interpret", lambda *args: launched.append(args) or interpret(*args))
     tensors = RAGGED.tensors()
     compiled = torch.compile(lambda *args: fused(RAGGED, *args) * 2, fullgraph=True)
     with torch.no_grad():

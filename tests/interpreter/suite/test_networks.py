@@ -49,8 +49,8 @@ def test_a_fused_resnet_keeps_its_results(make, dtype, size):
 def test_a_fused_resnet_compiles_into_one_graph(monkeypatch):
     """Through Inductor: the ops stay as they are, on the kernels of the backend."""
     launched = []
-    interpret = launch._interpret
-    monkeypatch.setattr(launch, "_interpret", lambda *args: launched.append(args) or interpret(*args))
+    interpret = launch.interpret
+    monkeypatch.setattr(launch, "interpret", lambda *args: launched.append(args) or interpret(*args))
     torch.manual_seed(0)
     model = PlainResNet(widths=(16, 32)).eval().to(memory_format=torch.channels_last)
     x = torch.randn(1, 3, 32, 32).to(memory_format=torch.channels_last)

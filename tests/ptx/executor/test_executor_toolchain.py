@@ -18,7 +18,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No CUDA_HOME, no PyPI packages, an empty PATH."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    monkeypatch.setattr(toolchain, "_package_folders", lambda *where: [])
+    monkeypatch.setattr(toolchain, "package_folders", lambda *where: [])
     return tmp_path
 
 
@@ -40,7 +40,7 @@ def test_missing_toolkit_names_the_remedy() -> None:
 
 def test_cuda_home_wins_and_must_be_a_toolkit(monkeypatch: pytest.MonkeyPatch, nothing_installed: Path) -> None:
     packaged, chosen = fake_toolkit(nothing_installed / "packaged"), fake_toolkit(nothing_installed / "chosen")
-    monkeypatch.setattr(toolchain, "_package_folders", lambda *where: [packaged])
+    monkeypatch.setattr(toolchain, "package_folders", lambda *where: [packaged])
     assert px.find_toolkit().root == packaged
     monkeypatch.setenv("CUDA_HOME", str(chosen))
     assert px.find_toolkit() == px.Toolkit(chosen, chosen / "bin" / "nvcc", chosen / "bin" / "ptxas")
@@ -117,7 +117,7 @@ def test_innermost_loop_with_tensor_instructions_is_the_hottest() -> None:
         /*0080*/                   BRA `(.L_x_3) ;
         /*0090*/                   NOP ;
 """
-    mix = sass._mix(listing)
+    mix = sass.mix_of(listing)
     assert mix.loop == {"HMMA.16816.F32": 1, "BRA": 1}
     assert mix.loop_range == (0x40, 0x50)
     assert mix.kernel == {"MOV": 1, "FFMA": 2, "BRA": 3, "HMMA.16816.F32": 1, "EXIT": 1}
