@@ -20,6 +20,7 @@ from resnet_fused.backends.binding import overridden
 from resnet_fused.fusion.guards import versions
 from resnet_fused.runtime.capture import Captured, overlaps
 from resnet_fused.runtime.kept import Look
+from resnet_fused.runtime.replay import current_settings
 
 # The device that graphs are captured on, and the most graphs that a model keeps; the least recently used one goes.
 DEVICE = "cuda"
@@ -58,6 +59,9 @@ class CudaGraphed(nn.Module):
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._calls: Counter[Any] = Counter()
         self._refused: set[Any] = set()
+
+    def extra_repr(self) -> str:
+        return f"graphs={len(self._graphs)}"
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -196,19 +200,13 @@ def _capturing() -> bool:
 
 def _settings() -> tuple[Any, ...]:
     """Settings that kernels are chosen by, beside the input."""
-    cudnn = torch.backends.cudnn
     return (
         choice(),
         tuning_cache.generation(),
-        torch.is_autocast_enabled(DEVICE),
-        torch.get_autocast_dtype(DEVICE),
         torch.is_inference_mode_enabled(),
-        cudnn.enabled,
-        cudnn.benchmark,
-        cudnn.deterministic,
-        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        torch.backends.cuda.matmul.fp32_precision,
-        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        *current_settings(DEVICE),
     )
 
 

@@ -9,6 +9,7 @@ from typing import IO
 from torch import nn
 
 from resnet_fused.fusion.copying import tensors_of
+from resnet_fused.fusion.cuda_graph import CudaGraphed
 from resnet_fused.fusion.path import FastPath
 from resnet_fused.fusion.rows import Row, path_of, rows_of
 from resnet_fused.text import table
@@ -84,5 +85,5 @@ def report(model: nn.Module, file: IO[str] | None = None) -> Report:
 
 def fused_path(model: nn.Module) -> FastPath | None:
     """The path of the model that rf.fuse was given, if it is `model`, or what a wrapper of the library's holds."""
-    path = path_of(getattr(model, "model", model)) if "_graphs" in vars(model) else path_of(model)
+    path = path_of(model.model if isinstance(model, CudaGraphed) else model)
     return path if path is not None and path.root else None

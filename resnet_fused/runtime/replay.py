@@ -78,7 +78,7 @@ class Replay:
 
     def _state(self) -> tuple[Any, ...]:
         """What a graph has fixed, and an eager run would ask for."""
-        return (*map(Tensor.data_ptr, self._held), *current_settings())
+        return (*map(Tensor.data_ptr, self._held), *current_settings(DEVICE))
 
     def _eager(self, inputs: Sequence[Tensor]) -> Values:
         if self.graph is not None:  # of another state
@@ -151,7 +151,7 @@ class _Graph:
         return values
 
 
-def current_settings() -> tuple[Any, ...]:
+def current_settings(device_type: str) -> tuple[Any, ...]:
     """Settings by which stock's ops choose their arithmetic when they are launched."""
     cudnn = torch.backends.cudnn
     return (
@@ -159,7 +159,7 @@ def current_settings() -> tuple[Any, ...]:
         cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
-        autocast_dtype(DEVICE),
+        autocast_dtype(device_type),
     )
 
 

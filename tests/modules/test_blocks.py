@@ -15,6 +15,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.fusion.path import paths_off
+from resnet_fused.fusion.rows import path_of
 
 TV = torchvision.models.resnet
 PAIRS = [(rf.BasicBlock, TV.BasicBlock), (rf.Bottleneck, TV.Bottleneck)]
@@ -51,9 +52,10 @@ def test_inference_is_as_good_as_torchvision(ours, theirs, kwargs, layout, train
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y, want = mine(x), other(x)
-        assert mine._path is not None
-        assert mine._path.reason == "", "the fast path was not taken"
-        (run,) = mine._path.runs()
+        path = path_of(mine)
+        assert path is not None
+        assert path.reason == "", "the fast path was not taken"
+        (run,) = path.runs()
         assert [problem.label for problem, _ in run.problems.values()] == [mine.op]
         assert_as_good_as_stock(y, want, truth)
         assert y.stride() == want.stride()
@@ -230,15 +232,15 @@ def test_copies_and_pickles_leave_the_folded_parameters_behind(trained):
     with torch.no_grad():
         want = block(x)
         for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
-            assert not other._path.runs()
+            assert not path_of(other).runs()
             assert torch.equal(other(x), want)
-            assert other._path.module is other
+            assert path_of(other).module is other
             other.conv1.weight.mul_(2)
             assert not torch.allclose(other(x), want)
             assert torch.equal(block(x), want)
         shallow = copy.copy(block)
         assert torch.equal(shallow(x), want)
-        assert shallow._path.module is shallow
+        assert path_of(shallow).module is shallow
         assert torch.equal(block(x), want)
     assert list(block.state_dict()) == list(rf.Bottleneck(16, 4).state_dict())
     assert repr(block) == repr(rf.Bottleneck(16, 4))
