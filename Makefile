@@ -6,6 +6,8 @@ NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu c
 OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
 WANTED := torch>=$(OLDEST)
 NUMPY  := numpy
+# Processes that share the tests.
+WORKERS := 2
 
 # Headers of the oldest PyTorch that pyproject.toml allows, for tests/packaging/test_oldest_headers.py. PyPI's wheel for macOS
 # has the same ones as that for Linux, in 80 MB in place of 900.
@@ -19,8 +21,9 @@ demo: $(VENV)/.installed
 
 test: lint $(HEADERS) pytest
 
+# Threads that wait for each other by spinning take the processor from the other worker: the suite would take four times as long.
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The whole suite with another PyTorch: make test-torch TORCH=2.11.0. It has a virtual environment and a copy of the tree of its
 # own, so that the libraries built in this one stay. Without a GPU the CUDA kernels are built for one architecture alone.

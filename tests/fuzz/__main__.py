@@ -27,7 +27,7 @@ NAMES = {
     "calls": "calls",
     "rounded": "calls with other rounding than stock's",
     "failed_calls": "calls that raise in stock",
-    "coincidence": "differences of numbers that other inputs don't show",
+    "coincidence": "differences of numbers that other inputs don't show, or that stock has from itself",
 }
 
 

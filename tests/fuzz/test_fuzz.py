@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fuzz.trial import run_trial
+from fuzz import trial
+from fuzz.compare import Difference
+from fuzz.trial import Trial, run_trial
 
 CHUNKS, TRIALS = 10, 30
 SEED = int(os.environ.get("RESNET_FUSED_FUZZ_SEED") or datetime.date.today().strftime("%Y%m%d"))
@@ -41,3 +43,13 @@ def test_harness_finds_nothing_between_stock_and_itself() -> None:
     failed = [trial for trial in (run_trial(SEED, number, "stock") for number in range(20)) if trial.differences]
     if failed:
         pytest.fail(f"seed {SEED}:\n" + "\n".join(map(str, failed[:3])), pytrace=False)
+
+
+@pytest.mark.parametrize("stock_differs_from_itself", [False, True])
+def test_a_nan_that_stock_gives_by_itself_is_not_ours(stock_differs_from_itself: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attempt(trial: Trial, data_seed: int, against: str, ignored: frozenset[str]) -> list[Difference]:
+        return [Difference("nan", 0, "", "")] if against == "fused" or stock_differs_from_itself else []
+
+    monkeypatch.setattr(trial, "_attempt", attempt)
+    judged = run_trial(SEED, 0)
+    assert bool(judged.differences) != stock_differs_from_itself

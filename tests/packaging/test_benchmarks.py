@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 def _pytest(*arguments: str) -> str:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; pip install 'resnet_fused[bench]'")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", *arguments]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, and takes what a worker starts for one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 

@@ -1,6 +1,7 @@
 """Whole fused networks on the Triton kernels."""
 
 import pytest
+import timm
 import torch
 from support.fast_paths import rows, served
 from support.plain_resnet import PlainResNet
@@ -11,18 +12,18 @@ import resnet_fused as rf
 from resnet_fused.backends.triton import launch
 
 F32, F16 = torch.float32, torch.float16
-STAGES = (64, 128, 256, 512)
+NARROW = (16, 32, 64, 128)
 
-# The model, its type, and the size of the image. The cases of float32 multiply by IEEE arithmetic, those of float16 by tensor
-# cores' tiles.
+# The model, its type, and the size of the image. The cases of float32 multiply by IEEE arithmetic, in small tiles, which the
+# interpreter takes a minute for at full width; those of float16 by tensor cores' tiles.
 NETWORKS = {
-    "resnet18": (resnet18, F32, (32, 32)),
-    "resnet50": (resnet50, F32, (32, 32)),
+    "resnet18": (lambda: timm.create_model("resnet18", channels=NARROW), F32, (32, 32)),
+    "resnet50": (lambda: timm.create_model("resnet50", channels=NARROW), F32, (32, 32)),
     "resnet18-f16": (resnet18, F16, (32, 32)),
     "resnet50-f16": (resnet50, F16, (32, 32)),
-    "odd-sizes": (resnet18, F16, (30, 35)),
-    "plain": (lambda: PlainResNet(widths=STAGES), F16, (32, 32)),
-    "plain-bottleneck": (lambda: PlainResNet(bottleneck=True, widths=STAGES), F16, (32, 32)),
+    "odd-sizes": (lambda: timm.create_model("resnet18", channels=NARROW), F16, (30, 35)),
+    "plain": (lambda: PlainResNet(widths=NARROW), F16, (32, 32)),
+    "plain-bottleneck": (lambda: PlainResNet(bottleneck=True, widths=NARROW), F16, (32, 32)),
     "plain-f32": (PlainResNet, F32, (32, 32)),
 }
 
