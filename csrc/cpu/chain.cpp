@@ -9,9 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
-#include <mutex>
 #include <optional>
-#include <unordered_map>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -19,6 +17,7 @@
 #include "../checks.h"
 #include "activations.h"
 #include "bindings.h"
+#include "registry.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -111,38 +110,9 @@ void run_step(const Step& step, DType dtype, const void* x, const void* residual
 
 // ---- The chains that exist ----------------------------------------------------------------------------------------------
 
-class Chains {
- public:
-  int64_t add(Chain chain) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    chains_.emplace(next_, std::make_shared<Chain>(std::move(chain)));
-    return next_++;
-  }
-  // Shared, so that a chain that is deleted meanwhile outlives its run.
-  std::shared_ptr<Chain> get(int64_t id) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = chains_.find(id);
-    RF_CHECK(found != chains_.end(), "chain is ", id, ", which new_chain didn't give, or which was deleted.");
-    return found->second;
-  }
-  void remove(int64_t id) {
-    std::shared_ptr<Chain> removed;  // freed without the lock
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = chains_.find(id);
-    if (found == chains_.end()) return;
-    removed = std::move(found->second);
-    chains_.erase(found);
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<Chain>> chains_;
-  int64_t next_ = 0;
-};
-
 // Never destroyed: a kernel may outlive every static object of this library.
-Chains& chains() {
-  static Chains* const instance = new Chains;
+Registry<Chain>& chains() {
+  static Registry<Chain>* const instance = new Registry<Chain>("chain");
   return *instance;
 }
 
@@ -153,7 +123,7 @@ int64_t new_chain(std::vector<int64_t> shape, bool bfloat16) {
            "shape must be four positive numbers, (N, C, H, W), those of x.");
   Chain chain{bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, detected_isa(), {}, {}, {}};
   chain.values = {{{shape[0], shape[1], shape[2], shape[3]}}, {{0, 0, 0, 0}}};
-  return chains().add(std::move(chain));
+  return chains().add(std::make_shared<Chain>(std::move(chain)));
 }
 
 void delete_chain(int64_t chain) { chains().remove(chain); }

@@ -10,12 +10,11 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <mutex>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "../checks.h"
+#include "registry.h"
 #include "stable_abi.h"
 
 namespace resnet_fused::cpu {
@@ -295,38 +294,9 @@ class Watch {
 
 // ---- The watches that exist ---------------------------------------------------------------------------------------------
 
-class Watches {
- public:
-  int64_t add(std::shared_ptr<Watch> watch) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    watches_.emplace(next_, std::move(watch));
-    return next_++;
-  }
-  // Shared, so that a watch that is deleted meanwhile outlives its call.
-  std::shared_ptr<Watch> get(int64_t id) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = watches_.find(id);
-    RF_CHECK(found != watches_.end(), "watch is ", id, ", which new_watch didn't give, or which was deleted.");
-    return found->second;
-  }
-  void remove(int64_t id) {
-    std::shared_ptr<Watch> removed;  // freed without the lock
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = watches_.find(id);
-    if (found == watches_.end()) return;
-    removed = std::move(found->second);
-    watches_.erase(found);
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<Watch>> watches_;
-  int64_t next_ = 0;
-};
-
 // Never destroyed: a model may outlive every static object of this library.
-Watches& watches() {
-  static Watches* const instance = new Watches;
+Registry<Watch>& watches() {
+  static Registry<Watch>* const instance = new Registry<Watch>("watch");
   return *instance;
 }
 

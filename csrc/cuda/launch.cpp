@@ -11,8 +11,8 @@
 #include "../checks.h"
 #include "conv2d_params.h"
 #include "conv2d_tiles.h"
-#include "norm_kernels.h"
-#include "norm_params.h"
+#include "batch_norm_kernels.h"
+#include "batch_norm_params.h"
 
 #define RF_CONV2D_KERNELS(X) \
   RF_CONV2D_TILES(X)         \
@@ -29,7 +29,7 @@ extern "C" {
 #define RF_DECLARE(NAME, ...) void NAME(resnet_fused::Conv2dParams);
 RF_CONV2D_KERNELS(RF_DECLARE)
 #undef RF_DECLARE
-#define RF_DECLARE(NAME, ...) void NAME(resnet_fused::NormParams);
+#define RF_DECLARE(NAME, ...) void NAME(resnet_fused::BatchNormParams);
 RF_ALL_NORM_KERNELS(RF_DECLARE)
 #undef RF_DECLARE
 #define RF_DECLARE(NAME, ...) void NAME(resnet_fused::AddReluParams);

@@ -45,7 +45,7 @@ def module(source: str, arch: str) -> px.Module:
 def source_of(kernel: str) -> str:
     """The .cu file that a kernel is in."""
     if not kernel.startswith("conv2d"):
-        return "norm"
+        return "batch_norm"
     for part in ("stem", "reduce"):
         if part in kernel:
             return f"conv2d_{part}"
@@ -164,7 +164,7 @@ class Norm:
         sums = number in (0, 2)
         pointers += [0, *(memory.empty(channels * 4) if sums else 0 for _ in range(2))]
         arguments = number, rows, channels, ELEMENTS[like.dtype], self.device
-        plan = torch.ops.resnet_fused_cuda.norm_plan
+        plan = torch.ops.resnet_fused_cuda.batch_norm_plan
         workspace = plan(*arguments, pointers, eps, inverse, relu)[3]
         if workspace:
             pointers[12] = memory.empty(workspace)

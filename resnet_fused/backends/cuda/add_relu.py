@@ -1,4 +1,4 @@
-"""relu(x + residual) and its gradient, one pass each; csrc/cuda/norm.cuh."""
+"""relu(x + residual) and its gradient, one pass each; csrc/cuda/batch_norm.cuh."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from resnet_fused.backends.reference.batch_norm import StockPasses
 
 
 class BatchNorm(Implementation):
-    """csrc/cuda/norm.cuh."""
+    """csrc/cuda/batch_norm.cuh."""
 
     name = "batch norm"
     kinds = frozenset({Kind.BATCH_NORM})

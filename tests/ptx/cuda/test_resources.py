@@ -36,7 +36,7 @@ SOURCES_AND_GPUS = [
     ("conv2d_stem", "sm_80"),
     ("conv2d_stem", "sm_90"),  # where it is closest to the limit
     ("conv2d_reduce", "sm_80"),
-    ("norm", "sm_80"),
+    ("batch_norm", "sm_80"),
     ("conv2d_f16", "sm_75"),
     ("conv2d_f32", "sm_75"),
 ]

@@ -6,7 +6,7 @@
 namespace resnet_fused {
 
 // Activations are [rows, channels], channels_last: a row is a pixel. Unused pointers are null.
-struct NormParams {
+struct BatchNormParams {
   const void *x, *residual, *dy, *y;  // y: a saved result, whose sign is ReLU's mask
   void *out, *masked;
   const float *mean, *var, *weight, *bias, *dweight, *dbias;  // [channels]

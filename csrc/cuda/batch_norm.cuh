@@ -4,12 +4,12 @@
 #pragma once
 
 #include "element.cuh"
-#include "norm_params.h"
+#include "batch_norm_params.h"
 #include "ptx.cuh"
 
 namespace resnet_fused {
 
-constexpr int NORM_THREADS = 256;
+constexpr int BATCH_NORM_THREADS = 256;
 
 // VECTOR elements: 16 bytes, or one where the channels make no whole 16 bytes.
 template <class T, int VECTOR>
@@ -42,8 +42,8 @@ struct RowWalk {
   int channel, column, line, lines;  // line: the thread's place along the rows of its block
   bool inside;
 
-  __device__ explicit RowWalk(const NormParams& p) {
-    column = threadIdx.x & (p.columns - 1), line = threadIdx.x / p.columns, lines = NORM_THREADS / p.columns;
+  __device__ explicit RowWalk(const BatchNormParams& p) {
+    column = threadIdx.x & (p.columns - 1), line = threadIdx.x / p.columns, lines = BATCH_NORM_THREADS / p.columns;
     channel = (blockIdx.x * p.columns + column) * VECTOR;
     inside = channel < p.channels;
     row = int64_t(blockIdx.y) * lines + line, row_step = int64_t(p.groups) * lines;
@@ -78,7 +78,7 @@ struct Moments {
   }
 };
 
-// Adds up `values` over the lines of a block; the result is that of line 0. shared: NORM_THREADS floats.
+// Adds up `values` over the lines of a block; the result is that of line 0. shared: BATCH_NORM_THREADS floats.
 template <int VECTOR>
 __device__ __forceinline__ void sum_over_lines(float (&values)[VECTOR], int columns, int lines, float* shared) {
 #pragma unroll
@@ -96,8 +96,8 @@ __device__ __forceinline__ void sum_over_lines(float (&values)[VECTOR], int colu
 
 // Mean and squared differences of each channel over the rows of a block.
 template <class T, int VECTOR>
-__device__ __forceinline__ void bn_statistics(const NormParams& p) {
-  __shared__ Moments shared[NORM_THREADS];
+__device__ __forceinline__ void bn_statistics(const BatchNormParams& p) {
+  __shared__ Moments shared[BATCH_NORM_THREADS];
   const RowWalk<VECTOR> walk(p);
   float shift[VECTOR], sum[VECTOR] = {}, squares[VECTOR] = {};
   int count = 0;
@@ -133,22 +133,22 @@ __device__ __forceinline__ void bn_statistics(const NormParams& p) {
 }
 
 // Rows that block `group` of the statistics took.
-__device__ __forceinline__ int64_t rows_of_group(const NormParams& p, int lines, int group) {
+__device__ __forceinline__ int64_t rows_of_group(const BatchNormParams& p, int lines, int group) {
   const int64_t sweep = int64_t(p.groups) * lines, rest = p.rows % sweep - int64_t(group) * lines;
   return p.rows / sweep * lines + (rest < 0 ? 0 : rest > lines ? lines : rest);
 }
 
 // Mean and biased variance from the blocks' moments; one thread a channel and 32 threads along the groups.
-constexpr int FINISH_CHANNELS = 8, FINISH_LINES = NORM_THREADS / FINISH_CHANNELS;
+constexpr int FINISH_CHANNELS = 8, FINISH_LINES = BATCH_NORM_THREADS / FINISH_CHANNELS;
 
-__device__ __forceinline__ void bn_statistics_finish(const NormParams& p) {
-  __shared__ Moments shared[NORM_THREADS];
+__device__ __forceinline__ void bn_statistics_finish(const BatchNormParams& p) {
+  __shared__ Moments shared[BATCH_NORM_THREADS];
   const int column = threadIdx.x % FINISH_CHANNELS, line = threadIdx.x / FINISH_CHANNELS;
   const int channel = blockIdx.x * FINISH_CHANNELS + column;
   Moments own{0, 0, 0};
   for (int group = line; group < p.groups && channel < p.channels; group += FINISH_LINES) {
     const float* partial = p.partial + int64_t(group) * 2 * p.channels + channel;
-    own.merge({float(rows_of_group(p, NORM_THREADS / p.columns, group)), partial[0], partial[p.channels]});
+    own.merge({float(rows_of_group(p, BATCH_NORM_THREADS / p.columns, group)), partial[0], partial[p.channels]});
   }
   shared[threadIdx.x] = own;
   __syncthreads();
@@ -164,7 +164,7 @@ __device__ __forceinline__ void bn_statistics_finish(const NormParams& p) {
 
 // out = act((x - mean) weight / sqrt(var + eps) + bias + residual)
 template <class T, int VECTOR>
-__device__ __forceinline__ void bn_apply_fwd(const NormParams& p) {
+__device__ __forceinline__ void bn_apply_fwd(const BatchNormParams& p) {
   const RowWalk<VECTOR> walk(p);
   if (!walk.inside) return;
   const Channels<VECTOR> mean(p.mean, walk.channel, true, 0), var(p.var, walk.channel, true, 0);
@@ -192,7 +192,7 @@ __device__ __forceinline__ void bn_apply_fwd(const NormParams& p) {
 
 // g = dy through ReLU's mask, kept in p.masked if that is given.
 template <class T, int VECTOR>
-__device__ __forceinline__ Elements<T, VECTOR> gradient(const NormParams& p, int64_t at) {
+__device__ __forceinline__ Elements<T, VECTOR> gradient(const BatchNormParams& p, int64_t at) {
   auto g = Elements<T, VECTOR>::load(p.dy, at);
   if (p.y != nullptr) {
     const auto y = Elements<T, VECTOR>::load(p.y, at);
@@ -205,8 +205,8 @@ __device__ __forceinline__ Elements<T, VECTOR> gradient(const NormParams& p, int
 
 // The block's part of dbias = sum of g and dweight = sum of g (x - mean) / sqrt(var + eps).
 template <class T, int VECTOR>
-__device__ __forceinline__ void bn_reduce_bwd(const NormParams& p) {
-  __shared__ float shared[NORM_THREADS];
+__device__ __forceinline__ void bn_reduce_bwd(const BatchNormParams& p) {
+  __shared__ float shared[BATCH_NORM_THREADS];
   const RowWalk<VECTOR> walk(p);
   const Channels<VECTOR> mean(p.mean, walk.channel, walk.inside, 0);
   float dbias[VECTOR] = {}, dweight[VECTOR] = {};
@@ -224,8 +224,8 @@ __device__ __forceinline__ void bn_reduce_bwd(const NormParams& p) {
   for (int k = 0; k < VECTOR; ++k) partial[k] = dbias[k], partial[p.channels + k] = dweight[k];
 }
 
-__device__ __forceinline__ void bn_reduce_bwd_finish(const NormParams& p) {
-  __shared__ float shared[NORM_THREADS];
+__device__ __forceinline__ void bn_reduce_bwd_finish(const BatchNormParams& p) {
+  __shared__ float shared[BATCH_NORM_THREADS];
   const int column = threadIdx.x % FINISH_CHANNELS, line = threadIdx.x / FINISH_CHANNELS;
   const int channel = blockIdx.x * FINISH_CHANNELS + column;
   float sums[2] = {};
@@ -242,7 +242,7 @@ __device__ __forceinline__ void bn_reduce_bwd_finish(const NormParams& p) {
 // out = dx = weight / sqrt(var + eps) (g - dbias / count - xhat dweight / count); without batch statistics only g
 // counts.
 template <class T, int VECTOR>
-__device__ __forceinline__ void bn_apply_bwd(const NormParams& p) {
+__device__ __forceinline__ void bn_apply_bwd(const BatchNormParams& p) {
   const RowWalk<VECTOR> walk(p);
   if (!walk.inside) return;
   const Channels<VECTOR> mean(p.mean, walk.channel, true, 0), var(p.var, walk.channel, true, 0);

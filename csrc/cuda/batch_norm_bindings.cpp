@@ -1,5 +1,5 @@
 // The operators of batch norm and add_relu, on PyTorch's stable ABI. Tensors are checked here; formulas are in
-// norm.cuh.
+// batch_norm.cuh.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -7,7 +7,7 @@
 
 #include "../checks.h"
 #include "launch.h"
-#include "norm_plan.h"
+#include "batch_norm_plan.h"
 #include "tensors.h"
 
 namespace resnet_fused {
@@ -39,14 +39,14 @@ const void* beside(const char* name, const Optional& t, const Tensor& x) {
   return t.has_value() ? beside(name, *t, x) : nullptr;
 }
 
-NormPlan plan_of(NormPass pass, const Tensor& x) {
+BatchNormPlan plan_of(BatchNormPass pass, const Tensor& x) {
   RF_CHECK(x.dim() == 4 && is_channels_last(x) && is_aligned(x) && x.numel() > 0,
            "the activations must be (N, C, H, W), not empty, channels_last and aligned to 16 bytes");
   const int64_t rows = x.numel() / x.size(1);
-  return plan_norm(pass, rows, x.size(1), element_type(x, false), device_properties(x.get_device_index()));
+  return plan_batch_norm(pass, rows, x.size(1), element_type(x, false), device_properties(x.get_device_index()));
 }
 
-void run(NormPlan& plan, const Tensor& x) {
+void run(BatchNormPlan& plan, const Tensor& x) {
   const int32_t device = x.get_device_index();
   Optional workspace;
   if (plan.workspace_bytes > 0) {
@@ -58,7 +58,7 @@ void run(NormPlan& plan, const Tensor& x) {
 
 std::tuple<Tensor, Tensor> bn_statistics_op(const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  NormPlan plan = plan_of(NormPass::statistics, x);
+  BatchNormPlan plan = plan_of(BatchNormPass::statistics, x);
   Tensor mean = empty_floats(x.size(1), x), var = empty_floats(x.size(1), x);
   auto& p = plan.params;
   p.x = x.const_data_ptr();
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> bn_statistics_op(const Tensor& x) {
 Tensor bn_apply_fwd_op(const Tensor& x, Optional residual, const Tensor& mean, const Tensor& var, Optional weight,
                        Optional bias, double eps, bool relu) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  NormPlan plan = plan_of(NormPass::apply_fwd, x);
+  BatchNormPlan plan = plan_of(BatchNormPass::apply_fwd, x);
   Tensor y = torch::stable::empty_like(x);
   auto& p = plan.params;
   p.x = x.const_data_ptr(), p.residual = beside("residual", residual, x), p.out = y.mutable_data_ptr();
@@ -85,7 +85,7 @@ Tensor bn_apply_fwd_op(const Tensor& x, Optional residual, const Tensor& mean, c
 std::tuple<Tensor, Tensor, Tensor> bn_reduce_bwd_op(const Tensor& dy, const Tensor& x, Optional y, const Tensor& mean,
                                                     const Tensor& var, double eps, bool keep_masked) {
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
-  NormPlan plan = plan_of(NormPass::reduce_bwd, dy);
+  BatchNormPlan plan = plan_of(BatchNormPass::reduce_bwd, dy);
   Tensor dweight = empty_floats(dy.size(1), dy), dbias = empty_floats(dy.size(1), dy);
   Tensor masked = keep_masked ? torch::stable::empty_like(dy) : empty_floats(0, dy);
   auto& p = plan.params;
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> bn_apply_bwd_op(const Tensor& dy, Optional x, Optiona
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   RF_CHECK(dweight.has_value() == dbias.has_value() && (!dweight.has_value() || (x.has_value() && count > 0)),
            "dweight and dbias come together, with x and the number of values of a channel");
-  NormPlan plan = plan_of(NormPass::apply_bwd, dy);
+  BatchNormPlan plan = plan_of(BatchNormPass::apply_bwd, dy);
   Tensor dx = torch::stable::empty_like(dy);
   Tensor masked = keep_masked ? torch::stable::empty_like(dy) : empty_floats(0, dy);
   auto& p = plan.params;
@@ -136,10 +136,10 @@ Tensor add_relu_fwd_op(const Tensor& x, const Tensor& residual) { return add_rel
 
 Tensor add_relu_bwd_op(const Tensor& dy, const Tensor& y) { return add_relu(true, dy, y); }
 
-PlanWords norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t type, Ints device, Ints pointers, double eps,
-                       double inverse_count, bool relu) {
-  RF_CHECK(pass >= 0 && pass <= 3 && pointers.size() == 15, "pass is 0 to 3, and pointers are 15 in order of NormParams");
-  NormPlan plan = plan_norm(NormPass(pass), rows, channels, ElementType(type), device_of(device));
+PlanWords batch_norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t type, Ints device, Ints pointers, double eps,
+                             double inverse_count, bool relu) {
+  RF_CHECK(pass >= 0 && pass <= 3 && pointers.size() == 15, "pass is 0 to 3, and pointers are 15 in order of BatchNormParams");
+  BatchNormPlan plan = plan_batch_norm(BatchNormPass(pass), rows, channels, ElementType(type), device_of(device));
   auto& p = plan.params;
   size_t next = 0;
   for (const void** to : {&p.x, &p.residual, &p.dy, &p.y}) *to = reinterpret_cast<const void*>(pointers[next++]);
@@ -177,7 +177,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
   m.def("add_relu_fwd(Tensor x, Tensor residual) -> Tensor");
   m.def("add_relu_bwd(Tensor dy, Tensor y) -> Tensor");
   m.def(
-      "norm_plan(int norm_pass, int rows, int channels, int type, int[] device, int[] pointers, float eps, float "
+      "batch_norm_plan(int batch_norm_pass, int rows, int channels, int type, int[] device, int[] pointers, float eps, float "
       "inverse_count, "
       "bool relu) -> (str[], int[], int[], int)");
   m.def("add_relu_plan(bool backward, int count, int type, int[] device, int[] pointers) -> (str[], int[], int[], int)");
@@ -193,6 +193,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CompositeExplicitAutograd, m) {
-  m.impl("norm_plan", TORCH_BOX(&resnet_fused::norm_plan_op));
+  m.impl("batch_norm_plan", TORCH_BOX(&resnet_fused::batch_norm_plan_op));
   m.impl("add_relu_plan", TORCH_BOX(&resnet_fused::add_relu_plan_op));
 }

@@ -1,4 +1,4 @@
-// The batch-norm and add_relu kernels, listed once: norm.cu compiles them, launch.cpp finds them by name.
+// The batch-norm and add_relu kernels, listed once: batch_norm.cu compiles them, launch.cpp finds them by name.
 #pragma once
 
 // X(name, function, element, vector) for kernels of both widths: 16 bytes, and one element for odd channel counts.
@@ -17,7 +17,7 @@
   RF_NORM_KERNELS_OF(X, bf16, bfloat16) \
   RF_NORM_KERNELS_OF(X, f32, float32)
 
-// X(name, function): take NormParams, whatever the element.
+// X(name, function): take BatchNormParams, whatever the element.
 #define RF_NORM_FINISH_KERNELS(X)               \
   X(bn_statistics_finish, bn_statistics_finish) \
   X(bn_reduce_bwd_finish, bn_reduce_bwd_finish)

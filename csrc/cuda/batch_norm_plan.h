@@ -3,21 +3,22 @@
 
 #include <vector>
 
-#include "norm_params.h"
+#include "batch_norm_params.h"
 #include "plan.h"
 
 namespace resnet_fused {
 
-enum class NormPass : int64_t { statistics = 0, apply_fwd = 1, reduce_bwd = 2, apply_bwd = 3 };
+enum class BatchNormPass : int64_t { statistics = 0, apply_fwd = 1, reduce_bwd = 2, apply_bwd = 3 };
 
-struct NormPlan {
+struct BatchNormPlan {
   std::vector<KernelLaunch> launches;  // in order; all take `params`
-  int64_t workspace_bytes;             // of NormParams::partial
-  NormParams params;                   // sizes only; the caller fills in the rest
+  int64_t workspace_bytes;             // of BatchNormParams::partial
+  BatchNormParams params;              // sizes only; the caller fills in the rest
 };
 
 // rows: pixels of the channels_last activations. Needs rows and channels > 0.
-NormPlan plan_norm(NormPass pass, int64_t rows, int64_t channels, ElementType type, const DeviceProperties& device);
+BatchNormPlan plan_batch_norm(BatchNormPass pass, int64_t rows, int64_t channels, ElementType type,
+                              const DeviceProperties& device);
 
 KernelLaunch plan_add_relu(bool backward, int64_t count, ElementType type, const DeviceProperties& device);
 
