@@ -9,7 +9,9 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <iterator>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../checks.h"
@@ -67,6 +69,16 @@ void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
   p.out_height = result_size(p.height, p.dilation_h * (p.kernel_h - 1) + 1, p.stride_h, p.pad_h);
   p.out_width = result_size(p.width, p.dilation_w * (p.kernel_w - 1) + 1, p.stride_w, p.pad_w);
   RF_CHECK(p.out_height > 0 && p.out_width > 0, "x is smaller than the kernel: the result would be empty.");
+}
+
+Nonlinearity nonlinearity(const std::string& activation, double slope) {
+  static const char* const NAMES[] = {"none", "relu",        "relu6",     "leaky_relu", "sigmoid",
+                                      "silu", "hardsigmoid", "hardswish", "gelu",       "gelu_tanh"};
+  for (size_t i = 0; i < std::size(NAMES); ++i) {
+    if (activation == NAMES[i]) return {static_cast<ActivationFunction>(i), static_cast<float>(slope)};
+  }
+  RF_CHECK(false, "activation is '", activation, "'; it must be one of ActivationFunction in csrc/cpu/params.h.");
+  return {};
 }
 
 PackParams pack_params(const Tensor& weight) {
@@ -138,13 +150,15 @@ Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64
   return u;
 }
 
-// y = maxpool(relu(conv(x, w) + bias)), or without the pool; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
+// y = f(conv(x, w) + bias), and a max-pool after a ReLU; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
 // `weights` are transformed, [panel][36][4 in_channels][PANEL]; x may have any strides. None where the kernel declined x.
-std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_channels, bool pool, bool relu) {
+std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_channels, bool pool, std::string activation,
+                           double slope) {
   RF_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
   RF_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
            "x must be float32 or bfloat16; convert it with .to().");
-  RF_CHECK(relu || !pool, "the pool of a stem follows a ReLU.");
+  const Nonlinearity function = nonlinearity(activation, slope);
+  RF_CHECK(!pool || function.is(ActivationFunction::relu), "the pool of a stem follows a ReLU.");
   const int64_t padded = padded_channels(out_channels);
   RF_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == padded * 36 * 4 * x.size(1),
            "weights must be the float32 transformed weights of this stem.");
@@ -157,7 +171,7 @@ std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_ch
   p.bias = static_cast<const float*>(bias.const_data_ptr());
   p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3), p.out_channels = out_channels;
   p.pool = pool, p.dtype = dtype_of(x);
-  p.activation = relu ? ActivationFunction::relu : ActivationFunction::none;
+  p.nonlinearity = function;
   RF_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
   Tensor y = new_activations(x, p.batch, out_channels, p.out_height(), p.out_width());
   p.y = y.mutable_data_ptr();
@@ -226,7 +240,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool winograd) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
-  m.def("stem(Tensor x, Tensor weights, Tensor bias, int out_channels, bool pool, bool relu) -> Tensor?");
+  m.def("stem(Tensor x, Tensor weights, Tensor bias, int out_channels, bool pool, str activation, float slope) -> Tensor?");
   m.def("average_pool(Tensor x) -> Tensor");
   m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");

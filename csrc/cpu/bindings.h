@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
@@ -32,6 +33,9 @@ int64_t result_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad);
 
 // Sets kernel, stride, padding and dilation, (height, width) each, and the size of the result.
 void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry);
+
+// The function of a name in ActivationFunction.
+Nonlinearity nonlinearity(const std::string& activation, double slope);
 
 // What is packed of `weight`, which is dense in channels_last; all but where to, and how.
 PackParams pack_params(const torch::stable::Tensor& weight);

@@ -47,15 +47,15 @@ struct BlockPart {
 
   // 1 x 1 layer on rows [first, last) of an image whose row `first` lies at `from`.
   void multiply(const LayerParams& layer, const Activation* from, int64_t first, int64_t last, const Activation* residual,
-                Activation* to, bool relu) const {
+                Activation* to, const Nonlinearity& nonlinearity) const {
     pointwise_rows(reinterpret_cast<const float*>(from), (last - first) * p.width, layer.in_channels / CHANNELS_PER_UNIT,
-                   static_cast<const float*>(layer.weights), layer.bias, residual, to, layer.out_channels, relu);
+                   static_cast<const float*>(layer.weights), layer.bias, residual, to, layer.out_channels, nonlinearity);
   }
 
   // The shortcut of rows [first, last): x itself, or its projection, which is put where the result will be.
   const Activation* shortcut(int64_t first, int64_t last) const {
     if (p.shortcut.weights == nullptr) return x_row(first);
-    multiply(p.shortcut, x_row(first), first, last, nullptr, y_row(first), false);
+    multiply(p.shortcut, x_row(first), first, last, nullptr, y_row(first), NO_NONLINEARITY);
     return y_row(first);
   }
 };
@@ -70,7 +70,7 @@ inline void bottleneck(const BlockParams& p) {
   // Clang before 16 captures no structured bindings.
   const LayerParams &reduce = p.layers[0], &spatial = p.layers[1], &expand = p.layers[2];
   Scratch shared;
-  const TransformedWeights weights = layer_weights<BlockPart::F, Activation>(shared, spatial, true);
+  const TransformedWeights weights = layer_weights<BlockPart::F, Activation>(shared, spatial, RELU);
 
   for_each_part(p, [&](const BlockPart& part) {
     Scratch scratch;
@@ -85,7 +85,7 @@ inline void bottleneck(const BlockParams& p) {
       // 1 x 1 on the rows that the strip's tiles need and that aren't there yet
       const int64_t needed = part.clamp_row(M * last + 1);
       reduced.keep_from(part.clamp_row(top - 1));
-      part.multiply(reduce, part.x_row(reduced.end()), reduced.end(), needed, nullptr, reduced.row(reduced.end()), true);
+      part.multiply(reduce, part.x_row(reduced.end()), reduced.end(), needed, nullptr, reduced.row(reduced.end()), RELU);
       reduced.grow_to(needed);
 
       // 3 x 3, while the next strip's rows of x come into L2
@@ -97,7 +97,7 @@ inline void bottleneck(const BlockParams& p) {
                     [&] { next_x.template advance<false>(); });
 
       // 1 x 1, shortcut, ReLU
-      part.multiply(expand, convolved.row(top), top, bottom, part.shortcut(top, bottom), part.y_row(top), true);
+      part.multiply(expand, convolved.row(top), top, bottom, part.shortcut(top, bottom), part.y_row(top), RELU);
     }
   });
 }
@@ -107,8 +107,8 @@ inline void basic_block(const BlockParams& p) {
   constexpr int64_t POINTS = BlockPart::F::A * BlockPart::F::A;
   const LayerParams &first_layer = p.layers[0], &second_layer = p.layers[1];
   Scratch shared;
-  const TransformedWeights first_weights = layer_weights<BlockPart::F, Activation>(shared, first_layer, true);
-  const TransformedWeights second_weights = layer_weights<BlockPart::F, Activation>(shared, second_layer, true);
+  const TransformedWeights first_weights = layer_weights<BlockPart::F, Activation>(shared, first_layer, RELU);
+  const TransformedWeights second_weights = layer_weights<BlockPart::F, Activation>(shared, second_layer, RELU);
 
   for_each_part(p, [&](const BlockPart& part) {
     Scratch scratch;

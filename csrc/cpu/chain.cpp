@@ -10,6 +10,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -144,7 +145,7 @@ void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, co
 // Adds y = act(conv(x, w) + bias + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs);
 // otherwise the five numbers of a WinogradPlan.
 int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tensor weights, Tensor bias, int64_t out_channels,
-                   std::vector<int64_t> geometry, bool relu, std::vector<int64_t> plan) {
+                   std::vector<int64_t> geometry, std::string activation, double slope, std::vector<int64_t> plan) {
   const std::shared_ptr<Chain> chain = chains().get(id);
   const Shape in = chain->shape(x, "x");
   ConvParams p{};
@@ -152,7 +153,7 @@ int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tenso
   p.bias = static_cast<const float*>(bias.const_data_ptr());
   p.batch = in.n, p.in_channels = in.c, p.height = in.h, p.width = in.w;
   p.out_channels = out_channels;
-  p.activation = relu ? ActivationFunction::relu : ActivationFunction::none;
+  p.nonlinearity = nonlinearity(activation, slope);
   p.source = p.weight = chain->type();
   set_geometry(p, geometry);
   check_parameters(p, chain->dtype, weights, bias);
@@ -270,8 +271,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def("new_chain(int[] shape, bool bfloat16) -> int");
   m.def("delete_chain(int chain) -> ()");
   m.def(
-      "chain_conv(int chain, int x, int? residual, Tensor weights, Tensor bias, int out_channels, int[] geometry, bool relu, "
-      "int[] plan) -> int");
+      "chain_conv(int chain, int x, int? residual, Tensor weights, Tensor bias, int out_channels, int[] geometry, str "
+      "activation, "
+      "float slope, int[] plan) -> int");
   m.def("chain_block(int chain, int x, Tensor[] weights, Tensor[] biases, int[] channels, int[] plan) -> int");
   m.def("run_chain(int chain, Tensor x, Tensor? residual) -> Tensor?");
 }

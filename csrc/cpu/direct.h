@@ -103,7 +103,7 @@ inline void direct(const ConvParams& p) {
                                           static_cast<Activation*>(p.y) + at,
                                           p.out_channels,
                                           p.out_channels - channel,
-                                          p.activation == ActivationFunction::relu};
+                                          p.nonlinearity};
           lines == 2 ? convolve_two_lines<LANES>(tile, p.out_width) : convolve_rows<LANES>(tile, p.out_width);
         }
       }

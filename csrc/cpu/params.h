@@ -12,8 +12,28 @@ struct Bf16 {
 
 enum class DType : uint8_t { float32, bfloat16 };
 
-// The function at the end of an epilogue.
-enum class ActivationFunction : uint8_t { none, relu };
+// The function at the end of an epilogue, as torch.nn.functional names it.
+enum class ActivationFunction : uint8_t {
+  none,
+  relu,
+  relu6,
+  leaky_relu,
+  sigmoid,
+  silu,
+  hardsigmoid,
+  hardswish,
+  gelu,
+  gelu_tanh,
+};
+
+struct Nonlinearity {
+  ActivationFunction function = ActivationFunction::none;
+  float slope = 0;  // of leaky_relu, below zero
+
+  bool is(ActivationFunction other) const { return function == other; }
+};
+
+constexpr Nonlinearity NO_NONLINEARITY{}, RELU{ActivationFunction::relu};
 
 // Set by a kernel, on any of its threads, that can't give stock's answer for the values of x: y is then of no use (uneven.h).
 using Declined = std::atomic<bool>;
@@ -35,7 +55,7 @@ struct ConvParams {
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  ActivationFunction activation;
+  Nonlinearity nonlinearity;
   DType source;  // of x, residual and y
   DType weight;  // of the weights as they are packed
 };
@@ -132,7 +152,7 @@ struct StemParams {
   Declined* declined;
   int64_t batch, height, width, in_channels, out_channels;
   bool pool;
-  ActivationFunction activation;
+  Nonlinearity nonlinearity;
   DType dtype;  // of x and y
 
   int64_t conv_height() const { return (height + 1) / 2; }

@@ -37,7 +37,8 @@ struct Rows {
 
 // y[row][0..out_channels) of panels [first_panel, last_panel) for all rows. `residual` and `y` point at row 0.
 inline void multiply_pointwise(const Rows& x, const float* weights, const float* bias, int64_t first_panel, int64_t last_panel,
-                               const Activation* residual, Activation* y, int64_t out_channels, bool relu) {
+                               const Activation* residual, Activation* y, int64_t out_channels,
+                               const Nonlinearity& nonlinearity) {
   const float* taps[1];
   ConvTile<Activation> tile{};
   tile.taps = taps;
@@ -46,7 +47,7 @@ inline void multiply_pointwise(const Rows& x, const float* weights, const float*
   tile.block_stride = x.blocked ? x.count * LANES : LANES;
   tile.channels = x.channels;
   tile.pixel_stride = out_channels;
-  tile.relu = relu;
+  tile.nonlinearity = nonlinearity;
   const auto multiply = [&](int64_t first_row, int64_t rows, int64_t panel) {
     const int64_t channel = panel * PANEL, at = first_row * out_channels + channel;
     taps[0] = x.data + first_row * tile.row_stride;
@@ -73,10 +74,10 @@ constexpr int64_t POINTWISE_ROWS = 8 * MAX_ROWS;
 
 // y = act(x w + bias + residual) for `count` neighbouring pixels (stride 1) and all output channels.
 inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, const float* weights, const float* bias,
-                           const Activation* residual, Activation* y, int64_t out_channels, bool relu) {
+                           const Activation* residual, Activation* y, int64_t out_channels, const Nonlinearity& nonlinearity) {
   const int64_t panels = panel_count(out_channels);
   if (!rows_collide(in_channels)) {
-    multiply_pointwise({x, count, in_channels, false}, weights, bias, 0, panels, residual, y, out_channels, relu);
+    multiply_pointwise({x, count, in_channels, false}, weights, bias, 0, panels, residual, y, out_channels, nonlinearity);
     return;
   }
   Scratch scratch;
@@ -85,7 +86,7 @@ inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, c
     const int64_t rows = std::min(POINTWISE_ROWS, count - first), at = first * out_channels;
     copy_to_blocks(rows, in_channels, copy, [&](int64_t row) { return x + (first + row) * in_channels; });
     multiply_pointwise({copy, rows, in_channels, true}, weights, bias, 0, panels, residual == nullptr ? nullptr : residual + at,
-                       y + at, out_channels, relu);
+                       y + at, out_channels, nonlinearity);
   }
 }
 
@@ -118,8 +119,7 @@ inline void pointwise(const ConvParams& p) {
       const int64_t at = begin * p.out_channels;
       multiply_pointwise({blocked ? copy : x + begin * channels, count, channels, blocked},
                          static_cast<const float*>(p.weights), p.bias, panels * group / groups, panels * (group + 1) / groups,
-                         residual == nullptr ? nullptr : residual + at, y + at, p.out_channels,
-                         p.activation == ActivationFunction::relu);
+                         residual == nullptr ? nullptr : residual + at, y + at, p.out_channels, p.nonlinearity);
     }
   });
 }

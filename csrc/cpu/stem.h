@@ -112,8 +112,8 @@ void stem_rows(const StemParams& p, const TransformedWeights& weights, int64_t n
 template <class T>
 void run_stem(const StemParams& p) {
   const int64_t channels = 4 * p.in_channels, stride = channels * PANEL;
-  const TransformedWeights weights{p.weights,      stride, stride * Stem34::A * Stem34::A,          channels,
-                                   p.out_channels, p.bias, p.activation == ActivationFunction::relu};
+  const TransformedWeights weights{p.weights, stride,        stride * Stem34::A * Stem34::A, channels, p.out_channels,
+                                   p.bias,    p.nonlinearity};
   const int64_t parts = std::min(p.out_height(), (4 * thread_count() + p.batch - 1) / p.batch);
   parallel_units(p.batch * parts, [&](int64_t unit, int64_t) {
     const int64_t part = unit % parts;

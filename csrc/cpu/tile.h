@@ -5,7 +5,7 @@
 // into two multiply-adds. Included only between RF_ISA_*_BEGIN and RF_ISA_END.
 #pragma once
 
-#include "simd.h"
+#include "nonlinearity.h"
 
 namespace resnet_fused::cpu::RF_ISA {
 
@@ -123,7 +123,7 @@ struct ConvTile {
   Out* y;
   int64_t pixel_stride;  // between rows of y and of residual
   int64_t out_lanes;     // channels of this panel that exist
-  bool relu;
+  Nonlinearity nonlinearity;
 };
 
 template <class Out>
@@ -208,18 +208,20 @@ void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
                                                     t.ahead, [&] { below.advance(); });
   }
 
-  const vec floor = t.relu ? zero() : splat(-__builtin_inff());
+  const vec floor = floor_of(t.nonlinearity);
   if (t.out_lanes >= PANEL) {
     residual == nullptr ? finish_rows<ROWS, false>(acc, residual, y, t.pixel_stride, floor)
                         : finish_rows<ROWS, true>(acc, residual, y, t.pixel_stride, floor);
-    return;
+  } else {
+    Out* row = y;
+    RF_UNROLL(16)
+    for (int r = 0; r < ROWS; ++r, row += t.pixel_stride) {
+      finish(acc.low[r], residual, row, floor, t.out_lanes);
+      finish(acc.high[r], residual == nullptr ? nullptr : residual + LANES, row + LANES, floor, t.out_lanes - LANES);
+      if (residual != nullptr) residual += t.pixel_stride;
+    }
   }
-  RF_UNROLL(16)
-  for (int r = 0; r < ROWS; ++r, y += t.pixel_stride) {
-    finish(acc.low[r], residual, y, floor, t.out_lanes);
-    finish(acc.high[r], residual == nullptr ? nullptr : residual + LANES, y + LANES, floor, t.out_lanes - LANES);
-    if (residual != nullptr) residual += t.pixel_stride;
-  }
+  apply_nonlinearity(t.nonlinearity, y, ROWS, t.pixel_stride, std::min<int64_t>(t.out_lanes, PANEL));
 }
 
 // ---- Splitting a run of rows into tiles ---------------------------------------------------------------------------------

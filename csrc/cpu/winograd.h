@@ -21,7 +21,7 @@ struct WinogradConv {
         plan(how),
         grid(params),
         kept(transformed_weights<F>(static_cast<const float*>(params.weights), params.bias, params.in_channels,
-                                    params.out_channels, params.activation == ActivationFunction::relu)),
+                                    params.out_channels, params.nonlinearity)),
         panels(panel_count(params.out_channels)),
         in_vectors(vector_count(params.in_channels)),
         blocks((grid.count + how.tiles - 1) / how.tiles) {}
@@ -53,7 +53,7 @@ struct WinogradConv {
   void by_tiles() const {
     Scratch shared;
     const LayerParams layer{p.weights, p.transformed, p.bias, p.in_channels, p.out_channels};
-    const TransformedWeights weights = layer_weights<F, T>(shared, layer, p.activation == ActivationFunction::relu);
+    const TransformedWeights weights = layer_weights<F, T>(shared, layer, p.nonlinearity);
     parallel_units(blocks, [&](int64_t block, int64_t following) {
       const int64_t begin = block_begin(block), tiles = block_begin(block + 1) - begin;
       const int64_t out_begin = grid.batch_row(begin, 0) * p.out_width * p.out_channels;
@@ -137,7 +137,7 @@ struct WinogradConv {
   void transform_output(int64_t panel, const TileBlock& tiles, const float* m, int64_t m_stride) const {
     for (int64_t t = 0; t < tiles.runs.count(); ++t) {
       transform_output_vectors<F, T>(place(tiles.order[t]), m + t * LANES, m_stride, tiles.slots * LANES, p.bias, 2 * panel, 2,
-                                     p.activation == ActivationFunction::relu);
+                                     p.nonlinearity);
     }
   }
 

@@ -185,11 +185,10 @@ void transform_weights(const W* packed, int64_t channels, float* u, int64_t u_po
   }
 }
 
-// Y = A^T M A of one tile and one vector of output channels, + bias + residual, ReLU. Pixels outside the image are not
-// written.
+// Y = f(A^T M A + bias + residual) of one tile and one vector of output channels. Pixels outside the image are not written.
 template <class F, class T>
 void transform_output_tile(const float* m, int64_t m_point_stride, const float* bias, const TilePlace<T>& tile, int64_t channel,
-                           bool relu) {
+                           const Nonlinearity& nonlinearity) {
   constexpr int A = F::A, M = F::M;
   vec half[M][A];
   RF_UNROLL(8)
@@ -202,7 +201,7 @@ void transform_output_tile(const float* m, int64_t m_point_stride, const float* 
     for (int i = 0; i < M; ++i) half[i][j] = transformed[i];
   }
   const vec shift_vector = load(bias + channel);
-  const vec floor = relu ? zero() : splat(-__builtin_inff());
+  const vec floor = floor_of(nonlinearity);
   const Strip<T>& y = tile.y;
   const int64_t rows = std::min(tile.rows, y.height - tile.top), columns = std::min(tile.columns, y.width - tile.left);
   const int64_t lanes = y.channels - channel;
@@ -224,17 +223,18 @@ void transform_output_tile(const float* m, int64_t m_point_stride, const float* 
         finish(add(transformed[j], shift_vector), residual_at, out + at, floor, lanes);
       }
     }
+    apply_nonlinearity(nonlinearity, out, std::min<int64_t>(columns, M), y.channels, std::min<int64_t>(lanes, LANES));
   }
 }
 
 // The same for `count` vectors of channels of a tile, from vector `first` on; those that don't exist are left out.
 template <class F, class T>
 void transform_output_vectors(const TilePlace<T>& tile, const float* m, int64_t m_point_stride, int64_t m_vector_stride,
-                              const float* bias, int64_t first, int64_t count, bool relu) {
+                              const float* bias, int64_t first, int64_t count, const Nonlinearity& nonlinearity) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t channel = (first + i) * LANES;
     if (channel >= tile.y.channels) return;
-    transform_output_tile<F, T>(m + i * m_vector_stride, m_point_stride, bias, tile, channel, relu);
+    transform_output_tile<F, T>(m + i * m_vector_stride, m_point_stride, bias, tile, channel, nonlinearity);
   }
 }
 
@@ -244,7 +244,7 @@ struct TransformedWeights {
   int64_t point_stride, panel_stride;
   int64_t in_channels, out_channels;
   const float* bias;
-  bool relu;
+  Nonlinearity nonlinearity;
 };
 
 template <class F>
@@ -254,16 +254,16 @@ int64_t transformed_elements(int64_t in_channels, int64_t out_channels) {
 
 template <class F>
 TransformedWeights transformed_weights(const float* u, const float* bias, int64_t in_channels, int64_t out_channels,
-                                       bool relu) {
+                                       const Nonlinearity& nonlinearity) {
   const int64_t stride = point_stride(F::PHASES * in_channels * 2);
-  return {u, stride, stride * F::A * F::A, in_channels, out_channels, bias, relu};
+  return {u, stride, stride * F::A * F::A, in_channels, out_channels, bias, nonlinearity};
 }
 
 // Transforms all weights of a layer, on all threads.
 template <class F, class T>
 void transform_layer(const T* packed, int64_t in_channels, int64_t out_channels, float* u) {
   constexpr int64_t CHUNK = 64;  // input channels a unit of work
-  const TransformedWeights layer = transformed_weights<F>(u, nullptr, in_channels, out_channels, false);
+  const TransformedWeights layer = transformed_weights<F>(u, nullptr, in_channels, out_channels, NO_NONLINEARITY);
   const int64_t panels = panel_count(out_channels), chunks = (in_channels + CHUNK - 1) / CHUNK;
   parallel_units(panels * chunks, [&](int64_t unit, int64_t) {
     const int64_t panel = unit / chunks, c = unit % chunks * CHUNK;
@@ -274,14 +274,14 @@ void transform_layer(const T* packed, int64_t in_channels, int64_t out_channels,
 
 // The transformed weights of a layer: those that were kept, or else made in memory taken from `scratch`.
 template <class F, class T>
-TransformedWeights layer_weights(Scratch& scratch, const LayerParams& layer, bool relu) {
+TransformedWeights layer_weights(Scratch& scratch, const LayerParams& layer, const Nonlinearity& nonlinearity) {
   const float* u = static_cast<const float*>(layer.weights);
   if (!layer.transformed) {
     float* made = scratch.take<float>(transformed_elements<F>(layer.in_channels, layer.out_channels));
     transform_layer<F, T>(static_cast<const T*>(layer.weights), layer.in_channels, layer.out_channels, made);
     u = made;
   }
-  return transformed_weights<F>(u, layer.bias, layer.in_channels, layer.out_channels, relu);
+  return transformed_weights<F>(u, layer.bias, layer.in_channels, layer.out_channels, nonlinearity);
 }
 
 // Channels summed in one go: sums of sums round less than one long sum (measured: half the error at 256 channels).
@@ -323,7 +323,8 @@ template <class F, class T, class Place, class Between>
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
-      transform_output_vectors<F, T>(place(t), m + t * LANES, m_stride, tiles * LANES, w.bias, 2 * first, 2 * count, w.relu);
+      transform_output_vectors<F, T>(place(t), m + t * LANES, m_stride, tiles * LANES, w.bias, 2 * first, 2 * count,
+                                     w.nonlinearity);
     }
   }
   return trusted;

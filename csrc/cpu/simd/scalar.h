@@ -49,8 +49,25 @@ RF_INLINE vec fnma(vec a, vec b, vec c) {
 RF_INLINE vec max_keeping_nan(vec floor, vec value) {
   return each_lane([&](int i) { return floor.lane[i] > value.lane[i] ? floor.lane[i] : value.lane[i]; });
 }
+RF_INLINE vec min_keeping_nan(vec ceiling, vec value) {
+  return each_lane([&](int i) { return ceiling.lane[i] < value.lane[i] ? ceiling.lane[i] : value.lane[i]; });
+}
+RF_INLINE vec divide(vec a, vec b) {
+  return each_lane([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+RF_INLINE vec nearest(vec a) {
+  return each_lane([&](int i) { return std::nearbyint(a.lane[i]); });
+}
+// a 2^n for whole n from -126 to 128.
+RF_INLINE vec times_power_of_two(vec a, vec n) {
+  return each_lane(
+      [&](int i) { return n.lane[i] != n.lane[i] ? n.lane[i] : std::ldexp(a.lane[i], static_cast<int>(n.lane[i])); });
+}
 RF_INLINE vec magnitude(vec a) {
   return each_lane([&](int i) { return std::fabs(a.lane[i]); });
+}
+RF_INLINE vec with_sign(vec size, vec sign) {
+  return each_lane([&](int i) { return std::copysign(size.lane[i], sign.lane[i]); });
 }
 // The larger of two magnitudes; a NaN of either wins.
 RF_INLINE vec larger(vec a, vec b) {

@@ -18,9 +18,20 @@ RF_INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 RF_INLINE vec fnma(vec a, vec b, vec c) { return _mm256_fnmadd_ps(a, b, c); }
 // vmaxps returns its second operand when either is NaN: `value` goes second, so that a NaN in it survives.
 RF_INLINE vec max_keeping_nan(vec floor, vec value) { return _mm256_max_ps(floor, value); }
+RF_INLINE vec min_keeping_nan(vec ceiling, vec value) { return _mm256_min_ps(ceiling, value); }
+RF_INLINE vec divide(vec a, vec b) { return _mm256_div_ps(a, b); }
+RF_INLINE vec nearest(vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// a 2^n for whole n from -126 to 128.
+RF_INLINE vec times_power_of_two(vec a, vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
 
 RF_INLINE vec magnitude(vec a) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)));
+}
+RF_INLINE vec with_sign(vec size, vec sign) {
+  return _mm256_or_ps(size, _mm256_and_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN))));
 }
 // The larger of two magnitudes; a NaN of either wins: as integers, the NaNs are above all numbers.
 RF_INLINE vec larger(vec a, vec b) {

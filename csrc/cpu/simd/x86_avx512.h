@@ -18,9 +18,17 @@ RF_INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }    /
 RF_INLINE vec fnma(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 // vmaxps returns its second operand when either is NaN: `value` goes second, so that a NaN in it survives.
 RF_INLINE vec max_keeping_nan(vec floor, vec value) { return _mm512_max_ps(floor, value); }
+RF_INLINE vec min_keeping_nan(vec ceiling, vec value) { return _mm512_min_ps(ceiling, value); }
+RF_INLINE vec divide(vec a, vec b) { return _mm512_div_ps(a, b); }
+RF_INLINE vec nearest(vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// a 2^n for whole n from -126 to 128.
+RF_INLINE vec times_power_of_two(vec a, vec n) { return _mm512_scalef_ps(a, n); }
 
 RF_INLINE vec magnitude(vec a) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)));
+}
+RF_INLINE vec with_sign(vec size, vec sign) {
+  return _mm512_or_ps(size, _mm512_and_ps(sign, _mm512_castsi512_ps(_mm512_set1_epi32(INT32_MIN))));
 }
 // The larger of two magnitudes; a NaN of either wins: as integers, the NaNs are above all numbers.
 RF_INLINE vec larger(vec a, vec b) {
