@@ -41,7 +41,7 @@ class Recorded:
         geometry = [kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1]
         self.steps.append((x, residual, weight, bias))
         plan = BY_TILES if kernel == 3 else []
-        return self.chain.conv(x, residual, packed, padded_bias(bias), 32, geometry, True, plan)
+        return self.chain.conv(x, residual, packed, padded_bias(bias), 32, 1, geometry, True, plan)
 
     def ours(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ops.resnet_fused_cpu.run_chain(self.chain.id, x, residual)

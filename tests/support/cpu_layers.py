@@ -52,7 +52,7 @@ class Layer:
         geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
         chain = Chain(tuple(self.x.shape), self.dtype)
         residual = Chain.RESIDUAL if self.residual else None
-        chain.conv(Chain.X, residual, packed, padded_bias(self.bias), self.out, geometry, self.relu, plan)
+        chain.conv(Chain.X, residual, packed, padded_bias(self.bias), self.out, 1, geometry, self.relu, plan)
         return ops.run_chain(chain.id, self.x, self.added)
 
 

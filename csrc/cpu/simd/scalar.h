@@ -56,6 +56,14 @@ RF_INLINE vec magnitude(vec a) {
 RF_INLINE vec larger(vec a, vec b) {
   return each_lane([&](int i) { return a.lane[i] >= b.lane[i] || a.lane[i] != a.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+// Lane i of the result is lane order[i] of a.
+RF_INLINE vec permute(vec a, const int32_t* order) {
+  return each_lane([&](int i) { return a.lane[order[i]]; });
+}
+// a in the first `lanes`, b in the others.
+RF_INLINE vec splat_two(float a, float b, int lanes) {
+  return each_lane([&](int i) { return i < lanes ? a : b; });
+}
 // Whether a lane is above the limit, or NaN.
 RF_INLINE bool any_above(vec a, float limit) {
   bool found = false;

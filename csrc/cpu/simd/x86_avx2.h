@@ -32,6 +32,14 @@ RF_INLINE bool any_above(vec a, float limit) { return _mm256_movemask_ps(_mm256_
 RF_INLINE __m256i lane_mask(int lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
+// Lane i of the result is lane order[i] of a.
+RF_INLINE vec permute(vec a, const int32_t* order) {
+  return _mm256_permutevar8x32_ps(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(order)));
+}
+// a in the first `lanes`, b in the others.
+RF_INLINE vec splat_two(float a, float b, int lanes) {
+  return _mm256_blendv_ps(splat(b), splat(a), _mm256_castsi256_ps(lane_mask(lanes)));
+}
 RF_INLINE vec load(const float* p, int lanes) { return _mm256_maskload_ps(p, lane_mask(lanes)); }
 RF_INLINE void store(float* p, vec a, int lanes) { _mm256_maskstore_ps(p, lane_mask(lanes), a); }
 

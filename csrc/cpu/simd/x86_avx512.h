@@ -30,6 +30,10 @@ RF_INLINE vec larger(vec a, vec b) {
 RF_INLINE bool any_above(vec a, float limit) { return _mm512_cmp_ps_mask(a, splat(limit), _CMP_NLE_UQ) != 0; }
 
 RF_INLINE __mmask16 lane_mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1u); }
+// Lane i of the result is lane order[i] of a.
+RF_INLINE vec permute(vec a, const int32_t* order) { return _mm512_permutexvar_ps(_mm512_loadu_si512(order), a); }
+// a in the first `lanes`, b in the others.
+RF_INLINE vec splat_two(float a, float b, int lanes) { return _mm512_mask_mov_ps(splat(b), lane_mask(lanes), splat(a)); }
 RF_INLINE vec load(const float* p, int lanes) { return _mm512_maskz_loadu_ps(lane_mask(lanes), p); }
 RF_INLINE void store(float* p, vec a, int lanes) { _mm512_mask_storeu_ps(p, lane_mask(lanes), a); }
 

@@ -11,6 +11,7 @@ from resnet_fused.backends.cpu import plan
 from resnet_fused.backends.cpu.batch_norm import BatchNorm
 from resnet_fused.backends.cpu.block import WholeBlock
 from resnet_fused.backends.cpu.convolution import Direct, Winograd
+from resnet_fused.backends.cpu.grouped import Depthwise, Grouped
 from resnet_fused.backends.cpu.head import AveragePool, Classifier
 from resnet_fused.backends.cpu.stem import Stem
 from resnet_fused.backends.cpu.training_conv import TrainingConvolution
@@ -28,6 +29,8 @@ class CPU(Backend):
     implementations = (
         WholeBlock(),
         Stem(),
+        Depthwise(),
+        Grouped(),
         Winograd(),
         Direct(),
         Classifier(),

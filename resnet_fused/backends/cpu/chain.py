@@ -39,6 +39,7 @@ class Chain:
         weights: Tensor,
         bias: Tensor,
         out_channels: int,
+        groups: int,
         geometry: list[int],
         relu: bool,
         plan: list[int],
@@ -48,10 +49,11 @@ class Chain:
         Args:
             x, residual: values.
             weights, bias: packed weights and padded bias.
+            groups: of the convolution. The weights of more than one are packed by `pack_grouped`.
             geometry: kernel, stride, padding and dilation, two each.
             plan: a WinogradPlan's numbers, or empty for the direct sum.
         """
-        return self._library.chain_conv(self.id, x, residual, weights, bias, out_channels, geometry, relu, plan)
+        return self._library.chain_conv(self.id, x, residual, weights, bias, out_channels, groups, geometry, relu, plan)
 
     def block(self, x: int, weights: list[Tensor], biases: list[Tensor], channels: list[int], plan: list[int]) -> int:
         """Adds y = relu(layers(x) + shortcut(x)), a residual block as a whole.
