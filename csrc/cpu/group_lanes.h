@@ -16,7 +16,7 @@ enum class GroupKind : uint8_t { own_channel, spread_groups, one_group, two_grou
 // One vector of output channels.
 struct GroupVector {
   int64_t first_output, outputs;
-  int64_t first_input, inputs;  // inputs: of its groups, which are whole, where they are one vector
+  int64_t first_input, inputs;  // those of its groups
   int64_t first_group;          // outputs that belong to its first group
   int64_t weights;              // where its weights begin
   GroupKind kind;
@@ -47,8 +47,8 @@ struct GroupLanes {
       v.first_output = block * step;
       v.outputs = outputs(block);
       v.first_input = v.first_output / out * in;
-      v.inputs = v.outputs / out * in;
       v.first_group = out - v.first_output % out;
+      v.inputs = (v.outputs - v.first_group + 2 * out - 1) / out * in;
       v.weights = block * taps * in * LANES;
       v.kind = depthwise()                  ? GroupKind::own_channel
                : together > 1               ? GroupKind::spread_groups
@@ -58,6 +58,9 @@ struct GroupLanes {
     }
     return list;
   }
+
+  // Of any vector: one that begins within a group may end in the next.
+  int64_t most_inputs() const { return std::max<int64_t>(together, 2) * in; }
 
   // For each input channel k of a group, the lane of the input vector that each lane of the results multiplies.
   const int32_t* spread(int32_t* order) const {

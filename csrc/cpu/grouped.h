@@ -58,7 +58,7 @@ struct OneGroup {
   static constexpr bool ONE = false;
   template <bool EDGE, class T>
   static RF_INLINE vec take(const GroupedTile<T>&, const T* pixel, int64_t k) {
-    return splat(widen(pixel[k]));
+    return splat(pixel[k]);
   }
 };
 
@@ -67,7 +67,7 @@ struct TwoGroups {
   static constexpr bool ONE = false;
   template <bool EDGE, class T>
   static RF_INLINE vec take(const GroupedTile<T>& t, const T* pixel, int64_t k) {
-    return splat_two(widen(pixel[k]), widen(pixel[t.channels + k]), static_cast<int>(t.first_group));
+    return blend(splat(pixel[k]), splat(pixel[t.channels + k]), static_cast<int>(t.first_group));
   }
 };
 
@@ -177,27 +177,25 @@ class LinesBelow {
   const int64_t x_share_, y_share_;
 };
 
-// Lines of results [begin, end) of image n, of the output channels of `count` vectors. `ahead`: fetches what is used next.
+// Lines of results [begin, end) of image n, of the output channels of some vectors. t's strides are those of the image, of
+// which `image` is the first pixel. `ahead`: fetches what is used next.
 template <class T, int KERNEL, int STRIDE>
-void grouped_lines(const ConvParams& p, GroupedTile<T>& t, int64_t n, int64_t begin, int64_t end, const GroupVector* vectors,
-                   int64_t count, bool ahead, Filter<KERNEL, STRIDE> filter) {
+void grouped_lines(const ConvParams& p, GroupedTile<T>& t, const T* image, int64_t n, int64_t begin, int64_t end,
+                   const GroupVector* vectors_begin, const GroupVector* vectors_end, bool ahead,
+                   Filter<KERNEL, STRIDE> filter) {
   constexpr int READ = Filter<KERNEL, STRIDE>::READ;
   constexpr int64_t element = sizeof(T);
-  // Pixels that are a multiple of 4 KiB apart share a set of L1, which has 8 ways or more.
-  const bool collide = READ > 9 && t.pixel_stride * element % 4096 == 0;
-  const int64_t columns = collide ? GROUPED_COLUMNS / 2 + 1 : GROUPED_COLUMNS;
-  const T* image = static_cast<const T*>(p.x) + n * p.height * t.row_stride;
   for (int64_t o = begin; o < end; o += 2) {
     const int64_t rows = std::min<int64_t>(2, end - o), top = o * STRIDE - p.pad_h;
     t.first_row = std::max<int64_t>(0, -top);
     t.last_row = std::min((rows - 1) * STRIDE + KERNEL, p.height - top);
     const int64_t x_below = ahead ? 2 * STRIDE * t.row_stride : 0, y_below = ahead ? 2 * t.y_row_stride : 0;
-    const int64_t tiles = (p.out_width + columns - 1) / columns * count;
+    const int64_t tiles = (p.out_width + GROUPED_COLUMNS - 1) / GROUPED_COLUMNS * (vectors_end - vectors_begin);
     LinesBelow below(image + (top + STRIDE + KERNEL) * t.row_stride, x_below * element,
                      static_cast<const T*>(p.y) + (n * p.out_height + o + 2) * t.y_row_stride, y_below * element, tiles);
-    for (int64_t column = 0; column < p.out_width; column += columns) {
+    for (int64_t column = 0; column < p.out_width; column += GROUPED_COLUMNS) {
       const int64_t left = column * STRIDE - p.pad_w;
-      t.columns = static_cast<int>(std::min(columns, p.out_width - column));
+      t.columns = static_cast<int>(std::min<int64_t>(GROUPED_COLUMNS, p.out_width - column));
       const int64_t read = (t.columns - 1) * STRIDE + KERNEL;
       const int64_t first = std::min<int64_t>(std::max<int64_t>(0, -left), READ);
       const int64_t last = std::max(first, std::min(read, p.width - left));
@@ -205,7 +203,7 @@ void grouped_lines(const ConvParams& p, GroupedTile<T>& t, int64_t n, int64_t be
       const bool all_columns = last - first == READ;
       const T* x = image + top * t.row_stride + left * t.pixel_stride;
       const int64_t at = ((n * p.out_height + o) * p.out_width + column) * p.out_channels;
-      for (const GroupVector* v = vectors; v < vectors + count; ++v) {
+      for (const GroupVector* v = vectors_begin; v < vectors_end; ++v) {
         below.advance();
         t.x = x + v->first_input;
         t.in_lanes = v->inputs, t.out_lanes = v->outputs, t.first_group = v->first_group;
@@ -230,9 +228,31 @@ void grouped_lines(const ConvParams& p, GroupedTile<T>& t, int64_t n, int64_t be
   }
 }
 
+// A vector's input channels of lines of an image, copied side by side: in wide layers pixels are so far apart that they fall into
+// a few sets of L1, and each would be a wait of its own.
+template <class T>
+struct GroupCopy {
+  T* data;
+  int64_t n, begin, first_input, inputs;  // what is in it
+
+  // Copies lines [from, to) of image n, unless they are there, and sets t's strides. Returns where the image would begin.
+  const T* fill(const ConvParams& p, GroupedTile<T>& t, int64_t image, int64_t from, int64_t to, const GroupVector& v) {
+    if (image != n || from != begin || v.first_input != first_input || v.inputs != inputs) {
+      n = image, begin = from, first_input = v.first_input, inputs = v.inputs;
+      const T* pixel = static_cast<const T*>(p.x) + (n * p.height + from) * p.width * p.in_channels + first_input;
+      T* copy = data;
+      for (int64_t count = (to - from) * p.width; count > 0; --count, pixel += p.in_channels, copy += inputs) {
+        __builtin_memcpy(copy, pixel, static_cast<size_t>(inputs) * sizeof(T));
+      }
+    }
+    t.row_stride = p.width * inputs, t.pixel_stride = inputs;
+    return data - begin * t.row_stride - first_input;
+  }
+};
+
 // Weights up to this many elements are left in L2 while the pixels pass, whose vectors follow each other as they do in memory;
-// with more, each vector's weights stay in L1 while its channels of an image pass.
-constexpr int64_t RESIDENT_GROUPS = 128 * 1024;
+// with more, each vector's weights stay in L1 while a copy of its channels passes, of up to so many lines.
+constexpr int64_t RESIDENT_GROUPS = 128 * 1024, COPIED_GROUP = 64 * 1024;
 
 // x and y from this many bytes on are fetched ahead: they come from memory. In the caches it costs a tenth of a layer's time.
 constexpr int64_t FETCHED_AHEAD = 8 << 20;
@@ -247,7 +267,8 @@ void grouped_as(const ConvParams& p, Filter<KERNEL, STRIDE> filter) {
   const auto more = [](int64_t units) {
     return (4 * thread_count() + units - 1) / units;
   };
-  const int64_t line_blocks = resident ? std::clamp<int64_t>(p.out_height / 8, 1, more(p.batch)) : 1;
+  const int64_t line_blocks = resident ? std::clamp<int64_t>(p.out_height / 8, 1, more(p.batch))
+                                       : std::clamp<int64_t>(p.height * p.width * lanes.in / COPIED_GROUP, 1, p.out_height);
   const int64_t images = p.batch * line_blocks, parts = std::min(lanes.blocks, more(images));
   parallel_workers(images * parts, [&](Units& units) {
     Scratch scratch;
@@ -258,14 +279,25 @@ void grouped_as(const ConvParams& p, Filter<KERNEL, STRIDE> filter) {
     t.floor = p.activation == ActivationFunction::relu ? zero() : splat(-__builtin_inff());
     const GroupVector* vectors = lanes.vectors(scratch.take<GroupVector>(lanes.blocks), KERNEL * KERNEL);
     t.order = lanes.together > 1 ? lanes.spread(scratch.take<int32_t>(lanes.in * LANES)) : nullptr;
+    const int64_t most_lines = ((p.out_height - 1) / line_blocks) * STRIDE + KERNEL;
+    GroupCopy<T> copy{nullptr, -1, -1, -1, -1};
+    if (!resident) copy.data = scratch.take<T>(std::min(most_lines, p.height) * p.width * lanes.most_inputs());
     while (units.take()) {
-      const int64_t part = units.current() % parts, image = units.current() / parts, n = image / line_blocks,
-                    lines = image % line_blocks;
-      const int64_t begin = p.out_height * lines / line_blocks, end = p.out_height * (lines + 1) / line_blocks;
-      const int64_t first = lanes.blocks * part / parts, last = lanes.blocks * (part + 1) / parts;
-      const int64_t together = resident ? last - first : 1;
-      for (int64_t v = first; v < last; v += together) {
-        grouped_lines(p, t, n, begin, end, vectors + v, together, ahead, filter);
+      const int64_t part = units.current() % parts, lines = units.current() / parts, n = lines / line_blocks;
+      const int64_t begin = p.out_height * (lines % line_blocks) / line_blocks;
+      const int64_t end = p.out_height * (lines % line_blocks + 1) / line_blocks;
+      const GroupVector* first = vectors + lanes.blocks * part / parts;
+      const GroupVector* last = vectors + lanes.blocks * (part + 1) / parts;
+      if (resident) {
+        const T* image = static_cast<const T*>(p.x) + n * p.height * t.row_stride;
+        grouped_lines(p, t, image, n, begin, end, first, last, ahead, filter);
+        continue;
+      }
+      const int64_t from = std::clamp<int64_t>(begin * STRIDE - p.pad_h, 0, p.height);
+      const int64_t to = std::clamp<int64_t>((end - 1) * STRIDE - p.pad_h + KERNEL, from, p.height);
+      for (const GroupVector* v = first; v < last; ++v) {
+        const T* image = copy.fill(p, t, n, from, to, *v);
+        grouped_lines(p, t, image, n, begin, end, v, v + 1, false, filter);
       }
     }
   });

@@ -37,13 +37,14 @@ RF_INLINE vec permute(vec a, const int32_t* order) {
   return _mm256_permutevar8x32_ps(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(order)));
 }
 // a in the first `lanes`, b in the others.
-RF_INLINE vec splat_two(float a, float b, int lanes) {
-  return _mm256_blendv_ps(splat(b), splat(a), _mm256_castsi256_ps(lane_mask(lanes)));
-}
+RF_INLINE vec blend(vec a, vec b, int lanes) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(lane_mask(lanes))); }
 RF_INLINE vec load(const float* p, int lanes) { return _mm256_maskload_ps(p, lane_mask(lanes)); }
 RF_INLINE void store(float* p, vec a, int lanes) { _mm256_maskstore_ps(p, lane_mask(lanes), a); }
 
 RF_INLINE vec widen(__m128i halves) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)); }
+RF_INLINE vec splat(Bf16 a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<short>(a.bits)), 16));
+}
 // Round to nearest even in integer arithmetic; a NaN stays a quiet NaN.
 RF_INLINE __m128i narrow(vec a) {
   const __m256i bits = _mm256_castps_si256(a);

@@ -65,12 +65,12 @@ class CPU(Backend):
         kind = problem.kind
         if kind in (Kind.BATCH_NORM, Kind.AVERAGE_POOL, Kind.TRAINING_CONV):
             return True
-        # Without Winograd we are level with oneDNN at best.
-        if problem.precision != "fast":
-            return False
         # oneDNN uses AMX, at many times the rate of our instructions.
         if problem.dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16():
             return False
-        if kind is Kind.LINEAR:
-            return True
-        return plan.block_preferred(problem) if kind is Kind.PROGRAM else plan.conv_preferred(problem)
+        if kind is Kind.CONVOLUTION:
+            return plan.conv_preferred(problem)
+        # Without Winograd we are level with oneDNN at best.
+        if problem.precision != "fast":
+            return False
+        return kind is Kind.LINEAR or plan.block_preferred(problem)

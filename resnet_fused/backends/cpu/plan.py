@@ -189,9 +189,25 @@ def block_preferred(problem: Problem) -> bool:
 def conv_preferred(problem: Problem) -> bool:
     """Whether a convolution was measured to be at least level with oneDNN's."""
     conv = problem.conv
+    if conv.groups != 1:
+        return _groups_preferred(conv, problem.types.source)
+    # Without Winograd we are level with oneDNN at best.
+    if problem.precision != "fast":
+        return False
     n, _, h, w = problem.shape
     # Below a thousand pixels what counts is how long a call takes at all, and oneDNN's takes twice as long.
     if conv.kernel != (3, 3) or n * h * w < 1024:
         return True
     # With fewer channels the transforms outweigh the products.
     return conv.in_channels >= 32
+
+
+def _groups_preferred(conv: Conv, dtype: torch.dtype) -> bool:
+    """Whether a convolution of several groups was measured to be faster than oneDNN's, on Zen 5 (docs/cpu-measurements.md)."""
+    inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    if inputs == outputs == 1:
+        return True
+    # oneDNN multiplies bfloat16 by vdpbf16ps, at twice the rate of float32; where groups are narrow it gains little by it.
+    if dtype == torch.bfloat16:
+        return inputs == outputs == 4 and conv.stride == (1, 1)
+    return True
