@@ -34,10 +34,13 @@ struct GroupedTile {
 };
 
 // ---- How a pixel becomes the vector that the weights of input channel `k` of each group multiply ----------------------------
+//
+// From one channel to the next, `pixel` moves on by STEP.
 
 // Depthwise: as it is.
 struct OwnChannel {
   static constexpr bool ONE = true;
+  static constexpr int STEP = 0;
   template <bool EDGE, class T>
   static RF_INLINE vec take(const GroupedTile<T>& t, const T* pixel, int64_t) {
     return EDGE ? load(pixel, static_cast<int>(t.in_lanes)) : load(pixel);
@@ -47,6 +50,7 @@ struct OwnChannel {
 // Small groups, several in a vector: channel k of each, spread over the lanes of its results.
 struct SpreadGroups {
   static constexpr bool ONE = false;
+  static constexpr int STEP = 0;
   template <bool EDGE, class T>
   static RF_INLINE vec take(const GroupedTile<T>& t, const T* pixel, int64_t k) {
     return permute(OwnChannel::take<EDGE>(t, pixel, 0), t.order + k * LANES);
@@ -56,18 +60,20 @@ struct SpreadGroups {
 // Wide groups: one channel for all lanes.
 struct OneGroup {
   static constexpr bool ONE = false;
+  static constexpr int STEP = 1;
   template <bool EDGE, class T>
-  static RF_INLINE vec take(const GroupedTile<T>&, const T* pixel, int64_t k) {
-    return splat(pixel[k]);
+  static RF_INLINE vec take(const GroupedTile<T>&, const T* pixel, int64_t) {
+    return splat(*pixel);
   }
 };
 
 // A vector in which one wide group ends and the next begins.
 struct TwoGroups {
   static constexpr bool ONE = false;
+  static constexpr int STEP = 1;
   template <bool EDGE, class T>
-  static RF_INLINE vec take(const GroupedTile<T>& t, const T* pixel, int64_t k) {
-    return blend(splat(pixel[k]), splat(pixel[t.channels + k]), static_cast<int>(t.first_group));
+  static RF_INLINE vec take(const GroupedTile<T>& t, const T* pixel, int64_t) {
+    return blend(splat(*pixel), splat(pixel[t.channels]), static_cast<int>(t.first_group));
   }
 };
 
@@ -82,10 +88,18 @@ struct Filter {
 // Adds the products of the window's row r to the rows [FIRST, LAST) of results. EDGE: some column, result or channel isn't there.
 template <class Channels, int FIRST, int LAST, bool EDGE, int KERNEL, int STRIDE, int ROWS, class T>
 RF_INLINE void add_row(vec (&acc)[ROWS][GROUPED_COLUMNS], const GroupedTile<T>& t, int64_t r, Filter<KERNEL, STRIDE>) {
+  constexpr int READ = Filter<KERNEL, STRIDE>::READ;
   const T* row = t.x + r * t.row_stride;
   const int64_t channels = Channels::ONE ? 1 : t.channels;
   const float* weights = t.weights + r * channels * KERNEL * LANES;
+  constexpr int MOVING = Channels::STEP != 0 ? (READ + 2) / 3 : 0;
+  const T* columns[MOVING + 1];  // each the first of three
+  RF_UNROLL(8)
+  for (int i = 0; i < MOVING; ++i) columns[i] = row + 3 * i * t.pixel_stride;
   for (int64_t k = 0; k < channels; ++k, weights += KERNEL * LANES) {
+    // Else GCC keeps a pointer for each column, more than there are registers for.
+    RF_UNROLL(8)
+    for (int i = 0; i < MOVING; ++i) __asm__("" : "+r"(columns[i]));
     vec w[ROWS][KERNEL];
     RF_UNROLL(2)
     for (int i = FIRST; i < LAST; ++i) {
@@ -93,10 +107,11 @@ RF_INLINE void add_row(vec (&acc)[ROWS][GROUPED_COLUMNS], const GroupedTile<T>& 
       for (int kw = 0; kw < KERNEL; ++kw) w[i][kw] = load(weights + (kw - i * STRIDE * channels * KERNEL) * LANES);
     }
     RF_UNROLL(32)
-    for (int j = 0; j < Filter<KERNEL, STRIDE>::READ; ++j) {
+    for (int j = 0; j < READ; ++j) {
       // Beside the image there is nothing to add: products of zeros would be NaN where a weight is Inf.
       if (EDGE && (t.inside >> j & 1) == 0) continue;
-      const vec x = Channels::template take<EDGE>(t, row + j * t.pixel_stride, k);
+      const vec x =
+          Channels::template take<EDGE>(t, (MOVING ? columns[j / 3] + j % 3 * t.pixel_stride : row + j * t.pixel_stride), k);
       RF_UNROLL(2)
       for (int i = FIRST; i < LAST; ++i) {
         RF_UNROLL(8)
@@ -106,6 +121,8 @@ RF_INLINE void add_row(vec (&acc)[ROWS][GROUPED_COLUMNS], const GroupedTile<T>& 
         }
       }
     }
+    RF_UNROLL(8)
+    for (int i = 0; i < MOVING; ++i) columns[i] += Channels::STEP;
   }
 }
 
