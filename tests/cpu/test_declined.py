@@ -265,7 +265,7 @@ def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
 
     def record(chain: Chain, x: int, residual: int | None) -> int:
         for _ in range(3):
-            x = chain.conv(x, None, weights, bias, 64, [3, 3, 1, 1, 1, 1, 1, 1], True, [4, 14, 8, 64, 0])
+            x = chain.conv(x, None, weights, bias, 64, 1, [3, 3, 1, 1, 1, 1, 1, 1], True, [4, 14, 8, 64, 0])
         return x
 
     kernel = ChainKernel(tuple(layer.x.shape), torch.float32, record)

@@ -151,19 +151,31 @@ def test_a_kernel_of_another_size_is_refused():
         torch.ops.resnet_fused_cpu.pack_grouped(weight, 3)
 
 
+def _square(channels: int, count: int, stride: int = 1, size: int = 3) -> Conv:
+    return Conv(channels, channels, (size, size), (stride, stride), (size // 2, size // 2), groups=count)
+
+
+F32 = torch.float32
+
+
 @pytest.mark.parametrize(
-    ("conv", "dtype", "preferred"),
+    ("conv", "dtype", "by"),
     [
-        pytest.param(Conv(96, 96, (3, 3), padding=(1, 1), groups=96), torch.float32, True, id="depthwise"),
-        pytest.param(Conv(96, 96, (5, 5), (2, 2), (2, 2), groups=96), BF16, True, id="depthwise-bfloat16"),
-        pytest.param(Conv(128, 128, (3, 3), padding=(1, 1), groups=32), torch.float32, True, id="groups"),
-        pytest.param(Conv(128, 128, (3, 3), padding=(1, 1), groups=32), BF16, True, id="narrow-groups-bfloat16"),
-        pytest.param(Conv(512, 512, (3, 3), padding=(1, 1), groups=32), BF16, False, id="wide-groups-bfloat16"),
+        pytest.param(_square(96, 96), F32, {"avx2", "avx512"}, id="depthwise"),
+        pytest.param(_square(96, 96, 2, 5), BF16, {"avx512"}, id="depthwise-bfloat16"),
+        pytest.param(_square(128, 32), F32, {"avx2", "avx512"}, id="narrow-groups"),
+        pytest.param(_square(128, 32), BF16, {"avx512"}, id="narrow-groups-bfloat16"),
+        pytest.param(_square(512, 32), F32, {"avx512"}, id="wide-groups"),
+        pytest.param(_square(512, 32), BF16, set(), id="wide-groups-bfloat16"),
+        pytest.param(_square(1024, 32, 2), F32, set(), id="wide-groups-stride-2"),
+        pytest.param(Conv(32, 64, (3, 3), padding=(1, 1), groups=8), F32, set(), id="more-outputs-than-inputs"),
     ],
 )
 @pytest.mark.parametrize("precision", ["fast", "direct"])
-def test_where_it_is_preferred(conv: Conv, dtype: torch.dtype, preferred: bool, precision: str):
+def test_it_is_preferred_where_it_was_measured_to_be_faster(isa: str, conv: Conv, dtype, by: set[str], precision: str):
     if dtype == BF16 and torch.ops.resnet_fused_cpu.amx_bf16():
         pytest.skip("oneDNN uses AMX here")
+    if isa == "scalar":
+        pytest.skip("the backend is unavailable with scalar kernels")
     kind = problem_of("conv2d_bn", (1, conv.in_channels, 28, 28), dtype, torch.device("cpu"), (conv,), precision=precision)
-    assert get("cpu").preferred(kind) == preferred
+    assert get("cpu").preferred(kind) == (isa in by)

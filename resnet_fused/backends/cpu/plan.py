@@ -8,6 +8,8 @@ import torch
 
 from resnet_fused.backends.problem import Block, Conv, Problem
 
+_AVX512 = 2  # of Isa in csrc/cpu/isa.h
+
 
 class WinogradPlan(NamedTuple):
     """The numbers that resnet_fused_cpu::chain_conv takes as `plan`.
@@ -203,11 +205,21 @@ def conv_preferred(problem: Problem) -> bool:
 
 
 def _groups_preferred(conv: Conv, dtype: torch.dtype) -> bool:
-    """Whether a convolution of several groups was measured to be faster than oneDNN's, on Zen 5 (docs/cpu-measurements.md)."""
-    inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    if inputs == outputs == 1:
-        return True
-    # oneDNN multiplies bfloat16 by vdpbf16ps, at twice the rate of float32; where groups are narrow it gains little by it.
+    """Whether a convolution of several groups was measured to be faster than oneDNN's.
+
+    On Zen 5, and there without AVX-512 against oneDNN without it (docs/cpu-measurements.md).
+    """
+    avx512 = torch.ops.resnet_fused_cpu.isa() == _AVX512
+    if dtype == torch.bfloat16 and not avx512:
+        return False
+    inside, outside = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    if inside != outside:
+        return False
+    # oneDNN multiplies bfloat16 in pairs, which pays where a group has more than a few channels.
     if dtype == torch.bfloat16:
-        return inputs == outputs == 4 and conv.stride == (1, 1)
-    return True
+        widest = 4 if conv.stride == (1, 1) else 1
+    elif avx512:
+        widest = 32 if conv.stride == (1, 1) else 24
+    else:
+        widest = 8
+    return inside <= widest
