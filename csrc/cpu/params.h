@@ -34,7 +34,7 @@ struct ConvParams {
   Declined* declined;  // or null
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
-  int64_t groups;
+  int64_t groups = 1;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   ActivationFunction activation;
   DType source;  // of x, residual and y
