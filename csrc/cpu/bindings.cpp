@@ -146,6 +146,7 @@ Tensor pack(Tensor weight, bool winograd) {
 // Weights of a grouped convolution, (out_channels, in_channels / groups, kh, kw), as its kernel takes them: float32.
 Tensor pack_grouped(Tensor weight, int64_t groups) {
   PackParams p = pack_params(weight);
+  RF_CHECK(weight.numel() > 0, "weight is empty; a convolution needs channels and taps.");
   RF_CHECK(groups > 0 && p.out_channels % groups == 0, "groups is ", groups, "; it must divide the weight's ", p.out_channels,
            " output channels.");
   const int64_t kernel = weight.size(3);

@@ -1,5 +1,6 @@
-// Grouped and depthwise convolutions, by direct sums in float32, with the epilogue. A vector of results is LANES output channels,
-// of one group or of several; the tile below differs for them only in how a pixel becomes the vector that its weights multiply.
+// Grouped and depthwise convolutions, by direct sums in float32, with the epilogue. A vector of results is LANES output
+// channels, of one group or of several; the tile below differs for them only in how a pixel becomes the vector that its weights
+// multiply.
 #pragma once
 
 #include "group_lanes.h"
@@ -85,7 +86,8 @@ struct Filter {
   static constexpr int READ = (GROUPED_COLUMNS - 1) * STRIDE + KERNEL;  // columns that a tile reads
 };
 
-// Adds the products of the window's row r to the rows [FIRST, LAST) of results. EDGE: some column, result or channel isn't there.
+// Adds the products of the window's row r to the rows [FIRST, LAST) of results. EDGE: some column, result or channel isn't
+// there.
 template <class Channels, int FIRST, int LAST, bool EDGE, int KERNEL, int STRIDE, int ROWS, class T>
 RF_INLINE void add_row(vec (&acc)[ROWS][GROUPED_COLUMNS], const GroupedTile<T>& t, int64_t r, Filter<KERNEL, STRIDE>) {
   constexpr int READ = Filter<KERNEL, STRIDE>::READ;
@@ -245,8 +247,8 @@ void grouped_lines(const ConvParams& p, GroupedTile<T>& t, const T* image, int64
   }
 }
 
-// A vector's input channels of lines of an image, copied side by side: in wide layers pixels are so far apart that they fall into
-// a few sets of L1, and each would be a wait of its own.
+// A vector's input channels of lines of an image, copied side by side: in wide layers pixels are so far apart that they fall
+// into a few sets of L1, and each would be a wait of its own.
 template <class T>
 struct GroupCopy {
   T* data;

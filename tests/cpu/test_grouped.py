@@ -149,6 +149,8 @@ def test_a_kernel_of_another_size_is_refused():
         chain.conv(Chain.X, None, packed, padded_bias(torch.zeros(16)), 16, 4, [5, 5, 1, 1, 2, 2, 1, 1], True, [])
     with pytest.raises(ValueError, match="groups is 3; it must divide"):
         torch.ops.resnet_fused_cpu.pack_grouped(weight, 3)
+    with pytest.raises(ValueError, match="weight is empty"):
+        torch.ops.resnet_fused_cpu.pack_grouped(weight[:0], 1)
 
 
 def _square(channels: int, count: int, stride: int = 1, size: int = 3) -> Conv:
