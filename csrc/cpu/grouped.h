@@ -129,7 +129,7 @@ RF_INLINE void add_row(vec (&acc)[ROWS][GROUPED_COLUMNS], const GroupedTile<T>& 
 }
 
 template <class Channels, int ROWS, bool EDGE, int KERNEL, int STRIDE, class T>
-void grouped_tile(const GroupedTile<T>& t, Filter<KERNEL, STRIDE> filter) {
+__attribute__((noinline)) void grouped_tile(const GroupedTile<T>& t, Filter<KERNEL, STRIDE> filter) {
   vec acc[ROWS][GROUPED_COLUMNS];
   const vec bias = EDGE ? load(t.bias, static_cast<int>(t.out_lanes)) : load(t.bias);
   RF_UNROLL(2)
@@ -146,17 +146,23 @@ void grouped_tile(const GroupedTile<T>& t, Filter<KERNEL, STRIDE> filter) {
       add_row<Channels, ROWS - 1, ROWS, EDGE>(acc, t, r, filter);
     }
   }
+  // Read before the first store, which may change t for all that the compiler knows.
+  const T* residual = t.residual;
+  T* y = t.y;
+  const int64_t row_stride = t.y_row_stride, pixel_stride = t.y_pixel_stride, out_lanes = t.out_lanes;
+  const int columns = t.columns;
+  const vec floor = t.floor;
   RF_UNROLL(2)
   for (int i = 0; i < ROWS; ++i) {
     RF_UNROLL(8)
     for (int column = 0; column < GROUPED_COLUMNS; ++column) {
-      if (EDGE && column >= t.columns) continue;
-      const int64_t at = i * t.y_row_stride + column * t.y_pixel_stride;
-      const T* residual = t.residual == nullptr ? nullptr : t.residual + at;
+      if (EDGE && column >= columns) continue;
+      const int64_t at = i * row_stride + column * pixel_stride;
+      const T* added = residual == nullptr ? nullptr : residual + at;
       if (EDGE) {
-        finish(acc[i][column], residual, t.y + at, t.floor, t.out_lanes);
+        finish(acc[i][column], added, y + at, floor, out_lanes);
       } else {
-        finish(acc[i][column], residual, t.y + at, t.floor);
+        finish(acc[i][column], added, y + at, floor);
       }
     }
   }
@@ -274,7 +280,7 @@ struct GroupCopy {
 constexpr int64_t RESIDENT_GROUPS = 128 * 1024, COPIED_GROUP = 64 * 1024;
 
 // x and y from this many bytes on are fetched ahead: they come from memory. In the caches it costs a tenth of a layer's time.
-constexpr int64_t FETCHED_AHEAD = 8 << 20;
+constexpr int64_t FETCHED_AHEAD = 12 << 20;
 
 template <class T, int KERNEL, int STRIDE>
 void grouped_as(const ConvParams& p, Filter<KERNEL, STRIDE> filter) {
@@ -307,16 +313,12 @@ void grouped_as(const ConvParams& p, Filter<KERNEL, STRIDE> filter) {
       const int64_t end = p.out_height * (lines % line_blocks + 1) / line_blocks;
       const GroupVector* first = vectors + lanes.blocks * part / parts;
       const GroupVector* last = vectors + lanes.blocks * (part + 1) / parts;
-      if (resident) {
-        const T* image = static_cast<const T*>(p.x) + n * p.height * t.row_stride;
-        grouped_lines(p, t, image, n, begin, end, first, last, ahead, filter);
-        continue;
-      }
       const int64_t from = std::clamp<int64_t>(begin * STRIDE - p.pad_h, 0, p.height);
       const int64_t to = std::clamp<int64_t>((end - 1) * STRIDE - p.pad_h + KERNEL, from, p.height);
-      for (const GroupVector* v = first; v < last; ++v) {
-        const T* image = copy.fill(p, t, n, from, to, *v);
-        grouped_lines(p, t, image, n, begin, end, v, v + 1, false, filter);
+      const int64_t together = resident ? last - first : 1;
+      for (const GroupVector* v = first; v < last; v += together) {
+        const T* image = resident ? static_cast<const T*>(p.x) + n * p.height * t.row_stride : copy.fill(p, t, n, from, to, *v);
+        grouped_lines(p, t, image, n, begin, end, v, v + together, ahead, filter);
       }
     }
   });
