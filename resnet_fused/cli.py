@@ -53,8 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
         "bench",
         help="compare rf.fuse with stock PyTorch and torch.compile on this machine",
         description="Times whole models, interleaved, and shows each variant's error against float64 beside its time.",
-        epilog="Example: resnet-fused bench --models resnet34 --batches 1,16 --dtypes float32 --peers onnxruntime,openvino; is it "
-        "never slower: resnet-fused bench --zoo, or a part: bench --zoo --models 'vgg,*regnet*' --batches 1 --seconds 2",
+        epilog="Example: resnet-fused bench --models resnet34 --batches 1,16 --dtypes float32 --peers onnxruntime,openvino; "
+        "is it never slower: resnet-fused bench --zoo, or a part: bench --zoo --models 'vgg,*regnet*' --batches 1 --seconds 2",
     )
     _add_bench_arguments(bench)
     bench.set_defaults(run=_bench)

@@ -172,7 +172,7 @@ def summary(rows: list[ZooRow]) -> list[str]:
 
 
 def _shown(rows: list[ZooRow]) -> tuple[list[str], list[list[str]]]:
-    """Names of the columns and cells. Columns of torch.compile's are left out where it wasn't measured, and notes where none is."""
+    """Names of the columns and cells; columns that would be empty, torch.compile's and the notes, are left out."""
     compiled = any(not math.isnan(row.compiled_ms) for row in rows)
     noted = any(row.note for row in rows)
     own = [name for name in COLUMNS if (compiled or name not in _COMPILED) and (noted or name != COLUMNS[-1])]
