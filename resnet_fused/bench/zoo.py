@@ -37,7 +37,7 @@ class ZooRow:
         stock_ms, ours_ms, compiled_ms: medians, milliseconds a call.
         ratio: stock's time to ours: above 1, ours is faster.
         spread: the larger distance between quartiles of stock's and our times, relative to the median.
-        error, stock_error: relative errors of ours and of `stock` against float64.
+        error, stock_error: relative errors against float64 of ours, and of stock for the same input, by which ours is judged.
         fused, convolutions: how many are fused, and how many there are.
         left: the most frequent reason why others are not, and how many it holds for.
         note: why a variant has no time.
@@ -76,7 +76,7 @@ class ZooRow:
         stock = min(formats, key=lambda result: (not result.calls, result.median))
         row = cls(comparison.workload, stock.variant if stock.calls else "", stock.median, ours.median, compiled.median)
         row.spread = max(stock.spread, ours.spread)
-        row.error, row.stock_error = ours.error, stock.error
+        row.error, row.stock_error = ours.error, by_name[variants.EAGER].error
         row.note = "; ".join(f"{result.variant}: {result.note}" for result in comparison.results if result.note)
         report = comparison.report
         if report is not None:
