@@ -35,6 +35,7 @@ class ZooRow:
     Attributes:
         stock: which of stock's two memory formats is the faster.
         stock_ms, ours_ms, compiled_ms: medians, milliseconds a call.
+        same_ms: stock's in the memory format that ours is given, contiguous.
         ratio: stock's time to ours: above 1, ours is faster.
         spread: the larger distance between quartiles of stock's and our times, relative to the median.
         error, stock_error: relative errors against float64 of ours, and of stock for the same input, by which ours is judged.
@@ -48,6 +49,7 @@ class ZooRow:
     stock_ms: float = math.nan
     ours_ms: float = math.nan
     compiled_ms: float = math.nan
+    same_ms: float = math.nan
     spread: float = math.nan
     error: float = math.nan
     stock_error: float = math.nan
@@ -65,6 +67,10 @@ class ZooRow:
         return self.stock_ms / self.ours_ms
 
     @property
+    def same_ratio(self) -> float:
+        return self.same_ms / self.ours_ms
+
+    @property
     def compiled_ratio(self) -> float:
         return self.compiled_ms / self.ours_ms
 
@@ -76,7 +82,8 @@ class ZooRow:
         stock = min(formats, key=lambda result: (not result.calls, result.median))
         row = cls(comparison.workload, stock.variant if stock.calls else "", stock.median, ours.median, compiled.median)
         row.spread = max(stock.spread, ours.spread)
-        row.error, row.stock_error = ours.error, by_name[variants.EAGER].error
+        same = by_name[variants.EAGER]
+        row.same_ms, row.error, row.stock_error = same.median, ours.error, same.error
         row.note = "; ".join(f"{result.variant}: {result.note}" for result in comparison.results if result.note)
         report = comparison.report
         if report is not None:
@@ -86,7 +93,12 @@ class ZooRow:
         return row
 
     def to_json(self) -> dict[str, object]:
-        more = {"family": self.family, "ratio": self.ratio, "compiled_ratio": self.compiled_ratio}
+        more = {
+            "family": self.family,
+            "ratio": self.ratio,
+            "same_ratio": self.same_ratio,
+            "compiled_ratio": self.compiled_ratio,
+        }
         return {**asdict(self), **more}
 
     def cells(self) -> list[str]:
@@ -101,6 +113,7 @@ class ZooRow:
             _milliseconds(self.compiled_ms),
             _milliseconds(self.ours_ms),
             _cell(self.ratio, "{:.2f}"),
+            _cell(self.same_ratio, "{:.2f}"),
             _cell(self.compiled_ratio, "{:.2f}"),
             _cell(self.spread, "{:.0%}"),
             f"{_cell(self.error, '{:.1e}')}, {_cell(self.stock_error, '{:.1e}')}",
@@ -111,7 +124,15 @@ class ZooRow:
 
 COLUMNS = (
     *("model", "family", "batch", "convolutions fused", "stock, ms", "stock's format", "compiled, ms", "ours, ms"),
-    *("stock / ours", "compiled / ours", "± IQR", "error vs float64: ours, stock", "not fused, mostly since", "note"),
+    *(
+        "stock / ours",
+        "in one format",
+        "compiled / ours",
+        "± IQR",
+        "error vs float64: ours, stock",
+        "not fused, mostly since",
+        "note",
+    ),
 )
 _TEXTS = {"model", "family", "stock's format", "not fused, mostly since", "note"}
 _COMPILED = {"compiled, ms", "compiled / ours"}
@@ -164,11 +185,16 @@ def summary(rows: list[ZooRow]) -> list[str]:
     for name, count, stock, compiled in means(rows):
         more = "" if math.isnan(compiled) else f", of torch.compile's {compiled:.2f}"
         found.append(f"Geometric mean over {name} ({count}): stock's time over ours {stock:.2f}{more}.")
-    slower = sorted((row for row in rows if row.ratio < 1), key=lambda row: row.ratio)
-    listed = ", ".join(f"{row.workload.model} (batch {row.workload.batch}) {row.ratio:.2f}" for row in slower)
-    found.append(f"Slower than stock: {listed or 'none'}.")
+    slower = sorted((row.ratio, f"{row.workload.model} (batch {row.workload.batch})") for row in rows if row.ratio < 1)
+    found.append(f"Slower than stock: {_listed(slower)}.")
+    same = sorted((row.same_ratio, f"{row.workload.model} (batch {row.workload.batch})") for row in rows if row.same_ratio < 1)
+    found.append(f"Slower than stock in the same memory format: {_listed(same)}.")
     failed = ", ".join(f"{row.workload.model} (batch {row.workload.batch})" for row in rows if math.isnan(row.ratio))
     return [*found, f"Without a ratio: {failed}."] if failed else found
+
+
+def _listed(slower: list[tuple[float, str]]) -> str:
+    return ", ".join(f"{name} {ratio:.2f}" for ratio, name in slower) or "none"
 
 
 def _shown(rows: list[ZooRow]) -> tuple[list[str], list[list[str]]]:

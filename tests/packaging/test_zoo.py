@@ -97,7 +97,7 @@ def test_a_table_json_and_markdown(tmp_path, capsys):
         assert math.isnan(row["compiled_ms"])
     page = (tmp_path / "zoo.md").read_text()
     header, *lines = [line for line in page.splitlines() if line.startswith("|")]
-    for column in ("model", "convolutions fused", "stock, ms", "stock's format", "ours, ms", "stock / ours"):
+    for column in ("model", "convolutions fused", "stock, ms", "stock's format", "ours, ms", "stock / ours", "in one format"):
         assert f"| {column} |" in header
     assert "compiled" not in header
     assert "note" not in header
@@ -181,6 +181,7 @@ def test_means_are_geometric_and_rows_of_torch_compile_are_shown():
         "residual families, batch 8, float32": (1, pytest.approx(4.0), pytest.approx(2.0)),
     }
     assert "Slower than stock: own/unet (batch 8) 0.25." in zoo.summary(rows)
+    assert "Slower than stock in the same memory format: none." in zoo.summary(rows)
     assert "Without a ratio: torchvision/vgg11 (batch 8)." in zoo.summary(rows)
 
 
