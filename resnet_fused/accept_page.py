@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from resnet_fused import env_report
+from resnet_fused.text import markdown
 
 # Files that steps write into the page's folder or into one of their own.
 RESULTS = ("verify.json", "inference.json", "inference.png", "layers.json", "training.json")
@@ -90,7 +91,7 @@ def page(record: Record, out: Path) -> str:
         "## Steps",
         _steps(record),
         "## Machine",
-        _table(("", ""), (*env_report.machine(), *env_report.versions())),
+        markdown(("", ""), (*env_report.machine(), *env_report.versions())),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -151,18 +152,18 @@ def _right(out: Path) -> Iterator[str]:
         kernels = len({check["kernel"] for check in checks})
         failed = sum(not check["passed"] for check in checks)
         rows.append((backend, dtype, str(kernels), str(len(checks)), str(failed) if failed == 0 else f"**{failed}**"))
-    yield _table(("backend", "dtype", "kernels", "checks", "failed"), rows)
+    yield markdown(("backend", "dtype", "kernels", "checks", "failed"), rows)
     wrong = wrong_kernels(out)
     if wrong:
         columns = ("backend", "kernel", "problem", "reason", "fallback")
         header = ("failed: backend", "kernel", "problem", "reason", "used instead")
-        yield _table(header, [[str(check[column]) for column in columns] for check in wrong])
+        yield markdown(header, [[str(check[column]) for column in columns] for check in wrong])
     reasons: dict[str, list[str]] = {}
     for what, why in verified["unavailable"].items():
         reasons.setdefault(why, []).append(what)
     if reasons:
         found = [(what[0] + (f", and {len(what) - 1} more" if len(what) > 1 else ""), why) for why, what in reasons.items()]
-        yield _table(("not verified", "because"), found)
+        yield markdown(("not verified", "because"), found)
 
 
 def _fast(record: Record, out: Path) -> Iterator[str]:
@@ -184,7 +185,7 @@ def _fast(record: Record, out: Path) -> Iterator[str]:
                     *(_number(result["error"], "{:.1e}"), _number(result["first_call"], "{:.2f}"), result["note"]),
                 )
                 rows.append((_workload(comparison) if i == 0 else "", *(f"{mark}{c}{mark}" if c else "" for c in cells)))
-        yield _table((*header, "time / ours", "error vs float64", "first call, s", "note"), rows)
+        yield markdown((*header, "time / ours", "error vs float64", "first call, s", "note"), rows)
         if (folder / "inference.png").exists():
             yield f"![Speed relative to stock eager]({(folder / 'inference.png').relative_to(out)})"
     if not found:
@@ -213,7 +214,7 @@ def _layers(record: Record, out: Path) -> Iterator[str]:
     )
     rows.sort(key=lambda row: row[0], reverse=True)
     header = ("workload", "layer", "input", "×", "chosen", "ms", "of bound", "ms above it, all", "backends, ms")
-    yield _table(header, [cells for _, cells in rows[:_SLOWEST]])
+    yield markdown(header, [cells for _, cells in rows[:_SLOWEST]])
 
 
 def _training(record: Record, out: Path) -> Iterator[str]:
@@ -226,12 +227,12 @@ def _training(record: Record, out: Path) -> Iterator[str]:
                 dtype = "bfloat16 autocast" if comparison["workload"]["autocast"] else "float32"
                 name = f"{comparison['workload']['model']}, batch {comparison['workload']['batch']}, {dtype}"
                 rows.append((name if i == 0 else "", result["variant"], *numbers, result["note"]))
-    yield _table(("step", "variant", "ms", "time / ours", "peak MiB", "note"), rows) if rows else "No step was timed."
+    yield markdown(("step", "variant", "ms", "time / ours", "peak MiB", "note"), rows) if rows else "No step was timed."
 
 
 def _steps(record: Record) -> str:
     rows = [(o.step.title, f"`{o.step}`", f"{o.seconds:.0f}", f"[output]({o.step.log})", o.fault) for o in record.outcomes]
-    return _table(("step", "command", "s", "", "not done"), rows)
+    return markdown(("step", "command", "s", "", "not done"), rows)
 
 
 def _comparisons(record: Record, out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -271,13 +272,3 @@ def _workload(comparison: dict[str, Any]) -> str:
 
 def _number(value: float, format: str) -> str:
     return "–" if math.isnan(value) else format.format(value)
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-
-    def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-    names = list(header)
-    return "\n".join([line(names), "|" + "---|" * len(names), *(line(row) for row in rows)])

@@ -53,7 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
         "bench",
         help="compare rf.fuse with stock PyTorch and torch.compile on this machine",
         description="Times whole models, interleaved, and shows each variant's error against float64 beside its time.",
-        epilog="Example: resnet-fused bench --models resnet34 --batches 1,16 --dtypes float32 --peers onnxruntime,openvino",
+        epilog="Example: resnet-fused bench --models resnet34 --batches 1,16 --dtypes float32 --peers onnxruntime,openvino; "
+        "is it never slower: resnet-fused bench --zoo, or a part: bench --zoo --models 'vgg,*regnet*' --batches 1 --seconds 2",
     )
     _add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
@@ -125,9 +126,15 @@ def _add_workloads(command: argparse.ArgumentParser) -> None:
 
 def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     # Without a default, so that the command knows what was given: --quick and --training have their own.
-    bench.add_argument("--models", help="torchvision models, separated by commas (resnet18,resnet50; training: resnet50)")
-    bench.add_argument("--batches", help="batch sizes, separated by commas (1,8; training: 16; GPU: 1,32,256; training: 128)")
-    bench.add_argument("--dtypes", help=f"{_DTYPES} (float32,bfloat16; GPU: float16,bfloat16; there float32 may be in TF32)")
+    bench.add_argument(
+        "--models", help="torchvision models, separated by commas (resnet18,resnet50; training: resnet50; zoo: all)"
+    )
+    bench.add_argument(
+        "--batches", help="batch sizes, separated by commas (1,8, zoo too; training: 16; GPU: 1,32,256; training: 128)"
+    )
+    bench.add_argument(
+        "--dtypes", help=f"{_DTYPES} (float32,bfloat16; zoo: float32; GPU: float16,bfloat16; there float32 may be in TF32)"
+    )
     bench.add_argument("--size", help="pixels: SIZE or HEIGHTxWIDTH (224; training: 160, on a GPU 224)")
     bench.add_argument(
         "--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s); on a GPU calls are timed in groups, without waiting"
@@ -138,8 +145,18 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--layers", action="store_true", help="time every kind of layer by every backend, as a share of what is possible"
     )
+    bench.add_argument(
+        "--zoo",
+        action="store_true",
+        help="is it never slower? A list of timm's and torchvision's models, each against the faster of stock's two memory "
+        "formats, with how much was fused and why not more; --models takes names, families and patterns of the list",
+    )
     bench.add_argument("--training", action="store_true", help="time training steps, with peak memory, instead of inference")
-    bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
+    bench.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile with freezing too, which takes most of the time (yes; --quick and --zoo: no)",
+    )
     bench.add_argument(
         "--quick", action="store_true", help="under a minute: without torch.compile, and if not given, ResNet-18 in float32"
     )
@@ -147,10 +164,15 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         default=6.0,
-        help="of timing for each workload; with --training four times as many (%(default)s)",
+        help="of timing for each workload: a model at a batch size; with --training four times as many (%(default)s)",
     )
     bench.add_argument("--threads", type=int, help="CPU threads (PyTorch's default)")
-    bench.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for JSON and PNG (%(default)s)")
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench-results"),
+        help="folder for JSON and PNG, of the zoo JSON and Markdown (%(default)s)",
+    )
 
 
 def _add_roofline_arguments(roofline: argparse.ArgumentParser) -> None:

@@ -73,7 +73,7 @@ void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
 
 Nonlinearity nonlinearity(const std::string& activation, double slope) {
   static const char* const NAMES[] = {"none", "relu",        "relu6",     "leaky_relu", "sigmoid",
-                                      "silu", "hardsigmoid", "hardswish", "gelu",       "gelu_tanh"};
+                                      "silu", "hardsigmoid", "hardswish", "gelu_tanh"};
   for (size_t i = 0; i < std::size(NAMES); ++i) {
     if (activation == NAMES[i]) return {static_cast<ActivationFunction>(i), static_cast<float>(slope)};
   }
@@ -93,7 +93,22 @@ PackParams pack_params(const Tensor& weight) {
   return p;
 }
 
+// That the kernel of grouped convolutions serves one.
+static void check_grouped(const ConvParams& p, const std::vector<int64_t>& plan) {
+  const bool depthwise = p.groups == p.in_channels && p.groups == p.out_channels;
+  RF_CHECK(plan.empty(), "plan must be empty for a convolution of ", p.groups, " groups; Winograd serves one.");
+  RF_CHECK(p.kernel_h == p.kernel_w && (p.kernel_h == 3 || (depthwise && (p.kernel_h == 5 || p.kernel_h == 7))),
+           "a grouped convolution's kernel is ", p.kernel_h, " x ", p.kernel_w,
+           "; it must be 3 x 3, or for depthwise ones 5 x 5 or 7 x 7.");
+  RF_CHECK(p.stride_h == p.stride_w && (p.stride_h == 1 || p.stride_h == 2) && p.dilation_h == 1 && p.dilation_w == 1,
+           "a grouped convolution needs one stride of 1 or 2, and no dilation.");
+}
+
 void check_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
+  if (p.groups != 1) {
+    check_grouped(p, plan);
+    return;
+  }
   if (!plan.empty()) {
     const WinogradPlan how = winograd_plan(p, plan);
     RF_CHECK(!p.transformed || how.output_tile != 2,
@@ -106,6 +121,10 @@ void check_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
 }
 
 void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
+  if (p.groups != 1) {
+    kernels().grouped(p);
+    return;
+  }
   if (!plan.empty()) {
     kernels().winograd(p, winograd_plan(p, plan));
     return;
@@ -133,6 +152,20 @@ Tensor pack(Tensor weight, bool winograd) {
   advise_huge_pages(packed.mutable_data_ptr(), size[0] * static_cast<int64_t>(packed.element_size()));
   p.packed = packed.mutable_data_ptr();
   kernels().pack(p);
+  return packed;
+}
+
+// Weights of a grouped convolution, (out_channels, in_channels / groups, kh, kw), as its kernel takes them: float32.
+Tensor pack_grouped(Tensor weight, int64_t groups) {
+  PackParams p = pack_params(weight);
+  RF_CHECK(weight.numel() > 0, "weight is empty; a convolution needs channels and taps.");
+  RF_CHECK(groups > 0 && p.out_channels % groups == 0, "groups is ", groups, "; it must divide the weight's ", p.out_channels,
+           " output channels.");
+  const int64_t kernel = weight.size(3);
+  const std::array<int64_t, 1> size{kernels().grouped_size(groups, p.in_channels * groups, p.out_channels, p.taps)};
+  Tensor packed = torch::stable::empty({size.data(), size.size()}, ScalarType::Float, std::nullopt, weight.device());
+  p.packed = packed.mutable_data_ptr();
+  kernels().pack_grouped(p, groups, kernel);
   return packed;
 }
 
@@ -239,6 +272,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("measure_peak(bool bfloat16) -> float");
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool winograd) -> Tensor");
+  m.def("pack_grouped(Tensor weight, int groups) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
   m.def("stem(Tensor x, Tensor weights, Tensor bias, int out_channels, bool pool, str activation, float slope) -> Tensor?");
   m.def("average_pool(Tensor x) -> Tensor");
@@ -257,6 +291,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("measure_peak", TORCH_BOX(&measure_peak));
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("pack_grouped", TORCH_BOX(&pack_grouped));
   m.impl("transform", TORCH_BOX(&transform));
   m.impl("stem", TORCH_BOX(&stem));
   m.impl("average_pool", TORCH_BOX(&average_pool));

@@ -129,34 +129,50 @@ int64_t new_chain(std::vector<int64_t> shape, bool bfloat16) {
 
 void delete_chain(int64_t chain) { chains().remove(chain); }
 
+void check_bias(const ConvParams& p, const Tensor& bias) {
+  const int64_t padded = padded_channels(p.out_channels);
+  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
+           " elements (whole panels); it has ", bias.numel(), ".");
+}
+
+// A grouped convolution's weights, which are float32.
+void check_grouped_parameters(const ConvParams& p, const Tensor& weights, const Tensor& bias) {
+  RF_CHECK(p.groups > 0 && p.in_channels % p.groups == 0 && p.out_channels % p.groups == 0, "groups is ", p.groups,
+           "; it must divide the ", p.in_channels, " input and ", p.out_channels, " output channels.");
+  const int64_t wanted = kernels().grouped_size(p.groups, p.in_channels, p.out_channels, p.kernel_h * p.kernel_w);
+  RF_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == wanted, "weights has ", weights.numel(),
+           " elements, the packed weights of this problem ", wanted,
+           " of float32; make it with resnet_fused_cpu::pack_grouped.");
+  check_bias(p, bias);
+}
+
 // Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed.
 void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, const Tensor& bias) {
-  const int64_t padded = padded_channels(p.out_channels);
-  const int64_t wanted = padded * p.kernel_h * p.kernel_w * p.in_channels;
+  const int64_t wanted = padded_channels(p.out_channels) * p.kernel_h * p.kernel_w * p.in_channels;
   p.transformed = p.kernel_h == 3 && p.kernel_w == 3 && weights.scalar_type() == ScalarType::Float &&
                   weights.numel() == kernels().transformed_size(p.in_channels, p.out_channels, p.stride_h);
   RF_CHECK(p.transformed || weights.scalar_type() == dtype, "weights and x differ in dtype; pack the weights in x's dtype.");
   RF_CHECK(p.transformed || weights.numel() == wanted, "weights has ", weights.numel(),
            " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");
-  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
-           " elements (whole panels); it has ", bias.numel(), ".");
+  check_bias(p, bias);
 }
 
 // Adds y = act(conv(x, w) + bias + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs);
 // otherwise the five numbers of a WinogradPlan.
 int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tensor weights, Tensor bias, int64_t out_channels,
-                   std::vector<int64_t> geometry, std::string activation, double slope, std::vector<int64_t> plan) {
+                   int64_t groups, std::vector<int64_t> geometry, std::string activation, double slope,
+                   std::vector<int64_t> plan) {
   const std::shared_ptr<Chain> chain = chains().get(id);
   const Shape in = chain->shape(x, "x");
   ConvParams p{};
   p.weights = weights.const_data_ptr();
   p.bias = static_cast<const float*>(bias.const_data_ptr());
   p.batch = in.n, p.in_channels = in.c, p.height = in.h, p.width = in.w;
-  p.out_channels = out_channels;
+  p.out_channels = out_channels, p.groups = groups;
   p.nonlinearity = nonlinearity(activation, slope);
   p.source = p.weight = chain->type();
   set_geometry(p, geometry);
-  check_parameters(p, chain->dtype, weights, bias);
+  groups == 1 ? check_parameters(p, chain->dtype, weights, bias) : check_grouped_parameters(p, weights, bias);
   check_conv(p, plan);
   const Shape out{p.batch, p.out_channels, p.out_height, p.out_width};
   if (residual == RESIDUAL) {
@@ -271,9 +287,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
   m.def("new_chain(int[] shape, bool bfloat16) -> int");
   m.def("delete_chain(int chain) -> ()");
   m.def(
-      "chain_conv(int chain, int x, int? residual, Tensor weights, Tensor bias, int out_channels, int[] geometry, str "
-      "activation, "
-      "float slope, int[] plan) -> int");
+      "chain_conv(int chain, int x, int? residual, Tensor weights, Tensor bias, int out_channels, int groups, "
+      "int[] geometry, str activation, float slope, int[] plan) -> int");
   m.def("chain_block(int chain, int x, Tensor[] weights, Tensor[] biases, int[] channels, int[] plan) -> int");
   m.def("run_chain(int chain, Tensor x, Tensor? residual) -> Tensor?");
 }

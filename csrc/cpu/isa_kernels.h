@@ -6,6 +6,8 @@
 #include "batch_norm.h"
 #include "blocks.h"
 #include "direct.h"
+#include "group_lanes.h"
+#include "grouped.h"
 #include "input_gradient.h"
 #include "pack.h"
 #include "peak.h"
@@ -26,6 +28,9 @@ constexpr Kernels KERNELS{
     weight_gradient_winograd,
     stem,
     average_pool,
+    pack_grouped,
+    grouped_size,
+    grouped,
     {pointwise, direct, bottleneck, basic_block, weight_gradient, input_gradient, multiply_add_loop},
     {bn_statistics, bn_apply, bn_backward_reduce, bn_backward_apply},
 };

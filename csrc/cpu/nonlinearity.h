@@ -29,19 +29,6 @@ RF_INLINE vec exponential(vec a) {
 // a / (1 + e^-b). Where a is -inf stock's is NaN, and so is this one: -inf / inf.
 RF_INLINE vec times_sigmoid(vec a, vec b) { return divide(a, add(splat(1.0f), exponential(sub(zero(), b)))); }
 
-// The error function by formula 7.1.26 of Abramowitz and Stegun, with an error of at most 1.5e-7.
-RF_INLINE vec error_function(vec a) {
-  const vec size = magnitude(a);
-  const vec t = divide(splat(1.0f), fma(splat(0.3275911f), size, splat(1.0f)));
-  vec p = splat(1.061405429f);
-  p = fma(p, t, splat(-1.453152027f));
-  p = fma(p, t, splat(1.421413741f));
-  p = fma(p, t, splat(-0.284496736f));
-  p = fma(p, t, splat(0.254829592f));
-  const vec e = exponential(sub(zero(), mul(size, size)));
-  return with_sign(fnma(mul(p, t), e, splat(1.0f)), a);
-}
-
 template <ActivationFunction FUNCTION>
 RF_INLINE vec apply(vec a, float slope) {
   if constexpr (FUNCTION == ActivationFunction::relu6) {
@@ -56,9 +43,6 @@ RF_INLINE vec apply(vec a, float slope) {
     return divide(clamp_keeping_nan(add(a, splat(3.0f)), 0.0f, 6.0f), splat(6.0f));
   } else if constexpr (FUNCTION == ActivationFunction::hardswish) {
     return divide(mul(a, clamp_keeping_nan(add(a, splat(3.0f)), 0.0f, 6.0f)), splat(6.0f));
-  } else if constexpr (FUNCTION == ActivationFunction::gelu) {
-    const vec half = mul(a, splat(0.5f));
-    return mul(half, add(splat(1.0f), error_function(mul(a, splat(0.707106781f)))));
   } else {
     // 1 + tanh(u) = 2 / (1 + e^-2u)
     const vec cubic = fma(mul(mul(a, a), a), splat(0.044715f), a);
@@ -101,8 +85,6 @@ void apply_function(const Nonlinearity& f, T* y, int64_t rows, int64_t stride, i
       return run(std::integral_constant<Function, Function::hardsigmoid>{});
     case Function::hardswish:
       return run(std::integral_constant<Function, Function::hardswish>{});
-    case Function::gelu:
-      return run(std::integral_constant<Function, Function::gelu>{});
     case Function::gelu_tanh:
       return run(std::integral_constant<Function, Function::gelu_tanh>{});
   }

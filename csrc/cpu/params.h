@@ -12,7 +12,8 @@ struct Bf16 {
 
 enum class DType : uint8_t { float32, bfloat16 };
 
-// The function at the end of an epilogue, as torch.nn.functional names it.
+// The function at the end of an epilogue, as torch.nn.functional names it. GELU by the error function isn't among them: stock's
+// is NaN at infinity on some CPUs and infinity on others.
 enum class ActivationFunction : uint8_t {
   none,
   relu,
@@ -22,7 +23,6 @@ enum class ActivationFunction : uint8_t {
   silu,
   hardsigmoid,
   hardswish,
-  gelu,
   gelu_tanh,
 };
 
@@ -54,6 +54,7 @@ struct ConvParams {
   Declined* declined;  // or null
   int64_t batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
+  int64_t groups = 1;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   Nonlinearity nonlinearity;
   DType source;  // of x, residual and y

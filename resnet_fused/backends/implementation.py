@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fused.backends import tuning_cache
 from resnet_fused.backends.parameters import ConvParameters
-from resnet_fused.backends.problem import Kind, Problem
+from resnet_fused.backends.problem import Activation, Kind, Problem
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """A prepared problem: kernel(x, residual) gives the result. `residual` is None unless the problem has one. May raise
@@ -80,6 +80,7 @@ class Backend:
     Attributes:
         name: as users choose it.
         implementations: in order. One that serves more comes after one that is faster for what it serves.
+        activations: the functions that its epilogues have.
         asks_for_gpu: whether `unavailable` looks for a GPU. CPU tensors are then refused without a look.
         ready: whether its kernels run without being compiled first.
         keeps_bounds: whether its kernels are faster where values are known to be bounded (backends/bounds.py).
@@ -87,6 +88,7 @@ class Backend:
 
     name: str
     implementations: tuple[Implementation, ...]
+    activations: tuple[Activation, ...] = (Activation.NONE, Activation.RELU)
     asks_for_gpu = False
     ready = True
     keeps_bounds = False
@@ -113,6 +115,9 @@ class Backend:
         own = [one for one in self.implementations if kind in one.kinds]
         if not own:
             return f"it has no kernel for {problem.label}"
+        for step in problem.steps:
+            if step.epilogue.activation not in self.activations:
+                return f"its epilogues don't have {step.epilogue.activation.value}"
         reason = self.why_none(problem)
         if reason is not None:
             return reason

@@ -125,10 +125,19 @@ Operation = Conv | Linear | TrainingConv | Pointwise
 
 
 class Activation(str, Enum):
-    """The function at the end of an epilogue. As text, so that a program of a graph can be written down."""
+    """The function at the end of an epilogue, as torch.nn.functional names it. As text: programs can be written down."""
 
     NONE = "none"
     RELU = "relu"
+    RELU6 = "relu6"
+    LEAKY_RELU = "leaky_relu"
+    SIGMOID = "sigmoid"
+    SILU = "silu"
+    HARDSIGMOID = "hardsigmoid"
+    HARDSWISH = "hardswish"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    """GELU by its approximation with tanh."""
 
 
 class Epilogue(NamedTuple):
@@ -141,12 +150,14 @@ class Epilogue(NamedTuple):
         activation: the function.
         pool: the max-pool, if there is one.
         bias: whether the bias is added; without, it is added elsewhere.
+        slope: of a leaky ReLU, below zero.
     """
 
     residual: bool = False
     activation: Activation = Activation.NONE
     pool: Pool | None = None
     bias: bool = True
+    slope: float = 0.0
 
     @property
     def relu(self) -> bool:
@@ -371,7 +382,9 @@ def label(steps: tuple[Step, ...]) -> str:
 
 def _label(step: Step) -> str:
     operation, epilogue = step.operation, step.epilogue
-    tail = f"{'_add' if epilogue.residual else ''}{'_relu' if epilogue.relu else ''}"
+    tail = "_add" if epilogue.residual else ""
+    if epilogue.activation is not Activation.NONE:
+        tail += f"_{epilogue.activation.value}"
     if isinstance(operation, Conv):
         if epilogue.pool is not None and tail == "_relu":
             return "stem"

@@ -164,6 +164,7 @@ def _text(step: Step) -> str:
         "" if epilogue.bias else "no bias",
         "residual" if epilogue.residual else "",
         epilogue.activation.value,
+        str(epilogue.slope) if epilogue.slope else "",
     ]
     parts.append("" if epilogue.pool is None else f"pool{tuple(epilogue.pool)}")
     return " ".join(filter(None, parts))

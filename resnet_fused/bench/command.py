@@ -13,17 +13,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from resnet_fused.bench import inference, layers, options, report, roofline, training, variants
+from resnet_fused.bench import inference, layers, options, report, roofline, training, variants, zoo, zoo_models
 from resnet_fused.bench.layers import LayerResult
 from resnet_fused.bench.workloads import DTYPES, Workload
 
 Step = Callable[[str, float], None]
+# Options that don't go together.
+_APART = (("--layers", "--training"), ("--zoo", "--layers"), ("--zoo", "--training"), ("--zoo", "--quick"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
-    if arguments.layers and arguments.training:
-        raise options.UserError("--layers and --training were both given; choose one")
+    modes = [f"--{name}" for name in ("zoo", "layers", "training", "quick") if getattr(arguments, name)]
+    for one, other in _APART:
+        if one in modes and other in modes:
+            raise options.UserError(f"{one} and {other} were both given; choose one")
     arguments.device = options.usable_device(arguments.device)
     if arguments.device != "cpu" and arguments.threads:
         raise options.UserError(f"--threads is for the CPU; leave it out with --device {arguments.device}")
@@ -35,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     # For every variant, so that stock's convolutions have the fastest of cuDNN's engines too.
     torch.backends.cudnn.benchmark = before or arguments.device != "cpu"
     try:
-        return _training(arguments) if arguments.training else _inference(arguments)
+        mode = _training if arguments.training else _zoo if arguments.zoo else _inference
+        return mode(arguments)
     finally:
         torch.backends.cudnn.benchmark = before
 
@@ -59,7 +64,7 @@ def _inference(arguments: argparse.Namespace) -> int:
     if arguments.layers:
         return _layers(console, workloads, limits, machine, out)
     compiled = [variants.COMPILE, variants.COMPILE_GRAPHS] if gpu else [variants.COMPILE]
-    if arguments.quick or arguments.no_compile:
+    if not _compiles(arguments):
         compiled = []
     names = [variants.EAGER, variants.CHANNELS_LAST, *compiled, *peers, variants.OURS, *([variants.OURS_GRAPH] if gpu else [])]
     comparisons = []
@@ -127,7 +132,7 @@ def _training(arguments: argparse.Namespace) -> int:
         for b in batches
         for d in dtypes
     ]
-    names = [name for name in training.VARIANTS if name != training.COMPILE or not (arguments.quick or arguments.no_compile)]
+    names = [name for name in training.VARIANTS if name != training.COMPILE or _compiles(arguments)]
     console = Console()
     comparisons, machine = [], inference.machine(arguments.device)
     with _progress(console, len(workloads)) as step_of:
@@ -136,6 +141,48 @@ def _training(arguments: argparse.Namespace) -> int:
             _write(out / "training.json", machine, [comparison.to_json() for comparison in comparisons])
     (console if console.is_terminal else Console(width=160)).print(training.table(comparisons))
     console.print(f"Saved {out / 'training.json'}", highlight=False)
+    return 0
+
+
+def _compiles(arguments: argparse.Namespace) -> bool:
+    """Whether torch.compile is measured too."""
+    return not (arguments.quick or arguments.zoo) if arguments.compile is None else arguments.compile
+
+
+def _zoo(arguments: argparse.Namespace) -> int:
+    for option, value in (("--size", arguments.size), ("--peers", arguments.peers)):
+        if value:
+            raise options.UserError(
+                f"{option} is {value!r}; the zoo's models have sizes of their own and no peers. Leave it out"
+            )
+    console, entries = Console(), zoo_models.chosen(arguments.models)
+    for package in zoo_models.missing(entries):
+        left = [entry for entry in entries if entry.package != package]
+        out = f"{package} is not installed, so {len(entries) - len(left)} of {len(entries)} models are left out"
+        if not left:
+            raise options.UserError(f"{out}; pip install {package}")
+        console.print(f"{out}; pip install {package}", highlight=False)
+        entries = left
+    dtypes = options.names("--dtypes", arguments.dtypes or "float32", tuple(DTYPES))
+    batches = options.integers("--batches", arguments.batches or "1,8")
+    out_folder = options.folder("--out", arguments.out)
+    workloads = [
+        zoo.ZooWorkload(entry.name, b, d, (entry.size, entry.size), arguments.device)
+        for d in dtypes
+        for b in batches
+        for entry in entries
+    ]
+    names = [variants.EAGER, variants.CHANNELS_LAST, *([variants.COMPILE] if _compiles(arguments) else []), variants.OURS]
+    rows, machine, saved = [], inference.machine(arguments.device), []
+    with _progress(console, len(workloads)) as step_of:
+        for i, workload in enumerate(workloads):
+            rows.append(zoo.run(workload, names, arguments.seconds, step_of(i, str(workload))))
+            saved = zoo.save(out_folder, rows, machine)
+            if not console.is_terminal:
+                console.print(zoo.line(rows[-1]), highlight=False, soft_wrap=True)
+    zoo.print_table(console, rows, machine)
+    for path in saved:
+        console.print(f"Saved {path}", highlight=False)
     return 0
 
 

@@ -8,10 +8,13 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
+import resnet_fused as rf
 from resnet_fused.backends import gpu_time, tuning_cache
 from resnet_fused.backends.accuracy import judge, relative_error
 from resnet_fused.backends.tuning_cache import cpu_name
@@ -62,12 +65,14 @@ class Comparison:
     Attributes:
         bound: milliseconds that the convolutions take at least, each with what follows it as one op (bench.roofline).
         moved: bytes that these ops read and write.
+        report: what was fused of the model; None where ours didn't run.
     """
 
     workload: Workload
     results: list[Result] = field(default_factory=list)
     bound: float | None = None
     moved: int = 0
+    report: rf.Report | None = None
 
     def ratio(self, variant: str) -> float:
         by_name = {r.variant: r for r in self.results}
@@ -125,7 +130,7 @@ def compare(
     torch._dynamo.reset()
     model, x = workload.make()
     step("float64 reference", 0.0)
-    truth, by_stock = _truth(model, x), _first_images(model, x)
+    truth, by_stock = _truth(model, x), _by_stock(model, x)
     comparison = Comparison(workload)
     if limits is not None:
         problems = roofline.posed(workload)
@@ -140,9 +145,11 @@ def compare(
         start = time.perf_counter()
         try:
             run = variants.make(name, model, x)
-            y = run()[: len(truth)]
-            result.error = relative_error(y, truth)  # which waits for a GPU
+            y = _checked(run())
+            result.error = _error(y, truth)  # which waits for a GPU
             result.first_call = time.perf_counter() - start
+            if isinstance(run, variants.FusedRun):
+                comparison.report = run.report()
         except variants.Unavailable as reason:
             result.note = str(reason)
             continue
@@ -156,8 +163,8 @@ def compare(
     for result in comparison.results:
         if result.variant in calls:
             # A call is not what it was: a model may be a CUDA graph by now.
-            y = runs[result.variant]()[: len(truth)]
-            error = relative_error(y, truth)
+            y = _checked(runs[result.variant]())
+            error = _error(y, truth)
             if not error <= result.error:  # NaN is worse as well
                 result.error = error
             if is_wrong(result, workload, y, by_stock, truth):
@@ -172,7 +179,7 @@ def compare(
     return comparison
 
 
-def is_wrong(result: Result, workload: Workload, y: Tensor, by_stock: Tensor, truth: Tensor) -> bool:
+def is_wrong(result: Result, workload: Workload, y: list[Tensor], by_stock: list[Tensor], truth: list[Tensor]) -> bool:
     """Whether a result isn't what it must be, which the note then says.
 
     Ours must be as good as stock's; others' may be further off, but not by more than rounding explains. So may ours in TF32,
@@ -180,7 +187,7 @@ def is_wrong(result: Result, workload: Workload, y: Tensor, by_stock: Tensor, tr
     """
     tf32 = workload.dtype == "float32" and workload.device != "cpu"
     ours = result.variant in (variants.OURS, variants.OURS_GRAPH) and not tf32
-    fault = judge(y.to(by_stock.dtype), by_stock, truth).fault if ours else None
+    fault = next(filter(None, map(_fault, y, by_stock, truth)), None) if ours else None
     if fault is None and result.error < (_WRONG_IN_TF32 if tf32 else _WRONG[workload.dtype]):
         return False
     why = fault or f"relative error {result.error:.1e}"
@@ -211,11 +218,25 @@ def _repeat(run: variants.Run, count: int) -> None:
         run()
 
 
-def _truth(model: nn.Module, x: Tensor) -> Tensor:
-    return copy.deepcopy(model).double()(x[:_CHECKED].double())
+def _truth(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return _checked(copy.deepcopy(model).double()(x[:_CHECKED].double()))
 
 
 @torch.no_grad()
-def _first_images(model: nn.Module, x: Tensor) -> Tensor:
-    """Stock's result for the images that are checked."""
-    return model(x[:_CHECKED])
+def _by_stock(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return _checked(model(x[:_CHECKED]))
+
+
+def _checked(y: Any) -> list[Tensor]:
+    """The tensors of a result, for the images that are checked."""
+    return [leaf[:_CHECKED] for leaf in _pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
+
+
+def _error(y: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest relative error of the tensors of a result; NaN if one is."""
+    errors = [relative_error(a, b) for a, b in zip(y, truth, strict=True)]
+    return max(errors, key=lambda error: (error != error, error))
+
+
+def _fault(y: Tensor, by_stock: Tensor, truth: Tensor) -> str | None:
+    return judge(y.to(by_stock.dtype), by_stock, truth).fault

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from resnet_fused.backends.problem import Conv, Linear, Problem, Step, Types
+from resnet_fused.backends.problem import Activation, Conv, Linear, Problem, Step, Types
 from resnet_fused.bench import layers, options
 from resnet_fused.bench.peaks import measure_bandwidth, measure_peak
 from resnet_fused.bench.workloads import DTYPES, Workload
@@ -66,7 +66,7 @@ def work(problem: Problem) -> dict[str, list[Work]]:
         op(STOCK, 0, y, 4 * conv.out_channels, y)  # batch norm: mean, variance, gamma, beta
         if epilogue.residual:
             op(STOCK, 0, y, y, y)
-        if epilogue.relu:
+        if epilogue.activation is not Activation.NONE:
             op(STOCK, 0, y, y)
         op(LAYERS, own, x, weight, conv.out_channels, *((y,) if epilogue.residual else ()), y)
         if epilogue.pool is not None:

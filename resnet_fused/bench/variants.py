@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 
-Run = Callable[[], Tensor]
+# A result is a tensor, or a structure of them: a pyramid's levels, say.
+Run = Callable[[], Any]
 
 EAGER = "stock eager"
 CHANNELS_LAST = "stock channels_last"
@@ -78,14 +80,25 @@ def _tensorrt(model: nn.Module, x: Tensor) -> Run:
     return lambda: compiled(x)
 
 
+class FusedRun:
+    """A call of a fused model, which can be asked what was fused in it."""
+
+    def __init__(self, fused: nn.Module, x: Tensor) -> None:
+        self._fused, self._x = fused, x
+
+    def __call__(self) -> Any:
+        return self._fused(self._x)
+
+    def report(self) -> rf.Report:
+        return rf.report(self._fused, file=io.StringIO())
+
+
 def _ours(model: nn.Module, x: Tensor) -> Run:
-    fused = rf.fuse(model, inplace=True)
-    return lambda: fused(x)
+    return FusedRun(rf.fuse(model, inplace=True), x)
 
 
 def _ours_graph(model: nn.Module, x: Tensor) -> Run:
-    fused = rf.fuse(model, inplace=True, cuda_graph=True)
-    return lambda: fused(x)
+    return FusedRun(rf.fuse(model, inplace=True, cuda_graph=True), x)
 
 
 def _onnxruntime(model: nn.Module, x: Tensor) -> Run:

@@ -6,17 +6,16 @@ import operator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from resnet_fused.backends import Activation, Epilogue, Pool, Step
 from resnet_fused.backends.problem import RESIDUAL, X, label, residual_block
+from resnet_fused.fusion.activations import activation_called, activation_of
 from resnet_fused.fusion.layers import Convolution, Norm, convolution, get, norm
 from resnet_fused.fusion.tracing import has_hooks, is_layer
 from resnet_fused.runtime.folding import NotFoldable, check_overflow
 
-_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _PLAIN_LAYERS = "torch.nn.modules"
 
@@ -31,7 +30,7 @@ class ConvMatch:
         layer, norm: where its tensors are; no norm where none follows that can be folded.
         covered: nodes whose work it does, the convolution first, in order.
         add, residual: the sum's node and the operand that is not this convolution, if a sum is fused.
-        relu: whether ReLU follows.
+        activation, slope: the function that follows.
         pool: the max-pool that follows, if it can be fused into a stem.
         note: why no more than this was fused, for the report.
     """
@@ -43,7 +42,8 @@ class ConvMatch:
     covered: list[fx.Node] = field(default_factory=list)
     add: fx.Node | None = None
     residual: fx.Node | None = None
-    relu: bool = False
+    activation: Activation = Activation.NONE
+    slope: float = 0.0
     pool: Pool | None = None
     note: str = ""
 
@@ -64,8 +64,7 @@ class ConvMatch:
 
     @property
     def epilogue(self) -> Epilogue:
-        activation = Activation.RELU if self.relu else Activation.NONE
-        return Epilogue(self.residual is not None, activation, self.pool)
+        return Epilogue(self.residual is not None, self.activation, self.pool, slope=self.slope)
 
 
 @dataclass
@@ -193,18 +192,14 @@ class Matcher:
     # ---- what follows ------------------------------------------------------------------------------------------------
 
     def _match_sum(self, node: fx.Node) -> None:
-        """A sum with ReLU: gives it to one of its operands if that is a match which nothing else reads."""
+        """A sum and what follows: gives it to one of its operands if that is a match which nothing else reads."""
         operands = self.add_operands(node)
         if operands is None:
             return
-        relu = self.next_reader(node)
         best: tuple[int, ConvMatch, fx.Node] | None = None
         for own, other in (operands, operands[::-1]):
             match = self.by_last.get(self.producer(own))
-            if match is None or match.relu or match.add is not None or self.next_reader(match.last) is not node:
-                continue
-            if relu is None or not self.is_relu(relu):
-                match.note = f"the sum after it is not followed by ReLU alone, but by {self.describe(relu)}"
+            if match is None or match.add is not None or self.next_reader(match.last) is not node:
                 continue
             if match.name in self.alone or other.op == "get_attr":
                 match.note = "the sum after it is one of tensors that differ in shape, dtype or format"
@@ -218,10 +213,21 @@ class Matcher:
             depth = self._depth(match)
             if best is None or depth > best[0]:
                 best = (depth, match, other)
-        if best is not None and relu is not None:
+        if best is not None:
             _, match, residual = best
-            match.residual, match.add, match.relu = residual, node, True
-            match.covered += [node, relu]
+            match.residual, match.add = residual, node
+            match.covered.append(node)
+            self._match_activation(match)
+
+    def _match_activation(self, match: ConvMatch) -> bool:
+        """The function that is applied to a match's result, if nothing else reads that; whether there is one."""
+        following = self.next_reader(match.last)
+        found = None if following is None else self.activation(following)
+        if found is None or following is None:
+            return False
+        match.activation, match.slope = found
+        match.covered.append(following)
+        return True
 
     def _may_skip_write(self, node: fx.Node, own: fx.Node, other: fx.Node) -> bool:
         """Whether nobody sees that the fused op doesn't write the sum into its first operand, as the traced one may do."""
@@ -238,9 +244,9 @@ class Matcher:
         return any(self.may_write(n) and not self._writes_own(n) for n in inside)
 
     def _writes_own(self, node: fx.Node) -> bool:
-        """Whether a node writes only into a fresh result that nothing else reads: a ReLU in place, after a batch norm."""
+        """Whether a node writes only into a fresh result that nothing else reads: in place, after a batch norm."""
         source = node.args[0] if node.args else None
-        if not self.is_relu(node) or not isinstance(source, fx.Node) or len(source.users) != 1:
+        if self.activation(node) is None or not isinstance(source, fx.Node) or len(source.users) != 1:
             return False
         return source in {match.scaled[-1] for match in self.matches} or self.add_operands(source) is not None
 
@@ -253,23 +259,20 @@ class Matcher:
 
     def _before(self, match: ConvMatch) -> fx.Node:
         source = self.producer(match.input)
-        # A ReLU that isn't given to its match yet stands between the matches.
-        if self.is_relu(source) and isinstance(source.args[0], fx.Node):
+        # An activation that isn't given to its match yet stands between the matches.
+        if self.activation(source) is not None and isinstance(source.args[0], fx.Node):
             return self.producer(source.args[0])
         return source
 
     def _match_tail(self, match: ConvMatch) -> None:
-        """A ReLU, and the max-pool of a stem."""
-        if match.add is None and not match.relu:
+        """An activation, and the max-pool of a stem."""
+        if match.add is None and not self._match_activation(match):
             following = self.next_reader(match.last)
-            if following is not None and self.is_relu(following):
-                match.relu = True
-                match.covered.append(following)
-            elif following is None and len(match.last.users) > 1:
+            if following is None and len(match.last.users) > 1:
                 match.note = match.note or "its result has several readers, so nothing more is fused"
             elif following is not None and following.op == "call_module" and self.add_operands(following) is None:
-                match.note = match.note or f"{self.describe(following)} follows; only ReLU is fused"
-        if match.relu and match.add is None and not match.layer.pad:
+                match.note = match.note or f"{self.describe(following)} follows, which isn't fused"
+        if match.activation is Activation.RELU and match.add is None and not match.layer.pad:
             following = self.next_reader(match.last)
             if following is not None:
                 match.pool = self._pool(following)
@@ -300,11 +303,13 @@ class Matcher:
 
     def _block(self, last: ConvMatch) -> Group | None:
         """The residual block that ends with a match; None if none does."""
-        if last.residual is None:
+        if last.residual is None or last.activation is not Activation.RELU:
             return None
         residual = self.producer(last.residual)
         shortcut = self.by_last.get(residual)
-        if shortcut is not None and (shortcut.relu or shortcut.residual is not None or len(shortcut.last.users) != 1):
+        if shortcut is not None and (
+            shortcut.activation is not Activation.NONE or shortcut.residual is not None or len(shortcut.last.users) != 1
+        ):
             shortcut = None
         chain = [last]
         while len(chain) <= 3:
@@ -313,7 +318,12 @@ class Matcher:
             if source is residual or projected:
                 break
             previous = self.by_last.get(source)
-            if previous is None or not previous.relu or previous.add is not None or previous.pool is not None:
+            if (
+                previous is None
+                or previous.activation is not Activation.RELU
+                or previous.add is not None
+                or previous.pool is not None
+            ):
                 return None
             if len(source.users) != 1:
                 return None
@@ -343,12 +353,11 @@ class Matcher:
             return not called.training
         return type(called) is nn.Identity
 
-    def is_relu(self, node: fx.Node) -> bool:
+    def activation(self, node: fx.Node) -> tuple[Activation, float] | None:
+        """The function of one value that a node applies, and its slope below zero; None if epilogues don't have it."""
         if node.op == "call_module":
-            return type(self.called(node)) is nn.ReLU
-        if node.op == "call_function":
-            return node.target in _RELU_FUNCTIONS
-        return node.op == "call_method" and node.target in ("relu", "relu_")
+            return activation_of(self.called(node))
+        return activation_called(node)
 
     def add_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Both operands of a plain sum of two nodes, None for any other node."""

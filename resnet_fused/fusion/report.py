@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import IO
 
@@ -38,9 +39,33 @@ class Report:
     reason: str
     graphs: int = 0
 
+    @property
+    def fused(self) -> int:
+        """How many convolutions are fused."""
+        return sum(bool(row.op) for row in self.rows)
+
+    @property
+    def left(self) -> Counter[str]:
+        """Why the other convolutions are not fused, and how many of them each reason holds."""
+        return Counter(row.note for row in self.rows if not row.op)
+
+    @property
+    def no_faster(self) -> str:
+        """Why the model isn't faster than stock, in a sentence; "" where nothing says so."""
+        if self.calls_fused:
+            return ""
+        if not self.rows:
+            return "The model is no faster than stock: it has no convolution, so nothing was fused."
+        if not self.fused:
+            return (
+                f"The model is no faster than stock: nothing was fused. Most frequent reason: {self.left.most_common(1)[0][0]}."
+            )
+        if self.calls_stock:
+            return f"The model was no faster than stock so far: no call was fused. Last reason: {self.reason}."
+        return ""
+
     def __str__(self) -> str:
         rows = [(row.conv or "(model)", row.shape, row.op or "stock", row.backends, row.note) for row in self.rows]
-        count = sum(bool(row.op) for row in self.rows)
         backends = "" if any(row.backends for row in self.rows) else " Backends are chosen at the first call."
         total = (self.parameter_bytes + self.packed_bytes) / max(self.stock_bytes, 1)
         calls = f"{self.calls_fused} calls fused, {self.calls_stock} as stock" + (f": {self.reason}" if self.reason else "")
@@ -48,8 +73,9 @@ class Report:
         weights, packed = (f"{size / 2**20:.1f} MiB" for size in (self.parameter_bytes, self.packed_bytes))
         return (
             table(("convolution", "shape", "fused into", "backend", "note"), rows)
-            + f"\n{count} of {len(self.rows)} convolutions fused.{backends} {calls}.{replayed}\n"
+            + f"\n{self.fused} of {len(self.rows)} convolutions fused.{backends} {calls}.{replayed}\n"
             + f"Weights: {weights}, and {packed} packed for the kernels: {total:.2f}× stock's in all."
+            + (f"\n{self.no_faster}" if self.no_faster else "")
         )
 
 

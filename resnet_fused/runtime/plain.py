@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backends.activation import activated
 from resnet_fused.runtime.program import NONE, FusedStep, Layer
 
 
@@ -20,8 +21,7 @@ def stock_step(step: FusedStep, parameters: Sequence[Tensor], x: Tensor, residua
         if added:
             assert added[0] is not None
             y = y + added[0]
-        if layer.epilogue.relu:
-            y = y.relu_()
+        y = activated(y, layer.epilogue, inplace=True)
         values.append(y if layer.epilogue.pool is None else F.max_pool2d(y, *layer.epilogue.pool))
     assert values[-1] is not None
     return values[-1]

@@ -143,9 +143,9 @@ def _layer(fields: Sequence[Any]) -> Layer:
     conv, pad, pad_mode, eps, tensors, promotes, epilogue, reads = fields
     in_channels, out_channels, kernel, stride, padding, dilation, groups = conv
     geometry = Conv(in_channels, out_channels, _pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups)
-    residual, activation, pool, bias = epilogue
+    residual, activation, pool, bias, slope = epilogue
     window = None if pool is None else Pool(*map(_pair, pool))
-    following = Epilogue(residual, Activation(activation), window, bias)
+    following = Epilogue(residual, Activation(activation), window, bias, slope)
     return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes, following, tuple(reads))
 
 
@@ -200,8 +200,9 @@ def result_format(
         # Where both formats hold, stock's batch norm gives a contiguous result; one written out in sums and products does for
         # one value a channel alone.
         if (h == w == 1 and (x.shape[0] == 1 or not layer.promotes)) or (layer.conv.out_channels == 1 and not layer.promotes):
-            # On a GPU it is the ReLU's that is contiguous.
-            values[number] = channels_last and x.is_cuda and not step.layers[-1].epilogue.relu, h, w
+            # On a GPU it is the activation's that is contiguous.
+            plain = step.layers[-1].epilogue.activation is Activation.NONE
+            values[number] = channels_last and x.is_cuda and plain, h, w
     return torch.channels_last if values[FIRST_RESULT + len(step.layers) - 1][0] else torch.contiguous_format
 
 

@@ -100,7 +100,9 @@ def test_exact_precision_uses_no_winograd():
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        pytest.param(problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (3, 3), groups=2)), "one group", id="groups"),
+        pytest.param(
+            problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (5, 5), groups=2)), "of several groups, here 2", id="groups"
+        ),
         pytest.param(problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (1, 1)), dtype=torch.float16), "float16", id="float16"),
         pytest.param(problem("conv2d_bn", (0, 8, 8, 8), Conv(8, 8, (1, 1))), "empty", id="empty"),
         pytest.param(problem("stem", (1, 3, 8, 8), Conv(3, 8, (3, 3)), pool=POOL), "7×7", id="stem-of-3x3"),

@@ -11,7 +11,7 @@ from support.problems import problem_of
 from support.tolerances import assert_as_good_as_stock
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused.backends import ConvParameters, get
+from resnet_fused.backends import Activation, ConvParameters, Epilogue, get
 from resnet_fused.backends.binding import join
 from resnet_fused.backends.cpu.chain import Chain, ChainKernel
 from resnet_fused.backends.cpu.packing import padded_bias
@@ -19,6 +19,8 @@ from resnet_fused.backends.problem import Conv
 
 SHAPE = (2, 32, 9, 10)
 BY_TILES = [4, 8, 4, 64, 0]
+
+RELU = Epilogue(activation=Activation.RELU)
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ class Recorded:
         geometry = [kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1]
         self.steps.append((x, residual, weight, bias))
         plan = BY_TILES if kernel == 3 else []
-        return self.chain.conv(x, residual, packed, padded_bias(bias), 32, geometry, True, plan)
+        return self.chain.conv(x, residual, packed, padded_bias(bias), 32, 1, geometry, RELU, plan)
 
     def ours(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ops.resnet_fused_cpu.run_chain(self.chain.id, x, residual)

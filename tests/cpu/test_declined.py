@@ -14,7 +14,7 @@ from support.tolerances import FLOOR
 from torch import Tensor
 
 import resnet_fused as rf
-from resnet_fused.backends import Conv, ConvParameters, Declined, get
+from resnet_fused.backends import Activation, Conv, ConvParameters, Declined, Epilogue, get
 from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.cpu import plan as cpu_plan
 from resnet_fused.backends.cpu.chain import Chain, ChainKernel
@@ -24,6 +24,8 @@ from resnet_fused.tuning import candidates
 CL = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16]
 VALUES = [1e10, 3.4e38, -1e5, math.inf, math.nan]
+
+RELU = Epilogue(activation=Activation.RELU)
 
 
 def pixels(n: int, h: int, w: int) -> list[tuple[int, int, int]]:
@@ -265,7 +267,7 @@ def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
 
     def record(chain: Chain, x: int, residual: int | None) -> int:
         for _ in range(3):
-            x = chain.conv(x, None, weights, bias, 64, [3, 3, 1, 1, 1, 1, 1, 1], True, [4, 14, 8, 64, 0])
+            x = chain.conv(x, None, weights, bias, 64, 1, [3, 3, 1, 1, 1, 1, 1, 1], RELU, [4, 14, 8, 64, 0])
         return x
 
     kernel = ChainKernel(tuple(layer.x.shape), torch.float32, record)

@@ -135,6 +135,7 @@ def test_left_exactly_as_it_was_with_the_reason(make, reason):
     assert (said.calls_fused, said.calls_stock) == (0, 1)
     assert said.reason
     assert said.rows
+    assert "The model is no faster than stock: nothing was fused. Most frequent reason: " in str(said)
     for row in said.rows:
         assert not row.op
         assert reason in row.note, row.note

@@ -107,6 +107,11 @@ BAD_OPTIONS = [
     (["bench", "--out", "/proc/nope"], "--out is /proc/nope, where nothing can be written"),
     (["bench", "--models", "vit_b_16", "--size", "64"], "vit_b_16 can't run on 1 images of 64x64 pixels: Wrong image height!"),
     (["bench", "--layers", "--training"], "--layers and --training were both given"),
+    (["bench", "--zoo", "--quick"], "--zoo and --quick were both given"),
+    (["bench", "--zoo", "--training"], "--zoo and --training were both given"),
+    (["bench", "--zoo", "--size", "64"], "--size is '64'; the zoo's models have sizes of their own"),
+    (["bench", "--zoo", "--peers", "openvino"], "--peers is 'openvino'; the zoo's models have"),
+    (["bench", "--zoo", "--models", "resnet18,resnet19"], "--models has 'resnet19', which fits no model of the zoo; it takes"),
     (["bench", "--training", "--models", "vgg11"], "--models has 'vgg11'; it takes resnet18"),
     (["bench", "--training", "--dtypes", "float16"], "--dtypes has 'float16'; it takes float32, bfloat16"),
     (["bench", "--training", "--size", "64x96"], "--size is 64x96; training takes square images"),
@@ -209,7 +214,7 @@ def test_quick_and_training_have_defaults_that_options_override(monkeypatch, tmp
 
 def test_help_teaches():
     wanted = {
-        "bench": ("--quick", "--peers", "--models", "--out", "Example:"),
+        "bench": ("--quick", "--peers", "--models", "--out", "Example:", "--zoo", "is it never slower"),
         "verify": ("instead of models", "auto, reference, onednn", "resnet-fused verify --device cuda"),
         "tune": ("float32, bfloat16, float16, separated by commas", "RESNET_FUSED_CACHE_DIR", "Example:"),
         "accept": ("--minutes", "report.md", "Example:"),

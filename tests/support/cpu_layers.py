@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backends import Activation, Epilogue
 from resnet_fused.backends.cpu.chain import Chain
 from resnet_fused.backends.cpu.packing import padded_bias
 
@@ -27,6 +28,7 @@ class Layer:
     stride: int = 1
     padding: int = 1
     dilation: int = 1
+    groups: int = 1
     residual: bool = True
     relu: bool = True
     dtype: torch.dtype = torch.float32
@@ -34,25 +36,33 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.x = torch.randn(self.n, self.c, self.h, self.w).to(self.dtype).contiguous(memory_format=CHANNELS_LAST)
-        scale = (self.c * self.kernel**2) ** -0.5
-        self.weight = (torch.randn(self.out, self.c, self.kernel, self.kernel) * scale).to(self.dtype)
+        inside = self.c // self.groups
+        scale = (inside * self.kernel**2) ** -0.5
+        self.weight = (torch.randn(self.out, inside, self.kernel, self.kernel) * scale).to(self.dtype)
         self.bias = torch.randn(self.out).to(self.dtype)
-        shape = F.conv2d(self.x.float(), self.weight.float(), None, self.stride, self.padding, self.dilation).shape
+        shape = F.conv2d(self.x.float(), self.weight.float(), None, *self._geometry).shape
         self.added = torch.randn(shape).to(self.dtype).contiguous(memory_format=CHANNELS_LAST) if self.residual else None
 
+    @property
+    def _geometry(self) -> tuple[int, int, int, int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
     def stock(self, dtype: torch.dtype) -> Tensor:
-        y = F.conv2d(self.x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.stride, self.padding, self.dilation)
+        y = F.conv2d(self.x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), *self._geometry)
         y = y if self.added is None else y + self.added.to(dtype)
         return y.relu() if self.relu else y
 
     def ours(self, plan: list[int]) -> Tensor:
         """By the compiled operator; `plan` as it takes it, empty for direct arithmetic."""
         ops = torch.ops.resnet_fused_cpu
-        packed = ops.pack(self.weight.contiguous(memory_format=CHANNELS_LAST), bool(plan))
+        weight = self.weight.contiguous(memory_format=CHANNELS_LAST)
+        packed = ops.pack(weight, bool(plan)) if self.groups == 1 else ops.pack_grouped(weight, self.groups)
         geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
         chain = Chain(tuple(self.x.shape), self.dtype)
         residual = Chain.RESIDUAL if self.residual else None
-        chain.conv(Chain.X, residual, packed, padded_bias(self.bias), self.out, geometry, self.relu, plan)
+        bias = padded_bias(self.bias)
+        epilogue = Epilogue(activation=Activation.RELU if self.relu else Activation.NONE)
+        chain.conv(Chain.X, residual, packed, bias, self.out, self.groups, geometry, epilogue, plan)
         return ops.run_chain(chain.id, self.x, self.added)
 
 

@@ -19,6 +19,10 @@ WITHOUT_WINOGRAD = {"1x1-bfloat16", "one-pixel-bfloat16", "one-pixel-1x1-bfloat1
 STEM_BF16, ADDS = "stem-bfloat16", "conv2d_bn_add_relu"
 
 
+# Grouped convolutions of geometries that the CPU kernels don't serve.
+OTHER_GROUPS = {"stride-of-columns-to-one-bfloat16", "groups-5x5", "groups-dilated", "depthwise-stride-3", "depthwise-uneven"}
+
+
 class Asked(NamedTuple):
     """What the table knows of a case."""
 
@@ -71,8 +75,8 @@ def _cpu(asked: Asked, machine: Machine) -> Iterator[str]:
         yield "it serves float32 and bfloat16"
     if asked.empty:
         yield "empty"
-    if asked.groups != 1:
-        yield "one group"
+    if asked.id in OTHER_GROUPS:
+        yield "with a stride of 1 or 2 both ways and no dilation"
     if asked.dtype == BF16 and asked.id == STEM_BF16 and asked.op == ADDS:
         yield "even number of input channels" if machine.avx512_bf16 else "only by Winograd"
     if asked.dtype == BF16 and not machine.avx512_bf16 and asked.id in WITHOUT_WINOGRAD:

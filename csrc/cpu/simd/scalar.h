@@ -66,12 +66,17 @@ RF_INLINE vec times_power_of_two(vec a, vec n) {
 RF_INLINE vec magnitude(vec a) {
   return each_lane([&](int i) { return std::fabs(a.lane[i]); });
 }
-RF_INLINE vec with_sign(vec size, vec sign) {
-  return each_lane([&](int i) { return std::copysign(size.lane[i], sign.lane[i]); });
-}
 // The larger of two magnitudes; a NaN of either wins.
 RF_INLINE vec larger(vec a, vec b) {
   return each_lane([&](int i) { return a.lane[i] >= b.lane[i] || a.lane[i] != a.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+// Lane i of the result is lane order[i] of a.
+RF_INLINE vec permute(vec a, const int32_t* order) {
+  return each_lane([&](int i) { return a.lane[order[i]]; });
+}
+// a in the first `lanes`, b in the others.
+RF_INLINE vec blend(vec a, vec b, int lanes) {
+  return each_lane([&](int i) { return i < lanes ? a.lane[i] : b.lane[i]; });
 }
 // Whether a lane is above the limit, or NaN.
 RF_INLINE bool any_above(vec a, float limit) {
@@ -92,6 +97,7 @@ RF_INLINE Bf16 to_bfloat16(float a) {
   std::memcpy(&bits, &a, sizeof(bits));
   return {a != a ? uint16_t{0x7fc0} : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
+RF_INLINE vec splat(Bf16 a) { return splat(from_bfloat16(a)); }
 RF_INLINE vec load(const Bf16* p, int lanes) {
   return each_lane([&](int i) { return i < lanes ? from_bfloat16(p[i]) : 0.0f; });
 }

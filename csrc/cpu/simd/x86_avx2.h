@@ -30,9 +30,6 @@ RF_INLINE vec times_power_of_two(vec a, vec n) {
 RF_INLINE vec magnitude(vec a) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)));
 }
-RF_INLINE vec with_sign(vec size, vec sign) {
-  return _mm256_or_ps(size, _mm256_and_ps(sign, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN))));
-}
 // The larger of two magnitudes; a NaN of either wins: as integers, the NaNs are above all numbers.
 RF_INLINE vec larger(vec a, vec b) {
   return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
@@ -43,10 +40,19 @@ RF_INLINE bool any_above(vec a, float limit) { return _mm256_movemask_ps(_mm256_
 RF_INLINE __m256i lane_mask(int lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
+// Lane i of the result is lane order[i] of a.
+RF_INLINE vec permute(vec a, const int32_t* order) {
+  return _mm256_permutevar8x32_ps(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(order)));
+}
+// a in the first `lanes`, b in the others.
+RF_INLINE vec blend(vec a, vec b, int lanes) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(lane_mask(lanes))); }
 RF_INLINE vec load(const float* p, int lanes) { return _mm256_maskload_ps(p, lane_mask(lanes)); }
 RF_INLINE void store(float* p, vec a, int lanes) { _mm256_maskstore_ps(p, lane_mask(lanes), a); }
 
 RF_INLINE vec widen(__m128i halves) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)); }
+RF_INLINE vec splat(Bf16 a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<short>(a.bits)), 16));
+}
 // Round to nearest even in integer arithmetic; a NaN stays a quiet NaN.
 RF_INLINE __m128i narrow(vec a) {
   const __m256i bits = _mm256_castps_si256(a);

@@ -27,9 +27,6 @@ RF_INLINE vec times_power_of_two(vec a, vec n) { return _mm512_scalef_ps(a, n); 
 RF_INLINE vec magnitude(vec a) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)));
 }
-RF_INLINE vec with_sign(vec size, vec sign) {
-  return _mm512_or_ps(size, _mm512_and_ps(sign, _mm512_castsi512_ps(_mm512_set1_epi32(INT32_MIN))));
-}
 // The larger of two magnitudes; a NaN of either wins: as integers, the NaNs are above all numbers.
 RF_INLINE vec larger(vec a, vec b) {
   return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
@@ -38,10 +35,17 @@ RF_INLINE vec larger(vec a, vec b) {
 RF_INLINE bool any_above(vec a, float limit) { return _mm512_cmp_ps_mask(a, splat(limit), _CMP_NLE_UQ) != 0; }
 
 RF_INLINE __mmask16 lane_mask(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1u); }
+// Lane i of the result is lane order[i] of a.
+RF_INLINE vec permute(vec a, const int32_t* order) { return _mm512_permutexvar_ps(_mm512_loadu_si512(order), a); }
+// a in the first `lanes`, b in the others.
+RF_INLINE vec blend(vec a, vec b, int lanes) { return _mm512_mask_mov_ps(b, lane_mask(lanes), a); }
 RF_INLINE vec load(const float* p, int lanes) { return _mm512_maskz_loadu_ps(lane_mask(lanes), p); }
 RF_INLINE void store(float* p, vec a, int lanes) { _mm512_mask_storeu_ps(p, lane_mask(lanes), a); }
 
 RF_INLINE vec widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+RF_INLINE vec splat(Bf16 a) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<short>(a.bits)), 16));
+}
 // Round to nearest even in integer arithmetic (vcvtneps2bf16 would flush subnormals); a NaN stays a quiet NaN.
 RF_INLINE __m256i narrow(vec a) {
   const __m512i bits = _mm512_castps_si512(a);

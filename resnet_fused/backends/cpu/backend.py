@@ -11,10 +11,11 @@ from resnet_fused.backends.cpu import plan
 from resnet_fused.backends.cpu.batch_norm import BatchNorm
 from resnet_fused.backends.cpu.block import WholeBlock
 from resnet_fused.backends.cpu.convolution import Direct, Winograd
+from resnet_fused.backends.cpu.grouped import Depthwise, Grouped
 from resnet_fused.backends.cpu.head import AveragePool, Classifier
 from resnet_fused.backends.cpu.stem import Stem
 from resnet_fused.backends.cpu.training_conv import TrainingConvolution
-from resnet_fused.backends.problem import Kind, Problem
+from resnet_fused.backends.problem import Activation, Kind, Problem
 
 _LIBRARY = "resnet_fused_cpu"
 _INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512")  # Isa in csrc/cpu/isa.h
@@ -25,9 +26,13 @@ class CPU(Backend):
     """Compiled kernels of csrc/cpu for CPU tensors."""
 
     name = "cpu"
+    # GELU by the error function is NaN at infinity in stock on some CPUs, and infinity on others.
+    activations = tuple(function for function in Activation if function is not Activation.GELU)
     implementations = (
         WholeBlock(),
         Stem(),
+        Depthwise(),
+        Grouped(),
         Winograd(),
         Direct(),
         Classifier(),
@@ -62,12 +67,12 @@ class CPU(Backend):
         kind = problem.kind
         if kind in (Kind.BATCH_NORM, Kind.AVERAGE_POOL, Kind.TRAINING_CONV):
             return True
-        # Without Winograd we are level with oneDNN at best.
-        if problem.precision != "fast":
-            return False
         # oneDNN uses AMX, at many times the rate of our instructions.
         if problem.dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16():
             return False
-        if kind is Kind.LINEAR:
-            return True
-        return plan.block_preferred(problem) if kind is Kind.PROGRAM else plan.conv_preferred(problem)
+        if kind is Kind.CONVOLUTION:
+            return plan.conv_preferred(problem)
+        # Without Winograd we are level with oneDNN at best.
+        if problem.precision != "fast":
+            return False
+        return kind is Kind.LINEAR or plan.block_preferred(problem)

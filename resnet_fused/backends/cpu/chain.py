@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Declined, JoinableKernel
+from resnet_fused.backends import Declined, Epilogue, JoinableKernel
 
 
 class Chain:
@@ -39,8 +39,9 @@ class Chain:
         weights: Tensor,
         bias: Tensor,
         out_channels: int,
+        groups: int,
         geometry: list[int],
-        relu: bool,
+        epilogue: Epilogue,
         plan: list[int],
     ) -> int:
         """Adds y = act(conv2d(x, weights) + bias + residual).
@@ -48,10 +49,13 @@ class Chain:
         Args:
             x, residual: values.
             weights, bias: packed weights and padded bias.
+            groups: of the convolution. The weights of more than one are packed by `pack_grouped`.
             geometry: kernel, stride, padding and dilation, two each.
+            epilogue: its function is applied.
             plan: a WinogradPlan's numbers, or empty for the direct sum.
         """
-        return self._library.chain_conv(self.id, x, residual, weights, bias, out_channels, geometry, relu, plan)
+        function = epilogue.activation.value, epilogue.slope
+        return self._library.chain_conv(self.id, x, residual, weights, bias, out_channels, groups, geometry, *function, plan)
 
     def block(self, x: int, weights: list[Tensor], biases: list[Tensor], channels: list[int], plan: list[int]) -> int:
         """Adds y = relu(layers(x) + shortcut(x)), a residual block as a whole.

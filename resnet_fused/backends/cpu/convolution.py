@@ -14,11 +14,19 @@ from resnet_fused.backends.problem import Conv, Kind, Problem
 
 def why_not_any(problem: Problem) -> str | None:
     """What no implementation of convolutions serves; None if one may."""
-    if problem.conv.groups != 1:
-        return f"it serves convolutions of one group, not {problem.conv.groups}"
     if problem.epilogue.pool is not None:
         return "as a whole it serves, by Winograd, a 7×7 convolution of stride 2 on up to 4 channels with a 3×3 pool"
     return None if problem.epilogue.bias else "it serves convolutions with a bias"
+
+
+def why_not_one_group(problem: Problem) -> str | None:
+    """What the implementations for one group don't serve; None if one may."""
+    if problem.conv.groups == 1:
+        return why_not_any(problem)
+    return (
+        f"of several groups, here {problem.conv.groups}, it serves 3×3 convolutions, and depthwise ones of 3×3, 5×5 and 7×7, "
+        "with a stride of 1 or 2 both ways and no dilation"
+    )
 
 
 def why_not_direct_bfloat16(conv: Conv) -> str | None:
@@ -37,7 +45,7 @@ class Winograd(Implementation):
     kinds = frozenset({Kind.CONVOLUTION})
 
     def why_not(self, problem: Problem) -> str | None:
-        reason = why_not_any(problem)
+        reason = why_not_one_group(problem)
         if reason is not None:
             return reason
         if not plan.winograd_plans(problem):
@@ -63,7 +71,7 @@ class Direct(Implementation):
     kinds = frozenset({Kind.CONVOLUTION})
 
     def why_not(self, problem: Problem) -> str | None:
-        reason = why_not_any(problem)
+        reason = why_not_one_group(problem)
         return reason or (why_not_direct_bfloat16(problem.conv) if problem.dtype == torch.bfloat16 else None)
 
     def plans(self, problem: Problem) -> list[str]:
@@ -77,9 +85,11 @@ def _kernel(problem: Problem, parameters: ConvParameters, numbers: list[int]) ->
     """The kernel by a Winograd plan's numbers, or by direct sums where there are none."""
     conv, epilogue = problem.conv, problem.epilogue
     weight, bias = packed(parameters, conv, winograd=bool(numbers))
-    relu, out_channels, geometry = epilogue.relu, conv.out_channels, conv.geometry
+    out_channels, geometry = conv.out_channels, conv.geometry
 
     def record(chain: Chain, x: int, residual: int | None) -> int:
-        return chain.conv(x, residual if epilogue.residual else None, weight, bias, out_channels, geometry, relu, numbers)
+        return chain.conv(
+            x, residual if epilogue.residual else None, weight, bias, out_channels, 1, geometry, epilogue, numbers
+        )
 
     return in_its_format(ChainKernel(problem.shape, problem.types.source, record), problem)

@@ -8,6 +8,8 @@ import torch
 
 from resnet_fused.backends.problem import Block, Conv, Problem
 
+_AVX512 = 2  # of Isa in csrc/cpu/isa.h
+
 
 class WinogradPlan(NamedTuple):
     """The numbers that resnet_fused_cpu::chain_conv takes as `plan`.
@@ -189,9 +191,35 @@ def block_preferred(problem: Problem) -> bool:
 def conv_preferred(problem: Problem) -> bool:
     """Whether a convolution was measured to be at least level with oneDNN's."""
     conv = problem.conv
+    if conv.groups != 1:
+        return _groups_preferred(conv, problem.types.source)
+    # Without Winograd we are level with oneDNN at best.
+    if problem.precision != "fast":
+        return False
     n, _, h, w = problem.shape
     # Below a thousand pixels what counts is how long a call takes at all, and oneDNN's takes twice as long.
     if conv.kernel != (3, 3) or n * h * w < 1024:
         return True
     # With fewer channels the transforms outweigh the products.
     return conv.in_channels >= 32
+
+
+def _groups_preferred(conv: Conv, dtype: torch.dtype) -> bool:
+    """Whether a convolution of several groups was measured to be faster than oneDNN's.
+
+    On Zen 5, and there without AVX-512 against oneDNN without it (docs/cpu-measurements.md).
+    """
+    avx512 = torch.ops.resnet_fused_cpu.isa() == _AVX512
+    if dtype == torch.bfloat16 and not avx512:
+        return False
+    inside, outside = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    if inside != outside:
+        return False
+    # oneDNN multiplies bfloat16 in pairs, which pays where a group has more than a few channels.
+    if dtype == torch.bfloat16:
+        widest = 4 if conv.stride == (1, 1) else 1
+    elif avx512:
+        widest = 32 if conv.stride == (1, 1) else 24
+    else:
+        widest = 8
+    return inside <= widest

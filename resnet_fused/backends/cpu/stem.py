@@ -35,11 +35,12 @@ class Stem(Implementation):
             return _transformed(weight), padded_bias(bias)
 
         weights, bias = parameters.pack(("cpu", "stem"), pack)
-        out_channels, pool, relu = problem.conv.out_channels, problem.epilogue.pool is not None, problem.epilogue.relu
+        out_channels, epilogue = problem.conv.out_channels, problem.epilogue
+        how = epilogue.pool is not None, epilogue.activation.value, epilogue.slope
         run = torch.ops.resnet_fused_cpu.stem.default
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-            y = run(x, weights, bias, out_channels, pool, relu)
+            y = run(x, weights, bias, out_channels, *how)
             if y is None:
                 raise Declined
             return y

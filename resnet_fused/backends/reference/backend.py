@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends import Backend, ConvParameters, Implementation, Kernel
+from resnet_fused.backends.activation import activated
 from resnet_fused.backends.implementation import in_turn
-from resnet_fused.backends.problem import Conv, Kind, Linear, Pointwise, Problem, Step
+from resnet_fused.backends.problem import Activation, Conv, Kind, Linear, Pointwise, Problem, Step
 from resnet_fused.backends.reference.batch_norm import BatchNorm
 from resnet_fused.backends.training_conv import STOCKS, TrainingConvKernels
 
@@ -50,7 +51,7 @@ class StockOps(Implementation):
         sums = self._sums(operation, weight, bias if epilogue.bias else None)
         if operation is Pointwise.RELU_GRADIENT:
             return lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0)
-        adds, relu, pool = epilogue.residual, epilogue.relu, epilogue.pool
+        adds, pool = epilogue.residual, epilogue.pool
         # The sums are a new tensor, unless there was nothing to sum up.
         in_place = operation is not Pointwise.IDENTITY
 
@@ -59,8 +60,7 @@ class StockOps(Implementation):
             if adds:
                 assert residual is not None
                 y, fresh = y.add_(residual) if fresh else y.add(residual), True
-            if relu:
-                y = y.relu_() if fresh else y.relu()
+            y = activated(y, epilogue, fresh)
             return y if pool is None else F.max_pool2d(y, *pool)
 
         return kernel
@@ -97,6 +97,7 @@ class Reference(Backend):
     """Stock PyTorch ops on folded weights."""
 
     name = "reference"
+    activations = tuple(Activation)
     implementations = (StockOps(), StockTrainingConv(), BatchNorm())
 
     def unavailable(self) -> str | None:
