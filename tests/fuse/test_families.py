@@ -33,7 +33,7 @@ KINDS = {
     "relu": ({}, "conv2d_bn_relu"),
     "not-in-place": ({"inplace": False}, "conv2d_bn_relu"),
     "no-activation": ({"apply_act": False}, "conv2d_bn"),
-    "silu": ({"act_layer": nn.SiLU}, "conv2d_bn"),
+    "silu": ({"act_layer": nn.SiLU}, "conv2d_bn_silu"),
     "not-affine": ({"affine": False}, "conv2d_bn_relu"),
     "momentum-none": ({"momentum": None}, "conv2d_bn_relu"),
     "dropped": ({"drop_layer": nn.Dropout}, "conv2d_bn_relu"),
@@ -176,16 +176,16 @@ def _hooked():
 
 
 WITHOUT = {
-    "squeeze-excite": (SqueezeExcite, ["conv2d_bn", "conv2d_relu", "conv2d"]),
+    "squeeze-excite": (SqueezeExcite, ["conv2d_bn", "conv2d_relu", "conv2d_sigmoid"]),
     "second-reader": (SecondReader, ["conv2d"]),
     "in-place": (InPlace, ["conv2d"]),
     "sum": (SumOfTwo, None),
-    "pre-activation": (PreActivation, ["conv2d_bn_relu", "conv2d"]),
+    "pre-activation": (PreActivation, ["conv2d_bn_relu", "conv2d_add"]),
     "vgg": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)), ["stem"]),
     "group-norm": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()), ["conv2d"]),
     "alone": (lambda: nn.Sequential(nn.Conv2d(8, 5, 3, 2, bias=False)), ["conv2d"]),
     "uneven-padding": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.ReLU()), None),
-    "grouped": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.Sigmoid()), ["conv2d"]),
+    "grouped": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.Sigmoid()), ["conv2d_sigmoid"]),
     "flattened": (lambda: nn.Sequential(nn.Conv2d(8, 3, 3), nn.Flatten()), ["conv2d"]),
     "statistics-of-the-batch": (
         lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()),
