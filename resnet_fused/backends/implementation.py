@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import tuning_cache
+from resnet_fused.backends import bounds, tuning_cache
+from resnet_fused.backends.activation import activated
 from resnet_fused.backends.parameters import ConvParameters
-from resnet_fused.backends.problem import Activation, Kind, Problem
+from resnet_fused.backends.problem import Activation, Epilogue, Kind, Problem
 
 Kernel = Callable[[Tensor, Tensor | None], Tensor]
 """A prepared problem: kernel(x, residual) gives the result. `residual` is None unless the problem has one. May raise
@@ -80,7 +82,7 @@ class Backend:
     Attributes:
         name: as users choose it.
         implementations: in order. One that serves more comes after one that is faster for what it serves.
-        activations: the functions that its epilogues have.
+        activations: the functions that its kernels apply. Others are a pass of stock's after them.
         asks_for_gpu: whether `unavailable` looks for a GPU. CPU tensors are then refused without a look.
         ready: whether its kernels run without being compiled first.
         keeps_bounds: whether its kernels are faster where values are known to be bounded (backends/bounds.py).
@@ -111,6 +113,7 @@ class Backend:
 
     def why_not(self, problem: Problem) -> str | None:
         """Why this backend can't serve the problem; None if it can."""
+        problem = self._without_pass(problem)
         kind = problem.kind
         own = [one for one in self.implementations if kind in one.kinds]
         if not own:
@@ -127,8 +130,17 @@ class Backend:
                 return None
         return reason  # of the last one, which serves most
 
+    def _without_pass(self, problem: Problem) -> Problem:
+        """The problem without a function that this backend's kernels don't have, and that a pass after them applies."""
+        epilogue = problem.epilogue
+        if len(problem.steps) > 1 or epilogue.pool is not None or epilogue.activation in self.activations:
+            return problem
+        bare = epilogue._replace(activation=Activation.NONE, slope=0.0)
+        return replace(problem, steps=(problem.steps[0]._replace(epilogue=bare),))
+
     def serving(self, problem: Problem) -> list[Implementation]:
         """The implementations that serve a problem: the one that is taken by rule, then the others in their order."""
+        problem = self._without_pass(problem)
         kind = problem.kind
         found = [one for one in self.implementations if kind in one.kinds and one.why_not(problem) is None]
         first = next((one for one in found if one.preferred(problem)), found[-1])
@@ -148,6 +160,9 @@ class Backend:
         Raises:
             BackendError: no implementation can serve it after all.
         """
+        bare = self._without_pass(problem)
+        if bare != problem:
+            return _with_pass(self.prepare(bare, parameters, plan), problem.epilogue)
         serving = self.serving(problem)
         by_plan = {name: one for one in serving for name in one.plans(problem)}
         named = plan or (tuning_cache.plan(problem, self.name) if by_plan else None)
@@ -159,6 +174,17 @@ class Backend:
             except BackendError:
                 continue
         return serving[-1].prepare(problem, parameters, named)
+
+
+def _with_pass(kernel: Kernel, epilogue: Epilogue) -> Kernel:
+    """A kernel with the epilogue's function in a pass after it."""
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = activated(kernel(x, residual), epilogue, inplace=True)
+        bounds.tell(y, torch.inf)  # what was told of it before may hold no more
+        return y
+
+    return run
 
 
 def in_its_format(kernel: Kernel, problem: Problem) -> Kernel:

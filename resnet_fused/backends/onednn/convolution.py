@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Implementation, Kernel, bounds
-from resnet_fused.backends.activation import activated
-from resnet_fused.backends.problem import Activation, Kind, Problem
+from resnet_fused.backends.problem import Kind, Problem
 
 # More than a result grows by rounding to bfloat16.
 _ROUNDED = 1.01
@@ -46,10 +45,7 @@ class PointwiseConvolution(Implementation):
 
         # One packing serves every input shape: oneDNN reorders where its choice for another shape differs.
         weight, bias, gain, offset = parameters.pack(("onednn", problem.types.source), pack)
-        epilogue, add_inside = problem.epilogue, _adds_inside(problem)
-        relu = epilogue.relu
-        # No result of other functions needs to be below the bound of what they are applied to.
-        told = relu or epilogue.activation is Activation.NONE
+        relu, add_inside = problem.epilogue.relu, _adds_inside(problem)
         channels_last = problem.memory_format == torch.channels_last
         # What rounding adds to results is less than the other half. In float16 bounds of some layers are above its range.
         limit = torch.finfo(problem.types.source).max / 2 if problem.types.source != torch.float16 else -torch.inf
@@ -72,10 +68,10 @@ class PointwiseConvolution(Implementation):
                 y = pointwise(x, weight, bias, *geometry, "relu" if fused else "none", [], "")
                 if residual is not None:
                     y.add_(residual)
-            if told and bound < limit:
+            if bound < limit:
                 bounds.tell(y, _ROUNDED * bound)
-            if not fused:
-                y = activated(y, epilogue, inplace=True)
+            if relu and not fused:
+                y.relu_()
             return y if channels_last else y.contiguous()
 
         return kernel
