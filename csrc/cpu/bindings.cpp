@@ -72,6 +72,7 @@ void set_geometry(ConvParams& p, const std::vector<int64_t>& geometry) {
 }
 
 Nonlinearity nonlinearity(const std::string& activation, double slope) {
+  // In the order of ActivationFunction.
   static const char* const NAMES[] = {"none", "relu",        "relu6",     "leaky_relu", "sigmoid",
                                       "silu", "hardsigmoid", "hardswish", "gelu_tanh"};
   for (size_t i = 0; i < std::size(NAMES); ++i) {

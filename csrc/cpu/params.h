@@ -13,7 +13,7 @@ struct Bf16 {
 enum class DType : uint8_t { float32, bfloat16 };
 
 // The function at the end of an epilogue, as torch.nn.functional names it. GELU by the error function isn't among them: stock's
-// is NaN at infinity on some CPUs and infinity on others.
+// is NaN at infinity in float32 with AVX-512, and infinity in float64.
 enum class ActivationFunction : uint8_t {
   none,
   relu,

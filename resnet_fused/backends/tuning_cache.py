@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import torch
 
 from resnet_fused import config
 from resnet_fused.backends import library
-from resnet_fused.backends.problem import Conv, Pointwise, Problem, Step, Types
+from resnet_fused.backends.problem import Activation, Conv, Pointwise, Problem, Step, Types
 
 _FORMAT = 2
 _LARGEST_FILE = 64 << 20
@@ -72,8 +73,17 @@ def rejected(problem: Problem, backend: str, plan: str | None = None) -> str | N
     if not table:
         return None
     dtype = str(problem.types.source).removeprefix("torch.")
-    entry = table.get(rejection_key(backend, problem.label, dtype, plan or ""))
+    entry = table.get(rejection_key(backend, _verified(problem).label, dtype, plan or ""))
     return (entry.get("rejected") or None) if isinstance(entry, dict) else None
+
+
+def _verified(problem: Problem) -> Problem:
+    """The problem as verify poses it: of the functions it tries ReLU, and kernels that apply another one are those without."""
+    last = problem.steps[-1]
+    if last.epilogue.activation in (Activation.NONE, Activation.RELU):
+        return problem
+    bare = last._replace(epilogue=last.epilogue._replace(activation=Activation.NONE, slope=0.0))
+    return replace(problem, steps=(*problem.steps[:-1], bare))
 
 
 def plan(problem: Problem, backend: str) -> str | None:

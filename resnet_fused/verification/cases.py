@@ -75,6 +75,7 @@ ENTRIES = (
     Entry("3x3 strided", (2, 128, 27, 29), _one(_3x3(128, 136, 2), _RELU)),
     Entry("1x1", (4, 256, 14, 14), _one(_1x1(256, 512))),
     Entry("1x1 strided, no ReLU", (4, 64, 28, 28), _one(_1x1(64, 256, 2), Epilogue())),
+    Entry("1x1, a sum without ReLU", (2, 64, 28, 28), _one(_1x1(64, 256), Epilogue(residual=True))),
     Entry("long k, few pixels", (1, 512, 7, 7), _one(_3x3(512, 512))),
     Entry("one pixel", (1, 64, 1, 1), _one(_1x1(64, 40))),
     Entry("odd channels", (2, 5, 13, 11), _one(_3x3(5, 23))),

@@ -178,8 +178,8 @@ F32 = torch.float32
 @pytest.mark.parametrize("precision", ["fast", "direct"])
 def test_it_is_preferred_where_it_was_measured_to_be_faster(isa: str, conv: Conv, dtype, by: set[str], precision: str):
     if dtype == BF16 and torch.ops.resnet_fused_cpu.amx_bf16():
-        pytest.skip("oneDNN uses AMX here")
+        pytest.skip("this CPU has AMX, by which oneDNN is preferred; run the tests on a CPU without it")
     if isa == "scalar":
-        pytest.skip("the backend is unavailable with scalar kernels")
+        pytest.skip("scalar kernels are preferred for nothing; run the tests on a CPU with AVX2 or AVX-512")
     kind = problem_of("conv2d_bn", (1, conv.in_channels, 28, 28), dtype, torch.device("cpu"), (conv,), precision=precision)
     assert get("cpu").preferred(kind) == (isa in by)

@@ -26,7 +26,7 @@ class CPU(Backend):
     """Compiled kernels of csrc/cpu for CPU tensors."""
 
     name = "cpu"
-    # GELU by the error function is NaN at infinity in stock on some CPUs, and infinity on others.
+    # Stock's GELU by the error function is NaN at infinity in float32 with AVX-512, and infinity in float64.
     activations = tuple(function for function in Activation if function is not Activation.GELU)
     implementations = (
         WholeBlock(),
