@@ -16,7 +16,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused import backends, tuning
-from resnet_fused.backends import ConvParameters, library, tuning_cache
+from resnet_fused.backends import Activation, ConvParameters, Epilogue, Problem, library, tuning_cache
 from resnet_fused.backends.problem import Conv
 from resnet_fused.modules import BasicBlock
 from resnet_fused.tuning import candidates, in_model, progress
@@ -245,6 +245,14 @@ def test_a_spoilt_entry_changes_nothing(entry):
     tuning_cache.forget()
     assert backends.resolve(PROBLEM, "auto").name == before
     assert tuning_cache.dropped(PROBLEM) == {}
+
+
+def test_a_kernel_that_verify_rejected_is_rejected_with_a_function_after_it():
+    key = tuning_cache.rejection_key("onednn", "conv2d_bn_add", "float32")
+    tuning_cache.record(CPU, {key: {"backend": "onednn", "rejected": "wrong"}})
+    silu = Epilogue(residual=True, activation=Activation.SILU)
+    assert tuning_cache.rejected(Problem.of(CONV, PROBLEM.shape, torch.float32, CPU, silu), "onednn") == "wrong"
+    assert tuning_cache.rejected(PROBLEM, "onednn") is None
 
 
 def test_records_of_two_writers_are_merged(cache):
