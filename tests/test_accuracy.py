@@ -150,8 +150,18 @@ def test_the_benchmarks_ask_it(fault) -> None:
     result = inference.Result(variants.OURS)
     truth, stock = TRUTH[None], TRUTH.float()[None]
     result.error = accuracy.relative_error(stock, truth)
-    assert not inference.is_wrong(result, workload, stock, stock, truth)
+    assert not inference.is_wrong(result, workload, stock, stock, truth, stock)
     ours = spoil(stock)
     result.error = accuracy.relative_error(ours, truth)
-    assert inference.is_wrong(result, workload, ours, stock, truth)
+    assert inference.is_wrong(result, workload, ours, stock, truth, stock)
     assert words in result.note
+
+
+def test_a_model_is_measured_by_the_memory_format_in_which_stock_has_the_larger_error() -> None:
+    workload = Workload("resnet18", 1, "float32", (32, 32))
+    truth = torch.randn(1000, dtype=torch.float64)
+    near, far, ours = (truth * (1 + scale * torch.randn(1000, dtype=torch.float64)) for scale in (2e-6, 8e-6, 1e-5))
+    result = inference.Result(variants.OURS, error=1e-5)
+    stock, other, y = ([t.float()] for t in (near, far, ours))
+    assert inference.is_wrong(result, workload, y, stock, [truth], stock)
+    assert not inference.is_wrong(result, workload, y, stock, [truth], other)

@@ -108,6 +108,39 @@ void product_tile(const ProductTile& t, int64_t first_row) {
 
 // ---- Direct convolution: a sum over taps, with the epilogue -------------------------------------------------------------
 
+// Products summed in one go; such sums are then added up. One sum of 2048 products has three times the error, and putting sums
+// down this often takes no time that could be measured.
+constexpr int64_t LONGEST_DIRECT_SUM = 256;
+
+// Sums of a tile that were put down, to begin others.
+template <int ROWS>
+class PartialSums {
+ public:
+  // Takes the accumulators' sums, and begins new ones.
+  RF_INLINE void put(Accumulators<ROWS>& acc) {
+    if (any_) add_to(acc);
+    any_ = true;
+    RF_UNROLL(16)
+    for (int r = 0; r < ROWS; ++r) {
+      store(low_[r], acc.low[r]);
+      store(high_[r], acc.high[r]);
+      acc.low[r] = acc.high[r] = zero();
+    }
+  }
+  RF_INLINE void add_to(Accumulators<ROWS>& acc) const {
+    if (!any_) return;
+    RF_UNROLL(16)
+    for (int r = 0; r < ROWS; ++r) {
+      acc.low[r] = add(acc.low[r], load(low_[r]));
+      acc.high[r] = add(acc.high[r], load(high_[r]));
+    }
+  }
+
+ private:
+  bool any_ = false;
+  alignas(64) float low_[ROWS][LANES], high_[ROWS][LANES];
+};
+
 // One tap is one kernel position (or one kernel row, for the stem): where its activations for row 0 begin.
 template <class Out>
 struct ConvTile {
@@ -203,10 +236,23 @@ void conv_tile(const ConvTile<Out>& t, int64_t first_row) {
   const float* b = t.b;
   const int64_t offset = first_row * (STRIDE != RUNTIME_STRIDE ? STRIDE : t.row_stride);
   RowsBelow<ROWS, Out> below(t, residual, y);
+  PartialSums<ROWS> sums;
+  int64_t room = LONGEST_DIRECT_SUM;
   for (int64_t tap = 0; tap < t.tap_count; ++tap) {
-    b = multiply<UnitProducts, ROWS, STRIDE, LINES>(acc, t.taps[tap] + offset, t.row_stride, t.block_stride, t.channels, b,
-                                                    t.ahead, [&] { below.advance(); });
+    const float* a = t.taps[tap] + offset;
+    for (int64_t rest = t.channels; rest > 0;) {
+      if (room < std::min<int64_t>(rest, LANES)) {
+        sums.put(acc);
+        room = LONGEST_DIRECT_SUM;
+      }
+      const int64_t run = rest <= room ? rest : room / LANES * LANES;
+      b = multiply<UnitProducts, ROWS, STRIDE, LINES>(acc, a, t.row_stride, t.block_stride, run, b, t.ahead,
+                                                      [&] { below.advance(); });
+      a += run / LANES * t.block_stride;
+      rest -= run, room -= run;
+    }
   }
+  sums.add_to(acc);
 
   const vec floor = floor_of(t.nonlinearity);
   if (t.out_lanes >= PANEL) {

@@ -131,6 +131,7 @@ def compare(
     model, x = workload.make()
     step("float64 reference", 0.0)
     truth, by_stock = _truth(model, x), _by_stock(model, x)
+    other = _in_channels_last(model, x)
     comparison = Comparison(workload)
     if limits is not None:
         problems = roofline.posed(workload)
@@ -153,7 +154,7 @@ def compare(
         except variants.Unavailable as reason:
             result.note = str(reason)
             continue
-        if is_wrong(result, workload, y, by_stock, truth):
+        if is_wrong(result, workload, y, by_stock, truth, other):
             continue
         runs[name], counts[name] = run, _group(run) if x.is_cuda else 1
         calls[name] = run if counts[name] == 1 else functools.partial(_repeat, run, counts[name])
@@ -167,7 +168,7 @@ def compare(
             error = _error(y, truth)
             if not error <= result.error:  # NaN is worse as well
                 result.error = error
-            if is_wrong(result, workload, y, by_stock, truth):
+            if is_wrong(result, workload, y, by_stock, truth, other):
                 continue
             own = samples[result.variant]
             result.median, result.spread = own.median / counts[result.variant], own.spread
@@ -179,15 +180,23 @@ def compare(
     return comparison
 
 
-def is_wrong(result: Result, workload: Workload, y: list[Tensor], by_stock: list[Tensor], truth: list[Tensor]) -> bool:
+def is_wrong(
+    result: Result,
+    workload: Workload,
+    y: list[Tensor],
+    by_stock: list[Tensor],
+    truth: list[Tensor],
+    other: list[Tensor],
+) -> bool:
     """Whether a result isn't what it must be, which the note then says.
 
-    Ours must be as good as stock's; others' may be further off, but not by more than rounding explains. So may ours in TF32,
-    since stock takes float32 for some problems though TF32 is allowed.
+    Ours must be as good as stock's in whichever of its two memory formats (`by_stock`, `other`) has the larger error. Others'
+    may be further off, but not by more than rounding explains. So may ours in TF32, since stock takes float32 for some
+    problems though TF32 is allowed.
     """
     tf32 = workload.dtype == "float32" and workload.device != "cpu"
     ours = result.variant in (variants.OURS, variants.OURS_GRAPH) and not tf32
-    fault = next(filter(None, map(_fault, y, by_stock, truth)), None) if ours else None
+    fault = next(filter(None, map(_fault, y, by_stock, truth, other)), None) if ours else None
     if fault is None and result.error < (_WRONG_IN_TF32 if tf32 else _WRONG[workload.dtype]):
         return False
     why = fault or f"relative error {result.error:.1e}"
@@ -227,6 +236,14 @@ def _by_stock(model: nn.Module, x: Tensor) -> list[Tensor]:
     return _checked(model(x[:_CHECKED]))
 
 
+def _in_channels_last(model: nn.Module, x: Tensor) -> list[Tensor]:
+    other, image = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    try:
+        return _by_stock(other, image)
+    except RuntimeError:  # `view` of what is channels_last
+        return _by_stock(model, x)
+
+
 def _checked(y: Any) -> list[Tensor]:
     """The tensors of a result, for the images that are checked."""
     return [leaf[:_CHECKED] for leaf in _pytree.tree_leaves(y) if isinstance(leaf, Tensor)]
@@ -238,5 +255,5 @@ def _error(y: list[Tensor], truth: list[Tensor]) -> float:
     return max(errors, key=lambda error: (error != error, error))
 
 
-def _fault(y: Tensor, by_stock: Tensor, truth: Tensor) -> str | None:
-    return judge(y.to(by_stock.dtype), by_stock, truth).fault
+def _fault(y: Tensor, by_stock: Tensor, truth: Tensor, other: Tensor) -> str | None:
+    return judge(y.to(by_stock.dtype), by_stock, truth, other).fault

@@ -38,7 +38,8 @@ class ZooRow:
         same_ms: stock's in the memory format that ours is given, contiguous.
         ratio: stock's time to ours: above 1, ours is faster.
         spread: the larger distance between quartiles of stock's and our times, relative to the median.
-        error, stock_error: relative errors against float64 of ours, and of stock for the same input, by which ours is judged.
+        error, stock_error: relative errors against float64 of ours, and of stock, by which ours is judged: the larger one of
+            its two memory formats.
         fused, convolutions: how many are fused, and how many there are.
         left: the most frequent reason why others are not, and how many it holds for.
         note: why a variant has no time.
@@ -83,7 +84,7 @@ class ZooRow:
         row = cls(comparison.workload, stock.variant if stock.calls else "", stock.median, ours.median, compiled.median)
         row.spread = max(stock.spread, ours.spread)
         same = by_name[variants.EAGER]
-        row.same_ms, row.error, row.stock_error = same.median, ours.error, same.error
+        row.same_ms, row.error, row.stock_error = same.median, ours.error, max(result.error for result in formats)
         row.note = "; ".join(f"{result.variant}: {result.note}" for result in comparison.results if result.note)
         report = comparison.report
         if report is not None:

@@ -13,16 +13,18 @@ from torch import fx, nn
 
 from resnet_fused.fusion.matching import ConvMatch, Group, Matcher
 from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
+from resnet_fused.runtime.executor import CONCATENATIONS
 from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, Value
 
 # Layers and functions that compute the same of either memory format, and whose result has that of their input.
 _TRANSPARENT_LAYERS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.Tanh, nn.ELU),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Upsample),
 )
 _TRANSPARENT_FUNCTIONS = {
     *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh, F.max_pool2d),
-    *(F.avg_pool2d, operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul),
+    *(F.avg_pool2d, operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul, F.interpolate),
+    *CONCATENATIONS,
 }
 _TRANSPARENT_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_", "mean", "dim"}
 
@@ -182,7 +184,8 @@ class _Builder:
         args, kwargs = self._template(tuple(node.args)), self._template(dict(node.kwargs))
         reads = tuple(dict.fromkeys(self._number(source) for source in node.all_input_nodes))
         fast = type(matcher_called) in _FAST_LAYERS if (matcher_called := self.matcher.called(node)) is not None else False
-        return Call(node.target, node.op, args, kwargs, reads, self._is_transparent(node), fast, self._is_pure(node))
+        transparent, pure, writes = self._is_transparent(node), self._is_pure(node), self.matcher.may_write(node)
+        return Call(node.target, node.op, args, kwargs, reads, transparent, fast, pure, writes)
 
     def _is_transparent(self, node: fx.Node) -> bool:
         if node.op == "call_module":

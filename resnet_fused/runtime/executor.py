@@ -6,6 +6,7 @@ to the caller, has the strides that it would have in stock PyTorch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.plain import stock_step
 from resnet_fused.runtime.program import Call, FusedStep, Program, Value, fill, in_format, result_format
 from resnet_fused.runtime.run import Operation, Run, without_residual
+
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
 @dataclass
@@ -78,6 +81,9 @@ class _Settling:
         self.formats: list[torch.memory_format | None] = [None] * len(self.values)
         self.operations: list[Operation] = []
         self.made = Run(program)
+        # Numbers of values in channels_last that were made of others, by those others' numbers.
+        self.converted: dict[int, int] = {}
+        self.step_readers = Counter(item.x for item in program.items if isinstance(item, FusedStep))
 
     def run(self) -> tuple[Run, Any]:
         begun = False  # whether something was done that mustn't be done twice
@@ -228,6 +234,9 @@ class _Settling:
                 raise Unservable("a batch norm's parameters have another dtype, to which it casts its result")
         if weight.device != x.device:
             raise Unservable(f"the input is on {x.device} and the weight on {weight.device}")
+        if self.step_readers[source] > 1 and not x.is_contiguous(memory_format=torch.channels_last):
+            source = self._in_channels_last(source)
+            x = self.values[source]
         reads = (source, *step.reads[1:])
         problem = self._problem(step, x)
         if any(own.promotes for own in step.layers) and problem.output_shape()[2:] == (1, 1):
@@ -251,6 +260,16 @@ class _Settling:
         made = len(self.values) - 1
         self._do(Operation(make, (source,), (made,)))
         return made
+
+    def _in_channels_last(self, number: int) -> int:
+        """The number of a value in channels_last, for all that read it so: itself, or one that is made of it."""
+        if self.values[number].is_contiguous(memory_format=torch.channels_last):
+            return number
+        if number not in self.converted:
+            made = self._derive(lambda x: x.contiguous(memory_format=torch.channels_last), number)
+            self.formats[made] = self.formats[number] or torch.contiguous_format
+            self.converted[number] = made
+        return self.converted[number]
 
     def _problem(self, step: FusedStep, x: Tensor) -> Problem:
         n, c, h, w = x.shape
@@ -290,26 +309,44 @@ class _Settling:
         if replaced is not None:
             self._do(replaced)
             return
-        transparent = call.transparent and self._keeps_format(call)
-        if not transparent:
-            for read in call.reads:
+        format = self._common_format(call) if call.transparent else None
+        reads = call.reads
+        if format is None:
+            for read in reads:
                 self._as_stock(read)
-        format = next((f for read in call.reads if (f := self.formats[read]) is not None), None)
-        self._do(Operation(_caller(call, self.module), call.reads, (number,)))
+        elif not call.writes:
+            reads = tuple(self._in_channels_last(r) if self._is_image(r) else r for r in reads)
+        if call.writes:
+            self.converted.clear()  # views of what it writes to are values, too
+        self._do(Operation(_caller(call, self.module), reads, (number,)))
         value = self.values[number]
-        if transparent and isinstance(value, Tensor) and value.dim() == 4:
+        if isinstance(value, Tensor) and value.dim() == 4:
             self.formats[number] = format
 
-    def _keeps_format(self, call: Call) -> bool:
-        """Whether a call that doesn't depend on the format has a result in that of its inputs, in stock as here."""
-        tensors = [(self.values[r], self.formats[r]) for r in call.reads if isinstance(self.values[r], Tensor)]
-        whole = [format for value, format in tensors if value.dim() == 4 and not _same_in_both(value)]
-        if not whole or None in whole:
-            return False
+    def _is_image(self, number: int) -> bool:
+        """Whether a value has a memory format."""
+        value = self.values[number]
+        return isinstance(value, Tensor) and value.dim() == 4 and not _same_in_both(value)
+
+    def _common_format(self, call: Call) -> torch.memory_format | None:
+        """The format of stock's result of a call that doesn't depend on its inputs' formats.
+
+        None where it isn't known, and where all inputs are as in stock, so that there is nothing to gain.
+        """
+        images = [number for number in call.reads if self._is_image(number)]
+        others = [self.values[number] for number in call.reads if number not in images]
+        formats = {self.formats[number] or _format_of(self.values[number]) for number in images}
+        if None in formats or all(self.formats[number] is None for number in images):
+            return None
+        if call.target in CONCATENATIONS:
+            if others:
+                return None
+            return formats.pop() if len(formats) == 1 else torch.contiguous_format
+        if len(formats) > 1 or any(isinstance(value, Tensor) and value.dim() not in (0, 4) for value in others):
+            return None
+        (format,) = formats
         # What a mean of channels_last gives is contiguous or not by its dimensions.
-        if call.target == "mean" and whole[0] != torch.contiguous_format:
-            return False
-        return len({*whole}) == 1 and all(value.dim() in (0, 4) for value, _ in tensors)
+        return None if call.target == "mean" and format != torch.contiguous_format else format
 
     def _fast_layer(self, call: Call, number: int) -> Operation | None:
         """A kernel for a layer that isn't fused with another: the average pool before the classifier, and the classifier.

@@ -88,6 +88,7 @@ class Call(NamedTuple):
         transparent: whether what it computes, and the format of its result, don't depend on its input's memory format.
         fast: whether it is a layer, without hooks, that a kernel of ours may take over.
         pure: whether nobody notices if it is called twice: it draws no random numbers and runs no code of the model's.
+        writes: whether it may write to its inputs.
     """
 
     target: Any
@@ -98,6 +99,7 @@ class Call(NamedTuple):
     transparent: bool
     fast: bool = False
     pure: bool = True
+    writes: bool = True
 
 
 class Value(NamedTuple):

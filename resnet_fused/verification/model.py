@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from resnet_fused.text import table
 class LayerError:
     """Relative errors of one layer's result against float64, ‖y − truth‖ / ‖truth‖.
 
+    `stock` is the larger one of stock's two memory formats.
     `nan_mismatch` counts the fused model's elements that are NaN or Inf where they mustn't be, or aren't where they must.
     """
 
@@ -70,10 +72,14 @@ def verify(stock: nn.Module, fused: nn.Module, inputs: Any) -> Verification:
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     exact = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in copy.deepcopy(arguments))
     watched = _blocks(fused)
-    truth, by_stock, by_fused = (
-        {**_results(model, given, watched), **_results(model, given, [])}
-        for model, given in ((unfused.double(), exact), (stock, arguments), (fused, arguments))
-    )
+
+    def results(model: nn.Module, given: tuple[Any, ...]) -> dict[str, Tensor]:
+        return {**_results(model, given, watched), **_results(model, given, [])}
+
+    by_stock, by_fused, other = results(stock, arguments), results(fused, arguments), {}
+    with contextlib.suppress(RuntimeError):  # of a forward with `view`, which contiguous tensors alone take
+        other = results(_in_other_format(stock), arguments)
+    truth = results(unfused.double(), exact)
     rows = []
     dtype = torch.float32
     for name, want in truth.items():
@@ -86,11 +92,18 @@ def verify(stock: nn.Module, fused: nn.Module, inputs: Any) -> Verification:
                 "pass a model and what rf.fuse made of it."
             )
         dtype = a.dtype
-        verdict = judge(b, a, want)
-        rows.append(LayerError(name, verdict.stock, verdict.error, sum(misplaced(b, a, want))))
+        verdict, also = judge(b, a, want), judge(b, other.get(name, a), want)
+        rows.append(LayerError(name, max(verdict.stock, also.stock), verdict.error, sum(misplaced(b, a, want))))
     if not rows:
         raise ValueError("fused and stock give no results to compare; pass a model and what rf.fuse made of it.")
     return Verification(rows, dtype)
+
+
+def _in_other_format(stock: nn.Module) -> nn.Module:
+    """A copy of the model in the other of stock's two memory formats than `stock` is in."""
+    weights = [p for p in stock.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2:] != (1, 1)]
+    channels_last = any(not p.is_contiguous() for p in weights)
+    return unfuse(copy_of(stock)).to(memory_format=torch.contiguous_format if channels_last else torch.channels_last)
 
 
 def _blocks(fused: nn.Module) -> list[str]:

@@ -30,13 +30,14 @@ class Verdict(NamedTuple):
     fault: str | None
 
 
-def judge(ours: Tensor, stock: Tensor, truth: Tensor | None, rounded: Tensor | None = None) -> Verdict:
+def judge(ours: Tensor, stock: Tensor, truth: Tensor | None, other: Tensor | None = None) -> Verdict:
     """Judges a result of floating-point numbers.
 
     Args:
         ours, stock: the result, and stock PyTorch's at the same dtype.
         truth: stock's in float64. None where it isn't known: stock's is then taken for it, and the error of both is allowed.
-        rounded: where kernels compute in TF32, the exact result of operands rounded to it: its error is a yardstick, too.
+        other: another result whose error is a yardstick, too: where kernels compute in TF32, the exact one of operands rounded
+            to it; of a model, stock's in the other memory format.
     """
     if ours.shape != stock.shape or ours.dtype != stock.dtype:
         given, wanted = f"{ours.dtype} of shape {tuple(ours.shape)}", f"{stock.dtype} of shape {tuple(stock.shape)}"
@@ -50,7 +51,7 @@ def judge(ours: Tensor, stock: Tensor, truth: Tensor | None, rounded: Tensor | N
         return Verdict(error, yardstick, "a NaN or Inf of stock's disappears")
     if made:
         return Verdict(error, yardstick, "a NaN or Inf appears")
-    least = 0.0 if rounded is None else relative_error(rounded, exact, both)
+    least = 0.0 if other is None else relative_error(other, exact, both)
     limit = (1 + TIMES_STOCK) * FLOOR[stock.dtype] if truth is None else allowed(max(yardstick, least), stock.dtype)
     fault = None if error <= limit else f"its relative error is {error:.1e}, and {limit:.1e} is allowed"
     return Verdict(error, yardstick, fault)

@@ -82,7 +82,7 @@ def _by_panels(tiles: int, size: int, dtype: torch.dtype) -> WinogradPlan:
     # A chunk's taps are read once for each row of points: those of 16 float32 channels, or of 32 bfloat16 ones, stay in L1
     # until then. With more tiles than that the transform counts for less than how often sums are put down and taken up again.
     narrow = 16 if dtype == torch.float32 else 32
-    return WinogradPlan(4, min(tiles, size), 1, narrow if tiles <= narrow else 64, True)
+    return WinogradPlan(4, min(tiles, size), 1, narrow if tiles <= narrow else 32, True)
 
 
 def winograd(problem: Problem) -> WinogradPlan | None:
@@ -200,8 +200,8 @@ def conv_preferred(problem: Problem) -> bool:
     # Below a thousand pixels what counts is how long a call takes at all, and oneDNN's takes twice as long.
     if conv.kernel != (3, 3) or n * h * w < 1024:
         return True
-    # With fewer channels the transforms outweigh the products.
-    return conv.in_channels >= 32
+    # With fewer channels the transforms outweigh the products. oneDNN skips what a dilated filter reads beside the image.
+    return conv.in_channels >= 32 and conv.dilation == (1, 1)
 
 
 def _groups_preferred(conv: Conv, dtype: torch.dtype) -> bool:

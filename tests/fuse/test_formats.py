@@ -1,0 +1,96 @@
+"""Memory formats inside of a program: results are channels_last, and yet whatever is seen of them is as in stock."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.fast_paths import report
+from torch import nn
+
+import resnet_fused as rf
+
+
+class Branches(nn.Module):
+    """Three convolutions of one input, joined by `join`, and a convolution of what comes out."""
+
+    def __init__(self, join, width=24):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.last = nn.Conv2d(width, 8, 1)
+        self.join = join
+
+    def forward(self, x):
+        return self.last(self.join(x, F.relu(self.a(x)), self.b(x), self.c(x)))
+
+
+def _in_place_on_what_is_as_in_stock(x, a, b, c):
+    y = torch.flip(a, (2,))
+    joined = torch.cat((y, b), 1)
+    y += c
+    return torch.cat((joined, y), 1)
+
+
+JOINS = {
+    "results": (lambda x, a, b, c: torch.cat((a, b, c), 1), 24),
+    "results and the input": (lambda x, a, b, c: torch.cat([a, x, c], dim=1), 24),
+    "results and a pool": (lambda x, a, b, c: torch.concat((a, F.max_pool2d(x, 3, 1, 1), b), 1), 24),
+    "along the rows": (lambda x, a, b, c: torch.cat((a, b, c), 2), 8),
+    "one pixel": (lambda x, a, b, c: torch.cat([y.mean((2, 3), keepdim=True) for y in (a, b, c)], 1), 24),
+    "scaled up": (lambda x, a, b, c: torch.cat((F.interpolate(a, scale_factor=2), F.interpolate(b, scale_factor=2)), 1), 16),
+    "written to": (_in_place_on_what_is_as_in_stock, 24),
+    "one channel": (lambda x, a, b, c: torch.cat((a[:, :1], b, c, x[:, :7]), 1), 24),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("join", "width"), JOINS.values(), ids=JOINS)
+def test_joined_results_have_stocks_values_and_strides(join, width, channels_last):
+    model = Branches(join, width).eval()
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 7, 6)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(2):  # the first call settles
+            got, want = fused(x.clone()), model(x.clone())
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            assert got.stride() == want.stride()
+    assert report(fused).calls_fused == 2
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["results", "with the input"])
+def test_what_is_joined_and_returned_has_stocks_strides(mixed):
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return torch.cat((self.a(x), x if mixed else self.b(x)), 1), self.b(x)
+
+    model = Joined().eval()
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            for got, want in zip(fused(given), model(given), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+                assert got.stride() == want.stride()
+
+
+def _copies(model, x):
+    """How many tensors a call copies to another memory format."""
+    with torch.no_grad():
+        model(x)
+        with torch.profiler.profile() as profile:
+            model(x)
+    return sum(event.name == "aten::clone" or event.name == "aten::contiguous" for event in profile.events())
+
+
+def test_an_input_is_converted_once_for_all_that_read_it():
+    fused = rf.fuse(Branches(JOINS["results"][0]).eval(), backend="cpu")
+    one = rf.fuse(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).eval(), backend="cpu")
+    x = torch.randn(2, 8, 16, 16)
+    # Into channels_last, and of the result into stock's format.
+    assert _copies(fused, x) == _copies(one, x)
