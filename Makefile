@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 # Builds find ninja there.
 TOOLS  = PATH="$(abspath $(BIN)):$$PATH"
 NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' resnet_fused/__init__.py)
 OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
 WANTED := torch>=$(OLDEST)
 NUMPY  := numpy
@@ -15,7 +16,7 @@ WORKERS := 2
 # has the same ones as that for Linux, in 80 MB in place of 900.
 HEADERS := build/headers-torch-$(OLDEST)
 
-.PHONY: demo test pytest test-torch wheel test-wheel bench lint format clean
+.PHONY: demo test pytest test-torch test-oldest test-gpu wheel test-wheel check-tag bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -40,6 +41,14 @@ test-torch:
 	$(MAKE) -C $(TORCH_TREE) pytest VENV=$(abspath .venv-torch-$(TORCH)) WANTED=torch===$(TORCH) \
 		NUMPY="$(if $(filter 2.10.% 2.11.%,$(TORCH)),numpy<2.4,numpy)"
 
+test-oldest:
+	$(MAKE) test-torch TORCH=$(OLDEST).0
+
+# The kernels on a GPU, each by itself, then the tests that make their tensors there.
+test-gpu: $(VENV)/.installed
+	$(BIN)/resnet-fused verify --device cuda --out build/verify-gpu.json
+	$(BIN)/python -m pytest --device cuda tests
+
 # dist: the sdist, and a wheel for every Python and every PyTorch that pyproject.toml allows, built from the sdist for all GPUs.
 wheel: $(VENV)/.toolchain
 	rm -rf build/wheel dist
@@ -56,6 +65,12 @@ test-wheel:
 	$(WHEEL_ENVIRONMENT)/bin/python -m pip install --quiet "torch$(if $(TORCH),===$(TORCH))" dist/*.whl
 	env -i PATH=/nonexistent $(WHEEL_ENVIRONMENT)/bin/python tools/check_install.py
 
+# Before a release: make check-tag TAG=v0.2.0. The tag names the version, and the changelog has the day of its release.
+check-tag:
+	@test "$(TAG)" = "v$(VERSION)" || { echo "TAG is '$(TAG)'; __version__ in resnet_fused/__init__.py asks for v$(VERSION)"; exit 1; } >&2
+	@grep -q '^## \[$(VERSION)\] - 20[0-9][0-9]-[0-9][0-9]-[0-9][0-9]$$' CHANGELOG.md || \
+		{ echo "CHANGELOG.md has no section '## [$(VERSION)] - YEAR-MONTH-DAY'; write the day of the release"; exit 1; } >&2
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group --benchmark-sort=name
 
@@ -64,6 +79,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/actionlint .github/workflows/*.yml
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

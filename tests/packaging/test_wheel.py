@@ -134,7 +134,7 @@ def test_a_library_that_needs_a_newer_system_is_refused(built, tmp_path):
 
 
 def fat_binary(*entries: tuple[int, int]) -> bytes:
-    """What nvcc leaves in a library: entries (kind, 1 for PTX and 2 for machine code; capability), contents of different sizes."""
+    """What nvcc leaves in a library: entries (kind, 1 for PTX and 2 for machine code; capability) of different sizes."""
     packed = b""
     for i, (kind, capability) in enumerate(entries):
         content = bytes(16 * i + 8)
