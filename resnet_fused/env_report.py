@@ -15,7 +15,7 @@ import torch
 
 import resnet_fused
 from resnet_fused import backends, config
-from resnet_fused.backends import tuning_cache
+from resnet_fused.backends.processor import processor
 from resnet_fused.text import table
 
 
@@ -47,12 +47,16 @@ def installation() -> str:
 
 def machine() -> list[tuple[str, str]]:
     """Processor, threads and GPUs. Looks for a GPU, so it may start the driver."""
+    cpu = processor()
     lines = [
         ("python", sys.version.split()[0]),
         ("system", platform.platform()),
-        ("CPU", tuning_cache.cpu_name()),
-        ("CPU capability", torch.backends.cpu.get_cpu_capability()),
-        ("threads", str(torch.get_num_threads())),
+        ("CPU", str(cpu)),
+        ("CPU signature", cpu.signature),
+        ("instruction sets", " ".join(cpu.instruction_sets)),
+        ("PyTorch uses", torch.backends.cpu.get_cpu_capability()),
+        ("cores", f"{cpu.cores}, {cpu.threads} threads; PyTorch uses {torch.get_num_threads()}"),
+        ("caches", cpu.caches),
         ("CUDA build of torch", str(torch.version.cuda or "no")),
     ]
     if torch.cuda.is_available():

@@ -12,7 +12,8 @@ import torch
 
 import resnet_fused as rf
 from resnet_fused import cli, env_report
-from resnet_fused.bench import timing
+from resnet_fused.backends.processor import processor
+from resnet_fused.bench import files, timing
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,7 +68,7 @@ def test_bench_writes_a_table_json_and_a_chart(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "resnet_fused" in text
     assert "stock channels_last" in text
-    saved = json.loads((tmp_path / "inference.json").read_text())
+    saved = json.loads((tmp_path / "inference_resnet18_batch1_float32_64.json").read_text())
     results = {r["variant"]: r for r in saved["comparisons"][0]["results"]}
     assert set(results) == {"stock eager", "stock channels_last", "resnet_fused"}
     for result in results.values():
@@ -75,7 +76,37 @@ def test_bench_writes_a_table_json_and_a_chart(tmp_path, capsys):
         assert result["error"] < 1e-4
         assert result["images_per_second"] == pytest.approx(1e3 / result["median"])
     assert saved["machine"]["threads"] >= 1
-    assert (tmp_path / "inference.png").read_bytes().startswith(b"\x89PNG")
+    assert saved["machine"]["processor"] == str(processor())
+    assert saved["machine"]["signature"] == processor().signature
+    assert (tmp_path / "inference_resnet18_batch1_float32_64.png").read_bytes().startswith(b"\x89PNG")
+
+
+NAMES = {
+    "models": (
+        ("inference", ["resnet18", "resnet50"], [1, 8], ["float32", "bfloat16"], "224", "cpu"),
+        "inference_resnet18+resnet50_batch1+8_float32+bfloat16_224",
+    ),
+    "gpu": (
+        ("layers", ["resnet50"], [256], ["float16"], "256x192", "cuda:1"),
+        "layers_resnet50_batch256_float16_256x192_cuda-1",
+    ),
+    "many": (("zoo", ["timm/vgg11"] * 5, [1], ["float32"], "", "cpu"), "zoo_5models_batch1_float32"),
+    "slash": (("zoo", ["timm/vgg11"], [1], ["float32"], "", "cpu"), "zoo_timm-vgg11_batch1_float32"),
+}
+
+
+@pytest.mark.parametrize("run, name", NAMES.values(), ids=NAMES)
+def test_files_are_named_by_what_was_run(run, name):
+    assert files.stem(*run) == name
+
+
+def test_an_earlier_runs_files_stay(tmp_path):
+    assert files.place(tmp_path, "zoo_a") == tmp_path / "zoo_a"
+    (tmp_path / "zoo_a.json").touch()
+    assert files.place(tmp_path, "zoo_a") == tmp_path / "zoo_a_2"
+    (tmp_path / "zoo_a_2.md").touch()
+    assert files.place(tmp_path, "zoo_a") == tmp_path / "zoo_a_3"
+    assert files.place(tmp_path, "zoo") == tmp_path / "zoo"
 
 
 def test_bench_shows_no_time_for_a_wrong_result(tmp_path, monkeypatch, capsys):
