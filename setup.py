@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10
+# Of C++ sources; no function that .cu files call has a version newer than glibc 2.28.
+OLD_GLIBC = ["-include", str(ROOT / "csrc" / "glibc_2_28.h")]
 
 
 def sources(folder: str, pattern: str) -> list[str]:
@@ -46,7 +49,7 @@ def cpu_extension() -> Extension:
     return CppExtension(
         "resnet_fused.lib.resnet_fused_cpu",
         sources("cpu", "*.cpp"),
-        depends=[*sources("cpu", "**/*.h"), "csrc/checks.h"],
+        depends=[*sources("cpu", "**/*.h"), *sources(".", "*.h")],
         # PyTorch's headers have unused parameters; GCC 12's own _mm512_undefined_ps counts as maybe uninitialised, a warning
         # that Clang doesn't know.
         extra_compile_args=[
@@ -59,6 +62,7 @@ def cpu_extension() -> Extension:
             "-Wno-unknown-warning-option",
             "-Wno-maybe-uninitialized",
             STABLE_ABI,
+            *OLD_GLIBC,
         ],
         py_limited_api=True,
     )
@@ -152,12 +156,12 @@ def cuda_extension() -> Extension:
     return CppExtension(
         CUDA_LIBRARY,
         sources("cuda", "*.cpp") + sources("cuda", "*.cu"),
-        depends=sources("cuda", "*.h") + sources("cuda", "*.cuh") + ["csrc/checks.h"],
+        depends=sources("cuda", "*.h") + sources("cuda", "*.cuh") + sources(".", "*.h"),
         include_dirs=[str(toolkit / "include")],
         library_dirs=[str(toolkit / folder) for folder in ("lib64", "lib") if (toolkit / folder).is_dir()],
         libraries=["torch_cuda"],
         extra_compile_args={
-            "cxx": ["-O2", "-fvisibility=hidden", "-g0", "-DUSE_CUDA", STABLE_ABI],
+            "cxx": ["-O2", "-fvisibility=hidden", "-g0", "-DUSE_CUDA", STABLE_ABI, *OLD_GLIBC],
             "nvcc": ["-Xcompiler", "-fvisibility=hidden", STABLE_ABI],
         },
         # PyTorch's own runtime, by its full name: the PyPI toolkit has no libcudart.so.
@@ -208,12 +212,19 @@ def build_command() -> type[Any]:
     return BuildLibraries
 
 
+class Wheel(bdist_wheel):
+    """A wheel for any Python, since the libraries in it are no extension modules."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 toolkit = cuda_toolkit()
 if toolkit is not None:
     os.environ["CUDA_HOME"] = str(toolkit)  # torch.utils.cpp_extension reads it when it is imported
 reason = compiler_missing()
 if reason is None:
-    setup(ext_modules=extensions(), cmdclass={"build_ext": build_command()})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": build_command(), "bdist_wheel": Wheel})
 else:
     say(f"the compiled kernels are not built, since {reason}; the Python package works without.")
     setup()

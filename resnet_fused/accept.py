@@ -38,7 +38,7 @@ def plan(device: str, seconds: float) -> list[Step]:
     def bench(title: str, folder: str, share: float, *arguments: str) -> Step:
         return Step(title, ("bench", "--device", device, *arguments, "--out", folder), share)
 
-    verify = ("verify", "--device", device, "--minutes", minutes, "--out", "verify.json")
+    verify = ("verify", "--device", device, "--minutes", minutes, "--out", accept_page.VERIFIED)
     first = [Step("What is here", ("info",)), Step("Kernels against float64", verify, verified + 0.05)]
     if device == "cpu":
         return [
@@ -94,8 +94,10 @@ def run(device: str, minutes: float, out: Path, progress: Callable[[str], object
     total = 60 * minutes
     steps = plan(device, total)
     for step in steps:
-        for name in accept_page.RESULTS:
-            (out / step.folder / name).unlink(missing_ok=True)
+        (out / accept_page.VERIFIED).unlink(missing_ok=True)
+        for pattern in accept_page.RESULTS if step.folder else ():
+            for path in (out / step.folder).glob(pattern):
+                path.unlink()
     for step in steps:
         spent = time.monotonic() - start
         allowed = min(step.share * total, total - spent - _RESERVE)

@@ -13,8 +13,9 @@ from typing import Any
 from resnet_fused import env_report
 from resnet_fused.text import markdown
 
-# Files that steps write into the page's folder or into one of their own.
-RESULTS = ("verify.json", "inference.json", "inference.png", "layers.json", "training.json")
+# What verify writes into the page's folder, and what bench writes into folders of its own.
+VERIFIED = "verify.json"
+RESULTS = ("inference_*.json", "inference_*.png", "layers_*.json", "training_*.json")
 
 _OURS = "resnet_fused"
 # Layers that are shown: those by which most time could be gained.
@@ -99,7 +100,7 @@ def page(record: Record, out: Path) -> str:
 def summary(record: Record, out: Path) -> str:
     """What is right, what is fast, and what isn't, in a few lines."""
     lines = []
-    verified = _read(out / "verify.json")
+    verified = _read(out / VERIFIED)
     if verified is None:
         lines.append("Right: not known, since the kernels were not verified.")
     else:
@@ -129,18 +130,18 @@ def summary(record: Record, out: Path) -> str:
 
 def wrong_kernels(out: Path) -> list[dict[str, Any]]:
     """The checks that failed."""
-    verified = _read(out / "verify.json")
+    verified = _read(out / VERIFIED)
     return [] if verified is None else [check for check in verified["checks"] if not check["passed"]]
 
 
 def _name(record: Record, out: Path) -> str:
-    for _, content in _saved(record, out, "inference.json"):
-        return str(content["machine"].get("gpu") or content["machine"]["cpu"])
+    for _, content in _saved(record, out, "inference_*.json"):
+        return str(content["machine"].get("gpu") or content["machine"]["processor"])
     return record.device
 
 
 def _right(out: Path) -> Iterator[str]:
-    verified = _read(out / "verify.json")
+    verified = _read(out / VERIFIED)
     if verified is None:
         yield "Not verified."
         return
@@ -168,9 +169,9 @@ def _right(out: Path) -> Iterator[str]:
 
 def _fast(record: Record, out: Path) -> Iterator[str]:
     found = False
-    for folder, content in _saved(record, out, "inference.json"):
+    for path, content in _saved(record, out, "inference_*.json"):
         found = True
-        yield f"### {next(o.step.title for o in record.outcomes if o.step.folder == folder.name)}"
+        yield f"### {next(o.step.title for o in record.outcomes if o.step.folder == path.parent.name)}"
         gpu = "gpu" in content["machine"]
         header = ["workload", "variant", "ms", "± IQR", *(["GPU ms", "bound / GPU ms"] if gpu else []), "images/s"]
         rows = []
@@ -186,15 +187,16 @@ def _fast(record: Record, out: Path) -> Iterator[str]:
                 )
                 rows.append((_workload(comparison) if i == 0 else "", *(f"{mark}{c}{mark}" if c else "" for c in cells)))
         yield markdown((*header, "time / ours", "error vs float64", "first call, s", "note"), rows)
-        if (folder / "inference.png").exists():
-            yield f"![Speed relative to stock eager]({(folder / 'inference.png').relative_to(out)})"
+        chart = path.with_suffix(".png")
+        if chart.exists():
+            yield f"![Speed relative to stock eager]({chart.relative_to(out)})"
     if not found:
         yield "No model was timed."
 
 
 def _layers(record: Record, out: Path) -> Iterator[str]:
     rows: list[tuple[float, list[str]]] = []
-    for _, content in _saved(record, out, "layers.json"):
+    for _, content in _saved(record, out, "layers_*.json"):
         for workload in content["comparisons"]:
             for layer in workload["layers"]:
                 ms = layer["milliseconds"]["auto"]
@@ -219,7 +221,7 @@ def _layers(record: Record, out: Path) -> Iterator[str]:
 
 def _training(record: Record, out: Path) -> Iterator[str]:
     rows = []
-    for _, content in _saved(record, out, "training.json"):
+    for _, content in _saved(record, out, "training_*.json"):
         for comparison in content["comparisons"]:
             for i, result in enumerate(comparison["results"]):
                 peak = f"{result['peak_bytes'] / 2**20:.0f}" if result["peak_bytes"] else "–"
@@ -236,7 +238,7 @@ def _steps(record: Record) -> str:
 
 
 def _comparisons(record: Record, out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for _, content in _saved(record, out, "inference.json"):
+    for _, content in _saved(record, out, "inference_*.json"):
         for comparison in content["comparisons"]:
             yield _workload(comparison), comparison
 
@@ -249,12 +251,13 @@ def _best_of_others(comparison: dict[str, Any]) -> float | None:
     return min((r["time_over_ours"] for r in results if not r["variant"].startswith(_OURS) and r["calls"]), default=None)
 
 
-def _saved(record: Record, out: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """What the steps saved under that name, with its folder."""
-    for outcome in record.outcomes:
-        content = _read(out / outcome.step.folder / name)
-        if content is not None:
-            yield out / outcome.step.folder, content
+def _saved(record: Record, out: Path, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What the steps saved under such names, with its paths."""
+    for folder in filter(None, (outcome.step.folder for outcome in record.outcomes)):
+        for path in sorted((out / folder).glob(pattern)):
+            content = _read(path)
+            if content is not None:
+                yield path, content
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import platform
 import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
+import resnet_fused
 from resnet_fused import backends, config
-from resnet_fused.backends import tuning_cache
+from resnet_fused.backends.processor import processor
 from resnet_fused.text import table
 
 
 def versions() -> list[tuple[str, str]]:
     """Versions of the packages that matter, and which of them are missing."""
-    found = []
-    for package in ("resnet_fused", "torch", "torchvision", "triton", "timm", "numpy", "rich", "matplotlib"):
+    found = [("resnet_fused", f"{resnet_fused.__version__}, {installation()}")]
+    for package in ("torch", "torchvision", "triton", "timm", "numpy", "rich", "matplotlib"):
         try:
             found.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
@@ -25,14 +30,33 @@ def versions() -> list[tuple[str, str]]:
     return found
 
 
+def installation() -> str:
+    """How this copy of the library came here: as a wheel, which is built for many systems, or built from source on this one."""
+    here = Path(resnet_fused.__file__).resolve().parent
+    for distribution in importlib.metadata.distributions(name="resnet_fused"):
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        tag = (distribution.read_text("WHEEL") or "").partition("Tag: ")[2].partition("\n")[0]
+        if origin.get("dir_info", {}).get("editable"):
+            if Path(url2pathname(urlsplit(origin["url"]).path)) == here.parent:
+                return f"built from source, editable, in {here.parent}"
+        elif tag and Path(str(distribution.locate_file("resnet_fused"))).resolve() == here:
+            system = tag.rpartition("-")[2]
+            return f"a wheel for {system}" if system.startswith("manylinux") else f"built from source for {system}"
+    return f"not installed, in {here.parent}"
+
+
 def machine() -> list[tuple[str, str]]:
     """Processor, threads and GPUs. Looks for a GPU, so it may start the driver."""
+    cpu = processor()
     lines = [
         ("python", sys.version.split()[0]),
         ("system", platform.platform()),
-        ("CPU", tuning_cache.cpu_name()),
-        ("CPU capability", torch.backends.cpu.get_cpu_capability()),
-        ("threads", str(torch.get_num_threads())),
+        ("CPU", str(cpu)),
+        ("CPU signature", cpu.signature),
+        ("instruction sets", " ".join(cpu.instruction_sets)),
+        ("PyTorch uses", torch.backends.cpu.get_cpu_capability()),
+        ("cores", f"{cpu.cores}, {cpu.threads} threads; PyTorch uses {torch.get_num_threads()}"),
+        ("caches", cpu.caches),
         ("CUDA build of torch", str(torch.version.cuda or "no")),
     ]
     if torch.cuda.is_available():

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import torch
 
+_BUILD = (
+    "build resnet_fused from source with this PyTorch and a C++ compiler present: pip install --no-build-isolation "
+    "--no-binary resnet_fused resnet_fused, or -e . in a checkout"
+)
 FOLDER = Path(__file__).resolve().parent.parent / "lib"
 
 
@@ -26,12 +30,9 @@ def load(name: str) -> str | None:
     """Loads `name`.so, whose operators then stand in torch.ops.<name>. None, or the reason why it can't be loaded."""
     path = FOLDER / f"{name}.so"
     if not path.exists():
-        return (
-            f"the compiled library {path.name} was not built; install resnet_fused from source with PyTorch and a C++ "
-            "compiler present (pip install --no-build-isolation -e .) and see what setup.py says"
-        )
+        return f"the compiled library {path.name} was not built; {_BUILD}, and see what setup.py says"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the compiled library {path.name} can't be loaded ({error}); rebuild it: pip install --no-build-isolation -e ."
+        return f"the compiled library {path.name} can't be loaded ({error}); {_BUILD}"
     return None

@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from resnet_fused import config
 from resnet_fused.backends import library
 from resnet_fused.backends.problem import Activation, Conv, Pointwise, Problem, Step, Types
+from resnet_fused.backends.processor import processor
 
 _FORMAT = 2
 _LARGEST_FILE = 64 << 20
@@ -196,23 +196,17 @@ def machine(device: torch.device) -> dict[str, str]:
         found["driver"] = torch.version.hip or _first_line("/proc/driver/nvidia/version")
         found["cudnn"] = str(torch.backends.cudnn.version())
     else:
-        found["device"] = f"{device.type}: {cpu_name()}"
+        # What the kernels' times depend on is often the same in name alone: virtual machines call several generations alike.
+        found.update(device=device.type, **processor().to_json())
     return found
 
 
-def cpu_name() -> str:
-    """The processor's name as its maker gives it."""
-    line = _first_line("/proc/cpuinfo", "model name")
-    return line.partition(":")[2].strip() or platform.processor() or platform.machine()
-
-
-def _first_line(path: str, start: str = "") -> str:
-    """The first line of a file that begins with `start`, or nothing where there is no such file."""
+def _first_line(path: str) -> str:
+    """The first line of a file, or nothing where there is no such file."""
     try:
-        lines = Path(path).read_text().splitlines()
+        return Path(path).read_text().partition("\n")[0]
     except OSError:
         return ""
-    return next((line for line in lines if line.startswith(start)), "")
 
 
 def _version(package: str) -> str:

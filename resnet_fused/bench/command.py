@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from resnet_fused.bench import inference, layers, options, report, roofline, training, variants, zoo, zoo_models
+from resnet_fused.bench import files, inference, layers, options, report, roofline, training, variants, zoo, zoo_models
 from resnet_fused.bench.layers import LayerResult
 from resnet_fused.bench.workloads import DTYPES, Workload
 
@@ -54,7 +54,9 @@ def _inference(arguments: argparse.Namespace) -> int:
     known = variants.GPU_PEERS if gpu else variants.PEERS
     peers = [known[name] for name in options.names("--peers", arguments.peers, tuple(known))] if arguments.peers else []
     size = options.size(arguments.size or "224")
-    out = options.folder("--out", arguments.out)
+    kind = "layers" if arguments.layers else "inference"
+    stem = files.stem(kind, models, batches, dtypes, arguments.size or "224", arguments.device)
+    out = files.place(options.folder("--out", arguments.out), stem)
     for model in models:
         Workload(model, 1, "float32", size).make()  # a model that this size doesn't fit should be known of now, not in minutes
     workloads = [Workload(m, b, d, size, arguments.device) for m in models for d in dtypes for b in batches]
@@ -73,11 +75,12 @@ def _inference(arguments: argparse.Namespace) -> int:
             step, limit = step_of(i, str(workload)), limits.get(workload.dtype)
             comparisons.append(inference.compare(workload, names, arguments.seconds, step, limit))
             # After each, so that a run that is cut leaves what it has.
-            _write(out / "inference.json", machine, [comparison.to_json() for comparison in comparisons])
+            _write(out, machine, [comparison.to_json() for comparison in comparisons])
     report.print_table(console, comparisons, machine)
-    console.print(f"Saved {out / 'inference.json'}", highlight=False)
-    report.save_chart(out / "inference.png", comparisons, machine)
-    console.print(f"Saved {out / 'inference.png'}", highlight=False)
+    chart = out.parent / f"{out.name}.png"
+    report.save_chart(chart, comparisons, machine)
+    for path in (_json(out), chart):
+        console.print(f"Saved {path}", highlight=False)
     return 0
 
 
@@ -105,13 +108,13 @@ def _layers(
             for result in layers.run_layers(workload):
                 results.append(result)
                 rows.append(result.to_json(limit.bound_of({result.problem: 1}) if limit else None))
-                _write(out / "layers.json", machine, saved)
+                _write(out, machine, saved)
                 status.update(f"{workload}: {len(results)} kinds of layers timed")
         if results:
             report.print_layers(console, workload, results, limit)
         else:
             console.print(f"{workload}: rf.fuse found nothing to fuse in it, so there are no layers to time", highlight=False)
-    console.print(f"Saved {out / 'layers.json'}", highlight=False)
+    console.print(f"Saved {_json(out)}", highlight=False)
     return 0
 
 
@@ -125,7 +128,8 @@ def _training(arguments: argparse.Namespace) -> int:
         raise options.UserError(f"--size is {arguments.size}; training takes square images, such as {height}")
     if arguments.peers:
         raise options.UserError(f"--peers is {arguments.peers!r}; other engines don't train. Leave it out with --training")
-    out = options.folder("--out", arguments.out)
+    stem = files.stem("training", models, batches, dtypes, str(height), arguments.device)
+    out = files.place(options.folder("--out", arguments.out), stem)
     workloads = [
         training.TrainingWorkload(m, b, height, d == "bfloat16", arguments.device)
         for m in models
@@ -138,9 +142,9 @@ def _training(arguments: argparse.Namespace) -> int:
     with _progress(console, len(workloads)) as step_of:
         for i, workload in enumerate(workloads):
             comparisons.append(training.compare(workload, names, 4 * arguments.seconds, step_of(i, str(workload))))
-            _write(out / "training.json", machine, [comparison.to_json() for comparison in comparisons])
+            _write(out, machine, [comparison.to_json() for comparison in comparisons])
     (console if console.is_terminal else Console(width=160)).print(training.table(comparisons))
-    console.print(f"Saved {out / 'training.json'}", highlight=False)
+    console.print(f"Saved {_json(out)}", highlight=False)
     return 0
 
 
@@ -158,14 +162,15 @@ def _zoo(arguments: argparse.Namespace) -> int:
     console, entries = Console(), zoo_models.chosen(arguments.models)
     for package in zoo_models.missing(entries):
         left = [entry for entry in entries if entry.package != package]
-        out = f"{package} is not installed, so {len(entries) - len(left)} of {len(entries)} models are left out"
+        missing = f"{package} is not installed, so {len(entries) - len(left)} of {len(entries)} models are left out"
         if not left:
-            raise options.UserError(f"{out}; pip install {package}")
-        console.print(f"{out}; pip install {package}", highlight=False)
+            raise options.UserError(f"{missing}; pip install {package}")
+        console.print(f"{missing}; pip install {package}", highlight=False)
         entries = left
     dtypes = options.names("--dtypes", arguments.dtypes or "float32", tuple(DTYPES))
     batches = options.integers("--batches", arguments.batches or "1,8")
-    out_folder = options.folder("--out", arguments.out)
+    stem = files.stem("zoo", [entry.name for entry in entries], batches, dtypes, "", arguments.device)
+    out = files.place(options.folder("--out", arguments.out), stem)
     workloads = [
         zoo.ZooWorkload(entry.name, b, d, (entry.size, entry.size), arguments.device)
         for d in dtypes
@@ -177,7 +182,7 @@ def _zoo(arguments: argparse.Namespace) -> int:
     with _progress(console, len(workloads)) as step_of:
         for i, workload in enumerate(workloads):
             rows.append(zoo.run(workload, names, arguments.seconds, step_of(i, str(workload))))
-            saved = zoo.save(out_folder, rows, machine)
+            saved = zoo.save(out, rows, machine)
             if not console.is_terminal:
                 console.print(zoo.line(rows[-1]), highlight=False, soft_wrap=True)
     zoo.print_table(console, rows, machine)
@@ -199,5 +204,9 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[int, str], Ste
         yield step_of
 
 
-def _write(path: Path, machine: dict[str, object], comparisons: list[dict[str, object]]) -> None:
-    path.write_text(json.dumps({"machine": machine, "comparisons": comparisons}, indent=2) + "\n")
+def _json(out: Path) -> Path:
+    return out.parent / f"{out.name}.json"
+
+
+def _write(out: Path, machine: dict[str, object], comparisons: list[dict[str, object]]) -> None:
+    _json(out).write_text(json.dumps({"machine": machine, "comparisons": comparisons}, indent=2) + "\n")

@@ -17,7 +17,7 @@ from torch.utils import _pytree
 import resnet_fused as rf
 from resnet_fused.backends import gpu_time, tuning_cache
 from resnet_fused.backends.accuracy import judge, relative_error
-from resnet_fused.backends.tuning_cache import cpu_name
+from resnet_fused.backends.processor import processor
 from resnet_fused.bench import roofline, variants
 from resnet_fused.bench.roofline import Machine
 from resnet_fused.bench.timing import interleave, quantile
@@ -97,7 +97,8 @@ def machine(device: str = "cpu") -> dict[str, object]:
         gpu = {"gpu": found["device"], **{name: found[name] for name in ("architecture", "driver", "cudnn", "triton")}}
     return {
         **gpu,
-        "cpu": cpu_name(),
+        **processor().to_json(),
+        "processor": str(processor()),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -108,7 +109,7 @@ def machine(device: str = "cpu") -> dict[str, object]:
 
 def describe(machine: dict[str, object]) -> str:
     """The machine in a line: its GPU, or its processor and threads."""
-    return str(machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads")
+    return str(machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads")
 
 
 @torch.no_grad()

@@ -222,10 +222,10 @@ def print_table(console: Console, rows: list[ZooRow], machine: dict[str, object]
         console.print(text, highlight=False)
 
 
-def save(folder: Path, rows: list[ZooRow], machine: dict[str, object]) -> list[Path]:
-    """Writes zoo.json and zoo.md, whose table can be pasted into a page; returns their paths."""
+def save(out: Path, rows: list[ZooRow], machine: dict[str, object]) -> list[Path]:
+    """Writes JSON and Markdown, whose table can be pasted into a page, to `out` with their suffixes; returns their paths."""
     content = {"machine": machine, "rows": [row.to_json() for row in rows]}
-    data, page = folder / "zoo.json", folder / "zoo.md"
+    data, page = (out.parent / f"{out.name}.{suffix}" for suffix in ("json", "md"))
     data.write_text(json.dumps(content, indent=2) + "\n")
     page.write_text(
         "\n\n".join((_heading(machine), markdown(*_shown(rows)), "\n".join(f"- {s}" for s in summary(rows)))) + "\n"

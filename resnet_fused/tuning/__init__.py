@@ -30,6 +30,8 @@ from resnet_fused.tuning.progress import Progress
 
 # Clearly faster: beyond what two measurements of the same kernel in the same place, or of the same model, differ by.
 _GAIN, _GAIN_OF_MODEL = 0.97, 0.99
+# What a model's kernels are: all stock, as without tuning, or as measured.
+ALL_STOCK, BY_RULE, TUNED = "stock", "by rule", "tuned"
 
 
 @dataclass
@@ -59,12 +61,15 @@ class Tuning:
     Attributes:
         results: one for each problem of the model.
         model_ms: median time of the model in ms, by what its kernels were: "stock", "by rule" or "tuned".
-        taken: which of these the choices are.
+        over_rule: median of the model's times over those by rule in the same turn, by the same names. The choice is made by
+            these, since another load on the machine changes both times of a turn, and the medians more than the ratio.
+        taken: which of them the choices are.
         path: the file; None where it can't be written.
     """
 
     results: list[Result]
     model_ms: dict[str, float]
+    over_rule: dict[str, float]
     taken: str
     path: Path | None
 
@@ -76,9 +81,14 @@ class Tuning:
             notes = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
             rows.append((str(result.problem), f"{stock:.3f}", result.chosen, f"{best:.3f}", f"{stock / best:.2f}×", notes))
         model = ", ".join(f"{ms:.3f} ms {name}" for name, ms in self.model_ms.items())
+        others = ", ".join(f"{ratio:.3f} {name}" for name, ratio in self.over_rule.items() if name != BY_RULE)
+        reason = f"since nothing is at {_GAIN_OF_MODEL} or below"
+        if self.taken != BY_RULE:
+            reason = f"the least that is at {_GAIN_OF_MODEL} or below"
         return (
             table(("problem", "stock ms", "chosen", "ms", "ratio", "note"), rows)
-            + f"\nThe model as a whole: {model}. Taken: {self.taken}."
+            + f"\nThe model as a whole, medians: {model}.\nTime over that {BY_RULE} in the same turn, medians: {others}. "
+            f"Taken: {self.taken}, {reason}."
         )
 
 
@@ -131,7 +141,7 @@ def tune(model: nn.Module, example_inputs: Any, *, progress: bool = True) -> Tun
         for task in tasks.values():
             task.parameters.forget()  # what was packed for candidates
     model_ms = {name: 1e3 * statistics.median(found) for name, found in times.items()}
-    return Tuning(results, model_ms, taken, record_results(results))
+    return Tuning(results, model_ms, over(times, BY_RULE), taken, record_results(results))
 
 
 def tasks_of(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Task]:
@@ -178,9 +188,10 @@ def tune_tasks(tasks: dict[str, Task], model: InModel, progress: Progress) -> tu
             ms = {name: 1e3 * statistics.median(own) for name, own in found.items() if own}
             results[key] = Result(tasks[key].problem, _fastest(found, rules[key], _GAIN), ms, dropped[key], failed[key])
             model.chosen[key] = results[key].chosen
-    choices = {"stock": dict.fromkeys(tasks, STOCK), "by rule": rules, "tuned": {key: r.chosen for key, r in results.items()}}
+    tuned = {key: result.chosen for key, result in results.items()}
+    choices = {ALL_STOCK: dict.fromkeys(tasks, STOCK), BY_RULE: rules, TUNED: tuned}
     model_times = model.compare(choices, progress.show)
-    taken = _fastest(model_times, "by rule", _GAIN_OF_MODEL)
+    taken = _fastest(model_times, BY_RULE, _GAIN_OF_MODEL)
     for key, result in results.items():
         result.chosen = choices[taken][key]
     return list(results.values()), model_times, taken
@@ -213,13 +224,17 @@ def _right(task: Task, show: Callable[[str], object]) -> tuple[list[str], dict[s
     return right, dropped, failed
 
 
+def over(times: Times, base: str) -> dict[str, float]:
+    """Median of each name's times over those of `base` in the same turn. The last turn may be incomplete."""
+    return {n: statistics.median(a / b for a, b in zip(t, times[base], strict=False)) for n, t in times.items() if t}
+
+
 def _fastest(times: Times, base: str, gain: float) -> str:
     """The name with the shortest times: `base`, unless another takes at most `gain` times as long.
 
-    Times are compared with those of `base` in the same turn, so that another load on the machine weighs less. The last
-    turn may be incomplete.
+    Times are compared with those of `base` in the same turn, so that another load on the machine weighs less.
     """
-    ratios = {n: statistics.median(a / b for a, b in zip(t, times[base], strict=False)) for n, t in times.items() if t}
+    ratios = over(times, base)
     best = min(ratios, key=ratios.__getitem__, default=base)
     return best if ratios.get(best, 1.0) <= gain else base
 

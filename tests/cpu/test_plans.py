@@ -12,6 +12,7 @@ from resnet_fused import backends
 from resnet_fused.backends import Conv, Problem, get, tuning_cache
 from resnet_fused.backends.cpu import plan as cpu_plan
 from resnet_fused.backends.cpu.chain import Chain
+from resnet_fused.backends.processor import Processor
 from resnet_fused.verification import cases as trials
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -133,3 +134,11 @@ def test_a_recorded_plan_that_is_not_known_gives_way_to_the_rules(monkeypatch):
     entry = {"backend": "cpu", "plan": "winograd4-tiles0-chunk7-by-panels"}
     tuning_cache.record(problem.device, {tuning_cache.key(problem): entry})
     assert plans_used(monkeypatch, problem, folded) == [[*map(int, cpu_plan.winograd(problem))]]
+
+
+@pytest.mark.parametrize("model, generation", [(0x02, "Zen 5"), (0x55, "unknown")])
+def test_it_is_said_where_the_rules_were_not_fitted(isa, model, generation, monkeypatch):
+    monkeypatch.setattr(cpu_plan, "processor", lambda: Processor("AMD EPYC", "AuthenticAMD", 0x1A, model))
+    fitted = generation == "Zen 5" and isa == "avx512"
+    assert cpu_plan.fitted() == fitted
+    assert ("first choices fitted on Zen 5 with AVX-512" in get("cpu").details()) != fitted

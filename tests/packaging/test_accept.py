@@ -43,7 +43,7 @@ def test_a_step_that_fails_or_takes_too_long_costs_only_itself(steps, tmp_path, 
                 "import subprocess, sys, time",
                 "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])",
                 "open('child', 'w').write(str(child.pid))",
-                save("endless", "inference.json", inference(ours=1.0, other=3.0)),
+                save("endless", "inference_resnet50.json", inference(ours=1.0, other=3.0)),
                 "time.sleep(60)",
             ),
             "Good": "print('what it printed')",
@@ -67,13 +67,17 @@ def test_a_step_that_fails_or_takes_too_long_costs_only_itself(steps, tmp_path, 
 
 def test_nothing_is_begun_without_time_and_old_results_do_not_count(steps, tmp_path):
     (tmp_path / "good").mkdir()
-    (tmp_path / "good" / "inference.json").write_text(json.dumps(inference(ours=1.0, other=3.0)))
+    earlier, own = tmp_path / "good" / "inference_resnet50.json", tmp_path / "inference_mine.json"
+    for path in (earlier, own):
+        path.write_text(json.dumps(inference(ours=1.0, other=3.0)))
     steps({"Good": "raise SystemExit(3)"})
     record = accept.run("cpu", 0.05, tmp_path)
     assert [(o.fault, o.seconds) for o in record.outcomes] == [("there was no time left for it", 0.0)]
     page = (tmp_path / "report.md").read_text()
     assert "Fast: not known, since no model was timed." in page
     assert "Right: not known, since the kernels were not verified." in page
+    assert not earlier.exists()
+    assert own.exists(), "what a user has in the page's folder stays"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -104,7 +108,7 @@ def inference(ours: float, other: float, **gpu: float) -> dict:
         known = {"variant": variant, "median": ms, "spread": 0.01, "calls": 9, "error": 1e-3, "first_call": 0.5, "note": ""}
         return {**known, "gpu": ms / 2, "images_per_second": 1e3 / ms, "time_over_ours": ms / ours}
 
-    machine = {"cpu": "a CPU", **({"gpu": "NVIDIA H100"} if gpu else {})}
+    machine = {"processor": "a CPU", **({"gpu": "NVIDIA H100"} if gpu else {})}
     workload = {"model": "resnet50", "batch": 1, "dtype": "float16"}
     results = [result("stock eager", other), result("resnet_fused", ours)]
     return {"machine": machine, "comparisons": [{"workload": workload, "bound": gpu.get("bound"), "results": results}]}
@@ -116,7 +120,7 @@ def finished(tmp_path: Path, **files: dict) -> Record:
     for i, (name, content) in enumerate(files.items()):
         step = Step(f"Step {i}", ("bench", "--out", f"folder{i}"))
         (tmp_path / step.folder).mkdir()
-        (tmp_path / step.folder / f"{name}.json").write_text(json.dumps(content))
+        (tmp_path / step.folder / f"{name}_resnet50.json").write_text(json.dumps(content))
         record.outcomes.append(Outcome(step, 1.0))
     return record
 

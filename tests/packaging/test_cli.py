@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from resnet_fused import cli
-from resnet_fused.bench import timing
+import resnet_fused as rf
+from resnet_fused import cli, env_report
+from resnet_fused.backends.processor import processor
+from resnet_fused.bench import files, timing
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,13 +31,44 @@ def test_info_tells_what_a_bug_report_needs(capsys):
             assert len(cells) > 4, f"no reason why {cells[0]} is missing"
 
 
+class Installed:
+    """A distribution's metadata, as an installer leaves it."""
+
+    def __init__(self, folder: Path, tag: str, origin: str | None = None) -> None:
+        self._folder, self._files = folder, {"WHEEL": f"Wheel-Version: 1.0\nTag: {tag}\n", "direct_url.json": origin}
+
+    def locate_file(self, name: str) -> Path:
+        return self._folder / name
+
+    def read_text(self, name: str) -> str | None:
+        return self._files[name]
+
+
+HERE = Path(rf.__file__).parents[1]
+EDITABLE = '{"dir_info": {"editable": true}, "url": "file://%s"}'
+INSTALLATIONS = {
+    "wheel": ([Installed(HERE, "py3-none-manylinux_2_28_x86_64")], "a wheel for manylinux_2_28_x86_64"),
+    "source": ([Installed(HERE, "py3-none-linux_x86_64", '{"url": "file:///x"}')], "built from source for linux_x86_64"),
+    "editable": ([Installed(Path("/site"), "py3-none-any", EDITABLE % HERE)], f"built from source, editable, in {HERE}"),
+    "another-copy": ([Installed(Path("/site"), "py3-none-linux_x86_64")], f"not installed, in {HERE}"),
+    "another-editable": ([Installed(Path("/site"), "py3-none-any", EDITABLE % "/elsewhere")], f"not installed, in {HERE}"),
+    "nothing": ([], f"not installed, in {HERE}"),
+}
+
+
+@pytest.mark.parametrize("found, expected", INSTALLATIONS.values(), ids=INSTALLATIONS)
+def test_info_tells_how_the_library_was_installed(found, expected, monkeypatch):
+    monkeypatch.setattr(env_report.importlib.metadata, "distributions", lambda name: found)
+    assert env_report.installation() == expected
+
+
 def test_bench_writes_a_table_json_and_a_chart(tmp_path, capsys):
     arguments = ["bench", "--models", "resnet18", "--batches", "1", "--dtypes", "float32", "--size", "64", "--no-compile"]
     assert cli.main([*arguments, "--seconds", "0.1", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "resnet_fused" in text
     assert "stock channels_last" in text
-    saved = json.loads((tmp_path / "inference.json").read_text())
+    saved = json.loads((tmp_path / "inference_resnet18_batch1_float32_64.json").read_text())
     results = {r["variant"]: r for r in saved["comparisons"][0]["results"]}
     assert set(results) == {"stock eager", "stock channels_last", "resnet_fused"}
     for result in results.values():
@@ -42,7 +76,37 @@ def test_bench_writes_a_table_json_and_a_chart(tmp_path, capsys):
         assert result["error"] < 1e-4
         assert result["images_per_second"] == pytest.approx(1e3 / result["median"])
     assert saved["machine"]["threads"] >= 1
-    assert (tmp_path / "inference.png").read_bytes().startswith(b"\x89PNG")
+    assert saved["machine"]["processor"] == str(processor())
+    assert saved["machine"]["signature"] == processor().signature
+    assert (tmp_path / "inference_resnet18_batch1_float32_64.png").read_bytes().startswith(b"\x89PNG")
+
+
+NAMES = {
+    "models": (
+        ("inference", ["resnet18", "resnet50"], [1, 8], ["float32", "bfloat16"], "224", "cpu"),
+        "inference_resnet18+resnet50_batch1+8_float32+bfloat16_224",
+    ),
+    "gpu": (
+        ("layers", ["resnet50"], [256], ["float16"], "256x192", "cuda:1"),
+        "layers_resnet50_batch256_float16_256x192_cuda-1",
+    ),
+    "many": (("zoo", ["timm/vgg11"] * 5, [1], ["float32"], "", "cpu"), "zoo_5models_batch1_float32"),
+    "slash": (("zoo", ["timm/vgg11"], [1], ["float32"], "", "cpu"), "zoo_timm-vgg11_batch1_float32"),
+}
+
+
+@pytest.mark.parametrize("run, name", NAMES.values(), ids=NAMES)
+def test_files_are_named_by_what_was_run(run, name):
+    assert files.stem(*run) == name
+
+
+def test_an_earlier_runs_files_stay(tmp_path):
+    assert files.place(tmp_path, "zoo_a") == tmp_path / "zoo_a"
+    (tmp_path / "zoo_a.json").touch()
+    assert files.place(tmp_path, "zoo_a") == tmp_path / "zoo_a_2"
+    (tmp_path / "zoo_a_2.md").touch()
+    assert files.place(tmp_path, "zoo_a") == tmp_path / "zoo_a_3"
+    assert files.place(tmp_path, "zoo") == tmp_path / "zoo"
 
 
 def test_bench_shows_no_time_for_a_wrong_result(tmp_path, monkeypatch, capsys):

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+needs_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA; install a CUDA build of it")
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA; install a CUDA build of it")
+@needs_cuda
 def test_a_missing_nvcc_is_said_in_one_line(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_HOME": str(tmp_path)}
     command = [sys.executable, "setup.py", "--version"]
@@ -24,6 +25,7 @@ def test_a_missing_nvcc_is_said_in_one_line(tmp_path: Path) -> None:
     assert said == [f"resnet_fused: the CUDA kernels are not built, since {reason}."]
 
 
+@needs_cuda
 def test_a_missing_library_names_the_compiler_that_pip_can_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from resnet_fused.backends import library
     from resnet_fused.backends.cuda.backend import CUDA
@@ -38,6 +40,13 @@ def test_a_missing_library_names_the_compiler_that_pip_can_bring(tmp_path: Path,
     assert reason is not None
     assert "resnet_fused_cuda.so was not built" in reason
     assert "must be there before: pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]==" in reason
+
+
+def test_pytorch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fused.backends.cuda.backend import CUDA
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert CUDA().unavailable() == "this PyTorch is built without CUDA; install one that is built with it"
 
 
 def toolkit(folder: Path, release: str, compiles: bool = True) -> Path:
@@ -67,9 +76,6 @@ def evaluate(expression: str, home: Path) -> tuple[str, list[str]]:
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout.splitlines()[-1], [line for line in answer.stderr.splitlines() if line.startswith("resnet_fused:")]
-
-
-needs_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA; install a CUDA build of it")
 
 
 @needs_cuda

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -59,8 +60,8 @@ def test_every_problem_of_a_model_is_measured_with_stock_among_the_candidates(bl
     assert [r.problem.label for r in result.results] == ["conv2d_bn_relu", "conv2d_bn_add_relu", "basic_block"]
     assert all("reference" in r.ms and r.chosen in r.ms and not r.dropped for r in result.results)
     assert result.path.parent == cache
-    assert str(result).count("\n") == 5
-    assert [*result.model_ms] == ["stock", "by rule", "tuned"]
+    assert str(result).count("\n") == 6
+    assert [*result.model_ms] == [*result.over_rule] == ["stock", "by rule", "tuned"]
     with torch.no_grad():
         torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -97,6 +98,22 @@ def test_what_the_whole_model_is_not_faster_with_is_not_taken(model, chosen, mon
     result = tune_problem(PROBLEM, folded())
     assert result.chosen.partition(":")[0] == chosen == tuning_cache.choice(PROBLEM).backend
     assert result.chosen in (chosen, candidates.by_rules(PROBLEM))
+
+
+def test_the_choice_is_told_with_the_ratios_that_it_was_made_by(block, monkeypatch):
+    """Where the load changes between turns, medians of times may say the opposite of what the turns say."""
+    fake_times(monkeypatch, {})
+    times = {"stock": [2.0, 9.0, 2.2], "by rule": [1.0, 3.0, 1.2], "tuned": [1.3, 2.4, 0.9]}
+    monkeypatch.setattr(in_model.InModel, "compare", lambda self, choices, show: times)
+    result = tuning.tune(block, torch.randn(1, 8, 5, 5), progress=False)
+    assert result.over_rule == pytest.approx({"stock": 2.0, "by rule": 1.0, "tuned": 0.8})
+    last = str(result).splitlines()[-2:]
+    assert last[0] == "The model as a whole, medians: 2200.000 ms stock, 1200.000 ms by rule, 1300.000 ms tuned."
+    taken = "Taken: tuned, the least that is at 0.99 or below."
+    assert last[1] == f"Time over that by rule in the same turn, medians: 2.000 stock, 0.800 tuned. {taken}"
+    times["tuned"] = times["by rule"]
+    result = tuning.tune(block, torch.randn(1, 8, 5, 5), progress=False)
+    assert str(result).endswith("2.000 stock, 1.000 tuned. Taken: by rule, since nothing is at 0.99 or below.")
 
 
 def test_a_whole_op_may_be_fastest_in_its_parts(block, monkeypatch):
@@ -190,6 +207,28 @@ def test_records_of_another_build_of_the_library_are_others(tmp_path, monkeypatc
     library.digest.cache_clear()
     tuning_cache.machine.cache_clear()
     assert len(paths) == 3
+
+
+def test_records_of_a_cpu_of_the_same_name_are_others(monkeypatch):
+    """A home folder may be shared by virtual machines that call a Zen 3 and a Zen 5 alike."""
+    paths = set()
+    own = tuning_cache.processor()
+    changes = (
+        {},
+        {"family": 25},
+        {"model": 1},
+        {"stepping": "9"},
+        {"cores": 64},
+        {"caches": "L1d 32K"},
+        {"instruction_sets": ()},
+    )
+    for change in changes:
+        monkeypatch.setattr(tuning_cache, "processor", lambda change=change: replace(own, **change))
+        tuning_cache.machine.cache_clear()
+        paths.add(tuning_cache.file_of(CPU))
+    monkeypatch.undo()
+    tuning_cache.machine.cache_clear()
+    assert len(paths) == len(changes)
 
 
 @pytest.mark.parametrize(("hip", "architecture"), [(None, "9.0"), ("6.4", "gfx942")])

@@ -45,7 +45,10 @@ class CPU(Backend):
         ops = torch.ops.resnet_fused_cpu
         built = ", ".join(_INSTRUCTION_SETS[number] for number in ops.instruction_sets())
         bfloat16 = " with AVX512_BF16" if ops.avx512_bf16() else ""
-        return f"built for {built}; in use: {_INSTRUCTION_SETS[ops.isa()]}{bfloat16}"
+        text = f"built for {built}; in use: {_INSTRUCTION_SETS[ops.isa()]}{bfloat16}"
+        if not plan.fitted():
+            text += f"; first choices fitted on {plan.FITTED_ON} with AVX-512: rf.tune may find better ones"
+        return text
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:

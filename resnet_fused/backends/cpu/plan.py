@@ -1,4 +1,10 @@
-"""How the CPU kernels cut up a convolution or a block: cost rules, fitted to whole models (docs/cpu-kernels.md)."""
+"""How the CPU kernels cut up a convolution or a block: cost rules, fitted to whole models (docs/cpu-kernels.md).
+
+What they count (products, transforms, tiles, units of work) is so on every CPU. The numbers that they compare the counts with
+were fitted on one, FITTED_ON, with AVX-512 and two threads, to ResNets on images of 224×224 at batch 1 and 8: its caches, and
+the time that oneDNN takes instead. Elsewhere, with AVX2 alone or with many threads they are a guess: `rf.tune` measures, and
+`resnet-fused info` says so.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from resnet_fused.backends.problem import Block, Conv, Problem
+from resnet_fused.backends.processor import processor
 
+FITTED_ON = "Zen 5"  # Processor.microarchitecture
 _AVX512 = 2  # of Isa in csrc/cpu/isa.h
 
 
@@ -133,6 +141,11 @@ def winograd_plans(problem: Problem) -> dict[str, list[int]]:
     by_rule = winograd(problem)
     found = [*([] if by_rule is None else [by_rule]), *_other_winograd_plans(problem)]
     return {_name(each): [*map(int, each)] for each in found}
+
+
+def fitted() -> bool:
+    """Whether this is the CPU that the rules were fitted on, with the instruction set that they were fitted for."""
+    return processor().microarchitecture == FITTED_ON and torch.ops.resnet_fused_cpu.isa() == _AVX512
 
 
 def block_plans(problem: Problem) -> dict[str, list[int]]:

@@ -25,9 +25,11 @@ class CUDA(Backend):
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
+        if torch.version.cuda is None:
+            return "this PyTorch is built without CUDA; install one that is built with it"
         reason = library.load(_LIBRARY)
         if reason is not None:
-            toolkit = f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda or '13.0'}.*"
+            toolkit = f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda}.*"
             return f"{reason}; nvcc of PyTorch's CUDA must be there before: pip install '{toolkit}'"
         return None if torch.cuda.is_available() else "there is no GPU (torch.cuda.is_available() is False)"
 
