@@ -167,12 +167,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stock", action="store_true", help="stock PyTorch in channels_last, to compare with")
 
 
-def load(arguments: argparse.Namespace, max_pixels: int = MAX_PIXELS) -> Classifier:
-    """The classifier that the options of `add_arguments` describe, fused and compared with stock on random images.
+def weights_of(arguments: argparse.Namespace) -> torchvision.models.WeightsEnum:
+    """The weights of torchvision's that say how images are prepared and what the classes are; nothing is downloaded.
 
     Raises:
-        ValueError: the model has no weights of that name, or the checkpoint doesn't fit.
-        OSError: a file can't be read.
+        ValueError: the model is unknown, no classifier, or has no weights of that name.
     """
     known = torchvision.models.get_model_weights(arguments.model)
     if arguments.weights and arguments.weights not in known.__members__:
@@ -180,6 +179,17 @@ def load(arguments: argparse.Namespace, max_pixels: int = MAX_PIXELS) -> Classif
     weights = known[arguments.weights] if arguments.weights else known.DEFAULT
     if not hasattr(weights.transforms(), "crop_size"):
         raise ValueError(f"--model is {arguments.model}, which is no classifier of images; give one such as resnet50.")
+    return weights
+
+
+def load(arguments: argparse.Namespace, max_pixels: int = MAX_PIXELS) -> Classifier:
+    """The classifier that the options of `add_arguments` describe, fused and compared with stock on random images.
+
+    Raises:
+        ValueError: the model has no weights of that name, or the checkpoint doesn't fit.
+        OSError: a file can't be read.
+    """
+    weights = weights_of(arguments)
     labels = list(weights.meta["categories"])
     if arguments.labels:
         labels = Path(arguments.labels).read_text(encoding="utf-8").splitlines()

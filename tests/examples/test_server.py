@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import signal
 import socket
@@ -12,42 +11,29 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
-from conftest import randomize_norms
+from support import small_classifier
+from support.small_classifier import CLASSES
 from support.tolerances import assert_as_good_as_stock
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed; pip install 'resnet_fused[serve]'")
 aiohttp = pytest.importorskip("aiohttp", reason="aiohttp is not installed; pip install 'resnet_fused[test]'")
 import server  # noqa: E402
-from PIL import Image  # noqa: E402
 from support.pictures import bomb, damaged, encoded, photograph, pictures  # noqa: E402
-from support.serving import server_process, wait_for  # noqa: E402
+from support.serving import server_process  # noqa: E402
+from support.waiting import wait_for  # noqa: E402
 
-CLASSES = 10
 FILES = pictures()
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options of a small model with known weights."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model = randomize_norms(torchvision.models.resnet18(num_classes=CLASSES))
-    torch.save(model.state_dict(), folder / "weights.pth")
-    (folder / "labels.txt").write_text("".join(f"class {i}\n" for i in range(CLASSES)))
-    return ["--model", "resnet18", "--checkpoint", str(folder / "weights.pth"), "--labels", str(folder / "labels.txt")]
+    return small_classifier.options(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def alone(options: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of each file by the stock model alone, in float32 and float64."""
-    model = torchvision.models.resnet18(num_classes=CLASSES).eval()
-    model.load_state_dict(torch.load(options[3], weights_only=True))
-    preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
-    images = [preset(Image.open(io.BytesIO(file)).convert("RGB"))[None] for file in FILES]
-    with torch.no_grad():
-        stock = torch.cat([model(image) for image in images])
-        return stock, torch.cat([model.double()(image.double()) for image in images])
+    return small_classifier.alone(options, FILES)
 
 
 @pytest.fixture(scope="module")

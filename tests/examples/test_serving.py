@@ -22,7 +22,8 @@ from PIL import Image  # noqa: E402
 from serving import settings  # noqa: E402
 from serving.batching import Batcher  # noqa: E402
 from support.pictures import encoded  # noqa: E402
-from support.serving import server_thread, wait_for  # noqa: E402
+from support.serving import server_thread  # noqa: E402
+from support.waiting import wait_for  # noqa: E402
 
 FILE = encoded(Image.new("RGB", (40, 30), "red"), "PNG")
 PREPROCESSING = Preprocessing(torchvision.models.ResNet18_Weights.DEFAULT.transforms())

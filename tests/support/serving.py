@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +18,10 @@ import uvicorn
 from classifier import Classifier
 from serving.app import create_app
 
+from support.waiting import wait_for
+
 SERVER = Path(__file__).parents[2] / "examples" / "server.py"
 SECONDS = 60
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
-    """Returns when the condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"after {seconds} s still not: {what}"
-        time.sleep(0.02)
 
 
 @contextmanager
