@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+
+import resnet_fused as rf
 
 WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.cpu,
@@ -33,6 +38,24 @@ def test_processes_together_are_one_process_with_the_whole_batch(processes: int)
     """SyncBatchNorm, averaged gradients, FSDP2; uneven and empty batches; DistributedDataParallel; torch.compile; rf.fuse."""
     result = run("everything", processes)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["DistributedDataParallel", "FSDP2"])
+def test_the_script_of_the_docs_trains(options: list[str], tmp_path: Path):
+    """Its checkpoint has torchvision's keys and finite values, and batch norms that have seen the batches of two epochs."""
+    page = (ROOT / "docs" / "many-machines.md").read_text()
+    (tmp_path / "train.py").write_text(re.search(r"```python\n(# torchrun.*?)```", page, re.S)[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", *options]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    weights = torch.load(tmp_path / "weights.pth", weights_only=True)
+    torchvision.models.resnet18(num_classes=10).load_state_dict(weights)
+    assert all(value.isfinite().all() for value in weights.values())
+    assert weights["bn1.num_batches_tracked"] == 2 * 64 / 2 / 8
+    torch.manual_seed(0)
+    assert not torch.equal(weights["layer4.1.conv2.weight"], rf.resnet18(num_classes=10).layer4[1].conv2.weight)
 
 
 def test_a_process_that_dies_gives_the_others_an_error():
