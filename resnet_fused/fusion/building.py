@@ -16,15 +16,18 @@ from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
 from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, Value
 
 # Layers and functions that compute the same of either memory format, and whose result has that of their input.
-_TRANSPARENT_LAYERS = (
+_ELEMENTWISE_LAYERS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.Tanh, nn.ELU),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.Identity, nn.Dropout),
 )
-_TRANSPARENT_FUNCTIONS = {
-    *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh, F.max_pool2d),
-    *(F.avg_pool2d, operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul),
+_TRANSPARENT_LAYERS = (*_ELEMENTWISE_LAYERS, nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Dropout2d)
+_ELEMENTWISE_FUNCTIONS = {
+    *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh),
+    *(operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul),
 }
-_TRANSPARENT_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_", "mean", "dim"}
+_TRANSPARENT_FUNCTIONS = {*_ELEMENTWISE_FUNCTIONS, F.max_pool2d, F.avg_pool2d}
+_ELEMENTWISE_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_"}
+_TRANSPARENT_METHODS = {*_ELEMENTWISE_METHODS, "mean", "dim"}
 
 
 @dataclass
@@ -182,7 +185,8 @@ class _Builder:
         args, kwargs = self._template(tuple(node.args)), self._template(dict(node.kwargs))
         reads = tuple(dict.fromkeys(self._number(source) for source in node.all_input_nodes))
         fast = type(matcher_called) in _FAST_LAYERS if (matcher_called := self.matcher.called(node)) is not None else False
-        return Call(node.target, node.op, args, kwargs, reads, self._is_transparent(node), fast, self._is_pure(node))
+        transparent, elementwise = self._is_transparent(node), self._is_elementwise(node)
+        return Call(node.target, node.op, args, kwargs, reads, transparent, elementwise, fast, self._is_pure(node))
 
     def _is_transparent(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -191,6 +195,11 @@ class _Builder:
         if node.op == "call_function":
             return node.target in _TRANSPARENT_FUNCTIONS or (node.target is F.batch_norm and self._is_pure(node))
         return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
+
+    def _is_elementwise(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.matcher.called(node), _ELEMENTWISE_LAYERS)
+        return node.target in (_ELEMENTWISE_FUNCTIONS if node.op == "call_function" else _ELEMENTWISE_METHODS)
 
     def _is_pure(self, node: fx.Node) -> bool:
         if node.op == "call_module":

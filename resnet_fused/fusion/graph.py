@@ -47,6 +47,7 @@ class GraphProgram:
         self.items = items
         self.outputs = built.program.outputs
         self.precision, self.backend = settings.precision, settings.backend
+        self.dims = {2 + match.layer.conv.dims for group in built.groups.values() for match in group.matches}
         self.modes = [(path, _module(module, path).training) for path in built.absorbed]
 
     @classmethod
@@ -71,8 +72,10 @@ class GraphProgram:
     def holds_for(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether the module is in the mode, and called in the way, that the program is for."""
         grad = torch.is_grad_enabled()
+        if len(self.dims) > 1:
+            return False
         for x in args:
-            if not isinstance(x, Tensor) or x.dim() != 4 or (grad and x.requires_grad):
+            if not isinstance(x, Tensor) or x.dim() not in self.dims or (grad and x.requires_grad):
                 return False
         for path, training in self.modes:
             if _module(module, path).training is not training:

@@ -9,13 +9,15 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from resnet_fused.backends import Activation, Epilogue, Pool, Step
+from resnet_fused.backends import Activation, Conv, Epilogue, Pool, Step
 from resnet_fused.backends.problem import RESIDUAL, X, label, residual_block
 from resnet_fused.fusion.activations import activation_called, activation_of
 from resnet_fused.fusion.layers import Convolution, Norm, convolution, get, norm
 from resnet_fused.fusion.tracing import has_hooks, is_layer
 from resnet_fused.runtime.folding import NotFoldable, check_overflow
+from resnet_fused.runtime.views import View, view_of, viewed_pool
 
+_POOLS: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _PLAIN_LAYERS = "torch.nn.modules"
 
@@ -170,7 +172,7 @@ class Matcher:
                     found = norm(self.module, following)
                 except NotFoldable as reason:
                     note = str(reason)
-            if found is None or following is None:
+            if found is None or following is None or found.dims not in (None, layer.conv.dims):
                 return ConvMatch(node, name, layer, None, [node], note=note)
             weight, var = get(self.module, layer.weight), get(self.module, found.var)
             if var.numel() != weight.shape[0]:
@@ -275,17 +277,20 @@ class Matcher:
         if match.activation is Activation.RELU and match.add is None and not match.layer.pad:
             following = self.next_reader(match.last)
             if following is not None:
-                match.pool = self._pool(following)
+                match.pool = self._pool(following, match.layer.conv)
                 if match.pool is not None:
                     match.covered.append(following)
 
-    def _pool(self, node: fx.Node) -> Pool | None:
+    def _pool(self, node: fx.Node, conv: Conv) -> Pool | None:
         """The max-pool that a node calls, if it has the form that a stem takes."""
-        called = self.called(node)
-        if type(called) is not nn.MaxPool2d or called.dilation not in (1, (1, 1)) or called.ceil_mode or called.return_indices:
+        called, dims = self.called(node), conv.dims
+        if type(called) is not _POOLS[dims] or called.ceil_mode or called.return_indices:
             return None
-        pair = torch.nn.modules.utils._pair
-        return Pool(pair(called.kernel_size), pair(called.stride), pair(called.padding))
+        each = torch.nn.modules.utils._ntuple(dims)
+        if {*each(called.dilation)} != {1}:
+            return None
+        pool = Pool(each(called.kernel_size), each(called.stride), each(called.padding))
+        return None if viewed_pool(pool, view_of(conv)) is None else pool
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
@@ -331,8 +336,10 @@ class Matcher:
         if len(chain) not in (2, 3):
             return None
         matches = [*chain, shortcut] if projected and shortcut is not None else chain
-        if any(match.layer.pad for match in matches):
+        if any(match.layer.pad for match in matches) or len({view_of(match.layer.conv) for match in matches}) > 1:
             return None
+        if view_of(last.layer.conv) is View.SAME and last.layer.conv.dims != 2:
+            return None  # one by one on stock's kernels
         first = min((match.conv for match in matches), key=self.order.__getitem__)
         if self._written_between(first, last.last, matches):
             return None
@@ -349,7 +356,7 @@ class Matcher:
 
     def is_identity(self, node: fx.Node) -> bool:
         called = self.called(node)
-        if isinstance(called, (nn.Dropout, nn.Dropout2d)):
+        if isinstance(called, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
             return not called.training
         return type(called) is nn.Identity
 

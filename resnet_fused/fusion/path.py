@@ -333,7 +333,7 @@ class FastPath:
     def choose_run(self, traced: _Traced, runs: ByKind[Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
         """Runs the program for the first time on this kind of input."""
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
-            if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
+            if x.numel() == 0 or traced.built.trace.dims.get(name, x.dim()) != x.dim() or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
         settings = self._settings if len(runs) < _MOST_GRAPHS else replace(self._settings, replay=False)
         run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, settings, self.module)

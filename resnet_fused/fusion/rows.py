@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from resnet_fused.fusion.path import FastPath
+from resnet_fused.runtime.folding import CONVOLUTIONS
 
 
 @dataclass
@@ -42,7 +43,7 @@ def path_of(module: nn.Module) -> FastPath | None:
 
 def rows_of(model: nn.Module) -> list[Row]:
     """A row for each convolution of a model, as it is now."""
-    convs = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Conv2d)}
+    convs = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, CONVOLUTIONS)}
     rows = {p: Row(p, _shape(m)) for p, m in convs.items()}
     _explain(model, "", rows)
     served = _backends(model)
@@ -81,7 +82,7 @@ def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
     for name, reason in built.trace.opaque.items():
         child = module.get_submodule(name)
         for inner, conv in child.named_modules():
-            own = rows.get(join(join(path, name), inner)) if isinstance(conv, nn.Conv2d) else None
+            own = rows.get(join(join(path, name), inner)) if isinstance(conv, CONVOLUTIONS) else None
             if own is not None and not own.op and own.note == Row.note:
                 own.note = reason
         _explain(child, join(path, name), rows)
@@ -107,6 +108,6 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _shape(conv: nn.Conv2d) -> str:
+def _shape(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
     groups = f" g{conv.groups}" if conv.groups > 1 else ""
     return f"{conv.in_channels}→{conv.out_channels} {'×'.join(map(str, conv.kernel_size))}/{conv.stride[0]}{groups}"

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable, is_own
 from resnet_fused.fusion.screening import CannotTrace, Screen, Watched
-from resnet_fused.runtime.folding import is_norm
+from resnet_fused.runtime.folding import CONVOLUTIONS, NORMS, is_norm
 
 # What may be asked of a parameter while tracing: it doesn't change without the parameter.
 _METADATA = (
@@ -33,19 +33,11 @@ _METADATA = (
     *("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size"),
 )
 _TENSOR_NAMES = frozenset(dir(Tensor))
-_IMAGE_FUNCTIONS = (
-    "conv2d",
-    "batch_norm",
-    "relu",
-    "relu_",
-    "add",
-    "iadd",
-    "max_pool2d",
-    "avg_pool2d",
-    "silu",
-    "hardswish",
-    "mul",
+_FUNCTIONS_WITH_DIMS_OF_INPUT = (
+    *("conv1d", "conv2d", "conv3d", "batch_norm", "relu", "relu_", "add", "iadd", "max_pool1d", "max_pool2d", "max_pool3d"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "silu", "hardswish", "mul"),
 )
+_WITH_DIMS_OF_INPUT = (*CONVOLUTIONS, *NORMS, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d)
 
 
 def own_forward(module: nn.Module, name: str = "plain_forward") -> Callable[..., Any]:
@@ -90,7 +82,7 @@ class Trace:
         names: of all attributes that the traced code asks for.
         structure: the result, with fx nodes in the place of tensors.
         arguments: names of forward's arguments that are tensors.
-        images: those of them that forward was told to have four dimensions.
+        dims: how many dimensions forward was told that some of them have.
     """
 
     graph: fx.Graph
@@ -100,7 +92,7 @@ class Trace:
     names: set[str] = field(default_factory=set)
     structure: Any = None
     arguments: tuple[str, ...] = ()
-    images: set[str] = field(default_factory=set)
+    dims: dict[str, int] = field(default_factory=dict)
 
 
 class _Proxy(fx.Proxy):
@@ -119,10 +111,11 @@ class _Proxy(fx.Proxy):
         object.__setattr__(self, name, value)
 
     def dim(self) -> Any:
-        return 4 if self.tracer.is_image(self.node) else _Attribute(self, "dim")()  # type: ignore[attr-defined]
+        dims = self.tracer.dims_of(self.node)  # type: ignore[attr-defined]
+        return _Attribute(self, "dim")() if dims is None else dims
 
     def numel(self) -> Any:
-        if not self.tracer.is_image(self.node):  # type: ignore[attr-defined]
+        if self.tracer.dims_of(self.node) is None:  # type: ignore[attr-defined]
             return _Attribute(self, "numel")()
         return _Count(self.tracer.create_node("call_method", "numel", (self.node,), {}), self.tracer)
 
@@ -210,6 +203,8 @@ class Tracer(TracerBase):
             for name, tensor in itertools.chain(owner._parameters.items(), owner._buffers.items()):
                 if tensor is not None:
                     self.tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
+        convolution = next((m for m in module.modules() if isinstance(m, CONVOLUTIONS)), None)
+        self.dims = 4 if convolution is None else convolution.weight.dim()
         self.mode = self._mode()
         for original, shadow in self.sandbox.shadows():
             vars(shadow)["forward"] = self._recorder(original, shadow)
@@ -241,20 +236,25 @@ class Tracer(TracerBase):
             raise CannotTrace(f"passes {type(a).__name__} as an argument")
         return super().create_arg(a)
 
-    def is_image(self, node: fx.Node) -> bool:
+    def dims_of(self, node: fx.Node) -> int | None:
+        """How many dimensions a tensor has, where that is known; of an argument it is told, and noted as told."""
         if node.op == "placeholder":
-            self.trace.images.add(str(node.target))
-            return True
-        if node.op == "call_module":
-            kind = type(self.module.get_submodule(str(node.target)))
-            return issubclass(kind, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)) or is_norm(
-                self.module.get_submodule(str(node.target))
-            )
+            return self.trace.dims.setdefault(str(node.target), self.dims)
+        if node.op == "get_attr":
+            tensor: Tensor = operator.attrgetter(str(node.target))(self.module)
+            return tensor.dim()
         name = str(getattr(node.target, "__name__", node.target))
-        source = node.args[0] if node.args else None
-        if name == "conv2d":
-            return True
-        return name in _IMAGE_FUNCTIONS and isinstance(source, fx.Node) and self.is_image(source)
+        if node.op == "call_module":
+            called = self.module.get_submodule(name)
+            keeps = isinstance(called, _WITH_DIMS_OF_INPUT) or is_norm(called)
+        else:
+            keeps = name in _FUNCTIONS_WITH_DIMS_OF_INPUT
+        if not keeps or not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        # A sum or product has the dimensions of the operand that has the most of them; a convolution those of its input.
+        operands = node.args[:2] if name in ("add", "iadd", "mul") else node.args[:1]
+        dims = [self.dims_of(operand) for operand in operands if isinstance(operand, fx.Node)]
+        return None if None in dims else max(dims)  # type: ignore[type-var]
 
     def _recorder(self, original: nn.Module, shadow: Any) -> Callable[..., Any]:
         """The forward of a shadow: traced through, or one call."""

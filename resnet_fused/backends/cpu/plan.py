@@ -123,7 +123,8 @@ def _other_winograd_plans(problem: Problem) -> list[WinogradPlan]:
         by_tiles = [WinogradPlan(4, min(tiles, size), 8, 64, False) for size in (8, 14, 28)]
         return by_tiles + [_by_panels(tiles, size, problem.types.source) for size in (32, 64, 128)]
     if _stride_2(conv) and problem.dtype == torch.float32:
-        tiles = n * _tiles(*conv.output_size(h, w), 5)
+        height, width = conv.output_size(h, w)
+        tiles = n * _tiles(height, width, 5)
         return [WinogradPlan(5, min(tiles, 16), 4, 64, False), WinogradPlan(5, min(tiles, 72), 1, 64, True)]
     return []
 
