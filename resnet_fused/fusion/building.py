@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from resnet_fused.fusion.derived import Derived
 from resnet_fused.fusion.matching import ConvMatch, Group, Matcher
+from resnet_fused.fusion.results import is_new, is_repeatable
 from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
 from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, Value
 
@@ -36,9 +38,10 @@ class Built:
 
     Attributes:
         program: the program.
-        parameters: paths of the tensors that its layers' `tensors` number.
+        parameters: names of the tensors that its layers' `tensors` number: paths in the module, or of `derived` ones.
         absorbed: paths of the modules whose own call the program replaces.
         trace: the trace.
+        derived: by name, tensors that are computed from parameters.
         groups: by the number of a step's value, what it computes.
         reasons: why convolutions are in no step, by their names.
     """
@@ -47,20 +50,25 @@ class Built:
     parameters: list[str]
     absorbed: list[str]
     trace: Trace
+    derived: dict[str, Derived] = field(default_factory=dict)
     groups: dict[int, Group] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def build(module: nn.Module, alone: frozenset[str] = frozenset()) -> Built:
-    """The program of a module's forward. `alone`: as `Matcher` takes it.
+def build(module: nn.Module, alone: frozenset[str] = frozenset(), inputs: Sequence[Tensor] | None = None) -> Built:
+    """The program of a module's forward. `alone`: as `Matcher` takes it; `inputs`: as `trace` does.
 
     Raises:
         CannotTrace: the forward can't be traced, or replaying it could have another effect; the message is the reason.
     """
     with torch.no_grad():
-        found = trace(module)
+        found = trace(module, inputs)
         matcher = Matcher(module, found.graph, alone)
-    return _Builder(module, found, matcher).build()
+    try:
+        return _Builder(module, found, matcher).build()
+    except CannotTrace as reason:
+        reason.by_size = found.by_size
+        raise
 
 
 class _Builder:
@@ -78,6 +86,7 @@ class _Builder:
             return Built(Program(0, (), None), [], [], self.trace, reasons=matcher.reasons)
         covered = {node for group in matcher.groups for match in group.matches for node in match.covered}
         identities = {node for node in nodes if matcher.is_identity(node) and self._bypassed(node)}
+        unread = self._unread(covered)
         items: list[FusedStep | Call] = []
         made: dict[int, Group] = {}
         absorbed: list[str] = []
@@ -93,7 +102,7 @@ class _Builder:
                 absorbed.append(str(node.target))
             elif node not in covered and node.op not in ("placeholder", "output"):
                 # What nobody reads is called all the same: it may raise, or move running statistics.
-                if node.op == "get_attr" and not self._used(node, covered):
+                if node in unread:
                     continue
                 if matcher.may_write(node) and self._writes_input(node):
                     raise CannotTrace(f"forward of {type(self.module).__name__} writes into its input")
@@ -106,16 +115,24 @@ class _Builder:
                         if parameter is not None:
                             self._parameter(f"{node.target}.{name}")
         plain = {number: self._plain(group) for number, group in made.items()}
-        program = Program(len(inputs), tuple(items), self._template(self.trace.structure), plain)
+        outputs = self._template(self.trace.structure)
+        program = Program(len(inputs), tuple(items), outputs, plain, self.trace.assumes_batches)
         names = [*dict.fromkeys([*self.trace.inlined, *absorbed])]
-        return Built(program, [*self.parameters], names, self.trace, made, matcher.reasons)
+        derived = {name: tensor for name, tensor in matcher.tensors.derived.items() if name in self.parameters}
+        return Built(program, [*self.parameters], names, self.trace, derived, made, matcher.reasons)
 
     def _bypassed(self, node: fx.Node) -> bool:
         """Whether nothing but steps sees an identity, so that it needn't be called: it is part of no result."""
         return all(self.matcher.is_identity(u) or any(u in match.covered for match in self.matcher.matches) for u in node.users)
 
-    def _used(self, node: fx.Node, covered: set[fx.Node]) -> bool:
-        return any(user not in covered for user in node.users)
+    def _unread(self, covered: set[fx.Node]) -> set[fx.Node]:
+        """Parameters, and what is derived from them, that only steps read, which have them otherwise."""
+        parts = {node for tensor in self.matcher.tensors.derived.values() for node in tensor.nodes}
+        found: set[fx.Node] = set()
+        for node in reversed(self.trace.graph.nodes):
+            if (node.op == "get_attr" or node in parts) and all(user in covered or user in found for user in node.users):
+                found.add(node)
+        return found
 
     def _writes_input(self, node: fx.Node) -> bool:
         """Whether what a node writes to may be the memory of an input: then it couldn't be begun twice."""
@@ -125,7 +142,7 @@ class _Builder:
                 return False
             if source.op == "placeholder" or not source.args:
                 return True
-            if source.target is F.batch_norm:
+            if is_new(source):
                 return False
             if source.op == "call_module" and not self.matcher.has_inplace(source):
                 called = self.module.get_submodule(str(source.target))
@@ -151,17 +168,18 @@ class _Builder:
 
         def number(node: fx.Node) -> int:
             node = self.matcher.producer(node)
-            if node.op == "get_attr" and node not in numbers:
-                numbers[node] = len(inputs) + len(calls)
-                calls.append(Call(node.target, "get_attr", (), {}, (), False))
+            if node not in numbers:  # a parameter, or what is derived from parameters
+                call(node)
             return numbers[node]
 
-        nodes = sorted({n for match in group.matches for n in match.covered}, key=self.matcher.order.__getitem__)
-        for node in nodes:
+        def call(node: fx.Node) -> None:
             reads = tuple(dict.fromkeys(number(source) for source in node.all_input_nodes))
             args, kwargs = _template(tuple(node.args), number), _template(dict(node.kwargs), number)
             numbers[node] = len(inputs) + len(calls)
             calls.append(Call(node.target, node.op, args, kwargs, reads, False))
+
+        for node in sorted({n for match in group.matches for n in match.covered}, key=self.matcher.order.__getitem__):
+            call(node)
         return Program(len(inputs), tuple(calls), Value(numbers[group.last]))
 
     def _layer(self, match: ConvMatch, reads: tuple[int, ...]) -> Layer:
@@ -205,11 +223,7 @@ class _Builder:
         if node.op == "call_module":
             called = self.matcher.called(node)
             return called is not None and is_layer(called) and not called.training
-        name = str(getattr(node.target, "__name__", node.target))
-        given = {**dict(zip(_NORM_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-        if name in _NORMS and given.get("training", name != "batch_norm") is not False:
-            return False  # it moves running statistics
-        return not any(word in name for word in _RANDOM) or node.kwargs.get("training") is False
+        return is_repeatable(node)
 
     def _template(self, value: Any) -> Any:
         return _template(value, self._number)
@@ -235,7 +249,4 @@ def _template(value: Any, number: Callable[[fx.Node], int]) -> Any:
     return value
 
 
-# F.batch_norm, and F.instance_norm, whose argument of that place has the same meaning.
-_NORMS, _NORM_ARGUMENTS = ("batch_norm", "instance_norm"), ("x", "mean", "var", "weight", "bias", "training")
-_RANDOM = ("dropout", "rand", "bernoulli", "normal", "uniform", "multinomial", "poisson", "exponential", "geometric", "cauchy")
 _FAST_LAYERS = (nn.Linear, nn.AdaptiveAvgPool2d)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused.backends import Conv
+from resnet_fused.fusion.derived import Derived, derived
 from resnet_fused.runtime.folding import (
     CONVOLUTIONS,
     NORMS,
@@ -39,7 +40,7 @@ class Convolution(NamedTuple):
         conv: its geometry.
         pad, pad_mode: what F.pad must add before (left, right, top, bottom; of each dimension, the last one first), for padding
             modes and uneven padding.
-        weight, bias: paths of its tensors in the traced module.
+        weight, bias: names of its tensors: their paths in the traced module, or of what is derived from parameters.
     """
 
     conv: Conv
@@ -74,18 +75,50 @@ def get(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
+class Tensors:
+    """The tensors of a traced module by their paths, and what its forward derives from them by names of their own.
+
+    Attributes:
+        derived: by name, what of that is used.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.derived: dict[str, Derived] = {}
+        self._values: dict[str, Tensor] = {}
+
+    def name(self, value: Any) -> str | None:
+        """Name of the tensor that a node is, if it depends on parameters alone; None for anything else."""
+        path = _attribute(value)
+        if path is not None or not isinstance(value, fx.Node):
+            return path
+        found = derived(value)
+        if found is None:
+            return None
+        self.derived[found.name] = found
+        return found.name
+
+    def __getitem__(self, name: str) -> Any:
+        """The tensor of a name, as it is now."""
+        if name not in self.derived:
+            return get(self.module, name)
+        if name not in self._values:
+            self._values[name] = self.derived[name].value(self.module)
+        return self._values[name]
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def convolution(module: nn.Module, node: fx.Node) -> Convolution | None:
+def convolution(tensors: Tensors, node: fx.Node) -> Convolution | None:
     """The convolution that a node computes; None if it computes something else.
 
     Raises:
         NotFoldable: it is one that can't be served; the message is the reason.
     """
     if node.op == "call_module":
-        called = module.get_submodule(str(node.target))
+        called = tensors.module.get_submodule(str(node.target))
         if not isinstance(called, CONVOLUTIONS):
             return None
         conv = check_conv(called)
@@ -106,7 +139,7 @@ def convolution(module: nn.Module, node: fx.Node) -> Convolution | None:
     if dims is None:
         return None
     given = {**dict(zip(_CONV_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-    weight, bias = _attribute(given.get("weight")), _attribute(given.get("bias"))
+    weight, bias = tensors.name(given.get("weight")), tensors.name(given.get("bias"))
     if weight is None or (bias is None and given.get("bias") is not None) or not node.args:
         raise NotFoldable(f"F.conv{dims}d is called with a weight that is no parameter")
     defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -116,7 +149,7 @@ def convolution(module: nn.Module, node: fx.Node) -> Convolution | None:
         for value in itertools.chain(*(g if isinstance(g, (tuple, list)) else (g,) for g in geometry))
     ):
         raise NotFoldable(f"F.conv{dims}d is called with a geometry that depends on its input")
-    tensor = get(module, weight)
+    tensor = tensors[weight]
     if tensor.dim() != dims + 2 or not tensor.is_floating_point() or tensor.is_meta:
         raise NotFoldable(f"its weight is no floating-point tensor of {dims + 2} dimensions")
     return _convolution(tensor, weight, bias, *geometry, "zeros")

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 from resnet_fused.backends import Activation, Conv, Epilogue, Pool, Step
 from resnet_fused.backends.problem import RESIDUAL, X, label, residual_block
 from resnet_fused.fusion.activations import activation_called, activation_of
-from resnet_fused.fusion.layers import Convolution, Norm, convolution, get, norm
+from resnet_fused.fusion.layers import Convolution, Norm, Tensors, convolution, norm
+from resnet_fused.fusion.results import name_of, writes
 from resnet_fused.fusion.tracing import has_hooks, is_layer
 from resnet_fused.runtime.folding import NotFoldable, check_overflow
 from resnet_fused.runtime.views import View, view_of, viewed_pool
@@ -132,12 +133,14 @@ class Matcher:
         alone: names of convolutions whose sum is left to stock, since its operands turned out to be no equals.
 
     Attributes:
+        tensors: of the convolutions and batch norms, by name.
         groups: in the order in which they are computed.
         reasons: by the name of a convolution, why it is in none.
     """
 
     def __init__(self, module: nn.Module, graph: fx.Graph, alone: frozenset[str] = frozenset()) -> None:
         self.module, self.graph, self.alone = module, graph, alone
+        self.tensors = Tensors(module)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.reasons: dict[str, str] = {}
         self.matches: list[ConvMatch] = []
@@ -156,9 +159,8 @@ class Matcher:
     # ---- one convolution with its batch norm --------------------------------------------------------------------------
 
     def _match(self, node: fx.Node) -> ConvMatch | None:
-        name = self._name(node)
         try:
-            layer = convolution(self.module, node)
+            layer = convolution(self.tensors, node)
             if layer is None:
                 return None
             if not isinstance(node.args[0], fx.Node):
@@ -173,23 +175,27 @@ class Matcher:
                 except NotFoldable as reason:
                     note = str(reason)
             if found is None or following is None or found.dims not in (None, layer.conv.dims):
-                return ConvMatch(node, name, layer, None, [node], note=note)
-            weight, var = get(self.module, layer.weight), get(self.module, found.var)
+                return ConvMatch(node, self._name(node), layer, None, [node], note=note)
+            weight, var = self.tensors[layer.weight], self.tensors[found.var]
             if var.numel() != weight.shape[0]:
                 raise NotFoldable(f"the batch norm has {var.numel()} channels and the convolution {weight.shape[0]}")
-            gamma, bias = (None if path is None else get(self.module, path) for path in (found.gamma, layer.bias))
-            check_overflow(weight, (bias, get(self.module, found.mean)), var, gamma, found.eps)
+            gamma, bias = (None if name is None else self.tensors[name] for name in (found.gamma, layer.bias))
+            check_overflow(weight, (bias, self.tensors[found.mean]), var, gamma, found.eps)
         except NotFoldable as reason:
-            self.reasons[name] = str(reason)
+            self.reasons[self._name(node)] = str(reason)
             return None
-        return ConvMatch(node, name, layer, found, [node, following])
+        return ConvMatch(node, self._name(node), layer, found, [node, following])
 
     def _name(self, node: fx.Node) -> str:
         """Name of a convolution in the report: its path, or for F.conv2d that of the weight's owner."""
         if node.op == "call_module":
             return str(node.target)
-        weights = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a.op == "get_attr"]
-        return str(weights[0].target).rpartition(".")[0] if weights else ""
+        read = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
+        for source in read:  # which grows: of a weight that is computed it is a parameter's owner
+            if source.op == "get_attr":
+                return str(source.target).rpartition(".")[0]
+            read += [n for n in source.all_input_nodes if n not in read]
+        return ""
 
     # ---- what follows ------------------------------------------------------------------------------------------------
 
@@ -382,16 +388,7 @@ class Matcher:
             kind = parametrize.type_before_parametrizations(called)
             known = is_layer(called) and kind.__module__.startswith(_PLAIN_LAYERS)
             return not known or self.has_inplace(node) or has_hooks(called)
-        if node.op not in ("call_function", "call_method"):
-            return False
-        name = str(getattr(node.target, "__name__", node.target))
-        if (
-            node.kwargs.get("inplace")
-            or node.kwargs.get("out") is not None
-            or (name in _WITH_INPLACE and True in node.args[1:])
-        ):
-            return True
-        return (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+        return node.op in ("call_function", "call_method") and writes(node)
 
     def has_inplace(self, node: fx.Node) -> bool:
         """Whether a called module writes into its input by its setting."""
@@ -418,11 +415,4 @@ class Matcher:
             return type(self.module.get_submodule(str(node.target))).__name__
         if node.op == "output":
             return "the end of forward"
-        return str(getattr(node.target, "__name__", node.target))
-
-
-_WRITING = ("iadd", "isub", "imul", "itruediv", "setitem", "__iadd__", "__setitem__")
-_WITH_INPLACE = (
-    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh"),
-    *("dropout", "dropout2d", "threshold", "rrelu", "alpha_dropout"),
-)
+        return name_of(node)

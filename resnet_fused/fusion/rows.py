@@ -59,15 +59,15 @@ def rows_of(model: nn.Module) -> list[Row]:
 
 def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
     fast = path_of(module)
-    built = None if fast is None else fast.trace()
+    built = None if fast is None else fast.traces.for_report()
     if fast is None or built is None:
         for name, child in module.named_children():
             own = rows.get(join(path, name))
             if own is not None and not own.op and fast is not None:
-                own.note = fast.reasons.get(name, fast.untraceable)
+                own.note = fast.traces.reasons.get(name, fast.traces.untraceable)
             _explain(child, join(path, name), rows)
         if fast is not None and path in rows:
-            rows[path].note = fast.untraceable
+            rows[path].note = fast.traces.untraceable
         return
     for group in built.groups.values():
         for match in group.matches:
@@ -93,11 +93,10 @@ def _backends(model: nn.Module) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path, module in model.named_modules():
         fast = path_of(module)
-        if fast is None or fast.built is None:
-            continue
-        for run in fast.runs():
+        served = [(traced.built, run) for traced in (() if fast is None else fast.traces) for run in traced.runs.values()]
+        for built, run in served:
             for number, (_, backend) in run.problems.items():
-                group = fast.built.groups.get(number)
+                group = built.groups.get(number)
                 for match in group.matches if group is not None else ():
                     found.setdefault(join(path, match.name), set()).add(backend)
     return found

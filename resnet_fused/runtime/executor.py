@@ -73,6 +73,10 @@ def settle(
     return _Settling(program, inputs, parameters, folded, settings, module).run()
 
 
+class _NoBatch(Unservable):
+    """A convolution's input has another number of dimensions than a batch."""
+
+
 class _Settling:
     def __init__(
         self,
@@ -100,7 +104,7 @@ class _Settling:
                 else:
                     begun = begun or not item.pure
                     self._call(item, number)
-            except BackendError:
+            except (BackendError, Unservable):
                 raise
             except Exception as error:
                 if begun:
@@ -164,7 +168,9 @@ class _Settling:
     def _step(self, step: FusedStep, number: int) -> None:
         try:
             self._fused(step, number)
-        except Unservable:
+        except Unservable as reason:
+            if isinstance(reason, _NoBatch) and self.program.batches:
+                raise
             # By what the step was made of, which does all that stock does.
             for read in step.reads:
                 self._as_stock(read)
@@ -215,7 +221,7 @@ class _Settling:
             raise Unservable("a convolution's input is no strided tensor")
         first = step.layers[0]
         if x.dim() != first.conv.dims + 2:
-            raise Unservable(f"a convolution's input has {x.dim()} dimensions, not {first.conv.dims + 2}")
+            raise _NoBatch(f"a convolution's input has {x.dim()} dimensions, not {first.conv.dims + 2}")
         weight = self.parameters[first.tensors[0]]
         if x.numel() == 0:
             raise Unservable("a convolution's input is empty")

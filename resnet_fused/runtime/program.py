@@ -124,12 +124,14 @@ class Program(NamedTuple):
         items: fused steps and calls in their order.
         outputs: the result: `Value` in tuples, lists, dicts, dataclasses.
         plain: by the number of a fused step's value, the same in stock: a program of calls on what the step reads.
+        batches: whether it holds only where every convolution reads a batch.
     """
 
     inputs: int
     items: tuple[FusedStep | Call, ...]
     outputs: Any
     plain: Mapping[int, Program] = {}
+    batches: bool = False
 
 
 def to_text(inputs: int, steps: Sequence[FusedStep], outputs: Sequence[int]) -> str:

@@ -84,9 +84,7 @@ def _shape(shape: Shape, view: View) -> Shape:
 def _step(step: Step, view: View) -> Step:
     conv, pool = step.operation, step.epilogue.pool
     assert isinstance(conv, Conv)
-    kernel, stride, padding, dilation = (
-        _sizes(sizes, view, fill) for sizes, fill in zip(conv[2:6], (1, 1, 0, 1), strict=True)
-    )
+    kernel, stride, padding, dilation = (_sizes(sizes, view, fill) for sizes, fill in zip(conv[2:6], (1, 1, 0, 1), strict=True))
     if pool is not None:
         step = step._replace(epilogue=step.epilogue._replace(pool=viewed_pool(pool, view)))
     return step._replace(operation=Conv(conv.in_channels, conv.out_channels, kernel, stride, padding, dilation, conv.groups))
