@@ -10,7 +10,11 @@ from resnet_fused.fusion.results import name_of
 from resnet_fused.runtime.folding import CONVOLUTIONS, is_norm
 
 _ELEMENTWISE = ("relu", "relu_", "silu", "hardswish", "sigmoid", "gelu", "tanh", "clamp", "add", "iadd", "mul", "imul", "sub")
-_KEEPING = (*_ELEMENTWISE, "batch_norm", *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_avg") for dims in (1, 2, 3)))
+_KEEPING = (
+    *_ELEMENTWISE,
+    "batch_norm",
+    *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_avg") for dims in (1, 2, 3)),
+)
 _CONVOLUTIONS = {"conv1d": 3, "conv2d": 4, "conv3d": 5}
 _KEEPING_FILES = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.pooling")
 _NORMS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # which take no others

@@ -280,6 +280,8 @@ class Matcher:
                 match.note = match.note or "its result has several readers, so nothing more is fused"
             elif following is not None and following.op == "call_module" and self.add_operands(following) is None:
                 match.note = match.note or f"{self.describe(following)} follows, which isn't fused"
+        if match.layer.conv.dims == 3 and view_of(match.layer.conv) is View.SAME:
+            match.note = match.note or "its filter reaches in three dimensions, where stock's kernels compute it, folded"
         if match.activation is Activation.RELU and match.add is None and not match.layer.pad:
             following = self.next_reader(match.last)
             if following is not None:

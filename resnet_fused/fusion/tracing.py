@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import operator
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -55,6 +54,7 @@ _METADATA = (
     *("shape", "size", "dim", "ndim", "dtype", "device", "numel", "is_cuda", "is_floating_point", "is_complex", "layout"),
     *("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size"),
 )
+
 
 def own_forward(module: nn.Module, name: str = "plain_forward") -> Callable[..., Any]:
     """The forward that a module has without the library: of its class, or its own.

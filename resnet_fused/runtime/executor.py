@@ -27,7 +27,7 @@ from resnet_fused.backends import (
 )
 from resnet_fused.backends.binding import Bound, bind, bind_if_better
 from resnet_fused.backends.problem import FIRST_RESULT, Linear, Pointwise, Types, X
-from resnet_fused.runtime.calls import autocast_dtype, memory_format
+from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.kept import Unservable
 from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.plain import stock_step
@@ -246,8 +246,6 @@ class _Settling:
                 self._as_stock(read)
         x = self.values[source]
         format = result_format(step, x, self.formats[source], self.parameters)
-        if own_format and first.conv.dims == 1 and memory_format(x) == torch.channels_last:
-            raise Unservable("the format of a batch norm's result in one dimension depends on the device")
         for own in step.layers:
             if own.promotes and self.parameters[own.tensors[2]].dtype != x.dtype:
                 raise Unservable("a batch norm's parameters have another dtype, to which it casts its result")

@@ -200,7 +200,11 @@ def result_format(
     values: dict[int, tuple[bool, tuple[int, ...]]] = {X: (given, x.shape[2:])}
     for number, layer in enumerate(step.layers, FIRST_RESULT):
         channels_last, size = values[layer.reads[0]]
-        channels_last = channels_last or memory_format(parameters[layer.tensors[0]]) == torch.channels_last
+        weight = parameters[layer.tensors[0]]
+        # In one dimension the input is made contiguous.
+        channels_last = (channels_last and layer.conv.dims > 1) or memory_format(weight) == torch.channels_last
+        if channels_last and layer.conv.dims == 3:
+            channels_last = _keeps_channels_last_3d((x.shape[0], layer.conv.in_channels, *size), x, layer, weight)
         size = layer.conv.output_size(*size)
         values[number] = channels_last, size
         if not layer.normed:
@@ -216,6 +220,16 @@ def result_format(
             plain = step.layers[-1].epilogue.activation is Activation.NONE
             values[number] = channels_last and x.is_cuda and plain, size
     return torch.channels_last if values[FIRST_RESULT + len(step.layers) - 1][0] else torch.contiguous_format
+
+
+def _keeps_channels_last_3d(shape: Sequence[int], like: Tensor, layer: Layer, weight: Tensor) -> bool:
+    """Whether stock's convolution of a channels_last_3d tensor gives one, which depends on the library that it takes."""
+    conv = layer.conv
+    x = torch.empty_strided(shape, strides_in(shape, torch.channels_last), dtype=like.dtype, device=like.device)
+    weight = torch.empty_strided(weight.shape, weight.stride(), dtype=like.dtype, device=like.device)
+    geometry = ([*conv.stride], [*conv.padding], [*conv.dilation], False, [0] * conv.dims, conv.groups)
+    library = torch._C._select_conv_backend(x, weight, None, *geometry, None)
+    return torch._C._conv_determine_backend_memory_format(x, weight, library) == torch.channels_last_3d  # type: ignore[attr-defined]
 
 
 def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:
