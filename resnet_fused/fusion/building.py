@@ -136,7 +136,7 @@ class _Builder:
 
     def _writes_input(self, node: fx.Node) -> bool:
         """Whether what a node writes to may be the memory of an input: then it couldn't be begun twice."""
-        source = node.args[0] if node.args else None
+        source = node.kwargs.get("out", node.args[0] if node.args else None)
         while isinstance(source, fx.Node):
             if source in {match.last for match in self.matcher.matches} | {u.scaled[-1] for u in self.matcher.matches}:
                 return False
@@ -187,7 +187,7 @@ class _Builder:
         of_norm = (None,) * 5 if norm is None else (norm.mean, norm.var, norm.gamma, norm.beta, norm.steps)
         tensors = tuple(NONE if name is None else self._parameter(name) for name in (layer.weight, layer.bias, *of_norm))
         eps, promotes = (0.0, False) if norm is None else (norm.eps, norm.promotes)
-        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes, match.epilogue, reads)
+        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes, match.renews, match.epilogue, reads)
 
     def _parameter(self, path: str) -> int:
         return self.parameters.setdefault(path, len(self.parameters))

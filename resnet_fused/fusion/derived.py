@@ -73,7 +73,7 @@ def derived(node: fx.Node) -> Derived | None:
     if node.op == "get_attr" or not any(n.op == "get_attr" for n in found):
         return None
     readers = {user for n in found if n.op != "get_attr" for user in n.users} - found.keys()
-    if not all(map(is_new, readers)):
+    if not all(reader.op == "output" or is_new(reader) for reader in readers):
         return None
     order = [n for n in node.graph.nodes if n in found]
     return Derived(f"({node.name})", tuple(order))

@@ -35,6 +35,7 @@ class ConvMatch:
         add, residual: the sum's node and the operand that is not this convolution, if a sum is fused.
         activation, slope: the function that follows.
         pool: the max-pool that follows, if it can be fused into a stem.
+        renews: whether the sum or the function makes a tensor of its own in stock, and doesn't overwrite the convolution's.
         note: why no more than this was fused, for the report.
     """
 
@@ -48,6 +49,7 @@ class ConvMatch:
     activation: Activation = Activation.NONE
     slope: float = 0.0
     pool: Pool | None = None
+    renews: bool = False
     note: str = ""
 
     @property
@@ -223,7 +225,7 @@ class Matcher:
                 best = (depth, match, other)
         if best is not None:
             _, match, residual = best
-            match.residual, match.add = residual, node
+            match.residual, match.add, match.renews = residual, node, not writes(node)
             match.covered.append(node)
             self._match_activation(match)
 
@@ -234,6 +236,7 @@ class Matcher:
         if found is None or following is None:
             return False
         match.activation, match.slope = found
+        match.renews |= not self.may_write(following)
         match.covered.append(following)
         return True
 

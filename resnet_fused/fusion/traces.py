@@ -194,6 +194,7 @@ class Traces:
             self.untraceable, self.graph = str(reason), None
             self.by_size = self.by_size or getattr(reason, "by_size", False)
             if self.by_size:
+                self.untraceable += ", which the sizes of a call may tell"
                 self.arguments = argument_names(self._module)
             else:
                 self._wait = max(self._wait, 2 ** min(self._attempts, _LONGEST_WAIT))

@@ -277,7 +277,7 @@ class Tracer(TracerBase):
                 del self.trace.inlined[inlined:]
                 while (node := next(iter(reversed(self.graph.nodes)), None)) is not last and node is not None:
                     self.graph.erase_node(node)
-                self.trace.opaque[path] = reason
+                self.trace.opaque[path] = reason + (", which the sizes of a call may tell" if by_size else "")
                 return call_whole(args, kwargs)
 
         return forward

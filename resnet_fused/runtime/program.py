@@ -34,6 +34,7 @@ class Layer(NamedTuple):
         tensors: numbers of weight, bias, mean, var, gamma, beta and the count of training steps among the program's parameters;
             NONE where there is none. Training moves mean and variance without their version counters, and counts its steps.
         promotes: whether the batch norm's result has the wider of its input's dtype and its own.
+        renews: whether what follows makes a tensor of its own in stock.
         epilogue: what follows.
         reads: numbers of the values that it reads, as a problem's steps have them.
     """
@@ -44,6 +45,7 @@ class Layer(NamedTuple):
     eps: float
     tensors: tuple[int, ...]
     promotes: bool = False
+    renews: bool = False
     epilogue: Epilogue = Epilogue()
     reads: tuple[int, ...] = (X,)
 
@@ -152,13 +154,13 @@ def _step(fields: Sequence[Any]) -> FusedStep:
 
 
 def _layer(fields: Sequence[Any]) -> Layer:
-    conv, pad, pad_mode, eps, tensors, promotes, epilogue, reads = fields
+    conv, pad, pad_mode, eps, tensors, promotes, renews, epilogue, reads = fields
     in_channels, out_channels, kernel, stride, padding, dilation, groups = conv
     geometry = Conv(in_channels, out_channels, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
     residual, activation, pool, bias, slope = epilogue
     window = None if pool is None else Pool(*map(tuple, pool))
     following = Epilogue(residual, Activation(activation), window, bias, slope)
-    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes, following, tuple(reads))
+    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes, renews, following, tuple(reads))
 
 
 def fill(template: Any, value_of: Callable[[int], Any]) -> Any:
@@ -207,15 +209,17 @@ def result_format(
             channels_last = _keeps_channels_last_3d((x.shape[0], layer.conv.in_channels, *size), x, layer, weight)
         size = layer.conv.output_size(*size)
         values[number] = channels_last, size
+        one, single = math.prod(size) == 1, layer.conv.out_channels == 1
         if not layer.normed:
+            # Where both formats hold, what makes a new tensor makes a contiguous one.
+            values[number] = channels_last and not (layer.renews and (one or single)), size
             continue
         if layer.conv.dims == 1:
             values[number] = False, size  # a batch norm in one dimension knows but contiguous results
             continue
         # Where both formats hold, stock's batch norm gives a contiguous result; one written out in sums and products does for
         # one value a channel alone.
-        one = math.prod(size) == 1
-        if (one and (x.shape[0] == 1 or not layer.promotes)) or (layer.conv.out_channels == 1 and not layer.promotes):
+        if (one and (x.shape[0] == 1 or not layer.promotes)) or (single and not layer.promotes):
             # On a GPU it is the activation's that is contiguous.
             plain = step.layers[-1].epilogue.activation is Activation.NONE
             values[number] = channels_last and x.is_cuda and plain, size
