@@ -167,7 +167,7 @@ def _zoo(arguments: argparse.Namespace) -> int:
     batches = options.integers("--batches", arguments.batches or "1,8")
     out_folder = options.folder("--out", arguments.out)
     workloads = [
-        zoo.ZooWorkload(entry.name, b, d, (entry.size, entry.size), arguments.device)
+        zoo.ZooWorkload(entry.name, b, d, entry.size, arguments.device, entry.channels)
         for d in dtypes
         for b in batches
         for entry in entries

@@ -233,7 +233,7 @@ def _keeps_channels_last_3d(shape: Sequence[int], like: Tensor, layer: Layer, we
     weight = torch.empty_strided(weight.shape, weight.stride(), dtype=like.dtype, device=like.device)
     geometry = ([*conv.stride], [*conv.padding], [*conv.dilation], False, [0] * conv.dims, conv.groups)
     library = torch._C._select_conv_backend(x, weight, None, *geometry, None)
-    return torch._C._conv_determine_backend_memory_format(x, weight, library) == torch.channels_last_3d  # type: ignore[attr-defined]
+    return torch._C._conv_determine_backend_memory_format(x, weight, library) == torch.channels_last_3d
 
 
 def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:
