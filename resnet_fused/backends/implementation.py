@@ -116,6 +116,8 @@ class Backend:
         problem = self._without_pass(problem)
         kind = problem.kind
         own = [one for one in self.implementations if kind in one.kinds]
+        if kind is Kind.PROGRAM and any(conv.dims != 2 for conv in problem.convs):
+            own = [one for one in own if Kind.CONVOLUTION_ND in one.kinds]
         if not own:
             return f"it has no kernel for {problem.label}"
         for step in problem.steps:

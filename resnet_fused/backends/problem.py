@@ -11,45 +11,51 @@ import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
-Shape = tuple[int, int, int, int]
+Sizes = tuple[int, ...]
+"""One number for each spatial dimension, in their order: (height, width), or (depth, height, width)."""
+Shape = tuple[int, ...]
 Precision = Literal["fast", "direct"]
 PRECISIONS: dict[str, Precision] = {"fast": "fast", "direct": "direct", "exact": "direct"}
 """By the names that users may give; "exact" is an old one."""
 
 
 class Conv(NamedTuple):
-    """Geometry of one 2-d convolution, as torch.nn.Conv2d names it; every pair is (height, width)."""
+    """Geometry of one convolution of any number of dimensions, as torch.nn.Conv2d names it."""
 
     in_channels: int
     out_channels: int
-    kernel: Pair
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
+    kernel: Sizes
+    stride: Sizes = (1, 1)
+    padding: Sizes = (0, 0)
+    dilation: Sizes = (1, 1)
     groups: int = 1
 
     @classmethod
     def of(cls, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Conv:
-        """Geometry of `conv2d` with this weight, of shape (out_channels, in_channels / groups, kh, kw).
+        """Geometry of a convolution with this weight, of shape (out_channels, in_channels / groups, kh, kw) in two dimensions.
 
         A dilation along which the filter has one tap means nothing, and becomes 1: oneDNN was seen to crash on others.
         """
-        out_channels, in_per_group, kh, kw = weight.shape
-        spread = (dilation[0] if kh > 1 else 1, dilation[1] if kw > 1 else 1)
-        return cls(in_per_group * groups, out_channels, (kh, kw), _pair(stride), _pair(padding), _pair(spread), groups)
+        out_channels, in_per_group, *kernel = weight.shape
+        spread = _sizes([d if taps > 1 else 1 for taps, d in zip(kernel, dilation, strict=True)])
+        return cls(in_per_group * groups, out_channels, _sizes(kernel), _sizes(stride), _sizes(padding), spread, groups)
 
-    def output_size(self, height: int, width: int) -> Pair:
-        """Spatial size of the output for an input of height × width pixels."""
-        h, w = (
-            (size + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
-            for i, size in enumerate((height, width))
+    @property
+    def dims(self) -> int:
+        """How many spatial dimensions it has."""
+        return len(self.kernel)
+
+    def output_size(self, *size: int) -> Sizes:
+        """Spatial size of the output for an input of a spatial size."""
+        return tuple(
+            (s + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i, s in enumerate(size)
         )
-        return h, w
 
     @property
     def pointwise(self) -> bool:
         """Whether the filter is 1×1 without padding (a matrix product, strided or not)."""
-        return self.kernel == (1, 1) and self.padding == (0, 0)
+        return {*self.kernel} == {1} and {*self.padding} == {0}
 
     @property
     def geometry(self) -> list[int]:
@@ -63,14 +69,15 @@ class Conv(NamedTuple):
         stepping over it. It adds up wrong numbers where each group has one channel, the stride is one of columns alone, and
         the result is one column. Contiguous tensors it takes.
         """
-        kernel, stride, padding, dilation = (pair[1] for pair in self[2:6])
-        if self.in_channels == self.groups and self.stride[0] == 1 and stride > 1 and self.output_size(1, width)[1] == 1:
+        kernel, stride, padding, dilation = (sizes[-1] for sizes in self[2:6])
+        columns = (width + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        if self.in_channels == self.groups and min(self.stride[:-1], default=1) == 1 and stride > 1 and columns == 1:
             return True
         # Nearly always a tap of the first window lies on the first pixel, and the width isn't asked for.
         if dilation == 1 or padding in range(0, kernel * dilation, dilation):
             return False
-        columns = range(self.output_size(1, width)[1])
-        return not any(0 <= stride * column + dilation * tap - padding < width for column in columns for tap in range(kernel))
+        taps = range(kernel)
+        return not any(0 <= stride * column + dilation * tap - padding < width for column in range(columns) for tap in taps)
 
     def flatten(self) -> list[int]:
         """The seven integers by which an operator's schema carries what the weight's shape doesn't tell."""
@@ -97,16 +104,15 @@ class TrainingConv(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Geometry of a max-pool (dilation 1, floor mode), as torch.nn.MaxPool2d names it."""
+    """Geometry of a max-pool (dilation 1, floor mode) of any number of dimensions, as torch.nn.MaxPool2d names it."""
 
-    kernel: Pair
-    stride: Pair
-    padding: Pair
+    kernel: Sizes
+    stride: Sizes
+    padding: Sizes
 
-    def output_size(self, height: int, width: int) -> Pair:
-        """Spatial size of the output for an input of height × width pixels."""
-        h, w = ((size + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1 for i, size in enumerate((height, width)))
-        return h, w
+    def output_size(self, *size: int) -> Sizes:
+        """Spatial size of the output for an input of a spatial size."""
+        return tuple((s + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1 for i, s in enumerate(size))
 
 
 class Pointwise(Enum):
@@ -184,23 +190,24 @@ class Step(NamedTuple):
 
     def result_shape(self, shape: Shape) -> Shape:
         """Shape of its result for an input of a shape."""
-        n, c, h, w = shape
+        n, c, *size = shape
         conv = self.operation.conv if isinstance(self.operation, TrainingConv) else self.operation
         if isinstance(conv, Conv):
-            c, (h, w) = conv.out_channels, conv.output_size(h, w)
+            c, size = conv.out_channels, [*conv.output_size(*size)]
         elif isinstance(conv, Linear):
             c = conv.out_features
         elif conv is Pointwise.AVERAGE_POOL:
-            h = w = 1
+            size = [1] * len(size)
         if self.epilogue.pool is not None:
-            h, w = self.epilogue.pool.output_size(h, w)
-        return n, c, h, w
+            size = [*self.epilogue.pool.output_size(*size)]
+        return n, c, *size
 
 
 class Kind(Enum):
     """What an implementation computes: one operation, or a program of several."""
 
     CONVOLUTION = "convolution"
+    CONVOLUTION_ND = "convolution in one or three dimensions"
     LINEAR = "linear"
     TRAINING_CONV = "convolution in training"
     ELEMENTWISE = "elementwise"
@@ -261,10 +268,11 @@ class Problem:
 
     Attributes:
         steps: in the order in which they are computed.
-        shape: of x, (N, C, H, W).
+        shape: of x, (N, C, H, W); in one dimension (N, C, L), in three (N, C, D, H, W).
         types: of the tensors.
         device: where all tensors are.
-        memory_format: of the result, by stock PyTorch's rule (channels_last if the input or a weight is).
+        memory_format: of the result, by stock PyTorch's rule (channels_last if the input or a weight is). In three dimensions
+            channels_last_3d.
         precision: "direct" forbids algorithms that trade rounding for speed; "fast" leaves the choice to the backend.
     """
 
@@ -306,6 +314,8 @@ class Problem:
         if len(self.steps) > 1:
             return Kind.PROGRAM
         operation = self.steps[0].operation
+        if isinstance(operation, Conv) and operation.dims != 2:
+            return Kind.CONVOLUTION_ND
         return _KINDS[operation if isinstance(operation, Pointwise) else type(operation)]
 
     @property
@@ -356,7 +366,7 @@ class Problem:
         return label(self.steps)
 
     def __str__(self) -> str:
-        convs = ", ".join(f"{c.in_channels}→{c.out_channels} {c.kernel[0]}×{c.kernel[1]}/{c.stride[0]}" for c in self.convs)
+        convs = ", ".join(f"{c.in_channels}→{c.out_channels} {'×'.join(map(str, c.kernel))}/{c.stride[0]}" for c in self.convs)
         shape, dtype = "×".join(map(str, self.shape)), str(self.types.source).removeprefix("torch.")
         return f"{self.label}({shape} {dtype} on {self.device}; {convs})"
 
@@ -388,7 +398,7 @@ def _label(step: Step) -> str:
     if isinstance(operation, Conv):
         if epilogue.pool is not None and tail == "_relu":
             return "stem"
-        return f"conv2d{'_bn' if epilogue.bias else ''}{tail}{'_pool' if epilogue.pool is not None else ''}"
+        return f"conv{operation.dims}d{'_bn' if epilogue.bias else ''}{tail}{'_pool' if epilogue.pool is not None else ''}"
     if isinstance(operation, TrainingConv):
         return "conv2d"
     if isinstance(operation, Linear):
@@ -403,6 +413,5 @@ def _label(step: Step) -> str:
     return names[operation]
 
 
-def _pair(values: Sequence[int]) -> Pair:
-    height, width = values
-    return int(height), int(width)
+def _sizes(values: Sequence[int]) -> Sizes:
+    return tuple(map(int, values))

@@ -172,7 +172,7 @@ def _zoo(arguments: argparse.Namespace) -> int:
     stem = files.stem("zoo", [entry.name for entry in entries], batches, dtypes, "", arguments.device)
     out = files.place(options.folder("--out", arguments.out), stem)
     workloads = [
-        zoo.ZooWorkload(entry.name, b, d, (entry.size, entry.size), arguments.device)
+        zoo.ZooWorkload(entry.name, b, d, entry.size, arguments.device, entry.channels)
         for d in dtypes
         for b in batches
         for entry in entries

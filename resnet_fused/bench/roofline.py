@@ -106,7 +106,7 @@ class Machine:
 
 
 @functools.cache
-def problems(model: str, size: tuple[int, int]) -> Counter[Problem]:
+def problems(model: str, size: tuple[int, ...]) -> Counter[Problem]:
     """What a model poses for one image in float32 on the CPU: the layers are the same for every batch, dtype and device."""
     return layers.problems(Workload(model, 1, "float32", size))
 

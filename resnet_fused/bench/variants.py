@@ -48,15 +48,23 @@ def _eager(model: nn.Module, x: Tensor) -> Run:
 
 
 def _channels_last(model: nn.Module, x: Tensor) -> Run:
-    model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    model, x = in_channels_last(model, x)
     return lambda: model(x)
+
+
+def in_channels_last(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """A model and its input with channels in the last place in memory. For signals there is no such format of weights."""
+    if x.dim() == 3:
+        return model, x.transpose(1, 2).contiguous().transpose(1, 2)
+    format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return model.to(memory_format=format), x.contiguous(memory_format=format)
 
 
 def _compile(model: nn.Module, x: Tensor, graphs: bool = False, tuned: bool = False) -> Run:
     # With the second mode="reduce-overhead" differs from the default, and with both of the latter "max-autotune".
     options: dict[str, Any] = {"freezing": True, "triton.cudagraphs": graphs, "max_autotune": tuned}
-    compiled = torch.compile(model.to(memory_format=torch.channels_last), options=options)
-    x = x.contiguous(memory_format=torch.channels_last)
+    model, x = in_channels_last(model, x)
+    compiled = torch.compile(model, options=options)
     try:
         compiled(x)
     except Exception as error:  # a C++ compiler that isn't there, say: the other variants can be compared all the same

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fused.bench import options
+from resnet_fused.runtime.folding import NORMS
 
 DTYPES = {name: getattr(torch, name) for name in options.DTYPES}
 
@@ -20,19 +22,20 @@ class Workload:
         model: name of a torchvision model, such as "resnet50".
         batch: images.
         dtype: name of the dtype of weights and images.
-        size: height and width of the images, pixels.
+        size: height and width of the images, pixels; of signals their length, of videos frames, height and width.
         device: where the model and the images are: cpu, cuda or cuda:N.
+        channels: of the images.
     """
 
     model: str
     batch: int
     dtype: str
-    size: tuple[int, int] = (224, 224)
+    size: tuple[int, ...] = (224, 224)
     device: str = "cpu"
+    channels: int = 3
 
     def __str__(self) -> str:
-        size = f"{self.size[0]}×{self.size[1]}"
-        return f"{self.model}, batch {self.batch}, {self.dtype}, {size}"
+        return f"{self.model}, batch {self.batch}, {self.dtype}, {'×'.join(map(str, self.size))}"
 
     def create(self) -> nn.Module:
         """The fresh model."""
@@ -50,13 +53,13 @@ class Workload:
         model = self.create()
         dtype = DTYPES[self.dtype]
         try:
-            settle(model, self.size)
-            x = torch.randn(self.batch, 3, *self.size, dtype=torch.float32, device="cpu")
+            settle(model, self.size, self.channels)
+            x = torch.randn(self.batch, self.channels, *self.size, dtype=torch.float32, device="cpu")
             return model.eval().to(self.device, dtype), x.to(self.device, dtype)
         # What torchvision's models raise on images that they don't fit, and the allocator where memory doesn't suffice.
         except (AssertionError, RuntimeError, ValueError) as error:
             raise options.UserError(
-                f"{self.model} can't run on {self.batch} images of {self.size[0]}x{self.size[1]} pixels: "
+                f"{self.model} can't run on {self.batch} images of {'x'.join(map(str, self.size))} pixels: "
                 f"{str(error).splitlines()[0]}. Choose another --size, batch or model"
             ) from error
 
@@ -67,7 +70,7 @@ _SETTLING_IMAGES, _SETTLING_PIXELS = 8, 8 * 112 * 112
 
 
 @torch.no_grad()
-def settle(model: nn.Module, size: tuple[int, int]) -> None:
+def settle(model: nn.Module, size: tuple[int, ...], channels: int = 3) -> None:
     """Makes a fresh model's batch norms look trained, since without it the results grow out of all bounds.
 
     They get the statistics of what flows through them. The last batch norm of each residual block is weak, as training
@@ -75,10 +78,10 @@ def settle(model: nn.Module, size: tuple[int, int]) -> None:
     """
     last = {f"{path}.{'bn3' if hasattr(m, 'bn3') else 'bn2'}" for path, m in model.named_modules() if hasattr(m, "bn2")}
     for path, norm in model.named_modules():
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, NORMS):
             norm.momentum = 1.0
             norm.weight.uniform_(*((0.1, 0.3) if path in last else (0.5, 1.0)))
             norm.bias.normal_(std=0.1)
     model.train()
-    images = max(_SETTLING_IMAGES, _SETTLING_PIXELS // (size[0] * size[1]))
-    model(torch.randn(images, 3, *size, dtype=torch.float32, device="cpu"))
+    images = max(_SETTLING_IMAGES, _SETTLING_PIXELS // math.prod(size))
+    model(torch.randn(images, channels, *size, dtype=torch.float32, device="cpu"))

@@ -22,13 +22,15 @@ class Entry:
         name: such as "timm/resnet50d": the library that makes it, or "own", and its name there.
         family: such as "ResNet".
         create: makes it, without weights of a training.
-        size: height and width of its images, pixels.
+        size: height and width of its images, pixels; of signals their length, of videos frames, height and width.
+        channels: of its images.
     """
 
     name: str
     family: str
     create: Callable[[], nn.Module]
-    size: int = 224
+    size: tuple[int, ...] = (224, 224)
+    channels: int = 3
 
     @property
     def package(self) -> str:
@@ -98,9 +100,12 @@ _TIMM_OTHERS = {
     "DPN": "dpn68",
     "Inception": "inception_v4",
 }
-_RESIDUAL = {*_TORCHVISION_RESIDUAL, *_TIMM_RESIDUAL, "CIFAR-ResNet", "Segmentation ResNet", "ResNet-FPN"}
+_OWN_RESIDUAL = {"CIFAR-ResNet", "Segmentation ResNet", "ResNet-FPN", "1-d ResNet", "Video ResNet"}
+_RESIDUAL = {*_TORCHVISION_RESIDUAL, *_TIMM_RESIDUAL, *_OWN_RESIDUAL}
 # Those that are made for other images than of 224×224 pixels.
-_SIZES = {"timm/inception_resnet_v2": 299, "timm/inception_v4": 299}
+_LARGER, _SMALL = (299, 299), (32, 32)
+_SIZES = {"timm/inception_resnet_v2": _LARGER, "timm/inception_v4": _LARGER}
+_CLIP = 16, 112, 112
 
 # Without the heads that only training calls, and without weights from a truncated normal distribution, which take minutes.
 _INCEPTION = {"aux_logits": False, "init_weights": False}
@@ -126,7 +131,7 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 
 def _listed(source: str, maker: Callable[[str], Callable[[], nn.Module]], *families: dict[str, str]) -> list[Entry]:
     names = [(name, family) for some in families for family, listed in some.items() for name in listed.split()]
-    return [Entry(f"{source}/{n}", family, maker(n), _SIZES.get(f"{source}/{n}", 224)) for n, family in names]
+    return [Entry(f"{source}/{n}", family, maker(n), _SIZES.get(f"{source}/{n}", (224, 224))) for n, family in names]
 
 
 def _pyramid(frozen: bool) -> nn.Module:
@@ -178,6 +183,40 @@ class _CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class _EcgBlock(nn.Module):
+    def __init__(self, inside: int, width: int, stride: int, kernel: int = 7) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(inside, width, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm1d(width)
+        self.conv2 = nn.Conv1d(width, width, kernel, padding=kernel // 2, bias=False)
+        self.bn2 = nn.BatchNorm1d(width)
+        self.relu, self.dropout = nn.ReLU(inplace=True), nn.Dropout(0.2)
+        self.shortcut = nn.Sequential()
+        if inside != width:
+            self.shortcut = nn.Sequential(nn.Conv1d(inside, width, 1, stride, bias=False), nn.BatchNorm1d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class _EcgResNet(nn.Module):
+    """A ResNet-18 of one dimension for electrocardiograms of 12 leads (Wang et al., 2017; Strodthoff et al., 2021)."""
+
+    def __init__(self, leads: int = 12, classes: int = 6, widths: tuple[int, ...] = (64, 128, 256, 512)) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(leads, 64, 15, 2, 7, bias=False)
+        self.bn1, self.relu, self.pool = nn.BatchNorm1d(64), nn.ReLU(inplace=True), nn.MaxPool1d(3, 2, 1)
+        pairs = zip((64, *widths), widths, strict=False)
+        blocks = [(_EcgBlock(a, b, 1 if a == b else 2), _EcgBlock(b, b, 1)) for a, b in pairs]
+        self.blocks = nn.Sequential(*(block for pair in blocks for block in pair))
+        self.average, self.fc = nn.AdaptiveAvgPool1d(1), nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.pool(self.relu(self.bn1(self.conv1(x)))))
+        return self.fc(self.average(x).flatten(1))
+
+
 def _twice(inside: int, width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (inside, width):
@@ -212,7 +251,7 @@ ENTRIES: dict[str, Entry] = {
     for entry in (
         *_listed("torchvision", _torchvision, _TORCHVISION_RESIDUAL, _TORCHVISION_OTHERS),
         Entry("torchvision/googlenet", "Inception", _torchvision("googlenet", **_INCEPTION)),
-        Entry("torchvision/inception_v3", "Inception", _torchvision("inception_v3", **_INCEPTION), 299),
+        Entry("torchvision/inception_v3", "Inception", _torchvision("inception_v3", **_INCEPTION), _LARGER),
         Entry("torchvision/fcn_resnet50", "Segmentation ResNet", _torchvision("fcn_resnet50", weights_backbone=None)),
         Entry(
             "torchvision/deeplabv3_resnet50", "Segmentation ResNet", _torchvision("deeplabv3_resnet50", weights_backbone=None)
@@ -220,10 +259,12 @@ ENTRIES: dict[str, Entry] = {
         Entry("torchvision/resnet50_fpn", "ResNet-FPN", lambda: _pyramid(frozen=False)),
         Entry("torchvision/resnet50_fpn_frozen", "ResNet-FPN", lambda: _pyramid(frozen=True)),
         *_listed("timm", _timm, _TIMM_RESIDUAL, _TIMM_OTHERS),
-        Entry("own/cifar_resnet20", "CIFAR-ResNet", lambda: _CifarResNet(3), 32),
-        Entry("own/cifar_resnet56", "CIFAR-ResNet", lambda: _CifarResNet(9), 32),
-        Entry("own/cifar_wide_resnet20", "CIFAR-ResNet", lambda: _CifarResNet(3, (64, 128, 256)), 32),
+        Entry("own/cifar_resnet20", "CIFAR-ResNet", lambda: _CifarResNet(3), _SMALL),
+        Entry("own/cifar_resnet56", "CIFAR-ResNet", lambda: _CifarResNet(9), _SMALL),
+        Entry("own/cifar_wide_resnet20", "CIFAR-ResNet", lambda: _CifarResNet(3, (64, 128, 256)), _SMALL),
         Entry("own/unet", "U-Net", _UNet),
+        Entry("own/ecg_resnet18", "1-d ResNet", _EcgResNet, (4096,), 12),
+        *(Entry(f"torchvision/{n}", "Video ResNet", _torchvision(n), _CLIP) for n in ("r3d_18", "mc3_18", "r2plus1d_18")),
     )
 }
 

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from resnet_fused.fusion.derived import Derived
 from resnet_fused.fusion.matching import ConvMatch, Group, Matcher
+from resnet_fused.fusion.results import is_new, is_repeatable
 from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
 from resnet_fused.runtime.executor import CONCATENATIONS
 from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, Value
 
 # Layers and functions that compute the same of either memory format, and whose result has that of their input.
-_TRANSPARENT_LAYERS = (
+_ELEMENTWISE_LAYERS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.Tanh, nn.ELU),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Upsample),
+    *(nn.Identity, nn.Dropout),
 )
-_TRANSPARENT_FUNCTIONS = {
-    *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh, F.max_pool2d),
-    *(F.avg_pool2d, operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul, F.interpolate),
-    *CONCATENATIONS,
+_TRANSPARENT_LAYERS = (*_ELEMENTWISE_LAYERS, nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Dropout2d, nn.Upsample)
+_ELEMENTWISE_FUNCTIONS = {
+    *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh),
+    *(operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul),
 }
-_TRANSPARENT_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_", "mean", "dim"}
+_TRANSPARENT_FUNCTIONS = {*_ELEMENTWISE_FUNCTIONS, *CONCATENATIONS, F.max_pool2d, F.avg_pool2d, F.interpolate}
+_ELEMENTWISE_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_"}
+_TRANSPARENT_METHODS = {*_ELEMENTWISE_METHODS, "mean", "dim"}
 
 
 @dataclass
@@ -35,9 +39,10 @@ class Built:
 
     Attributes:
         program: the program.
-        parameters: paths of the tensors that its layers' `tensors` number.
+        parameters: names of the tensors that its layers' `tensors` number: paths in the module, or of `derived` ones.
         absorbed: paths of the modules whose own call the program replaces.
         trace: the trace.
+        derived: by name, tensors that are computed from parameters.
         groups: by the number of a step's value, what it computes.
         reasons: why convolutions are in no step, by their names.
     """
@@ -46,20 +51,25 @@ class Built:
     parameters: list[str]
     absorbed: list[str]
     trace: Trace
+    derived: dict[str, Derived] = field(default_factory=dict)
     groups: dict[int, Group] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def build(module: nn.Module, alone: frozenset[str] = frozenset()) -> Built:
-    """The program of a module's forward. `alone`: as `Matcher` takes it.
+def build(module: nn.Module, alone: frozenset[str] = frozenset(), inputs: Sequence[Tensor] | None = None) -> Built:
+    """The program of a module's forward. `alone`: as `Matcher` takes it; `inputs`: as `trace` does.
 
     Raises:
         CannotTrace: the forward can't be traced, or replaying it could have another effect; the message is the reason.
     """
     with torch.no_grad():
-        found = trace(module)
+        found = trace(module, inputs)
         matcher = Matcher(module, found.graph, alone)
-    return _Builder(module, found, matcher).build()
+    try:
+        return _Builder(module, found, matcher).build()
+    except CannotTrace as reason:
+        reason.by_size = found.by_size
+        raise
 
 
 class _Builder:
@@ -77,6 +87,7 @@ class _Builder:
             return Built(Program(0, (), None), [], [], self.trace, reasons=matcher.reasons)
         covered = {node for group in matcher.groups for match in group.matches for node in match.covered}
         identities = {node for node in nodes if matcher.is_identity(node) and self._bypassed(node)}
+        unread = self._unread(covered)
         items: list[FusedStep | Call] = []
         made: dict[int, Group] = {}
         absorbed: list[str] = []
@@ -92,7 +103,7 @@ class _Builder:
                 absorbed.append(str(node.target))
             elif node not in covered and node.op not in ("placeholder", "output"):
                 # What nobody reads is called all the same: it may raise, or move running statistics.
-                if node.op == "get_attr" and not self._used(node, covered):
+                if node in unread:
                     continue
                 if matcher.may_write(node) and self._writes_input(node):
                     raise CannotTrace(f"forward of {type(self.module).__name__} writes into its input")
@@ -105,26 +116,34 @@ class _Builder:
                         if parameter is not None:
                             self._parameter(f"{node.target}.{name}")
         plain = {number: self._plain(group) for number, group in made.items()}
-        program = Program(len(inputs), tuple(items), self._template(self.trace.structure), plain)
+        outputs = self._template(self.trace.structure)
+        program = Program(len(inputs), tuple(items), outputs, plain, self.trace.assumes_batches)
         names = [*dict.fromkeys([*self.trace.inlined, *absorbed])]
-        return Built(program, [*self.parameters], names, self.trace, made, matcher.reasons)
+        derived = {name: tensor for name, tensor in matcher.tensors.derived.items() if name in self.parameters}
+        return Built(program, [*self.parameters], names, self.trace, derived, made, matcher.reasons)
 
     def _bypassed(self, node: fx.Node) -> bool:
         """Whether nothing but steps sees an identity, so that it needn't be called: it is part of no result."""
         return all(self.matcher.is_identity(u) or any(u in match.covered for match in self.matcher.matches) for u in node.users)
 
-    def _used(self, node: fx.Node, covered: set[fx.Node]) -> bool:
-        return any(user not in covered for user in node.users)
+    def _unread(self, covered: set[fx.Node]) -> set[fx.Node]:
+        """Parameters, and what is derived from them, that only steps read, which have them otherwise."""
+        parts = {node for tensor in self.matcher.tensors.derived.values() for node in tensor.nodes}
+        found: set[fx.Node] = set()
+        for node in reversed(self.trace.graph.nodes):
+            if (node.op == "get_attr" or node in parts) and all(user in covered or user in found for user in node.users):
+                found.add(node)
+        return found
 
     def _writes_input(self, node: fx.Node) -> bool:
         """Whether what a node writes to may be the memory of an input: then it couldn't be begun twice."""
-        source = node.args[0] if node.args else None
+        source = node.kwargs.get("out", node.args[0] if node.args else None)
         while isinstance(source, fx.Node):
             if source in {match.last for match in self.matcher.matches} | {u.scaled[-1] for u in self.matcher.matches}:
                 return False
             if source.op == "placeholder" or not source.args:
                 return True
-            if source.target is F.batch_norm:
+            if is_new(source):
                 return False
             if source.op == "call_module" and not self.matcher.has_inplace(source):
                 called = self.module.get_submodule(str(source.target))
@@ -150,17 +169,18 @@ class _Builder:
 
         def number(node: fx.Node) -> int:
             node = self.matcher.producer(node)
-            if node.op == "get_attr" and node not in numbers:
-                numbers[node] = len(inputs) + len(calls)
-                calls.append(Call(node.target, "get_attr", (), {}, (), False))
+            if node not in numbers:  # a parameter, or what is derived from parameters
+                call(node)
             return numbers[node]
 
-        nodes = sorted({n for match in group.matches for n in match.covered}, key=self.matcher.order.__getitem__)
-        for node in nodes:
+        def call(node: fx.Node) -> None:
             reads = tuple(dict.fromkeys(number(source) for source in node.all_input_nodes))
             args, kwargs = _template(tuple(node.args), number), _template(dict(node.kwargs), number)
             numbers[node] = len(inputs) + len(calls)
             calls.append(Call(node.target, node.op, args, kwargs, reads, False))
+
+        for node in sorted({n for match in group.matches for n in match.covered}, key=self.matcher.order.__getitem__):
+            call(node)
         return Program(len(inputs), tuple(calls), Value(numbers[group.last]))
 
     def _layer(self, match: ConvMatch, reads: tuple[int, ...]) -> Layer:
@@ -168,7 +188,7 @@ class _Builder:
         of_norm = (None,) * 5 if norm is None else (norm.mean, norm.var, norm.gamma, norm.beta, norm.steps)
         tensors = tuple(NONE if name is None else self._parameter(name) for name in (layer.weight, layer.bias, *of_norm))
         eps, promotes = (0.0, False) if norm is None else (norm.eps, norm.promotes)
-        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes, match.epilogue, reads)
+        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes, match.renews, match.epilogue, reads)
 
     def _parameter(self, path: str) -> int:
         return self.parameters.setdefault(path, len(self.parameters))
@@ -184,8 +204,9 @@ class _Builder:
         args, kwargs = self._template(tuple(node.args)), self._template(dict(node.kwargs))
         reads = tuple(dict.fromkeys(self._number(source) for source in node.all_input_nodes))
         fast = type(matcher_called) in _FAST_LAYERS if (matcher_called := self.matcher.called(node)) is not None else False
-        transparent, pure, writes = self._is_transparent(node), self._is_pure(node), self.matcher.may_write(node)
-        return Call(node.target, node.op, args, kwargs, reads, transparent, fast, pure, writes)
+        transparent, elementwise = self._is_transparent(node), self._is_elementwise(node)
+        pure, writes = self._is_pure(node), self.matcher.may_write(node)
+        return Call(node.target, node.op, args, kwargs, reads, transparent, elementwise, fast, pure, writes)
 
     def _is_transparent(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -195,15 +216,16 @@ class _Builder:
             return node.target in _TRANSPARENT_FUNCTIONS or (node.target is F.batch_norm and self._is_pure(node))
         return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
 
+    def _is_elementwise(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.matcher.called(node), _ELEMENTWISE_LAYERS)
+        return node.target in (_ELEMENTWISE_FUNCTIONS if node.op == "call_function" else _ELEMENTWISE_METHODS)
+
     def _is_pure(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             called = self.matcher.called(node)
             return called is not None and is_layer(called) and not called.training
-        name = str(getattr(node.target, "__name__", node.target))
-        given = {**dict(zip(_NORM_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-        if name in _NORMS and given.get("training", name != "batch_norm") is not False:
-            return False  # it moves running statistics
-        return not any(word in name for word in _RANDOM) or node.kwargs.get("training") is False
+        return is_repeatable(node)
 
     def _template(self, value: Any) -> Any:
         return _template(value, self._number)
@@ -229,7 +251,4 @@ def _template(value: Any, number: Callable[[fx.Node], int]) -> Any:
     return value
 
 
-# F.batch_norm, and F.instance_norm, whose argument of that place has the same meaning.
-_NORMS, _NORM_ARGUMENTS = ("batch_norm", "instance_norm"), ("x", "mean", "var", "weight", "bias", "training")
-_RANDOM = ("dropout", "rand", "bernoulli", "normal", "uniform", "multinomial", "poisson", "exponential", "geometric", "cauchy")
 _FAST_LAYERS = (nn.Linear, nn.AdaptiveAvgPool2d)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resnet_fused.fusion.building import Built
 from resnet_fused.runtime.executor import Settings
-from resnet_fused.runtime.program import NONE, Call, FusedStep, fill, to_text
+from resnet_fused.runtime.program import NONE, Call, FusedStep, Program, Value, fill, to_text
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class GraphProgram:
         self.items = items
         self.outputs = built.program.outputs
         self.precision, self.backend = settings.precision, settings.backend
+        self.dims = {2 + match.layer.conv.dims for group in built.groups.values() for match in group.matches}
         self.modes = [(path, _module(module, path).training) for path in built.absorbed]
 
     @classmethod
@@ -55,15 +56,22 @@ class GraphProgram:
         items: list[_Segment | _Plain] = []
         row: list[tuple[int, FusedStep]] = []
         needed = _last_reads(program.items, program.inputs, program.outputs)
+        free = program.inputs + len(program.items)  # numbers from there on are those of values inside of steps
         for index, item in enumerate(program.items):
             number = program.inputs + index
-            if isinstance(item, FusedStep):
+            if isinstance(item, FusedStep) and not _computes_weights(item, built):
                 row.append((number, item))
                 continue
             if row:
                 items.append(_segment(row, built.parameters, needed))
                 row = []
-            items.append(_Plain(item, number))
+            if isinstance(item, Call):
+                items.append(_Plain(item, number))
+                continue
+            # A weight that is computed in the graph would be another one, for the operator, at every call.
+            calls = _plain(program.plain[number], item.reads, number, free)
+            free += len(calls)
+            items += calls
         if row:
             items.append(_segment(row, built.parameters, needed))
         return cls(module, built, items, settings)
@@ -71,8 +79,10 @@ class GraphProgram:
     def holds_for(self, module: nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether the module is in the mode, and called in the way, that the program is for."""
         grad = torch.is_grad_enabled()
+        if len(self.dims) > 1:
+            return False
         for x in args:
-            if not isinstance(x, Tensor) or x.dim() != 4 or (grad and x.requires_grad):
+            if not isinstance(x, Tensor) or x.dim() not in self.dims or (grad and x.requires_grad):
                 return False
         for path, training in self.modes:
             if _module(module, path).training is not training:
@@ -95,6 +105,30 @@ class GraphProgram:
             else:
                 values[item.output] = _run_call(item.call, module, values)
         return fill(self.outputs, values.__getitem__)
+
+
+def _computes_weights(step: FusedStep, built: Built) -> bool:
+    return any(built.parameters[n] in built.derived for layer in step.layers for n in layer.tensors if n != NONE)
+
+
+def _plain(step: Program, reads: tuple[int, ...], number: int, free: int) -> list[_Plain]:
+    """A step as the calls that it was made of.
+
+    Args:
+        step: these calls, on values of their own.
+        reads: numbers of what the step reads.
+        number: of the step's value.
+        free: the first number that no value has.
+    """
+    numbers = [*reads, *range(free, free + len(step.items))]
+    numbers[step.outputs.number] = number
+    made: list[_Plain] = []
+    for own, call in enumerate(step.items, step.inputs):
+        assert isinstance(call, Call)
+        args, kwargs = (fill(given, lambda n: Value(numbers[n])) for given in (call.args, call.kwargs))
+        renumbered = call._replace(args=args, kwargs=kwargs, reads=tuple(numbers[n] for n in call.reads))
+        made.append(_Plain(renumbered, numbers[own]))
+    return made
 
 
 def _last_reads(items: tuple[FusedStep | Call, ...], inputs: int, outputs: Any) -> dict[int, int]:

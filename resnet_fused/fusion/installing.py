@@ -18,6 +18,7 @@ from resnet_fused.fusion.path import FastPath, Fusion, paths_off
 from resnet_fused.fusion.rows import path_of, rows_of
 from resnet_fused.fusion.tracing import is_layer
 from resnet_fused.runtime.executor import Settings
+from resnet_fused.runtime.folding import NORMS
 
 
 def install(model: nn.Module, precision: Precision, backend: str, replay: bool = False) -> Fusion:
@@ -37,7 +38,8 @@ def _may_have_path(module: nn.Module) -> bool:
         return False
     if type(module).forward is nn.Module.forward:
         return False  # of a ModuleList, say
-    return any(p is not None and p.dim() == 4 for m in module.modules() for p in m._parameters.values())
+    # A filter of one, two or three dimensions.
+    return any(p is not None and 3 <= p.dim() <= 5 for m in module.modules() for p in m._parameters.values())
 
 
 def _is_bound(module: nn.Module) -> bool:
@@ -129,7 +131,7 @@ def _check(model: object, precision: str, backend: str) -> None:
 
 def _warn_of_training(model: nn.Module) -> None:
     # Not asked of the model, since a wrapper around one in eval mode, such as DataParallel, is in training mode itself.
-    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    norms = [m for m in model.modules() if isinstance(m, (*NORMS, nn.SyncBatchNorm))]
     training = sum(norm.training for norm in norms)
     if training:
         config.logger().warning(

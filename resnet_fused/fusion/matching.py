@@ -9,13 +9,16 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from resnet_fused.backends import Activation, Epilogue, Pool, Step
+from resnet_fused.backends import Activation, Conv, Epilogue, Pool, Step
 from resnet_fused.backends.problem import RESIDUAL, X, label, residual_block
 from resnet_fused.fusion.activations import activation_called, activation_of
-from resnet_fused.fusion.layers import Convolution, Norm, convolution, get, norm
+from resnet_fused.fusion.layers import Convolution, Norm, Tensors, convolution, norm
+from resnet_fused.fusion.results import name_of, writes
 from resnet_fused.fusion.tracing import has_hooks, is_layer
 from resnet_fused.runtime.folding import NotFoldable, check_overflow
+from resnet_fused.runtime.views import View, view_of, viewed_pool
 
+_POOLS: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _PLAIN_LAYERS = "torch.nn.modules"
 
@@ -32,6 +35,7 @@ class ConvMatch:
         add, residual: the sum's node and the operand that is not this convolution, if a sum is fused.
         activation, slope: the function that follows.
         pool: the max-pool that follows, if it can be fused into a stem.
+        renews: whether the sum or the function makes a tensor of its own in stock, and doesn't overwrite the convolution's.
         note: why no more than this was fused, for the report.
     """
 
@@ -45,6 +49,7 @@ class ConvMatch:
     activation: Activation = Activation.NONE
     slope: float = 0.0
     pool: Pool | None = None
+    renews: bool = False
     note: str = ""
 
     @property
@@ -130,12 +135,14 @@ class Matcher:
         alone: names of convolutions whose sum is left to stock, since its operands turned out to be no equals.
 
     Attributes:
+        tensors: of the convolutions and batch norms, by name.
         groups: in the order in which they are computed.
         reasons: by the name of a convolution, why it is in none.
     """
 
     def __init__(self, module: nn.Module, graph: fx.Graph, alone: frozenset[str] = frozenset()) -> None:
         self.module, self.graph, self.alone = module, graph, alone
+        self.tensors = Tensors(module)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.reasons: dict[str, str] = {}
         self.matches: list[ConvMatch] = []
@@ -154,9 +161,8 @@ class Matcher:
     # ---- one convolution with its batch norm --------------------------------------------------------------------------
 
     def _match(self, node: fx.Node) -> ConvMatch | None:
-        name = self._name(node)
         try:
-            layer = convolution(self.module, node)
+            layer = convolution(self.tensors, node)
             if layer is None:
                 return None
             if not isinstance(node.args[0], fx.Node):
@@ -170,24 +176,28 @@ class Matcher:
                     found = norm(self.module, following)
                 except NotFoldable as reason:
                     note = str(reason)
-            if found is None or following is None:
-                return ConvMatch(node, name, layer, None, [node], note=note)
-            weight, var = get(self.module, layer.weight), get(self.module, found.var)
+            if found is None or following is None or found.dims not in (None, layer.conv.dims):
+                return ConvMatch(node, self._name(node), layer, None, [node], note=note)
+            weight, var = self.tensors[layer.weight], self.tensors[found.var]
             if var.numel() != weight.shape[0]:
                 raise NotFoldable(f"the batch norm has {var.numel()} channels and the convolution {weight.shape[0]}")
-            gamma, bias = (None if path is None else get(self.module, path) for path in (found.gamma, layer.bias))
-            check_overflow(weight, (bias, get(self.module, found.mean)), var, gamma, found.eps)
+            gamma, bias = (None if name is None else self.tensors[name] for name in (found.gamma, layer.bias))
+            check_overflow(weight, (bias, self.tensors[found.mean]), var, gamma, found.eps)
         except NotFoldable as reason:
-            self.reasons[name] = str(reason)
+            self.reasons[self._name(node)] = str(reason)
             return None
-        return ConvMatch(node, name, layer, found, [node, following])
+        return ConvMatch(node, self._name(node), layer, found, [node, following])
 
     def _name(self, node: fx.Node) -> str:
         """Name of a convolution in the report: its path, or for F.conv2d that of the weight's owner."""
         if node.op == "call_module":
             return str(node.target)
-        weights = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a.op == "get_attr"]
-        return str(weights[0].target).rpartition(".")[0] if weights else ""
+        read = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
+        for source in read:  # which grows: of a weight that is computed it is a parameter's owner
+            if source.op == "get_attr":
+                return str(source.target).rpartition(".")[0]
+            read += [n for n in source.all_input_nodes if n not in read]
+        return ""
 
     # ---- what follows ------------------------------------------------------------------------------------------------
 
@@ -215,7 +225,7 @@ class Matcher:
                 best = (depth, match, other)
         if best is not None:
             _, match, residual = best
-            match.residual, match.add = residual, node
+            match.residual, match.add, match.renews = residual, node, not writes(node)
             match.covered.append(node)
             self._match_activation(match)
 
@@ -226,6 +236,7 @@ class Matcher:
         if found is None or following is None:
             return False
         match.activation, match.slope = found
+        match.renews |= not self.may_write(following)
         match.covered.append(following)
         return True
 
@@ -272,20 +283,25 @@ class Matcher:
                 match.note = match.note or "its result has several readers, so nothing more is fused"
             elif following is not None and following.op == "call_module" and self.add_operands(following) is None:
                 match.note = match.note or f"{self.describe(following)} follows, which isn't fused"
+        if match.layer.conv.dims == 3 and view_of(match.layer.conv) is View.SAME:
+            match.note = match.note or "its filter reaches in three dimensions, where stock's kernels compute it, folded"
         if match.activation is Activation.RELU and match.add is None and not match.layer.pad:
             following = self.next_reader(match.last)
             if following is not None:
-                match.pool = self._pool(following)
+                match.pool = self._pool(following, match.layer.conv)
                 if match.pool is not None:
                     match.covered.append(following)
 
-    def _pool(self, node: fx.Node) -> Pool | None:
+    def _pool(self, node: fx.Node, conv: Conv) -> Pool | None:
         """The max-pool that a node calls, if it has the form that a stem takes."""
-        called = self.called(node)
-        if type(called) is not nn.MaxPool2d or called.dilation not in (1, (1, 1)) or called.ceil_mode or called.return_indices:
+        called, dims = self.called(node), conv.dims
+        if type(called) is not _POOLS[dims] or called.ceil_mode or called.return_indices:
             return None
-        pair = torch.nn.modules.utils._pair
-        return Pool(pair(called.kernel_size), pair(called.stride), pair(called.padding))
+        each = torch.nn.modules.utils._ntuple(dims)
+        if {*each(called.dilation)} != {1}:
+            return None
+        pool = Pool(each(called.kernel_size), each(called.stride), each(called.padding))
+        return None if viewed_pool(pool, view_of(conv)) is None else pool
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
@@ -331,8 +347,10 @@ class Matcher:
         if len(chain) not in (2, 3):
             return None
         matches = [*chain, shortcut] if projected and shortcut is not None else chain
-        if any(match.layer.pad for match in matches):
+        if any(match.layer.pad for match in matches) or len({view_of(match.layer.conv) for match in matches}) > 1:
             return None
+        if view_of(last.layer.conv) is View.SAME and last.layer.conv.dims != 2:
+            return None  # one by one on stock's kernels
         first = min((match.conv for match in matches), key=self.order.__getitem__)
         if self._written_between(first, last.last, matches):
             return None
@@ -349,7 +367,7 @@ class Matcher:
 
     def is_identity(self, node: fx.Node) -> bool:
         called = self.called(node)
-        if isinstance(called, (nn.Dropout, nn.Dropout2d)):
+        if isinstance(called, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
             return not called.training
         return type(called) is nn.Identity
 
@@ -375,16 +393,7 @@ class Matcher:
             kind = parametrize.type_before_parametrizations(called)
             known = is_layer(called) and kind.__module__.startswith(_PLAIN_LAYERS)
             return not known or self.has_inplace(node) or has_hooks(called)
-        if node.op not in ("call_function", "call_method"):
-            return False
-        name = str(getattr(node.target, "__name__", node.target))
-        if (
-            node.kwargs.get("inplace")
-            or node.kwargs.get("out") is not None
-            or (name in _WITH_INPLACE and True in node.args[1:])
-        ):
-            return True
-        return (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+        return node.op in ("call_function", "call_method") and writes(node)
 
     def has_inplace(self, node: fx.Node) -> bool:
         """Whether a called module writes into its input by its setting."""
@@ -411,11 +420,4 @@ class Matcher:
             return type(self.module.get_submodule(str(node.target))).__name__
         if node.op == "output":
             return "the end of forward"
-        return str(getattr(node.target, "__name__", node.target))
-
-
-_WRITING = ("iadd", "isub", "imul", "itruediv", "setitem", "__iadd__", "__setitem__")
-_WITH_INPLACE = (
-    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh"),
-    *("dropout", "dropout2d", "threshold", "rrelu", "alpha_dropout"),
-)
+        return name_of(node)

@@ -21,26 +21,19 @@ from torch import Tensor, nn
 
 from resnet_fused import config
 from resnet_fused.backends import choice
-from resnet_fused.fusion.building import Built, build
-from resnet_fused.fusion.graph import GraphProgram
-from resnet_fused.fusion.guards import Structure
 from resnet_fused.fusion.layers import get
-from resnet_fused.fusion.screening import CannotTrace
+from resnet_fused.fusion.traces import Traced, Traces
 from resnet_fused.fusion.tracing import class_forward, own_forward
 from resnet_fused.runtime.calls import autocast_dtype, plain
 from resnet_fused.runtime.executor import Settings, settle
-from resnet_fused.runtime.folding import NotFoldable
-from resnet_fused.runtime.kept import ByKind, Look, Unservable
-from resnet_fused.runtime.parameters import Parameters, with_memory
+from resnet_fused.runtime.kept import ByKind, Unservable
+from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.program import Call
 from resnet_fused.runtime.released import release
 from resnet_fused.runtime.run import Run
 
 _STOCK: Any = object()  # what `_serve` gives where the module's own forward must run
 _requires_grad = operator.attrgetter("requires_grad")
-# Traces that a path makes at once when its module changes; later ones wait for ever more calls, so that a module that changes
-# at every call isn't traced at every call.
-_PROMPT_TRACES, _LONGEST_WAIT = 4, 10
 # Calls in a row whose values were left to stock's arithmetic, after which the path computes directly, without Winograd.
 _MOST_DECLINED = 8
 _CALLS_BEFORE_WARNING = 10
@@ -109,26 +102,6 @@ class Fusion:
             )
 
 
-class _Traced:
-    """What a path holds for one structure of its module."""
-
-    def __init__(self, module: nn.Module, built: Built) -> None:
-        self.built = built
-        self.structure = Structure(module, built.trace, built.absorbed)
-        self.tensors: list[Tensor] = [get(module, path) for path in built.parameters]
-        self.differentiable = [p for p in module.parameters() if p is not None]
-        self.kinds = [(t.shape, t.dtype) for t in self.tensors]
-        self.runs: ByKind[Run] = ByKind()
-        self.look = Look(with_memory(self.tensors))
-
-    def values_changed(self) -> bool:
-        """Takes the parameters' values as they are now; False if they aren't of the traced shapes and dtypes any more."""
-        # In this order: another thread must not find the new look beside runs of the old values.
-        self.runs = ByKind()
-        self.look = Look(with_memory(self.tensors))
-        return self.kinds == [(t.shape, t.dtype) for t in self.tensors]
-
-
 class FastPath:
     """The forward of a fused module.
 
@@ -139,8 +112,8 @@ class FastPath:
 
     Attributes:
         previous: the module's own forward, where it had one that isn't of its class.
+        traces: the programs of the module's forward.
         reason: why the last call ran the module's own forward; "" if it didn't.
-        reasons: why convolutions can't be fused, by their names, where none can.
     """
 
     def __init__(self, module: nn.Module, fusion: Fusion, root: bool = False) -> None:
@@ -153,13 +126,8 @@ class FastPath:
     def _reset(self) -> None:
         self.reason = "not called yet"
         self.removed = False
-        self._traced: _Traced | None = None
-        self._untraceable = ""
-        self.reasons: dict[str, str] = {}
-        self._attempts = self._wait = 0
-        self._alone: frozenset[str] = frozenset()
         self._settings = self.fusion.settings
-        self.graph: GraphProgram | None = None
+        self.traces = Traces(self.module, self._settings)
         kind = next(base for base in type(self.module).__mro__ if "forward" in vars(base))
         self._by_parts = "unfused_forward" in vars(kind)
 
@@ -182,20 +150,9 @@ class FastPath:
         """For torch.export, which asks a forward where it is written."""
         return self.own_forward.__code__
 
-    @property
-    def built(self) -> Built | None:
-        """The program of the module's forward, as traced last; None if it can't be traced."""
-        traced = self._traced
-        return None if traced is None else traced.built
-
-    @property
-    def untraceable(self) -> str:
-        """Why the module's forward can't be traced; "" if it can."""
-        return self._untraceable
-
     def runs(self) -> list[Run]:
         """What served so far."""
-        return [] if self._traced is None else self._traced.runs.values()
+        return [run for traced in self.traces for run in traced.runs.values()]
 
     def install(self) -> None:
         """Puts the path into the module."""
@@ -210,7 +167,7 @@ class FastPath:
     def remove(self) -> None:
         """Takes the path out of the module, and out of use where someone's own forward still calls it."""
         self.removed = True
-        self._traced = self.graph = None
+        self.traces = Traces(self.module, self._settings)
         own = vars(self.module)
         if own.get("_path") is self:
             own["_path"] = None
@@ -277,27 +234,33 @@ class FastPath:
         for x in (*args, *kwargs.values()):
             if not isinstance(x, Tensor):
                 return self._not(f"an argument is {type(x).__name__}, not a tensor")
-        traced = self._traced
-        if traced is None or traced.structure.fault() is not None:
-            traced = self._trace()
+        traces, watched = self.traces, not plain(*args, *kwargs.values())
+        traced = traces.of_size(args) if traces.by_size and not kwargs else None
+        if traced is None or watched:
+            traced = traces.of_any_size()
+            if traced is None and (watched or not traces.by_size):
+                return self._not(traces.untraceable)
+            arguments = traces.arguments
+            if kwargs or len(args) != len(arguments):
+                bound = self._bind(args, kwargs, arguments)
+                if bound is None:
+                    return self._not(f"it was called in another way than with {', '.join(arguments)}")
+                args = bound
+            if watched:
+                assert traced is not None
+                if torch._C._is_tracing() and not torch.onnx.is_in_onnx_export():
+                    return self._record(traced, args)
+                return self._not("it is traced, transformed, or called with a subclass of Tensor")
+            if traces.by_size:
+                traced = traces.of_size(args) or traces.make_for_size(args) or traced
             if traced is None:
-                return self._not(self._untraceable)
-        arguments = traced.built.trace.arguments
-        if kwargs or len(args) != len(arguments):
-            bound = self._bind(args, kwargs, arguments)
-            if bound is None:
-                return self._not(f"it was called in another way than with {', '.join(arguments)}")
-            args = bound
-        if not plain(*args):
-            if torch._C._is_tracing() and not torch.onnx.is_in_onnx_export():
-                return self._record(traced, args)
-            return self._not("it is traced, transformed, or called with a subclass of Tensor")
+                return self._not(traces.untraceable)
         if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
             return self._not("a derivative may be asked for; call it under torch.no_grad() or torch.inference_mode()")
         runs = traced.runs  # taken before the look: what is settled below must not stand beside values that come later
         if not traced.look.unchanged():
             if not self._values_changed(traced):
-                return self._not(self._untraceable)
+                return self._not(traces.untraceable)
             runs = traced.runs
         key = self.kind_of(args)
         run = runs.get(key)
@@ -309,7 +272,7 @@ class FastPath:
         except Unservable as reason:
             return self._not(str(reason))
         if run.unequal:
-            self._leave_sums(traced, run.unequal)
+            traces.leave_sums({match.name for step in run.unequal for match in traced.built.groups[step].matches})
         if run.declined >= _MOST_DECLINED and self._settings.precision == "fast":
             self._settings = replace(self._settings, precision="direct")
             traced.runs = ByKind()
@@ -318,11 +281,6 @@ class FastPath:
         self.reason = ""
         return result
 
-    def _leave_sums(self, traced: _Traced, steps: list[int]) -> None:
-        """From the next call on, leaves the sums of some steps to stock, and fuses what is before them."""
-        self._alone |= {match.name for step in steps for match in traced.built.groups[step].matches}
-        self._traced, self._attempts, self._wait = None, self._attempts - 1, 0
-
     def kind_of(self, args: tuple[Any, ...]) -> Any:
         """What kernels are chosen by."""
         kinds = [(x.shape, x.stride(), x.dtype, x.device, x.layout) for x in args]
@@ -330,10 +288,10 @@ class FastPath:
         settings = (choice(self._settings.backend), dtype, torch._C._get_mkldnn_enabled())
         return (*kinds, *settings, torch.get_num_threads())
 
-    def choose_run(self, traced: _Traced, runs: ByKind[Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
+    def choose_run(self, traced: Traced, runs: ByKind[Run], key: Any, args: tuple[Any, ...]) -> tuple[Run, Any]:
         """Runs the program for the first time on this kind of input."""
         for name, x in zip(traced.built.trace.arguments, args, strict=True):
-            if x.numel() == 0 or (name in traced.built.trace.images and x.dim() != 4) or x.layout is not torch.strided:
+            if x.numel() == 0 or traced.built.trace.dims.get(name, x.dim()) != x.dim() or x.layout is not torch.strided:
                 raise Unservable("an input is empty, or has no batch, or no strides")
         settings = self._settings if len(runs) < _MOST_GRAPHS else replace(self._settings, replay=False)
         run, result = settle(traced.built.program, args, traced.tensors, self.fusion.parameters, settings, self.module)
@@ -351,64 +309,17 @@ class FastPath:
             return None
         return tuple(given[name] for name in names)
 
-    def _values_changed(self, traced: _Traced) -> bool:
+    def _values_changed(self, traced: Traced) -> bool:
         try:
             same = traced.values_changed()
         except Unservable as reason:
-            self._untraceable = str(reason)
+            self.traces.untraceable = str(reason)
             return False
         if same:
             return True
-        self._traced = None
-        self._untraceable = "its parameters have other shapes or dtypes than before; the next call serves them"
+        self.traces.forget()
+        self.traces.untraceable = "its parameters have other shapes or dtypes than before; the next call serves them"
         return False
-
-    def _trace(self) -> _Traced | None:
-        """Traces the module's forward as it is now. None, with `_untraceable`, where there is nothing to serve."""
-        if self._wait > 0:
-            self._wait -= 1
-            return None
-        # While torch.jit.trace is at work, it would record what is asked of parameters, and sizes are tensors.
-        state, set_state = torch._C._get_tracing_state(), torch._C._set_tracing_state  # type: ignore[attr-defined]
-        set_state(None)
-        try:
-            return self._trace_now()
-        finally:
-            set_state(state)
-
-    def _trace_now(self) -> _Traced | None:
-        self._attempts += 1
-        self._wait = 2 ** min(self._attempts - _PROMPT_TRACES, _LONGEST_WAIT) if self._attempts > _PROMPT_TRACES else 0
-        self._traced, self.reasons = None, {}
-        try:
-            built = build(self.module, self._alone)
-            if not built.groups:
-                self.reasons = built.reasons
-                raise Unservable(_nothing(built))
-            traced = _Traced(self.module, built)
-        except (CannotTrace, NotFoldable, Unservable) as reason:
-            self._untraceable = str(reason)
-            self.graph = None
-            self._wait = max(self._wait, 2 ** min(self._attempts, _LONGEST_WAIT))
-            return None
-        except Exception as error:  # the model's code ran on stand-ins, and may do anything; it runs as stock
-            self._untraceable = f"its forward can't be read: {type(error).__name__}: {error}"
-            self.graph, self._wait = None, 2**_LONGEST_WAIT
-            config.logger().debug("tracing %s failed", type(self.module).__name__, exc_info=True)
-            return None
-        self._traced, self._untraceable = traced, ""
-        self.graph = GraphProgram.of(self.module, built, self._settings)
-        return traced
-
-    def trace(self) -> Built | None:
-        """The program of the module's forward as it is now; None, with `untraceable`, if there is nothing to serve."""
-        traced = self._traced
-        if traced is None or traced.structure.fault() is not None:
-            # Whoever asks for a report makes no later call wait for its trace.
-            (attempts, wait), self._wait = (self._attempts, self._wait), 0
-            traced = self._trace()
-            self._attempts, self._wait = attempts, wait if traced is None else 0
-        return None if traced is None else traced.built
 
     def release(self) -> None:
         """Gives back the memory of the weights that were packed for the calls so far.
@@ -416,8 +327,8 @@ class FastPath:
         Raises:
             ValueError: no call was served.
         """
-        traced = self._traced
-        if traced is None or not len(traced.runs):
+        traced = next((traced for traced in self.traces if len(traced.runs)), None)
+        if traced is None:
             raise ValueError(
                 f"release=True found nothing to release, since no fused kernel runs the whole model: {self.reason}. "
                 "Leave release out, and see rf.report."
@@ -430,25 +341,25 @@ class FastPath:
         for number, item in enumerate(built.program.items, built.program.inputs):
             if isinstance(item, Call) and item.fast and number in fused:
                 weights.add(f"{item.target}.weight")
-        for path in weights - read_otherwise:
+        for path in weights - read_otherwise - built.derived.keys():
             weight = get(self.module, path)
             if type(weight) is nn.Parameter:
                 release(weight)
-        traced.look = Look(with_memory(traced.tensors))
+        traced.look_again()
         self.fusion.parameters.forget_released()
 
     # ---- graphs ------------------------------------------------------------------------------------------------------
 
-    def _record(self, traced: _Traced, args: tuple[Any, ...]) -> Any:
+    def _record(self, traced: Traced, args: tuple[Any, ...]) -> Any:
         """The program as registered operators, for torch.jit.trace."""
         if torch.is_grad_enabled() and (any(map(_requires_grad, args)) or any(map(_requires_grad, traced.differentiable))):
             return self._not("a derivative may be asked for")
-        assert self.graph is not None
-        return self.graph.run(self.module, args)
+        assert self.traces.graph is not None
+        return self.traces.graph.run(self.module, args)
 
     def _in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """For torch.compile and torch.export: the program as registered operators, or the module's own forward."""
-        graph = self.graph
+        graph = self.traces.graph
         if graph is not None and not kwargs and len(args) == graph.inputs and graph.holds_for(self.module, args):
             return graph.run(self.module, args)
         # As `own_forward`, in words that Dynamo knows.
@@ -456,10 +367,6 @@ class FastPath:
             return self.previous(*args, **kwargs)
         forward = type(self.module).unfused_forward if self._by_parts else type(self.module).forward  # type: ignore[attr-defined]
         return forward(self.module, *args, **kwargs)
-
-
-def _nothing(built: Built) -> str:
-    return next(iter({**built.trace.opaque, **built.reasons}.values()), "it has no convolution that a batch norm follows")
 
 
 def _restore(module: nn.Module, fusion: Fusion, root: bool, previous: Any) -> FastPath:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from resnet_fused.fusion.path import FastPath
+from resnet_fused.runtime.folding import CONVOLUTIONS
 
 
 @dataclass
@@ -42,7 +43,7 @@ def path_of(module: nn.Module) -> FastPath | None:
 
 def rows_of(model: nn.Module) -> list[Row]:
     """A row for each convolution of a model, as it is now."""
-    convs = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Conv2d)}
+    convs = {p: m for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, CONVOLUTIONS)}
     rows = {p: Row(p, _shape(m)) for p, m in convs.items()}
     _explain(model, "", rows)
     served = _backends(model)
@@ -58,15 +59,15 @@ def rows_of(model: nn.Module) -> list[Row]:
 
 def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
     fast = path_of(module)
-    built = None if fast is None else fast.trace()
+    built = None if fast is None else fast.traces.for_report()
     if fast is None or built is None:
         for name, child in module.named_children():
             own = rows.get(join(path, name))
             if own is not None and not own.op and fast is not None:
-                own.note = fast.reasons.get(name, fast.untraceable)
+                own.note = fast.traces.reasons.get(name, fast.traces.untraceable)
             _explain(child, join(path, name), rows)
         if fast is not None and path in rows:
-            rows[path].note = fast.untraceable
+            rows[path].note = fast.traces.untraceable
         return
     for group in built.groups.values():
         for match in group.matches:
@@ -81,7 +82,7 @@ def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
     for name, reason in built.trace.opaque.items():
         child = module.get_submodule(name)
         for inner, conv in child.named_modules():
-            own = rows.get(join(join(path, name), inner)) if isinstance(conv, nn.Conv2d) else None
+            own = rows.get(join(join(path, name), inner)) if isinstance(conv, CONVOLUTIONS) else None
             if own is not None and not own.op and own.note == Row.note:
                 own.note = reason
         _explain(child, join(path, name), rows)
@@ -92,11 +93,10 @@ def _backends(model: nn.Module) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path, module in model.named_modules():
         fast = path_of(module)
-        if fast is None or fast.built is None:
-            continue
-        for run in fast.runs():
+        served = [(traced.built, run) for traced in (() if fast is None else fast.traces) for run in traced.runs.values()]
+        for built, run in served:
             for number, (_, backend) in run.problems.items():
-                group = fast.built.groups.get(number)
+                group = built.groups.get(number)
                 for match in group.matches if group is not None else ():
                     found.setdefault(join(path, match.name), set()).add(backend)
     return found
@@ -107,6 +107,6 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _shape(conv: nn.Conv2d) -> str:
+def _shape(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
     groups = f" g{conv.groups}" if conv.groups > 1 else ""
     return f"{conv.in_channels}→{conv.out_channels} {'×'.join(map(str, conv.kernel_size))}/{conv.stride[0]}{groups}"

@@ -26,7 +26,12 @@ from resnet_fused.fusion.sandbox import is_immutable
 
 
 class CannotTrace(BaseException):
-    """A forward can't be traced; the message is the reason. No Exception, so that no `except` of a model's code takes it."""
+    """A forward can't be traced; the message is the reason. No Exception, so that no `except` of a model's code takes it.
+
+    `by_size`: whether it asked for the size of a tensor before, so that it may be traced for one size.
+    """
+
+    by_size = False
 
 
 class Watched(NamedTuple):
@@ -113,7 +118,9 @@ def _fault_of_code(code: types.CodeType) -> str | None:
     if tries > 0:
         return "handles exceptions"
     names = {*code.co_names}
-    if {"type", "id", "__class__"} & names or ("isinstance" in names and any(name.endswith("Tensor") for name in names)):
+    # Whether a value is a Tensor its stand-in answers; not of which kind.
+    kinds = any((name.endswith("Tensor") and name != "Tensor") or name in ("Parameter", "Buffer") for name in names)
+    if {"type", "id", "__class__"} & names or ("isinstance" in names and kinds):
         return "asks for the type of a value"
     if "autocast" in names:
         return "switches autocast"
@@ -175,8 +182,7 @@ class Screen:
         if _of_library(code):
             file = code.co_filename[len(_LIBRARY) :].split(os.sep)[0].removesuffix(".py")
             caller = frame.f_back.f_code if frame.f_back is not None else code
-            by_model = not caller.co_filename.startswith(_TRUSTED) and not _of_library(caller)
-            if by_model and file not in _LIBRARY_FILES:
+            if not is_trusted(caller) and file not in _LIBRARY_FILES:
                 raise CannotTrace(f"calls {code.co_name} of Python's {file}")
             return
         self._seen.add(code)
@@ -194,7 +200,7 @@ class Screen:
             names: Any = frame.f_globals
             if name in names:
                 reason = self._fault_of_name(names, name, attributes)
-            elif name in _BUILTINS or (isinstance(getattr(builtins, name, None), type) and name.endswith(("Error", "Warning"))):
+            elif name in _BUILTINS or _is_exception(getattr(builtins, name, None)):
                 reason = None
             else:
                 reason = f"calls {name}"
@@ -244,9 +250,18 @@ class Screen:
         return f"reads the global {path!r}, which may change"
 
 
+def is_trusted(code: types.CodeType) -> bool:
+    """Whether a function is of PyTorch's, Python's or this library."""
+    return code.co_filename.startswith(_TRUSTED) or _of_library(code)
+
+
 def _of_library(code: types.CodeType) -> bool:
     """Whether a function is of Python's own library."""
     return code.co_filename.startswith((_LIBRARY, "<frozen")) and "site-packages" not in code.co_filename
+
+
+def _is_exception(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
 
 
 def _is_typing(value: Any) -> bool:

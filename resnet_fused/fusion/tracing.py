@@ -7,44 +7,52 @@ before anything has an effect. Layers of PyTorch's own, and modules whose forwar
 from __future__ import annotations
 
 import dataclasses
-import dis
 import inspect
 import itertools
-import operator
-import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute, TracerBase
+from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
 
+from resnet_fused.fusion.dims import Dims
+from resnet_fused.fusion.results import is_tensor
 from resnet_fused.fusion.sandbox import HOOKS, Sandbox, is_immutable, is_own
 from resnet_fused.fusion.screening import CannotTrace, Screen, Watched
-from resnet_fused.runtime.folding import is_norm
+from resnet_fused.fusion.shapes import UNKNOWN, Shapes, without_memory
+from resnet_fused.fusion.stand_ins import StandIn
+from resnet_fused.runtime.folding import CONVOLUTIONS, is_norm
 
+# Functions that make tensors of numbers, none of them random.
+_MAKING = frozenset(("arange", "zeros", "ones", "full", "linspace", "eye", "tensor"))
+# Methods of parameters that write to them, or whose result Python itself uses.
+_NOT_NOTED = frozenset(
+    (
+        *(
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__complex__",
+            "__index__",
+            "__contains__",
+            "__iter__",
+            "__array__",
+            "__format__",
+        ),
+        *("__repr__", "__set__", "__delete__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"),
+        *("__ifloordiv__", "__imod__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "backward"),
+        *("register_hook", "retain_grad", "__deepcopy__", "__reduce_ex__", "__setstate__"),
+    )
+)
 # What may be asked of a parameter while tracing: it doesn't change without the parameter.
 _METADATA = (
     *("shape", "size", "dim", "ndim", "dtype", "device", "numel", "is_cuda", "is_floating_point", "is_complex", "layout"),
     *("is_meta", "requires_grad", "__len__", "is_sparse", "is_quantized", "nelement", "itemsize", "element_size"),
-)
-_TENSOR_NAMES = frozenset(dir(Tensor))
-_IMAGE_FUNCTIONS = (
-    "conv2d",
-    "batch_norm",
-    "relu",
-    "relu_",
-    "add",
-    "iadd",
-    "max_pool2d",
-    "avg_pool2d",
-    "silu",
-    "hardswish",
-    "mul",
 )
 
 
@@ -90,7 +98,9 @@ class Trace:
         names: of all attributes that the traced code asks for.
         structure: the result, with fx nodes in the place of tensors.
         arguments: names of forward's arguments that are tensors.
-        images: those of them that forward was told to have four dimensions.
+        dims: how many dimensions forward was told that some of them have.
+        assumes_batches: whether convolutions were taken to read batches where nothing says so.
+        by_size: whether a module is called as a whole that asks for a tensor's size, so that it may be traced for one size.
     """
 
     graph: fx.Graph
@@ -100,106 +110,57 @@ class Trace:
     names: set[str] = field(default_factory=set)
     structure: Any = None
     arguments: tuple[str, ...] = ()
-    images: set[str] = field(default_factory=set)
+    dims: dict[str, int] = field(default_factory=dict)
+    assumes_batches: bool = False
+    by_size: bool = False
 
 
-class _Proxy(fx.Proxy):
-    """A stand-in for a tensor, with a tensor's attributes and no others."""
+class _OwnArithmetic(TorchFunctionMode):
+    """Notes down what a forward computes with its parameters alone, and the tensors that it makes: each call does it again.
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in _TENSOR_NAMES:
-            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        if name == "ndim":
-            return self.dim()
-        return _Attribute(self, name)
+    Ends the trace where that has an effect, or gives something else than a tensor.
+    """
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node", "root", "attr", "_node"):
-            raise CannotTrace(f"assigns the attribute {name!r} of a tensor")
-        object.__setattr__(self, name, value)
-
-    def dim(self) -> Any:
-        return 4 if self.tracer.is_image(self.node) else _Attribute(self, "dim")()  # type: ignore[attr-defined]
-
-    def numel(self) -> Any:
-        if not self.tracer.is_image(self.node):  # type: ignore[attr-defined]
-            return _Attribute(self, "numel")()
-        return _Count(self.tracer.create_node("call_method", "numel", (self.node,), {}), self.tracer)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        raise CannotTrace("writes into elements of a tensor")
-
-    def __bool__(self) -> bool:
-        raise CannotTrace("branches on a tensor's values or size")
-
-    def __iter__(self) -> Any:
-        # `n, c, h, w = x.shape` says how many there must be; a loop doesn't.
-        frame = sys._getframe(1)
-        caller = next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
-        if caller.opname != "UNPACK_SEQUENCE":
-            raise CannotTrace("iterates over a tensor")
-        return iter([self[i] for i in range(caller.argval)])  # type: ignore[index]
-
-    def _in_place(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    # fx's own stand-ins have none of these, so that `x += y` would look like `x = x + y`.
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._in_place(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._in_place(operator.isub, other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._in_place(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._in_place(operator.itruediv, other)
-
-
-class _Attribute(_Proxy, Attribute):
-    """An attribute of a stand-in, or a method of it that is about to be called."""
-
-    __init__ = Attribute.__init__
-    node = Attribute.node
-    __call__ = Attribute.__call__
-
-
-class _Count(_Proxy):
-    """A number of elements. Programs serve tensors that have some."""
-
-    def __eq__(self, other: object) -> Any:
-        return False if other == 0 else super().__eq__(other)
-
-    def __ne__(self, other: object) -> Any:
-        return True if other == 0 else super().__ne__(other)
-
-    def __gt__(self, other: Any) -> Any:
-        return True if other == 0 else super().__gt__(other)  # type: ignore[misc]
-
-    __hash__ = object.__hash__
-
-
-class _NoArithmetic(TorchFunctionMode):
-    """Ends the trace where a forward computes with anything but its stand-ins: the recording would freeze the result."""
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        own, name = func, getattr(func, "__name__", str(func))
+        if self._tracer.finds_shapes:
+            return func(*args, **kwargs)
+        if name in _MAKING and kwargs.get("out") is None:
+            return self._tracer.create_proxy("call_function", func, args, kwargs)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
+            if name in ("T", "mT"):
+                return self._tracer.create_proxy("call_function", getattr, (args[0], name), {})
+            func = None
         if name in _METADATA or name in ("_assert", "is_tensor", "is_storage", "compile") or not isinstance(name, str):
-            return func(*args, **kwargs)
-        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            return own(*args, **kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            raise CannotTrace(f"makes a tensor or asks PyTorch by itself ({name})")
+        writes = (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None or kwargs.get("inplace")
+        if func is None or writes or name in _NOT_NOTED:
             raise CannotTrace(f"computes with its parameters by itself ({name})")
-        raise CannotTrace(f"makes a tensor or asks PyTorch by itself ({name})")
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._tracer.parameter, (args, kwargs))
+        return fx.Proxy.__torch_function__(func, types, args, kwargs)
 
 
 class Tracer(TracerBase):
-    def __init__(self, module: nn.Module, opaque: dict[str, str]) -> None:
+    """Runs one trace.
+
+    Args:
+        module: whose forward is traced.
+        opaque: paths of modules that are called as a whole, and why.
+        inputs: of a trace for one size: tensors without memory in the place of forward's arguments.
+    """
+
+    def __init__(self, module: nn.Module, opaque: dict[str, str], inputs: Sequence[Tensor] | None = None) -> None:
         self.trace = Trace(fx.Graph(), opaque=dict(opaque))
         self.graph = self.trace.graph
         self.module = module
@@ -210,6 +171,11 @@ class Tracer(TracerBase):
             for name, tensor in itertools.chain(owner._parameters.items(), owner._buffers.items()):
                 if tensor is not None:
                     self.tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
+        convolution = next((m for m in module.modules() if isinstance(m, CONVOLUTIONS)), None)
+        self.dims = Dims(module, 4 if convolution is None else convolution.weight.dim())
+        self.shapes = None if inputs is None else Shapes(module, inputs)
+        self.finds_shapes = False
+        self.sizes_asked = 0
         self.mode = self._mode()
         for original, shadow in self.sandbox.shadows():
             vars(shadow)["forward"] = self._recorder(original, shadow)
@@ -219,7 +185,7 @@ class Tracer(TracerBase):
         return torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), torch.is_inference_mode_enabled()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return StandIn(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> fx.Node:
         if self._mode() != self.mode:
@@ -230,10 +196,7 @@ class Tracer(TracerBase):
         if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, Tensor):
-            path = self.tensors.get(id(a))
-            if path is None:
-                raise CannotTrace("uses a tensor that is no parameter or buffer")
-            return self.create_node("get_attr", path, (), {})
+            return self.parameter(a).node
         # fx would make plain containers of them.
         if (isinstance(a, dict) and type(a) is not dict) or (isinstance(a, list) and type(a) is not list):
             raise CannotTrace(f"passes {type(a).__name__} as an argument")
@@ -241,20 +204,41 @@ class Tracer(TracerBase):
             raise CannotTrace(f"passes {type(a).__name__} as an argument")
         return super().create_arg(a)
 
-    def is_image(self, node: fx.Node) -> bool:
-        if node.op == "placeholder":
-            self.trace.images.add(str(node.target))
-            return True
-        if node.op == "call_module":
-            kind = type(self.module.get_submodule(str(node.target)))
-            return issubclass(kind, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)) or is_norm(
-                self.module.get_submodule(str(node.target))
-            )
-        name = str(getattr(node.target, "__name__", node.target))
-        source = node.args[0] if node.args else None
-        if name == "conv2d":
-            return True
-        return name in _IMAGE_FUNCTIONS and isinstance(source, fx.Node) and self.is_image(source)
+    def parameter(self, tensor: Tensor) -> fx.Proxy:
+        """A stand-in for a parameter or buffer."""
+        path = self.tensors.get(id(tensor))
+        if path is None:
+            raise CannotTrace("uses a tensor that is no parameter or buffer")
+        return self.proxy(self.create_node("get_attr", path, (), {}))
+
+    def dims_of(self, node: fx.Node) -> int | None:
+        """How many dimensions a tensor has; None where that isn't known."""
+        shape = self.shape_of(node)
+        if shape is not None:
+            return len(shape)
+        return self.dims.of(node)
+
+    def shape_of(self, node: fx.Node) -> torch.Size | None:
+        """The shape of a tensor in a trace for one size; None where it isn't known."""
+        if self.shapes is None:
+            self.sizes_asked += 1
+            return None
+        value = self._value_of(node)
+        return value.shape if isinstance(value, Tensor) else None
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether the value of a node is known to be a tensor."""
+        if self.shapes is not None and (value := self._value_of(node)) is not UNKNOWN:
+            return isinstance(value, Tensor)
+        return is_tensor(self.module, node)
+
+    def _value_of(self, node: fx.Node) -> Any:
+        assert self.shapes is not None
+        self.finds_shapes = True
+        try:
+            return self.shapes.value(node)
+        finally:
+            self.finds_shapes = False
 
     def _recorder(self, original: nn.Module, shadow: Any) -> Callable[..., Any]:
         """The forward of a shadow: traced through, or one call."""
@@ -273,7 +257,7 @@ class Tracer(TracerBase):
             if path and (is_layer(original) or path in self.trace.opaque):
                 return call_whole(args, kwargs)
             last = next(iter(reversed(self.graph.nodes)), None)
-            inlined = len(self.trace.inlined)
+            inlined, asked = len(self.trace.inlined), self.sizes_asked
             self.trace.inlined.append(path)
             try:
                 function = own_forward(original)
@@ -283,13 +267,17 @@ class Tracer(TracerBase):
                 return result
             except (Exception, CannotTrace) as error:
                 reason = _reason(original, error)
+                by_size = self.sizes_asked > asked
                 if not path or _holds_containers(args, kwargs):
-                    raise CannotTrace(reason) from error
+                    reraised = CannotTrace(reason)
+                    reraised.by_size = by_size
+                    raise reraised from error
+                self.trace.by_size |= by_size
                 # Not traced through, but called as a whole: what was recorded of it is taken back.
                 del self.trace.inlined[inlined:]
                 while (node := next(iter(reversed(self.graph.nodes)), None)) is not last and node is not None:
                     self.graph.erase_node(node)
-                self.trace.opaque[path] = reason
+                self.trace.opaque[path] = reason + (", which the sizes of a call may tell" if by_size else "")
                 return call_whole(args, kwargs)
 
         return forward
@@ -303,10 +291,11 @@ class Tracer(TracerBase):
         screen = Screen()
         try:
             # Under the mode, PyTorch's functions tell of themselves; the screen sees all others.
-            with _NoArithmetic(), screen.active():
+            with _OwnArithmetic(self), screen.active():
                 result = self.sandbox.root.forward(*proxies, **defaults)
         finally:
             trace.watched, trace.names = screen.watched, screen.names
+            trace.dims, trace.assumes_batches = self.dims.arguments, self.dims.assumed
         self.results: list[fx.Node] = []
         trace.structure = self._structure(result)
         self.graph.output(tuple(self.results))
@@ -358,6 +347,11 @@ def _arguments(module: nn.Module, function: Callable[..., Any]) -> tuple[list[st
     return names, {name: value for name, value in defaults.items() if name}
 
 
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that a forward must be given."""
+    return tuple(_arguments(module, own_forward(module))[0])
+
+
 def _holds_containers(args: Any, kwargs: Any) -> bool:
     """Whether a call passes something that the callee may have changed before it failed."""
     return any(isinstance(a, (list, dict, set)) for a in (*args, *kwargs.values()))
@@ -372,8 +366,12 @@ def _reason(module: nn.Module, error: BaseException) -> str:
     return f"forward of {type(module).__name__} can't be traced: {text}"
 
 
-def trace(module: nn.Module) -> Trace:
+def trace(module: nn.Module, inputs: Sequence[Tensor] | None = None) -> Trace:
     """What the module's forward does, with its layers, and what can't be traced through, as calls of a whole.
+
+    Args:
+        module: the module.
+        inputs: of a trace for one size, which holds for arguments of these shapes alone: the arguments.
 
     Raises:
         CannotTrace: the module's own forward can't be traced; the message is the reason.
@@ -381,9 +379,11 @@ def trace(module: nn.Module) -> Trace:
     if torch.nn.modules.module._has_any_global_hook():
         raise CannotTrace("hooks for all modules are registered")
     opaque = {p: f"{type(m).__name__} has hooks" for p, m in module.named_modules() if p and has_hooks(m)}
+    if inputs is not None:
+        inputs = [*map(without_memory, inputs)]
     # A module that its own forward changes, which is seen only afterwards, is called as a whole at the next attempt.
     for _ in range(1 + sum(1 for _ in module.modules())):
-        tracer = Tracer(module, opaque)
+        tracer = Tracer(module, opaque, inputs)
         found = tracer.run()
         changing = [(p, tracer.sandbox.changed(module.get_submodule(p))) for p in dict.fromkeys(found.inlined)]
         changed = {p: f"forward of {_kind(module, p)} changes its attribute {name!r}" for p, name in changing if name}

@@ -24,7 +24,7 @@ from resnet_fused.runtime.executor import Settings, settle
 from resnet_fused.runtime.kept import Kept, Unservable
 from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.plain import stock_step
-from resnet_fused.runtime.program import NONE, FusedStep, Program, from_text, result_format
+from resnet_fused.runtime.program import NONE, FusedStep, Program, from_text, result_format, strides_in
 from resnet_fused.runtime.run import Run
 
 _kept = WeakIdKeyDictionary()
@@ -75,13 +75,16 @@ def _fake(inputs: list[Tensor], parameters: list[Tensor], steps: str, precision:
     for step in program.items:
         assert isinstance(step, FusedStep)
         x = values[step.x]
-        n, c, h, w = x.shape
-        if step.layers[0].pad:
-            left, right, top, bottom = step.layers[0].pad
-            h, w = h + top + bottom, w + left + right
-        problem = Problem(step.steps, (n, c, h, w), Types.of(x.dtype), x.device)
-        format = result_format(step, x, None, parameters)
-        values.append(torch.empty(problem.output_shape(), dtype=x.dtype, device=x.device, memory_format=format))
+        if step.layers[0].conv.dims == 3:  # whose strides depend on the library that stock takes
+            y = stock_step(step, parameters, x, None if step.residual == NONE else values[step.residual])
+            values.append(torch.empty_strided(y.shape, y.stride(), dtype=x.dtype, device=x.device))
+            continue
+        padded, pad = [*x.shape], step.layers[0].pad
+        for place in range(0, len(pad), 2):
+            padded[-1 - place // 2] += pad[place] + pad[place + 1]
+        shape = Problem(step.steps, tuple(padded), Types.of(x.dtype), x.device).output_shape()
+        strides = strides_in(shape, result_format(step, x, None, parameters))
+        values.append(torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device))
     return [values[value.number] for value in program.outputs]
 
 

@@ -20,7 +20,10 @@ def _vmapped() -> bool:
 
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
-    """Stock PyTorch's rule for a convolution's result: channels_last if the input or a weight is, else contiguous."""
+    """Stock PyTorch's rule for a convolution's result: channels_last if the input or a weight is, else contiguous.
+
+    In one dimension and in three, where formats have other names or none, channels_last stands for channels in the last place.
+    """
     if _vmapped():
         return torch.contiguous_format  # tensors can't be asked for another
     # Tensors without strides have no format to ask for.
@@ -29,12 +32,12 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
 
 
 def suggests_channels_last(x: Tensor) -> bool:
-    """Whether stock PyTorch takes a tensor of four dimensions for channels_last, by its strides.
+    """Whether stock PyTorch takes a tensor for channels_last, by its strides. In one dimension it is asked as one of height 1.
 
-    Source: c10/core/MemoryFormat.h, is_channels_last_strides_2d.
+    Source: c10/core/MemoryFormat.h, is_channels_last_strides_2d and 3d.
     """
     smallest = 0
-    for dim in (1, 3, 2, 0):
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
         size, stride = x.shape[dim], x.stride(dim)
         # The last is of tensors of one value an image, whose strides tell nothing.
         if (dim == 1 and stride == 0) or size == 0 or stride < smallest or (dim == 0 and smallest == x.stride(1)):

@@ -6,6 +6,7 @@ to the caller, has the strides that it would have in stock PyTorch.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.backends import NO_PARAMETERS, BackendError, Declined, JoinableKernel, Precision, Problem, choice
-from resnet_fused.backends.binding import bind, bind_if_better
+from resnet_fused.backends import (
+    NO_PARAMETERS,
+    BackendError,
+    ConvParameters,
+    Declined,
+    JoinableKernel,
+    Precision,
+    Problem,
+    choice,
+)
+from resnet_fused.backends.binding import Bound, bind, bind_if_better
 from resnet_fused.backends.problem import FIRST_RESULT, Linear, Pointwise, Types, X
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.kept import Unservable
@@ -24,6 +34,7 @@ from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.plain import stock_step
 from resnet_fused.runtime.program import Call, FusedStep, Program, Value, fill, in_format, result_format
 from resnet_fused.runtime.run import Operation, Run, without_residual
+from resnet_fused.runtime.views import View, in_view, viewed_problem
 
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -65,6 +76,10 @@ def settle(
     return _Settling(program, inputs, parameters, folded, settings, module).run()
 
 
+class _NoBatch(Unservable):
+    """A convolution's input has another number of dimensions than a batch."""
+
+
 class _Settling:
     def __init__(
         self,
@@ -95,7 +110,7 @@ class _Settling:
                 else:
                     begun = begun or not item.pure
                     self._call(item, number)
-            except BackendError:
+            except (BackendError, Unservable):
                 raise
             except Exception as error:
                 if begun:
@@ -159,7 +174,9 @@ class _Settling:
     def _step(self, step: FusedStep, number: int) -> None:
         try:
             self._fused(step, number)
-        except Unservable:
+        except Unservable as reason:
+            if isinstance(reason, _NoBatch) and self.program.batches:
+                raise
             # By what the step was made of, which does all that stock does.
             for read in step.reads:
                 self._as_stock(read)
@@ -172,7 +189,7 @@ class _Settling:
 
         def in_stocks_format(*given: Tensor) -> Tensor:
             y = run(*(in_format(x, f) if isinstance(x, Tensor) else x for x, f in zip(given, formats, strict=True)))
-            return y if format is None else y.contiguous(memory_format=format)
+            return in_format(y, format)
 
         return in_stocks_format
 
@@ -200,7 +217,7 @@ class _Settling:
         padded = step._replace(layers=(layer._replace(pad=()),))
 
         def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            return stock_step(padded, parameters, x, residual).contiguous(memory_format=torch.channels_last)
+            return in_format(stock_step(padded, parameters, x, residual), torch.channels_last)
 
         return run
 
@@ -208,9 +225,9 @@ class _Settling:
         x = self.values[step.x]
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             raise Unservable("a convolution's input is no strided tensor")
-        if x.dim() != 4:
-            raise Unservable(f"a convolution's input has {x.dim()} dimensions, not four")
         first = step.layers[0]
+        if x.dim() != first.conv.dims + 2:
+            raise _NoBatch(f"a convolution's input has {x.dim()} dimensions, not {first.conv.dims + 2}")
         weight = self.parameters[first.tensors[0]]
         if x.numel() == 0:
             raise Unservable("a convolution's input is empty")
@@ -219,7 +236,7 @@ class _Settling:
         source, pad, mode = step.x, list(first.pad), first.pad_mode
         if pad:
             source = self._derive(lambda x: F.pad(x, pad, mode), source)
-            if mode == "circular":
+            if mode == "circular" or x.dim() == 3:
                 self.formats[source] = None  # which gives a contiguous result of any input
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype):
@@ -227,6 +244,12 @@ class _Settling:
                 source = self._derive(lambda x: x.to(dtype), source)
         elif weight.dtype != x.dtype:
             raise Unservable(f"the input is {x.dtype} and the weight {weight.dtype}")
+        # On other devices stock's own kernels compute what isn't on images, in its own format.
+        view = step.view if x.device.type == "cpu" else View.SAME
+        own_format = view is View.SAME and first.conv.dims != 2 and x.device.type != "cpu"
+        if own_format:
+            for read in (source, *step.reads[1:]):
+                self._as_stock(read)
         x = self.values[source]
         format = result_format(step, x, self.formats[source], self.parameters)
         for own in step.layers:
@@ -234,23 +257,24 @@ class _Settling:
                 raise Unservable("a batch norm's parameters have another dtype, to which it casts its result")
         if weight.device != x.device:
             raise Unservable(f"the input is on {x.device} and the weight on {weight.device}")
-        if self.step_readers[source] > 1 and not x.is_contiguous(memory_format=torch.channels_last):
+        if self.step_readers[source] > 1 and not own_format:
             source = self._in_channels_last(source)
             x = self.values[source]
         reads = (source, *step.reads[1:])
         problem = self._problem(step, x)
-        if any(own.promotes for own in step.layers) and problem.output_shape()[2:] == (1, 1):
+        if any(own.promotes for own in step.layers) and math.prod(problem.output_shape()[2:]) == 1:
             raise Unservable("of one pixel, what a batch norm written out gives has strides that depend on how it is written")
         residual = self.values[step.residual] if len(reads) > 1 else None
         self._check_residual(step, problem, residual, format, number)
-        folded = self.folded.step(step.layers, self.parameters, x.dtype)
-        bound = bind(problem, folded, choice(self.settings.backend))
+        folded = self.folded.step(step.layers, self.parameters, x.dtype, view)
+        problem = viewed_problem(problem, view)
+        bound = self._bind(problem, folded)
         self.made.note_kernel(number, problem, bound, folded)
-        kernel = bound.kernel
+        kernel = in_view(bound.kernel, view)
         run: Callable[..., Any] = kernel if residual is not None else without_residual(kernel)
-        joinable = kernel if isinstance(kernel, JoinableKernel) and residual is None else None
+        joinable = bound.kernel if isinstance(bound.kernel, JoinableKernel) and residual is None else None
         plain = self._plain_padded(step) if pad else self._plain(step, number, torch.channels_last)
-        self._do(Operation(run, reads, (number,), joinable, plain))
+        self._do(Operation(run, reads, (number,), joinable, plain, view))
         self.formats[number] = format
 
     def _derive(self, make: Callable[[Tensor], Tensor], source: int) -> int:
@@ -263,18 +287,27 @@ class _Settling:
 
     def _in_channels_last(self, number: int) -> int:
         """The number of a value in channels_last, for all that read it so: itself, or one that is made of it."""
-        if self.values[number].is_contiguous(memory_format=torch.channels_last):
+        if _channels_are_last(self.values[number]):
             return number
         if number not in self.converted:
-            made = self._derive(lambda x: x.contiguous(memory_format=torch.channels_last), number)
+            made = self._derive(lambda x: in_format(x, torch.channels_last), number)
             self.formats[made] = self.formats[number] or torch.contiguous_format
             self.converted[number] = made
         return self.converted[number]
 
+    def _bind(self, problem: Problem, parameters: ConvParameters) -> Bound:
+        chosen = choice(self.settings.backend)
+        try:
+            return bind(problem, parameters, chosen)
+        except BackendError as error:
+            if all(conv.dims == 2 for conv in problem.convs):
+                raise
+            # Who chooses a backend chooses it for what it may have kernels for.
+            raise Unservable(str(error)) from error
+
     def _problem(self, step: FusedStep, x: Tensor) -> Problem:
-        n, c, h, w = x.shape
-        types = Types.of(x.dtype)
-        return Problem(step.steps, (n, c, h, w), types, x.device, torch.channels_last, self.settings.precision)
+        layout = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+        return Problem(step.steps, tuple(x.shape), Types.of(x.dtype), x.device, layout, self.settings.precision)
 
     def _check_residual(
         self, step: FusedStep, problem: Problem, residual: Any, format: torch.memory_format, number: int
@@ -320,13 +353,13 @@ class _Settling:
             self.converted.clear()  # views of what it writes to are values, too
         self._do(Operation(_caller(call, self.module), reads, (number,)))
         value = self.values[number]
-        if isinstance(value, Tensor) and value.dim() == 4:
+        if isinstance(value, Tensor) and 3 <= value.dim() <= 5:
             self.formats[number] = format
 
     def _is_image(self, number: int) -> bool:
         """Whether a value has a memory format."""
         value = self.values[number]
-        return isinstance(value, Tensor) and value.dim() == 4 and not _same_in_both(value)
+        return isinstance(value, Tensor) and 3 <= value.dim() <= 5 and not _same_in_both(value)
 
     def _common_format(self, call: Call) -> torch.memory_format | None:
         """The format of stock's result of a call that doesn't depend on its inputs' formats.
@@ -335,6 +368,9 @@ class _Settling:
         """
         images = [number for number in call.reads if self._is_image(number)]
         others = [self.values[number] for number in call.reads if number not in images]
+        dims = {self.values[number].dim() for number in images}
+        if len(dims) != 1 or (dims != {4} and not call.elementwise):
+            return None
         formats = {self.formats[number] or _format_of(self.values[number]) for number in images}
         if None in formats or all(self.formats[number] is None for number in images):
             return None
@@ -342,7 +378,7 @@ class _Settling:
             if others:
                 return None
             return formats.pop() if len(formats) == 1 else torch.contiguous_format
-        if len(formats) > 1 or any(isinstance(value, Tensor) and value.dim() not in (0, 4) for value in others):
+        if len(formats) > 1 or any(isinstance(value, Tensor) and value.dim() not in (0, *dims) for value in others):
             return None
         (format,) = formats
         # What a mean of channels_last gives is contiguous or not by its dimensions.
@@ -393,12 +429,16 @@ def _format_of(x: Tensor) -> torch.memory_format | None:
     """The memory format of a tensor as a result of stock's would have it; None if it has neither."""
     if x.is_contiguous():
         return torch.contiguous_format
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
+    return torch.channels_last if _channels_are_last(x) else None
+
+
+def _channels_are_last(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
 
 
 def _same_in_both(x: Tensor) -> bool:
     """Whether a tensor's sizes make contiguous and channels_last the same."""
-    return x.dim() == 4 and (x.shape[1] == 1 or (x.shape[2] == 1 and x.shape[3] == 1))
+    return 3 <= x.dim() <= 5 and (x.shape[1] == 1 or math.prod(x.shape[2:]) == 1)
 
 
 def _caller(call: Call, module: nn.Module | None) -> Callable[..., Any]:

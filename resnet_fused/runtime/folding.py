@@ -69,12 +69,18 @@ def _check_common(module: nn.Module, kind: str) -> None:
             raise NotFoldable(f"the {kind}'s {name} is on the meta device")
 
 
-def check_conv(conv: nn.Module) -> nn.Conv2d:
-    """`conv` if it is a plain nn.Conv2d whose weight may be scaled; raises NotFoldable with the reason otherwise."""
-    if not isinstance(conv, nn.Conv2d):
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""PyTorch's layers of one, two and three dimensions."""
+
+
+def check_conv(conv: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """`conv` if it is a plain convolution whose weight may be scaled; raises NotFoldable with the reason otherwise."""
+    if not isinstance(conv, CONVOLUTIONS):
         raise NotFoldable(f"{type(conv).__name__} is not nn.Conv2d")
-    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
-        raise NotFoldable(f"{type(conv).__name__} computes something else than nn.Conv2d")
+    stock = next(kind for kind in CONVOLUTIONS if isinstance(conv, kind))
+    if type(conv).forward is not stock.forward or type(conv)._conv_forward is not stock._conv_forward:
+        raise NotFoldable(f"{type(conv).__name__} computes something else than nn.{stock.__name__}")
     _check_common(conv, "convolution")
     if not conv.weight.is_floating_point():
         raise NotFoldable(f"the convolution's weight is {conv.weight.dtype}, not a floating-point type")
@@ -86,9 +92,16 @@ def is_norm(module: nn.Module) -> bool:
 
     A class of torch's with a forward of its own, such as timm's BatchNormAct2d, is none: its forward tells what it computes.
     """
-    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+    if isinstance(module, (*NORMS, nn.SyncBatchNorm)):
         return type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
     return type(module).__name__ == "FrozenBatchNorm2d"
+
+
+def dims_of_norm(norm: nn.Module) -> int | None:
+    """How many spatial dimensions a batch norm takes; None for any number."""
+    if isinstance(norm, nn.SyncBatchNorm):
+        return None
+    return next((dims for dims, kind in enumerate(NORMS, 1) if isinstance(norm, kind)), 2)
 
 
 def check_norm(norm: nn.Module) -> nn.Module:
@@ -96,8 +109,8 @@ def check_norm(norm: nn.Module) -> nn.Module:
     if not is_norm(norm):
         raise NotFoldable(f"{type(norm).__name__} is not a batch norm")
     _check_common(norm, "batch norm")
-    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        base = nn.BatchNorm2d if isinstance(norm, nn.BatchNorm2d) else nn.SyncBatchNorm
+    if isinstance(norm, (*NORMS, nn.SyncBatchNorm)):
+        base = nn.SyncBatchNorm if isinstance(norm, nn.SyncBatchNorm) else nn.BatchNorm2d  # whose forward all of them share
         if type(norm).forward is not base.forward:
             raise NotFoldable(f"{type(norm).__name__} computes something else than nn.{base.__name__}")
         if norm.training:
@@ -120,7 +133,7 @@ def probe(norm: nn.Module) -> None:
     Raises:
         NotFoldable: it computes something else.
     """
-    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+    if isinstance(norm, (*NORMS, nn.SyncBatchNorm)):
         return
     mean, var, gamma, beta = (getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias"))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
@@ -139,7 +152,7 @@ def check_overflow(weight: Tensor, shift: Sequence[Tensor | None], var: Tensor, 
     if weight.dtype != torch.float16 or weight.numel() == 0:
         return
     scale = ((var.double() + eps).rsqrt() * (1 if gamma is None else gamma.double())).abs()
-    largest = [weight.detach().double().abs().amax(dim=(1, 2, 3)), *(t.detach().double().abs() for t in shift if t is not None)]
+    largest = [weight.detach().double().abs().flatten(1).amax(1), *(t.detach().double().abs() for t in shift if t is not None)]
     if is_finite(weight) and not all(bool((t * scale <= torch.finfo(weight.dtype).max).all()) for t in largest):
         raise NotFoldable(f"the folded parameters overflow {weight.dtype}")
 

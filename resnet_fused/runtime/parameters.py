@@ -14,6 +14,7 @@ from resnet_fused.runtime.folding import affine, is_finite, scale_filters
 from resnet_fused.runtime.kept import Look, Unservable
 from resnet_fused.runtime.program import NONE, Layer
 from resnet_fused.runtime.released import ReleasedParameter
+from resnet_fused.runtime.views import View, viewed_weight
 
 
 def with_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -50,10 +51,15 @@ class Parameters:
         self._kept: weakref.WeakValueDictionary[tuple[object, ...], LazyConvParameters] = weakref.WeakValueDictionary()
         self._sources: weakref.WeakKeyDictionary[LazyConvParameters, list[Tensor]] = weakref.WeakKeyDictionary()
 
-    def layer(self, layer: Layer, parameters: Sequence[Tensor], dtype: torch.dtype) -> LazyConvParameters:
-        """A layer's folded parameters in a dtype."""
+    def layer(self, layer: Layer, parameters: Sequence[Tensor], dtype: torch.dtype, view: View) -> LazyConvParameters:
+        """A layer's folded parameters in a dtype, for the convolution that it is in a view."""
         tensors = [None if number == NONE else parameters[number] for number in layer.tensors]
-        return self._get((layer.conv, layer.eps, dtype), tensors, lambda: fold_weights(layer, tensors, dtype))
+
+        def make() -> tuple[Tensor, Tensor]:
+            weight, bias = fold_weights(layer, tensors, dtype)
+            return viewed_weight(weight, view), bias
+
+        return self._get((layer.conv, layer.eps, dtype, view), tensors, make)
 
     def _get(
         self, kind: tuple[object, ...], tensors: Sequence[Tensor | None], make: Callable[[], tuple[Tensor, Tensor]]
@@ -72,9 +78,11 @@ class Parameters:
         for folded, given in self._sources.items():
             folded.unchanged = Look(with_memory(given)).unchanged
 
-    def step(self, layers: Sequence[Layer], parameters: Sequence[Tensor], dtype: torch.dtype) -> ConvParameters:
+    def step(
+        self, layers: Sequence[Layer], parameters: Sequence[Tensor], dtype: torch.dtype, view: View = View.SAME
+    ) -> ConvParameters:
         """Folded parameters of a step's layers together."""
-        return ConvParameters.joined([self.layer(layer, parameters, dtype) for layer in layers])
+        return ConvParameters.joined([self.layer(layer, parameters, dtype, view) for layer in layers])
 
     def linear(self, weight: Tensor, bias: Tensor) -> LazyConvParameters:
         """A classifier's parameters, as those of a convolution on one pixel."""

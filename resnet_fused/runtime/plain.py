@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends.activation import activated
+from resnet_fused.backends.functions import CONVOLUTIONS, POOLS
 from resnet_fused.runtime.program import NONE, FusedStep, Layer
 
 
@@ -22,7 +23,7 @@ def stock_step(step: FusedStep, parameters: Sequence[Tensor], x: Tensor, residua
             assert added[0] is not None
             y = y + added[0]
         y = activated(y, layer.epilogue, inplace=True)
-        values.append(y if layer.epilogue.pool is None else F.max_pool2d(y, *layer.epilogue.pool))
+        values.append(y if layer.epilogue.pool is None else POOLS[layer.conv.dims](y, *layer.epilogue.pool))
     assert values[-1] is not None
     return values[-1]
 
@@ -34,5 +35,5 @@ def _sums(layer: Layer, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         x = F.pad(x, list(layer.pad), layer.pad_mode)
     conv = layer.conv
     assert weight is not None
-    y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = CONVOLUTIONS[conv.dims](x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     return F.batch_norm(y, mean, var, gamma, beta, False, 0.0, layer.eps) if layer.normed else y

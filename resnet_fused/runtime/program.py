@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from resnet_fused.backends import Activation, Conv, Epilogue, Pool
 from resnet_fused.backends.problem import FIRST_RESULT, Step, X
 from resnet_fused.runtime.calls import memory_format
+from resnet_fused.runtime.views import View, view_of
 
 NONE = -1
 
@@ -26,11 +28,13 @@ class Layer(NamedTuple):
 
     Attributes:
         conv: geometry.
-        pad, pad_mode: what F.pad adds before (left, right, top, bottom), for padding modes and uneven padding.
+        pad, pad_mode: what F.pad adds before (left, right, top, bottom; of each dimension, the last one first), for padding
+            modes and uneven padding.
         eps: of the batch norm.
         tensors: numbers of weight, bias, mean, var, gamma, beta and the count of training steps among the program's parameters;
             NONE where there is none. Training moves mean and variance without their version counters, and counts its steps.
         promotes: whether the batch norm's result has the wider of its input's dtype and its own.
+        renews: whether what follows makes a tensor of its own in stock.
         epilogue: what follows.
         reads: numbers of the values that it reads, as a problem's steps have them.
     """
@@ -41,6 +45,7 @@ class Layer(NamedTuple):
     eps: float
     tensors: tuple[int, ...]
     promotes: bool = False
+    renews: bool = False
     epilogue: Epilogue = Epilogue()
     reads: tuple[int, ...] = (X,)
 
@@ -72,6 +77,11 @@ class FusedStep(NamedTuple):
         return (self.x,) if self.residual == NONE else (self.x, self.residual)
 
     @property
+    def view(self) -> View:
+        """How kernels for images see its values: all of its layers in the same way."""
+        return view_of(self.layers[0].conv)
+
+    @property
     def steps(self) -> tuple[Step, ...]:
         """As a problem has them."""
         return tuple(layer.step for layer in self.layers)
@@ -86,6 +96,7 @@ class Call(NamedTuple):
         args, kwargs: with `Value` in the place of values.
         reads: numbers of the values among them.
         transparent: whether what it computes, and the format of its result, don't depend on its input's memory format.
+        elementwise: whether it is computed value by value, so that its result has its input's format in any dimensions.
         fast: whether it is a layer, without hooks, that a kernel of ours may take over.
         pure: whether nobody notices if it is called twice: it draws no random numbers and runs no code of the model's.
         writes: whether it may write to its inputs.
@@ -97,6 +108,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     reads: tuple[int, ...]
     transparent: bool
+    elementwise: bool = False
     fast: bool = False
     pure: bool = True
     writes: bool = True
@@ -116,12 +128,14 @@ class Program(NamedTuple):
         items: fused steps and calls in their order.
         outputs: the result: `Value` in tuples, lists, dicts, dataclasses.
         plain: by the number of a fused step's value, the same in stock: a program of calls on what the step reads.
+        batches: whether it holds only where every convolution reads a batch.
     """
 
     inputs: int
     items: tuple[FusedStep | Call, ...]
     outputs: Any
     plain: Mapping[int, Program] = {}
+    batches: bool = False
 
 
 def to_text(inputs: int, steps: Sequence[FusedStep], outputs: Sequence[int]) -> str:
@@ -142,17 +156,13 @@ def _step(fields: Sequence[Any]) -> FusedStep:
 
 
 def _layer(fields: Sequence[Any]) -> Layer:
-    conv, pad, pad_mode, eps, tensors, promotes, epilogue, reads = fields
+    conv, pad, pad_mode, eps, tensors, promotes, renews, epilogue, reads = fields
     in_channels, out_channels, kernel, stride, padding, dilation, groups = conv
-    geometry = Conv(in_channels, out_channels, _pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups)
+    geometry = Conv(in_channels, out_channels, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
     residual, activation, pool, bias, slope = epilogue
-    window = None if pool is None else Pool(*map(_pair, pool))
+    window = None if pool is None else Pool(*map(tuple, pool))
     following = Epilogue(residual, Activation(activation), window, bias, slope)
-    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes, following, tuple(reads))
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    return values[0], values[1]
+    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes, renews, following, tuple(reads))
 
 
 def fill(template: Any, value_of: Callable[[int], Any]) -> Any:
@@ -188,34 +198,62 @@ def result_format(
         parameters: the program's.
     """
     # The strides of one value an image tell nothing.
-    one = x.shape[1] == x.shape[2] == x.shape[3] == 1
+    one = math.prod(x.shape[1:]) == 1
     given = memory_format(x) == torch.channels_last if format is None else format == torch.channels_last and not one
-    # Whether a value is channels_last, and its height and width, by its number. Of a sum they are those of its first operand.
-    values: dict[int, tuple[bool, int, int]] = {X: (given, x.shape[2], x.shape[3])}
+    # Whether a value is channels_last, and its spatial size, by its number. Of a sum they are those of its first operand.
+    values: dict[int, tuple[bool, tuple[int, ...]]] = {X: (given, x.shape[2:])}
     for number, layer in enumerate(step.layers, FIRST_RESULT):
-        channels_last, h, w = values[layer.reads[0]]
-        channels_last = channels_last or memory_format(parameters[layer.tensors[0]]) == torch.channels_last
-        h, w = layer.conv.output_size(h, w)
-        values[number] = channels_last, h, w
+        channels_last, size = values[layer.reads[0]]
+        weight = parameters[layer.tensors[0]]
+        # In one dimension the input is made contiguous.
+        channels_last = (channels_last and layer.conv.dims > 1) or memory_format(weight) == torch.channels_last
+        if channels_last and layer.conv.dims == 3:
+            channels_last = _keeps_channels_last_3d((x.shape[0], layer.conv.in_channels, *size), x, layer, weight)
+        size = layer.conv.output_size(*size)
+        values[number] = channels_last, size
+        one, single = math.prod(size) == 1, layer.conv.out_channels == 1
         if not layer.normed:
+            # Where both formats hold, what makes a new tensor makes a contiguous one.
+            values[number] = channels_last and not (layer.renews and (one or single)), size
+            continue
+        if layer.conv.dims == 1:
+            values[number] = False, size  # a batch norm in one dimension knows but contiguous results
             continue
         # Where both formats hold, stock's batch norm gives a contiguous result; one written out in sums and products does for
         # one value a channel alone.
-        if (h == w == 1 and (x.shape[0] == 1 or not layer.promotes)) or (layer.conv.out_channels == 1 and not layer.promotes):
+        if (one and (x.shape[0] == 1 or not layer.promotes)) or (single and not layer.promotes):
             # On a GPU it is the activation's that is contiguous.
             plain = step.layers[-1].epilogue.activation is Activation.NONE
-            values[number] = channels_last and x.is_cuda and plain, h, w
+            values[number] = channels_last and x.is_cuda and plain, size
     return torch.channels_last if values[FIRST_RESULT + len(step.layers) - 1][0] else torch.contiguous_format
+
+
+def _keeps_channels_last_3d(shape: Sequence[int], like: Tensor, layer: Layer, weight: Tensor) -> bool:
+    """Whether stock's convolution of a channels_last_3d tensor gives one, which depends on the library that it takes."""
+    conv = layer.conv
+    x = torch.empty_strided(shape, strides_in(shape, torch.channels_last), dtype=like.dtype, device=like.device)
+    weight = torch.empty_strided(weight.shape, weight.stride(), dtype=like.dtype, device=like.device)
+    geometry = ([*conv.stride], [*conv.padding], [*conv.dilation], False, [0] * conv.dims, conv.groups)
+    library = torch._C._select_conv_backend(x, weight, None, *geometry, None)
+    return torch._C._conv_determine_backend_memory_format(x, weight, library) == torch.channels_last_3d
 
 
 def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:
     """y with exactly the strides of a new tensor of the format; y itself where it has them, or `format` is None."""
-    if format is None or y.dim() != 4:
+    if format is None or not 3 <= y.dim() <= 5:
         return y
-    _, c, h, w = y.shape
-    strides = (c * h * w, 1, w * c, c) if format == torch.channels_last else (c * h * w, h * w, w, 1)
+    strides = strides_in(y.shape, format)
     if y.stride() == strides:
         return y
-    if y.is_contiguous(memory_format=format):
+    if all(size == 1 or own == given for size, own, given in zip(y.shape, strides, y.stride(), strict=True)):
         return y.as_strided(y.shape, strides)  # they differ only where a size is 1
-    return torch.empty_like(y, memory_format=format).copy_(y)
+    return torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).copy_(y)
+
+
+def strides_in(shape: Sequence[int], format: torch.memory_format) -> tuple[int, ...]:
+    """Strides of a new tensor, (N, C, …), in a format; channels_last is channels in the last place, of whatever dimensions."""
+    strides, step = [0] * len(shape), 1
+    inner = [*range(len(shape) - 1, 0, -1)] if format == torch.contiguous_format else [1, *range(len(shape) - 1, 1, -1)]
+    for dim in (*inner, 0):
+        strides[dim], step = step, step * shape[dim]
+    return tuple(strides)

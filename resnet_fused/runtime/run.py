@@ -13,6 +13,7 @@ from resnet_fused.backends.binding import Bound, join
 from resnet_fused.backends.problem import FIRST_RESULT, X
 from resnet_fused.runtime.program import Program, Value, fill
 from resnet_fused.runtime.replay import Replay, replayable
+from resnet_fused.runtime.views import View, in_view
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Operation:
     """What a run does in one go: values[writes] = run(*values of reads); then `frees` aren't needed any more.
 
     `joinable`: the kernel, where it can be joined with the next one's. `plain`: the same in stock's ops, for values that a
-    kernel declines.
+    kernel declines. `view`: in which the kernel sees its values.
     """
 
     run: Callable[..., Any]
@@ -28,6 +29,7 @@ class Operation:
     writes: tuple[int, ...]
     joinable: JoinableKernel | None = None
     plain: Callable[..., Any] | None = None
+    view: View = View.SAME
     frees: list[int] = field(default_factory=list)
 
 
@@ -115,6 +117,7 @@ class Run:
                 before is not None
                 and before.joinable is not None
                 and operation.joinable is not None
+                and operation.view is before.view
                 and operation.reads == before.writes
                 and readers[before.writes[0]] == 1
                 and before.writes[0] not in kept
@@ -138,6 +141,7 @@ def _join(row: list[Operation]) -> Operation:
         return row[0]
     kernels = [operation.joinable for operation in row if operation.joinable is not None]
     joined = join(kernels, [(X if i == 0 else FIRST_RESULT + i - 1,) for i in range(len(kernels))])
+    joined = in_view(joined, row[0].view)
 
     def plain(x: Tensor) -> Tensor:
         for operation in row:

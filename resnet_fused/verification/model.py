@@ -111,7 +111,7 @@ def _blocks(fused: nn.Module) -> list[str]:
     found = []
     for path, module in fused.named_modules():
         fast = path_of(module)
-        built = None if fast is None else fast.trace()
+        built = None if fast is None else fast.traces.for_report()
         for group in built.groups.values() if built is not None else ():
             names = [match.name.split(".") for match in group.matches]
             if len(names) > 1:

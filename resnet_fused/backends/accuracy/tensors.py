@@ -18,7 +18,7 @@ def activations(
     seed: int = 0,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Tensor:
-    """Normal values of a shape, (N, C, H, W)."""
+    """Normal values of a shape, such as (N, C, H, W)."""
     values = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
     return values.normal_(generator=torch.Generator(device).manual_seed(seed))
 
@@ -50,6 +50,6 @@ def parameters_of(problem: Problem, seed: int = 2) -> ConvParameters:
 def with_nan_and_inf(x: Tensor) -> Tensor:
     """A copy with a NaN in the middle and an Inf in the last corner."""
     x = x.clone()
-    x[x.shape[0] // 2, x.shape[1] // 2, x.shape[2] // 2, x.shape[3] // 2] = math.nan
-    x[-1, -1, -1, -1] = math.inf
+    x[tuple(size // 2 for size in x.shape)] = math.nan
+    x[(-1,) * x.dim()] = math.inf
     return x

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import Declined, Epilogue, JoinableKernel
+from resnet_fused.backends.problem import Shape
 
 
 class Chain:
@@ -24,7 +25,7 @@ class Chain:
 
     X, RESIDUAL = 0, 1
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         self._library = torch.ops.resnet_fused_cpu
         self.id = self._library.new_chain(shape, dtype == torch.bfloat16)
         # Not through the dispatcher: a chain may be collected while a mode watches or traces another model's operators.
@@ -85,7 +86,7 @@ class ChainKernel(JoinableKernel):
         Declined: x, or a result in between, holds values that Winograd can't be trusted with (csrc/cpu/uneven.h).
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, record: Record) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, record: Record) -> None:
         self.shape, self.dtype, self.record = shape, dtype, record
         self.chain: Chain | None = None
         self._run = torch.ops.resnet_fused_cpu.run_chain.default

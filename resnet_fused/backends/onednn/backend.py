@@ -69,6 +69,8 @@ class OneDNN(Backend):
 def _stock_is_faster(problem: Problem) -> bool:
     """Whether stock PyTorch computes the problem without oneDNN, which it does for one small image, and sooner."""
     conv = problem.conv
+    if conv.dims != 2:
+        return False
     n, c, h, w = problem.shape
     if problem.dtype != torch.float32 or n > 1 or conv.groups > 1 or min(conv.kernel) > 3 or c * h * w > 20480:
         return False

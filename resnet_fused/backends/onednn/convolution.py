@@ -9,6 +9,8 @@ which was measured to cost less than a look at all of x.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,14 @@ class PointwiseConvolution(Implementation):
     """mkldnn::_convolution_pointwise and its .binary overload, as TorchInductor uses them."""
 
     name = "convolution with post-ops"
-    kinds = frozenset({Kind.CONVOLUTION})
+    kinds = frozenset({Kind.CONVOLUTION, Kind.CONVOLUTION_ND})
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.epilogue.pool is not None or not problem.epilogue.bias:
             return f"it has no kernel for {problem.label} as a whole"
-        if problem.conv.fails_in_channels_last(problem.shape[3]):
+        if problem.conv.dims == 1:
+            return "one dimension is served as images of height 1"
+        if problem.conv.fails_in_channels_last(problem.shape[-1]):
             return "oneDNN fails on this geometry in channels_last"
         return None
 
@@ -40,22 +44,23 @@ class PointwiseConvolution(Implementation):
             (weight,), (bias,) = parameters.tensors()
             weight, bias = weight.detach().contiguous(), bias.detach()
             packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(problem.shape))
-            gain = weight.double().abs().sum((1, 2, 3)).max().item()
+            gain = weight.double().abs().flatten(1).sum(1).max().item()
             return packed, bias, gain, bias.double().abs().max().item()
 
         # One packing serves every input shape: oneDNN reorders where its choice for another shape differs.
         weight, bias, gain, offset = parameters.pack(("onednn", problem.types.source), pack)
         relu, add_inside = problem.epilogue.relu, _adds_inside(problem)
-        channels_last = problem.memory_format == torch.channels_last
+        layout = torch.channels_last if conv.dims == 2 else torch.channels_last_3d
+        channels_last = problem.memory_format == layout
         # What rounding adds to results is less than the other half. In float16 bounds of some layers are above its range.
         limit = torch.finfo(problem.types.source).max / 2 if problem.types.source != torch.float16 else -torch.inf
         pointwise = torch.ops.mkldnn._convolution_pointwise.default
         binary = torch.ops.mkldnn._convolution_pointwise.binary
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=layout)
             if residual is not None:
-                residual = residual.contiguous(memory_format=torch.channels_last)
+                residual = residual.contiguous(memory_format=layout)
             bound = torch.inf
             if bounds.kept() and (residual is None or add_inside):
                 bound = gain * bounds.of(x) + offset + (0.0 if residual is None else bounds.of(residual))
@@ -84,5 +89,5 @@ def _adds_inside(problem: Problem) -> bool:
     fifth faster for the largest results. The post-op isn't served for grouped convolutions, nor by PyTorch 2.11 where the
     result has one channel or one pixel, whose strides don't tell channels_last from contiguous.
     """
-    _, channels, height, width = problem.output_shape()
-    return problem.types.source != torch.float32 and problem.conv.groups == 1 and channels > 1 and height * width > 1
+    _, channels, *size = problem.output_shape()
+    return problem.types.source != torch.float32 and problem.conv.groups == 1 and channels > 1 and math.prod(size) > 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resnet_fused.backends import Backend, ConvParameters, Implementation, Kernel
 from resnet_fused.backends.activation import activated
+from resnet_fused.backends.functions import CONVOLUTIONS, POOLS
 from resnet_fused.backends.implementation import in_turn
 from resnet_fused.backends.problem import Activation, Conv, Kind, Linear, Pointwise, Problem, Step
 from resnet_fused.backends.reference.batch_norm import BatchNorm
@@ -17,10 +18,10 @@ from resnet_fused.backends.training_conv import STOCKS, TrainingConvKernels
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-    """conv2d(x, weight) + bias."""
-    if conv.fails_in_channels_last(x.shape[3]):
+    """conv2d(x, weight) + bias, or the same in one or three dimensions."""
+    if conv.fails_in_channels_last(x.shape[-1]):
         x, weight = x.contiguous(), weight.contiguous()
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return CONVOLUTIONS[conv.dims](x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class StockOps(Implementation):
@@ -31,7 +32,7 @@ class StockOps(Implementation):
     """
 
     name = "stock ops"
-    kinds = frozenset({Kind.CONVOLUTION, Kind.LINEAR, Kind.ELEMENTWISE, Kind.AVERAGE_POOL, Kind.PROGRAM})
+    kinds = frozenset({Kind.CONVOLUTION, Kind.CONVOLUTION_ND, Kind.LINEAR, Kind.ELEMENTWISE, Kind.AVERAGE_POOL, Kind.PROGRAM})
 
     def __init__(self, conv2d: Callable[[Tensor, Tensor, Tensor | None, Conv], Tensor] = conv2d) -> None:
         self._conv2d = conv2d
@@ -61,7 +62,7 @@ class StockOps(Implementation):
                 assert residual is not None
                 y, fresh = y.add_(residual) if fresh else y.add(residual), True
             y = activated(y, epilogue, fresh)
-            return y if pool is None else F.max_pool2d(y, *pool)
+            return y if pool is None else POOLS[len(pool.kernel)](y, *pool)
 
         return kernel
 
