@@ -16,6 +16,7 @@ from resnet_fused.backends.problem import PRECISIONS
 from resnet_fused.fusion.copying import copy_of
 from resnet_fused.fusion.path import FastPath, Fusion, paths_off
 from resnet_fused.fusion.rows import path_of, rows_of
+from resnet_fused.fusion.scripting import install_hook, remove_hook
 from resnet_fused.fusion.tracing import is_layer
 from resnet_fused.runtime.executor import Settings
 from resnet_fused.runtime.folding import NORMS
@@ -28,6 +29,7 @@ def install(model: nn.Module, precision: Precision, backend: str, replay: bool =
     for module in model.modules():
         if module is model or _may_have_path(module):
             FastPath(module, fusion, module is model).install()
+            install_hook(module)
     with torch.no_grad():
         fusion.rows = rows_of(model)
     return fusion
@@ -58,6 +60,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         path = path_of(module)
         if path is not None:
             path.remove()
+        remove_hook(module)
     return model
 
 

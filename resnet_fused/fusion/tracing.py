@@ -83,6 +83,8 @@ def is_layer(module: nn.Module) -> bool:
     """Whether a call of the module is one node: a layer of PyTorch's own, or a batch norm that is known by its name."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return False
+    if isinstance(module, fx.GraphModule):
+        return False  # whose class is PyTorch's, and whose forward is what someone traced
     return type(module).__module__.startswith("torch.") or is_norm(module) or isinstance(module, torch.jit.ScriptModule)
 
 

@@ -24,7 +24,7 @@ def snippets() -> list[tuple[str, str]]:
 
 
 def test_all_snippets_are_found():
-    assert [name for name, _ in snippets()] == ["README.md"] * 3 + ["training.md"] * 3
+    assert [name for name, _ in snippets()] == ["README.md"] * 3 + ["elsewhere.md"] + ["training.md"] * 3
 
 
 @pytest.mark.parametrize(("name", "text"), snippets(), ids=[f"{name}-{i}" for i, (name, _) in enumerate(snippets())])
@@ -32,6 +32,7 @@ def test_snippet_runs(name: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp
     # Weights aren't downloaded, and no candidate is timed.
     monkeypatch.setattr(torchvision.models, "resnet50", lambda weights: torchvision.models.resnet18())
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     fake_times(monkeypatch, {})
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
