@@ -162,9 +162,9 @@ __device__ __forceinline__ void bn_statistics_finish(const BatchNormParams& p) {
   }
 }
 
-// out = act((x - mean) weight / sqrt(var + eps) + bias + residual)
-template <class T, int VECTOR>
-__device__ __forceinline__ void bn_apply_fwd(const BatchNormParams& p) {
+// out = (x - mean) weight / sqrt(var + eps) + bias + residual, to which `function` is applied, VECTOR values at a time.
+template <class T, int VECTOR, class Function>
+__device__ __forceinline__ void bn_apply(const BatchNormParams& p, Function&& function) {
   const RowWalk<VECTOR> walk(p);
   if (!walk.inside) return;
   const Channels<VECTOR> mean(p.mean, walk.channel, true, 0), var(p.var, walk.channel, true, 0);
@@ -182,12 +182,28 @@ __device__ __forceinline__ void bn_apply_fwd(const BatchNormParams& p) {
 #pragma unroll
       for (int k = 0; k < VECTOR; ++k) y.v[k] += residual.v[k];
     }
-    if (p.relu) {
-#pragma unroll
-      for (int k = 0; k < VECTOR; ++k) y.v[k] = relu(y.v[k]);
-    }
+    function(y.v);
     y.store(p.out, at);
   }
+}
+
+template <class T, int VECTOR>
+__device__ __forceinline__ void bn_apply_fwd(const BatchNormParams& p) {
+  bn_apply<T, VECTOR>(p, [&](float (&v)[VECTOR]) {
+    if (p.activation == Activation::relu) {
+#pragma unroll
+      for (int k = 0; k < VECTOR; ++k) v[k] = relu(v[k]);
+    }
+  });
+}
+
+// Any other function. A kernel of its own: the registers that it takes would leave fewer threads to the passes of training.
+template <class T, int VECTOR>
+__device__ __forceinline__ void bn_apply_activated_fwd(const BatchNormParams& p) {
+  bn_apply<T, VECTOR>(p, [&](float (&v)[VECTOR]) {
+    overflow<T>(v);
+    activate(p.activation, p.slope, v);
+  });
 }
 
 // g = dy through ReLU's mask, kept in p.masked if that is given.

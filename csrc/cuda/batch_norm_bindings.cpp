@@ -68,15 +68,16 @@ std::tuple<Tensor, Tensor> bn_statistics_op(const Tensor& x) {
 }
 
 Tensor bn_apply_fwd_op(const Tensor& x, Optional residual, const Tensor& mean, const Tensor& var, Optional weight,
-                       Optional bias, double eps, bool relu) {
+                       Optional bias, double eps, std::string activation, double slope) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  BatchNormPlan plan = plan_of(BatchNormPass::apply_fwd, x);
+  const Activation function = activation_of(activation);
+  BatchNormPlan plan = plan_of(apply_pass(function), x);
   Tensor y = torch::stable::empty_like(x);
   auto& p = plan.params;
   p.x = x.const_data_ptr(), p.residual = beside("residual", residual, x), p.out = y.mutable_data_ptr();
   p.mean = by_channel("mean", mean, x), p.var = by_channel("var", var, x);
   p.weight = by_channel("weight", weight, x), p.bias = by_channel("bias", bias, x);
-  p.eps = float(eps), p.relu = relu;
+  p.eps = float(eps), p.activation = function, p.slope = float(slope);
   run(plan, x);
   return y;
 }
@@ -137,9 +138,11 @@ Tensor add_relu_fwd_op(const Tensor& x, const Tensor& residual) { return add_rel
 Tensor add_relu_bwd_op(const Tensor& dy, const Tensor& y) { return add_relu(true, dy, y); }
 
 PlanWords batch_norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64_t type, Ints device, Ints pointers, double eps,
-                             double inverse_count, bool relu) {
+                             double inverse_count, std::string activation, double slope) {
   RF_CHECK(pass >= 0 && pass <= 3 && pointers.size() == 15, "pass is 0 to 3, and pointers are 15 in order of BatchNormParams");
-  BatchNormPlan plan = plan_batch_norm(BatchNormPass(pass), rows, channels, ElementType(type), device_of(device));
+  const Activation function = activation_of(activation);
+  const BatchNormPass chosen = BatchNormPass(pass) == BatchNormPass::apply_fwd ? apply_pass(function) : BatchNormPass(pass);
+  BatchNormPlan plan = plan_batch_norm(chosen, rows, channels, ElementType(type), device_of(device));
   auto& p = plan.params;
   size_t next = 0;
   for (const void** to : {&p.x, &p.residual, &p.dy, &p.y}) *to = reinterpret_cast<const void*>(pointers[next++]);
@@ -147,7 +150,7 @@ PlanWords batch_norm_plan_op(int64_t pass, int64_t rows, int64_t channels, int64
   for (const float** to : {&p.mean, &p.var, &p.weight, &p.bias, &p.dweight, &p.dbias})
     *to = reinterpret_cast<const float*>(pointers[next++]);
   for (float** to : {&p.partial, &p.first, &p.second}) *to = reinterpret_cast<float*>(pointers[next++]);
-  p.eps = float(eps), p.inverse_count = float(inverse_count), p.relu = relu;
+  p.eps = float(eps), p.inverse_count = float(inverse_count), p.activation = function, p.slope = float(slope);
   return plan_words(plan.launches, p, plan.workspace_bytes);
 }
 
@@ -164,9 +167,8 @@ PlanWords add_relu_plan_op(bool backward, int64_t count, int64_t type, Ints devi
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
   m.def("bn_statistics(Tensor x) -> (Tensor, Tensor)");
   m.def(
-      "bn_apply_fwd(Tensor x, Tensor? residual, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, bool "
-      "relu) -> "
-      "Tensor");
+      "bn_apply_fwd(Tensor x, Tensor? residual, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str "
+      "activation, float slope) -> Tensor");
   m.def(
       "bn_reduce_bwd(Tensor dy, Tensor x, Tensor? y, Tensor mean, Tensor var, float eps, bool keep_masked) -> "
       "(Tensor, Tensor, Tensor)");
@@ -178,8 +180,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
   m.def("add_relu_bwd(Tensor dy, Tensor y) -> Tensor");
   m.def(
       "batch_norm_plan(int batch_norm_pass, int rows, int channels, int type, int[] device, int[] pointers, float eps, float "
-      "inverse_count, "
-      "bool relu) -> (str[], int[], int[], int)");
+      "inverse_count, str activation, float slope) -> (str[], int[], int[], int)");
   m.def("add_relu_plan(bool backward, int count, int type, int[] device, int[] pointers) -> (str[], int[], int[], int)");
 }
 

@@ -2,14 +2,16 @@
 #pragma once
 
 // X(name, function, element, vector) for kernels of both widths: 16 bytes, and one element for odd channel counts.
-#define RF_NORM_KERNELS_OF(X, SUFFIX, ELEMENT)                      \
-  X(bn_statistics_##SUFFIX, bn_statistics, ELEMENT, true)           \
-  X(bn_statistics_##SUFFIX##_scalar, bn_statistics, ELEMENT, false) \
-  X(bn_apply_fwd_##SUFFIX, bn_apply_fwd, ELEMENT, true)             \
-  X(bn_apply_fwd_##SUFFIX##_scalar, bn_apply_fwd, ELEMENT, false)   \
-  X(bn_reduce_bwd_##SUFFIX, bn_reduce_bwd, ELEMENT, true)           \
-  X(bn_reduce_bwd_##SUFFIX##_scalar, bn_reduce_bwd, ELEMENT, false) \
-  X(bn_apply_bwd_##SUFFIX, bn_apply_bwd, ELEMENT, true)             \
+#define RF_NORM_KERNELS_OF(X, SUFFIX, ELEMENT)                                        \
+  X(bn_statistics_##SUFFIX, bn_statistics, ELEMENT, true)                             \
+  X(bn_statistics_##SUFFIX##_scalar, bn_statistics, ELEMENT, false)                   \
+  X(bn_apply_fwd_##SUFFIX, bn_apply_fwd, ELEMENT, true)                               \
+  X(bn_apply_fwd_##SUFFIX##_scalar, bn_apply_fwd, ELEMENT, false)                     \
+  X(bn_apply_activated_fwd_##SUFFIX, bn_apply_activated_fwd, ELEMENT, true)           \
+  X(bn_apply_activated_fwd_##SUFFIX##_scalar, bn_apply_activated_fwd, ELEMENT, false) \
+  X(bn_reduce_bwd_##SUFFIX, bn_reduce_bwd, ELEMENT, true)                             \
+  X(bn_reduce_bwd_##SUFFIX##_scalar, bn_reduce_bwd, ELEMENT, false)                   \
+  X(bn_apply_bwd_##SUFFIX, bn_apply_bwd, ELEMENT, true)                               \
   X(bn_apply_bwd_##SUFFIX##_scalar, bn_apply_bwd, ELEMENT, false)
 
 #define RF_NORM_KERNELS(X)              \

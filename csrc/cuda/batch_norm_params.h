@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "activation.h"
+
 namespace resnet_fused {
 
 // Activations are [rows, channels], channels_last: a row is a pixel. Unused pointers are null.
@@ -18,7 +20,8 @@ struct BatchNormParams {
   int32_t groups;   // blocks along the rows
   float eps;
   float inverse_count;  // 1 / values of a channel; 0 where statistics are constants
-  int32_t relu;
+  Activation activation;
+  float slope;  // of a leaky ReLU, below zero
 };
 
 // Forward: a = x, b = residual, out = y. Backward: a = dy, b = y, out = dx = dresidual.

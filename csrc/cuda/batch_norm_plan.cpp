@@ -11,7 +11,7 @@ constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 8;  // of 256 threads: all that an
 constexpr int64_t ROWS_PER_THREAD = 4;            // at least, where there are that many
 constexpr int64_t MAX_GROUPS = 512;               // partial sums of a channel
 
-constexpr std::array NAMES = {"bn_statistics", "bn_apply_fwd", "bn_reduce_bwd", "bn_apply_bwd"};
+constexpr std::array NAMES = {"bn_statistics", "bn_apply_fwd", "bn_reduce_bwd", "bn_apply_bwd", "bn_apply_activated_fwd"};
 
 }  // namespace
 

@@ -8,7 +8,12 @@
 
 namespace resnet_fused {
 
-enum class BatchNormPass : int64_t { statistics = 0, apply_fwd = 1, reduce_bwd = 2, apply_bwd = 3 };
+enum class BatchNormPass : int64_t { statistics = 0, apply_fwd = 1, reduce_bwd = 2, apply_bwd = 3, apply_activated_fwd = 4 };
+
+// The pass that applies a batch norm and then the function.
+constexpr BatchNormPass apply_pass(Activation function) {
+  return function > Activation::relu ? BatchNormPass::apply_activated_fwd : BatchNormPass::apply_fwd;
+}
 
 struct BatchNormPlan {
   std::vector<KernelLaunch> launches;  // in order; all take `params`

@@ -16,9 +16,9 @@ namespace {
 
 // The integers of conv2d_plan's `problem`, in order of Conv2dProblem.
 Conv2dProblem problem_of(const Ints& v) {
-  constexpr size_t COUNT = 15;
+  constexpr size_t COUNT = 14;
   RF_CHECK(v.size() == COUNT, "problem has ", v.size(), " integers; it takes ", COUNT, ", in order of Conv2dProblem");
-  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], ElementType(v[13]), v[14] != 0};
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], ElementType(v[13])};
 }
 
 std::string describe(const Conv2dProblem& p) {
@@ -42,25 +42,27 @@ Ints device_properties_op(int64_t device) {
   return {p.compute_capability, p.multiprocessors, p.shared_per_block, p.shared_per_multiprocessor};
 }
 
-PlanWords conv2d_plan_op(Ints problem, Ints device, Ints pointers, std::string kernel, int64_t splits) {
+PlanWords conv2d_plan_op(Ints problem, Ints device, Ints pointers, std::string activation, double slope, std::string kernel,
+                         int64_t splits) {
   RF_CHECK(pointers.size() == 6, "pointers has ", pointers.size(),
            " integers; it takes 6: x, weight, bias, residual, y, partial");
   const auto pointer = [&](size_t i) {
     return reinterpret_cast<void*>(pointers[i]);
   };
-  const Conv2dPointers to{pointer(0), pointer(1), pointer(2), pointer(3), pointer(4), pointer(5)};
+  const Conv2dArguments arguments{
+      pointer(0), pointer(1), pointer(2), pointer(3), pointer(4), pointer(5), activation_of(activation), float(slope)};
   const auto plan = plan_conv2d(problem_of(problem), device_of(device), kernel, splits);
-  return plan_words(plan->launches, with_pointers(*plan, to), plan->workspace_bytes);
+  return plan_words(plan->launches, with_arguments(*plan, arguments), plan->workspace_bytes);
 }
 
 Tensor conv2d_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bias, std::optional<Tensor> residual_any,
-                     Ints geometry, bool relu, bool tf32, std::string kernel, int64_t splits) {
+                     Ints geometry, std::string activation, double slope, bool tf32, std::string kernel, int64_t splits) {
   RF_CHECK(geometry.size() == 8, "geometry has ", geometry.size(),
            " integers; it takes kernel, stride, padding, dilation, 2 each");
   const Tensor x = as_activation("x", x_any, x_any);
   const auto& g = geometry;
-  const Conv2dProblem problem{x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0),        g[0], g[1], g[2], g[3],
-                              g[4],      g[5],      g[6],      g[7],      element_type(x, tf32), relu};
+  const Conv2dProblem problem{x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), g[0], g[1],
+                              g[2],      g[3],      g[4],      g[5],      g[6],           g[7], element_type(x, tf32)};
   const WeightLayout layout = conv2d_weight_layout(problem);
   RF_CHECK(weight.scalar_type() == x.scalar_type() && weight.is_contiguous() && weight.dim() == 4 && is_aligned(weight) &&
                weight.size(1) == layout.filter_rows && weight.size(2) == layout.runs &&
@@ -84,17 +86,18 @@ Tensor conv2d_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bi
 
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Conv2dPointers pointers{x.const_data_ptr(),    weight.const_data_ptr(),
-                          bias.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr,
-                          y.mutable_data_ptr(),  nullptr};
+  Conv2dArguments arguments{x.const_data_ptr(),        weight.const_data_ptr(),
+                            bias.const_data_ptr(),     residual ? residual->const_data_ptr() : nullptr,
+                            y.mutable_data_ptr(),      nullptr,
+                            activation_of(activation), float(slope)};
   const auto plan = plan_conv2d(problem, device_properties(device), kernel, splits);
   std::optional<Tensor> workspace;  // lives until the launches are queued; the allocator keeps its memory for this stream
   if (plan->workspace_bytes > 0) {
     workspace =
         torch::stable::empty({plan->workspace_bytes / int64_t(sizeof(float))}, ScalarType::Float, std::nullopt, x.device());
-    pointers.partial = workspace->mutable_data_ptr();
+    arguments.partial = workspace->mutable_data_ptr();
   }
-  Conv2dParams params = with_pointers(*plan, pointers);
+  Conv2dParams params = with_arguments(*plan, arguments);
   try {
     for (const KernelLaunch& l : plan->launches) launch(l, &params, device);
   } catch (const std::runtime_error& error) {
@@ -108,14 +111,15 @@ Tensor conv2d_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bi
 
 STABLE_TORCH_LIBRARY(resnet_fused_cuda, m) {
   m.def(
-      "conv2d_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] geometry, bool relu, bool tf32, str "
-      "kernel, "
-      "int splits) -> Tensor");
+      "conv2d_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] geometry, str activation, float slope, "
+      "bool tf32, str kernel, int splits) -> Tensor");
   m.def("device_properties(int device) -> int[]");
   m.def("conv2d_kept_plans() -> int");
   m.def("conv2d_weight_layout(int[] problem) -> int[]");
   m.def("conv2d_kernels(int[] problem, int[] device) -> str[]");
-  m.def("conv2d_plan(int[] problem, int[] device, int[] pointers, str kernel, int splits) -> (str[], int[], int[], int)");
+  m.def(
+      "conv2d_plan(int[] problem, int[] device, int[] pointers, str activation, float slope, str kernel, int splits) -> "
+      "(str[], int[], int[], int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) { m.impl("conv2d_fwd", TORCH_BOX(&resnet_fused::conv2d_fwd_op)); }

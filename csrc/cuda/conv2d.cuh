@@ -99,8 +99,7 @@ __device__ __forceinline__ void conv2d_fwd(const Conv2dParams& p, unsigned char*
   }
   __syncthreads();
   epilogue.begin();
-#pragma unroll
-  for (int i = 0; i < Tile::WARP_M / 16; ++i) epilogue.store(acc[i], first_row + i * 16, p.out_pixels - first_row - i * 16);
+  epilogue.store(acc, [&](int i) { return StripRows{first_row + i * 16, p.out_pixels - first_row - i * 16}; });
 }
 
 }  // namespace resnet_fused

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "activation.h"
+
 #ifdef __CUDACC__
 #define RF_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -66,9 +68,10 @@ struct Conv2dParams {
   int32_t steps;          // of all runs
   int32_t steps_per_split, splits;
   int32_t tiles_n,
-      group_shift;  // grid.x walks 2^group_shift tiles of channels, then down the pixels; grid.y the groups
-  int32_t relu;
-  int32_t vectorised;      // whether out_channels make whole 16 bytes
+      group_shift;     // grid.x walks 2^group_shift tiles of channels, then down the pixels; grid.y the groups
+  int32_t vectorised;  // whether out_channels make whole 16 bytes
+  Activation activation;
+  float slope;             // of a leaky ReLU, below zero
   FastDivisor image, row;  // by P Q and by Q
   FastDivisor quads;       // by partial_stride / 4
 };

@@ -198,7 +198,6 @@ Conv2dParams parameters(const Conv2dProblem& p, const Kernel& k, const DevicePro
   q.splits = int32_t(ceil_div(q.steps, q.steps_per_split));
   q.tiles_n = int32_t(ceil_div(p.out_channels, k.block_n));
   q.group_shift = group_shift(k, device, q.tiles_n);
-  q.relu = p.relu;
   q.vectorised = p.out_channels * bytes % 16 == 0;
   q.image = FastDivisor::of(uint32_t(p.out_height() * p.out_width()));
   q.row = FastDivisor::of(uint32_t(p.out_width()));
@@ -247,7 +246,7 @@ Conv2dPlan make_plan(const Conv2dProblem& problem, const DeviceProperties& devic
 
 // What a plan depends on, for a table of plans.
 struct PlanKey {
-  std::array<int64_t, 20> numbers;
+  std::array<int64_t, 19> numbers;
   std::string kernel;
 
   bool operator==(const PlanKey& other) const { return numbers == other.numbers && kernel == other.kernel; }
@@ -266,26 +265,9 @@ struct PlanKeyHash {
 };
 
 PlanKey plan_key(const Conv2dProblem& p, const DeviceProperties& device, const std::string& kernel, int64_t splits) {
-  return {{p.batch,
-           p.height,
-           p.width,
-           p.channels,
-           p.out_channels,
-           p.kernel_h,
-           p.kernel_w,
-           p.stride_h,
-           p.stride_w,
-           p.pad_h,
-           p.pad_w,
-           p.dilation_h,
-           p.dilation_w,
-           int64_t(p.type),
-           p.relu,
-           splits,
-           device.compute_capability,
-           device.multiprocessors,
-           device.shared_per_block,
-           device.shared_per_multiprocessor},
+  return {{p.batch, p.height, p.width, p.channels, p.out_channels, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.pad_h,
+           p.pad_w, p.dilation_h, p.dilation_w, int64_t(p.type), splits, device.compute_capability, device.multiprocessors,
+           device.shared_per_block, device.shared_per_multiprocessor},
           kernel};
 }
 
@@ -349,11 +331,12 @@ std::shared_ptr<const Conv2dPlan> plan_conv2d(const Conv2dProblem& problem, cons
 
 int64_t kept_conv2d_plans() { return plan_table().size(); }
 
-Conv2dParams with_pointers(const Conv2dPlan& plan, const Conv2dPointers& pointers) {
+Conv2dParams with_arguments(const Conv2dPlan& plan, const Conv2dArguments& arguments) {
   Conv2dParams q = plan.params;
-  q.x = pointers.x, q.weight = pointers.weight, q.bias = static_cast<const float*>(pointers.bias);
-  q.residual = pointers.residual, q.y = pointers.y;
-  q.partial = q.splits > 1 ? static_cast<float*>(pointers.partial) : nullptr;
+  q.x = arguments.x, q.weight = arguments.weight, q.bias = static_cast<const float*>(arguments.bias);
+  q.residual = arguments.residual, q.y = arguments.y;
+  q.partial = q.splits > 1 ? static_cast<float*>(arguments.partial) : nullptr;
+  q.activation = arguments.activation, q.slope = arguments.slope;
   return q;
 }
 

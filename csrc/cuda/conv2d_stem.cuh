@@ -90,12 +90,10 @@ __device__ __forceinline__ void conv2d_stem_fwd(const Conv2dParams& p, unsigned 
   __syncthreads();
   epilogue.begin();
   const int out_height = p.image.divisor / p.row.divisor, out_width = p.row.divisor;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  epilogue.store(acc, [&](int i) {
     const int h = out_h + warp * 2 + i;
-    const int rows = h < out_height ? out_width - out_w : 0;
-    epilogue.store(acc[i], (image * out_height + h) * out_width + out_w, rows);
-  }
+    return StripRows{(image * out_height + h) * out_width + out_w, h < out_height ? out_width - out_w : 0};
+  });
 }
 
 }  // namespace resnet_fused

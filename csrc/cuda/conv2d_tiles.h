@@ -27,7 +27,7 @@
   X(conv2d_fwd_tf32_64x64x32, tf32, false, async, 64, 64, 32, 32, 32, 4, 3)                      \
   X(conv2d_fwd_tf32_gather_128x64x16, tf32, true, async, 128, 64, 16, 64, 32, 4, 2)              \
   X(conv2d_fwd_f32_128x64x16, float32, false, async, 128, 64, 16, 64, 32, 4, 2)                  \
-  X(conv2d_fwd_f32_64x64x16, float32, false, async, 64, 64, 16, 32, 32, 4, 3)                    \
+  X(conv2d_fwd_f32_64x64x16, float32, false, async, 64, 64, 16, 32, 32, 4, 4)                    \
   X(conv2d_fwd_f32_gather_128x64x16, float32, true, async, 128, 64, 16, 64, 32, 4, 2)            \
   X(conv2d_fwd_f32_sm75_128x64x16, float32, false, through_registers, 128, 64, 16, 64, 32, 2, 2) \
   X(conv2d_fwd_f32_sm75_gather_128x64x16, float32, true, through_registers, 128, 64, 16, 64, 32, 2, 2)

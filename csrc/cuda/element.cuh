@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "activation.cuh"
 #include "element_type.h"
 #include "ptx.cuh"
 
@@ -30,9 +31,6 @@ template <>
 struct ElementOf<ElementType::tf32> {
   using T = float;
 };
-
-// max(v, 0) as PyTorch has it: NaN stays NaN, which fmaxf would drop.
-__device__ __forceinline__ float relu(float v) { return v < 0.0f ? 0.0f : v; }
 
 // Explicit conversions: PyTorch compiles extensions with the implicit ones of half types switched off.
 __device__ __forceinline__ float to_float(float v) { return v; }

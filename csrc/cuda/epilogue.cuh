@@ -1,13 +1,19 @@
-// What follows the products: y = relu(acc + bias + residual), staged through shared memory so that every access to
+// What follows the products: y = activation(acc + bias + residual), staged through shared memory so that every access to
 // global memory is 16 bytes a lane and whole sectors a warp. Sums in float32, one rounding.
 #pragma once
 
 #include "conv2d_params.h"
 #include "element.cuh"
 #include "ptx.cuh"
+#include "store_quad.cuh"
 #include "unroll.cuh"
 
 namespace resnet_fused {
+
+// Rows of a strip that are stored: pixels first, first + 1, ... of y, `count` of them.
+struct StripRows {
+  int first, count;
+};
 
 // A warp's accumulators leave in strips of 16 rows by WARP_N channels; a strip's rows are neighbouring pixels of y. A
 // lane always has the same VECTOR channels, of rows lane / LANES_PER_ROW + k ROWS_PER_ACCESS.
@@ -60,18 +66,24 @@ class Epilogue {
     }
   }
 
-  // Stores the first `rows` rows of a strip as pixels first_row, first_row + 1, ...
-  __device__ __forceinline__ void store(const float (&acc)[COLUMNS][4], int first_row, int rows) const {
-    write_strip(acc);
-    __syncwarp();
-    if (p_.partial != nullptr) {
-      store_partial(first_row, rows);
-    } else if (p_.vectorised) {
-      store_vectors(first_row, rows);
-    } else {
-      store_elements(first_row, rows);
+  // Stores strips; rows_of(i) gives the pixel of y that is the first row of strip i, and how many of its rows there are.
+  template <int STRIPS, class RowsOf>
+  __device__ __forceinline__ void store(const float (&acc)[STRIPS][COLUMNS][4], RowsOf&& rows_of) const {
+#pragma unroll
+    for (int i = 0; i < STRIPS; ++i) {
+      write_strip(acc[i]);
+      __syncwarp();
+      if (p_.partial != nullptr) {
+        store_partial(rows_of(i));
+      } else if (p_.activation > Activation::relu) {
+        store_activated(rows_of(i));
+      } else if (p_.vectorised) {
+        store_vectors(rows_of(i));
+      } else {
+        store_elements(rows_of(i));
+      }
+      __syncwarp();
     }
-    __syncwarp();
   }
 
  private:
@@ -102,10 +114,10 @@ class Epilogue {
     });
   }
 
-  __device__ __forceinline__ void store_vectors(int first_row, int rows) const {
+  __device__ __forceinline__ void store_vectors(StripRows rows) const {
     const int row = lane_ / LANES_PER_ROW;
-    if (channel_ >= p_.out_channels) rows = 0;
-    const int64_t offset = (int64_t(first_row + row) * p_.out_channels + channel_) * int(sizeof(T));
+    if (channel_ >= p_.out_channels) rows.count = 0;
+    const int64_t offset = (int64_t(rows.first + row) * p_.out_channels + channel_) * int(sizeof(T));
     const int64_t step = ROWS_PER_ACCESS * int(sizeof(T)) * int64_t(p_.out_channels);
     const bool add = p_.residual != nullptr;
     const char* residual_ptr = static_cast<const char*>(p_.residual) + offset;
@@ -113,7 +125,7 @@ class Epilogue {
     if (add) {
 #pragma unroll
       for (int k = 0; k < ACCESSES; ++k)
-        residual[k] = ptx::load_global_16(residual_ptr + k * step, row + k * ROWS_PER_ACCESS < rows);
+        residual[k] = ptx::load_global_16(residual_ptr + k * step, row + k * ROWS_PER_ACCESS < rows.count);
     }
     char* y_ptr = static_cast<char*>(p_.y) + offset;
     unroll<ACCESSES>([&](auto k) {
@@ -129,33 +141,46 @@ class Epilogue {
         for (int e = 0; e < VECTOR; ++e) v[e] += r[e];
       }
       uint4 y = Vector::pack(v);
-      if (p_.relu) y = Vector::relu(y);
-      ptx::store_global_16(y_ptr + k * step, y, row + k * ROWS_PER_ACCESS < rows);
+      if (p_.activation == Activation::relu) y = Vector::relu(y);
+      ptx::store_global_16(y_ptr + k * step, y, row + k * ROWS_PER_ACCESS < rows.count);
     });
   }
 
   // out_channels that make no whole 16 bytes.
-  __device__ __forceinline__ void store_elements(int first_row, int rows) const {
+  __device__ __forceinline__ void store_elements(StripRows rows) const {
     unroll<ACCESSES>([&](auto k) {
       float v[VECTOR];
       read_strip<k * ROWS_PER_ACCESS>(v);
       const int row = lane_ / LANES_PER_ROW + k * ROWS_PER_ACCESS;
-      const int64_t offset = int64_t(first_row + row) * p_.out_channels + channel_;
+      const int64_t offset = int64_t(rows.first + row) * p_.out_channels + channel_;
 #pragma unroll
       for (int e = 0; e < VECTOR; ++e) {
-        if (row >= rows || channel_ + e >= p_.out_channels) continue;
+        if (row >= rows.count || channel_ + e >= p_.out_channels) continue;
         float sum[1] = {v[e] + bias_[e]};
         if (p_.residual != nullptr) {
           overflow<T>(sum);
           sum[0] += to_float(static_cast<const T*>(p_.residual)[offset + e]);
         }
-        static_cast<T*>(p_.y)[offset + e] = from_float<T>(p_.relu ? relu(sum[0]) : sum[0]);
+        static_cast<T*>(p_.y)[offset + e] = from_float<T>(p_.activation == Activation::relu ? relu(sum[0]) : sum[0]);
       }
     });
   }
 
+  // Any function but ReLU, four channels a lane. A loop, since the code of a function is long.
+  __device__ __forceinline__ void store_activated(StripRows rows) const {
+    constexpr int LANES = WARP_N / 4;
+    const int column = lane_ % LANES * 4, channel = first_channel_ + column;
+#pragma unroll 1
+    for (int row = lane_ / LANES; row < 16; row += 32 / LANES) {
+      if (row >= rows.count || channel >= p_.out_channels) continue;
+      const float4 f = ptx::load_shared_16<0>(strip_ + strip_offset(row, column));
+      float v[4] = {f.x, f.y, f.z, f.w};
+      store_quad<T>(p_, v, int64_t(rows.first + row) * p_.out_channels + channel, channel);
+    }
+  }
+
   // The sums of one part of a split k, four channels a lane.
-  __device__ __forceinline__ void store_partial(int first_row, int rows) const {
+  __device__ __forceinline__ void store_partial(StripRows rows) const {
     constexpr int LANES = WARP_N / 4, ROWS = 32 / LANES;
     const int channel = first_channel_ + lane_ % LANES * 4;
     float* part = p_.partial + blockIdx.z * (int64_t(p_.out_pixels) * p_.partial_stride);
@@ -164,8 +189,8 @@ class Epilogue {
       const int row = lane_ / LANES + k;
       const float4 f = ptx::load_shared_16<0>(strip_ + strip_offset(row, lane_ % LANES * 4));
       const uint4 sums = {__float_as_uint(f.x), __float_as_uint(f.y), __float_as_uint(f.z), __float_as_uint(f.w)};
-      ptx::store_global_16(part + int64_t(first_row + row) * p_.partial_stride + channel, sums,
-                           row < rows && channel < p_.partial_stride);
+      ptx::store_global_16(part + int64_t(rows.first + row) * p_.partial_stride + channel, sums,
+                           row < rows.count && channel < p_.partial_stride);
     }
   }
 

@@ -76,18 +76,20 @@ def conv2d(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
-    relu: bool = True,
+    activation: str = "relu",
+    slope: float = 0.0,
     tf32: bool = False,
     device: Sequence[int] = A100,
     kernel: str = "",
     splits: int = 0,
 ) -> Result:
-    """act(conv2d(x, weight) + bias + residual) by the CUDA backend's kernels; `kernel` and `splits` as in plan_conv2d."""
+    """activation(conv2d(x, weight) + bias + residual) by the CUDA backend's kernels; `kernel`, `splits` as in plan_conv2d."""
     conv = Conv.of(weight, stride, padding, dilation, 1)
-    problem = problem_of("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
+    problem = problem_of("conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
     numbers = plan_problem(problem, tf32)
     packed = pack_weight(weight, torch.ops.resnet_fused_cuda.conv2d_weight_layout(numbers), tf32)
-    return conv2d_packed(x, packed, bias.float(), residual, numbers, problem.output_shape(), device, kernel, splits)
+    shape, function = problem.output_shape(), (activation, slope)
+    return conv2d_packed(x, packed, bias.float(), residual, numbers, shape, function, device, kernel, splits)
 
 
 def conv2d_packed(
@@ -97,6 +99,7 @@ def conv2d_packed(
     residual: Tensor | None,
     numbers: list[int],
     shape: tuple[int, int, int, int],
+    function: tuple[str, float],
     device: Sequence[int] = A100,
     kernel: str = "",
     splits: int = 0,
@@ -107,10 +110,10 @@ def conv2d_packed(
     pointers = [memory.upload(nhwc(x)), memory.upload(weight), memory.upload(bias)]
     pointers += [0 if residual is None else memory.upload(nhwc(residual))]
     pointers += [memory.empty(n * p * q * k * x.element_size()), 0]
-    workspace = ops.conv2d_plan(numbers, device, pointers, kernel, splits)[3]
+    workspace = ops.conv2d_plan(numbers, device, pointers, *function, kernel, splits)[3]
     if workspace:
         pointers[5] = memory.empty(workspace)
-    kernels, counters = launch(ops.conv2d_plan(numbers, device, pointers, kernel, splits), memory, device)
+    kernels, counters = launch(ops.conv2d_plan(numbers, device, pointers, *function, kernel, splits), memory, device)
     y = memory.download(pointers[4], x.dtype, (n, p, q, k))
     return Result(y.permute(0, 3, 1, 2), kernels, counters)
 
@@ -136,8 +139,12 @@ class Norm:
         return first, second
 
     def apply(self, x, residual, mean, var, weight, bias, eps, relu):
+        return self.activated(x, residual, mean, var, weight, bias, eps, "relu" if relu else "none")
+
+    def activated(self, x, residual, mean, var, weight, bias, eps, activation, slope=0.0):
+        """The pass `apply` with any function after it."""
         given = {"residual": residual, "mean": mean, "var": var, "weight": weight, "bias": bias}
-        return self._run(1, x, x=x, eps=eps, relu=relu, out=True, **given)[0]
+        return self._run(1, x, x=x, eps=eps, function=(activation, slope), out=True, **given)[0]
 
     def backward_reduce(self, dy, x, y, mean, var, eps, keep_masked):
         _, masked, first, second = self._run(2, dy, dy=dy, x=x, y=y, mean=mean, var=var, eps=eps, masked=keep_masked)
@@ -150,7 +157,7 @@ class Norm:
         inverse = 1 / count if count else 0.0
         return self._run(3, dy, dy=dy, x=x, eps=eps, inverse=inverse, out=True, masked=keep_masked, **given)[:2]
 
-    def _run(self, number, like, *, eps=0.0, inverse=0.0, relu=False, out=False, masked=False, **given):
+    def _run(self, number, like, *, eps=0.0, inverse=0.0, function=("none", 0.0), out=False, masked=False, **given):
         memory, channels = px.Memory(), like.shape[1]
         rows, size = like.numel() // channels, like.numel() * like.element_size()
 
@@ -165,10 +172,10 @@ class Norm:
         pointers += [0, *(memory.empty(channels * 4) if sums else 0 for _ in range(2))]
         arguments = number, rows, channels, ELEMENTS[like.dtype], self.device
         plan = torch.ops.resnet_fused_cuda.batch_norm_plan
-        workspace = plan(*arguments, pointers, eps, inverse, relu)[3]
+        workspace = plan(*arguments, pointers, eps, inverse, *function)[3]
         if workspace:
             pointers[12] = memory.empty(workspace)
-        _, self.counters = launch(plan(*arguments, pointers, eps, inverse, relu), memory, self.device)
+        _, self.counters = launch(plan(*arguments, pointers, eps, inverse, *function), memory, self.device)
 
         def activation(wanted: bool, pointer: int) -> Tensor | None:
             n, c, h, w = like.shape

@@ -1,4 +1,4 @@
-"""Our own CUDA C++ kernels: convolution with bias, residual and ReLU fused, add_relu, and batch norm's passes."""
+"""Our own CUDA C++ kernels: convolution with bias, residual and activation fused, add_relu, and batch norm's passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resnet_fused.backends.cuda import device
 from resnet_fused.backends.cuda.add_relu import AddReLU
 from resnet_fused.backends.cuda.batch_norm import BatchNorm
 from resnet_fused.backends.cuda.convolution import ELEMENTS, ImplicitGemm
-from resnet_fused.backends.problem import Kind, Problem
+from resnet_fused.backends.problem import Activation, Kind, Problem
 
 _LIBRARY = "resnet_fused_cuda"
 
@@ -20,6 +20,7 @@ class CUDA(Backend):
     """Compiled kernels of csrc/cuda for NVIDIA GPUs of compute capability 7.5 and newer."""
 
     name = "cuda"
+    activations = tuple(Activation)
     implementations = (ImplicitGemm(), AddReLU(), BatchNorm())
     asks_for_gpu = True
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Implementation
-from resnet_fused.backends.problem import Kind, Problem
+from resnet_fused.backends.problem import Activation, Kind, Problem
 from resnet_fused.backends.reference.batch_norm import StockPasses
 
 
@@ -17,7 +17,8 @@ class BatchNorm(Implementation):
     kinds = frozenset({Kind.BATCH_NORM})
 
     def why_not(self, problem: Problem) -> str | None:
-        return None
+        served = problem.epilogue.activation in (Activation.NONE, Activation.RELU)
+        return None if served else f"it has no passes for {problem.label}"
 
     def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> _Passes:
         return _Passes()
@@ -47,7 +48,8 @@ class _Passes:
     ) -> Tensor:
         if not _readable(x, residual):
             return self._stock.apply(x, residual, mean, var, weight, bias, eps, relu)
-        return torch.ops.resnet_fused_cuda.bn_apply_fwd.default(x, residual, mean, var, weight, bias, eps, relu)
+        function = "relu" if relu else "none"
+        return torch.ops.resnet_fused_cuda.bn_apply_fwd.default(x, residual, mean, var, weight, bias, eps, function, 0.0)
 
     def backward_reduce(
         self, dy: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, var: Tensor, eps: float, keep_masked: bool

@@ -1,4 +1,4 @@
-"""Implicit-GEMM convolution with bias, residual and ReLU fused, for tensor cores; csrc/cuda/conv2d.cuh.
+"""Implicit-GEMM convolution with bias, residual and activation fused, for tensor cores; csrc/cuda/conv2d.cuh.
 
 Which kernel a problem gets, and how it is launched, is planned in csrc/cuda/conv2d_plan.cpp, which keeps the plans. The
 operators ask it at every launch, and the tests ask it as well.
@@ -26,7 +26,7 @@ def plan_problem(problem: Problem, tf32: bool) -> list[int]:
     """A convolution in the order of csrc/cuda/conv2d_plan.h's Conv2dProblem."""
     conv, (n, c, h, w) = problem.conv, problem.shape
     element = _TF32 if tf32 else ELEMENTS[problem.types.source]
-    return [n, h, w, c, conv.out_channels, *conv.geometry, element, int(problem.epilogue.relu)]
+    return [n, h, w, c, conv.out_channels, *conv.geometry, element]
 
 
 def pack_weight(weight: Tensor, layout: list[int], tf32: bool) -> Tensor:
@@ -61,7 +61,7 @@ class ImplicitGemm(Implementation):
             return f"bfloat16 needs compute capability 8.0 or newer, and {problem.device} has {capability / 10}"
         if 0 in (*problem.shape, *problem.output_shape()):
             return "the input or the result is empty"
-        numbers = plan_problem(problem, _tf32(problem)), device.properties(problem.device), [0] * 6, "", 0
+        numbers = plan_problem(problem, _tf32(problem)), device.properties(problem.device), [0] * 6, "none", 0.0, "", 0
         try:
             torch.ops.resnet_fused_cuda.conv2d_plan(*numbers)
         except (ValueError, RuntimeError) as error:  # the planner's reason
@@ -73,7 +73,8 @@ class ImplicitGemm(Implementation):
         return torch.ops.resnet_fused_cuda.conv2d_kernels(numbers, device.properties(problem.device))
 
     def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
-        relu, float32, geometry = problem.epilogue.relu, problem.dtype == torch.float32, problem.conv.geometry
+        float32, geometry = problem.dtype == torch.float32, problem.conv.geometry
+        activation, slope = problem.epilogue.activation.value, problem.epilogue.slope
         bias = parameters.pack(("cuda", "bias"), lambda: parameters.biases[0].detach().float().contiguous().clone())
         wanted = plan or ""
         run = torch.ops.resnet_fused_cuda.conv2d_fwd.default
@@ -86,13 +87,14 @@ class ImplicitGemm(Implementation):
 
         if not float32:
             packed = weight(False)
-            return in_its_format(lambda x, residual: run(x, packed, bias, residual, geometry, relu, False, wanted, 0), problem)
+            given = geometry, activation, slope, False, wanted, 0
+            return in_its_format(lambda x, residual: run(x, packed, bias, residual, *given), problem)
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
             tf32 = _tf32(problem)  # may change from call to call
             # A plan is of one kind of arithmetic; when the other is asked for, the planner chooses.
             named = wanted if ("tf32" in wanted) == tf32 else ""
-            return run(x, weight(tf32), bias, residual, geometry, relu, tf32, named, 0)
+            return run(x, weight(tf32), bias, residual, geometry, activation, slope, tf32, named, 0)
 
         return in_its_format(kernel, problem)
 

@@ -16,7 +16,7 @@ import torch
 from resnet_fused.backends import Backend
 from resnet_fused.backends.cudnn import convolution
 from resnet_fused.backends.cudnn.convolution import Fused, Plain, WithPass
-from resnet_fused.backends.problem import Problem
+from resnet_fused.backends.problem import Activation, Problem
 
 _OLDEST_CUDNN = 8300
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,6 +26,7 @@ class CuDNN(Backend):
     """cuDNN's convolutions with fused operations, or with one pass after them, for CUDA tensors."""
 
     name = "cudnn"
+    activations = tuple(Activation)
     implementations = (Plain(), Fused(), WithPass())
     asks_for_gpu = True
 

@@ -1,8 +1,8 @@
 """cuDNN's convolutions: alone, with bias, residual and ReLU fused by cuDNN, or with one pass of ours after them.
 
 Fused: through PyTorch's aten::cudnn_convolution_relu and aten::cudnn_convolution_add_relu. With a pass: stock's convolution,
-then a kernel of csrc/cuda that adds bias and residual and applies ReLU. It reads and writes each element once, where stock's
-ops do it up to three times. Known limits of the former, each checked:
+then a kernel of csrc/cuda that adds bias and residual and applies the activation. It reads and writes each element once, where
+stock's ops do it up to three times. Known limits of the former, each checked:
 
 * There is no convolution with bias alone, so that it is served with a pass only.
 * Some shapes have no fused engine, which is known only when it is run: a problem is run when it is prepared.
@@ -103,7 +103,7 @@ class WithPass(Implementation):
 
     def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
         conv = _without_bias(problem, parameters)
-        relu, channels = problem.epilogue.relu, problem.conv.out_channels
+        function, channels = (problem.epilogue.activation.value, problem.epilogue.slope), problem.conv.out_channels
 
         def pack() -> tuple[Tensor, Tensor, Tensor]:
             bias = parameters.biases[0].detach().float().contiguous().clone()
@@ -117,7 +117,7 @@ class WithPass(Implementation):
             y = conv(x, None).contiguous(memory_format=torch.channels_last)
             if residual is not None:
                 residual = aligned(residual.contiguous(memory_format=torch.channels_last))
-            return apply(y, residual, mean, var, None, bias, 0.0, relu)
+            return apply(y, residual, mean, var, None, bias, 0.0, *function)
 
         return _on_each_thread(kernel, problem, parameters)
 

@@ -13,7 +13,7 @@ import torch
 
 from resnet_fused.backends import Backend
 from resnet_fused.backends.onednn.convolution import PointwiseConvolution
-from resnet_fused.backends.problem import Problem
+from resnet_fused.backends.problem import Activation, Problem
 
 
 @functools.cache
@@ -30,6 +30,7 @@ class OneDNN(Backend):
     """oneDNN convolution primitives with fused post-ops, for CPU tensors."""
 
     name = "onednn"
+    activations = tuple(Activation)
     implementations = (PointwiseConvolution(),)
     keeps_bounds = True
 

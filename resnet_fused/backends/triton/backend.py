@@ -4,7 +4,7 @@ Under torch.compile these kernels stay inside of the opaque ops that resnet_fuse
 was preferred to triton_op and wrap_triton because the choice of backend, tile and packed weights happens when an op is
 first run on real tensors, which tracing doesn't have; an op is one node of the graph (fullgraph holds), launches on the
 current stream without synchronising, and is captured by CUDA graphs as it is. What Inductor can't do is fuse its own
-pointwise kernels into ours, and there are none left: bias, residual and ReLU are in the epilogue already.
+pointwise kernels into ours, and there are none left: bias, residual and activation are in the epilogue already.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class BatchNorm(Implementation):
     kinds = frozenset({Kind.BATCH_NORM})
 
     def why_not(self, problem: Problem) -> str | None:
-        return None
+        served = problem.epilogue.activation in (Activation.NONE, Activation.RELU)
+        return None if served else f"it has no passes for {problem.label}"
 
     def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> BatchNormPasses:
         from resnet_fused.backends.triton.batch_norm import TritonPasses
@@ -79,6 +80,7 @@ class Triton(Backend):
     """Convolution, elementwise and batch norm kernels in Triton."""
 
     name = "triton"
+    activations = tuple(Activation)
     implementations = (Convolution(), AddReLU(), BatchNorm())
     asks_for_gpu = True
     ready = False

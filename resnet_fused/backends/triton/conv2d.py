@@ -30,9 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.backends.problem import Conv, Problem
+from resnet_fused.backends.problem import NO_EPILOGUE, Conv, Problem
 from resnet_fused.backends.triton import configs
 from resnet_fused.backends.triton.configs import Chip, Plan
+from resnet_fused.backends.triton.epilogue import epilogue_constants, finish
 from resnet_fused.backends.triton.launch import Launch
 
 POINTWISE = tl.constexpr(configs.POINTWISE)
@@ -70,30 +71,6 @@ def settled(acc, REGISTERS: tl.constexpr):
     return acc
 
 
-@triton.jit
-def overflow(acc, dtype: tl.constexpr):
-    """acc with an Inf where stock PyTorch has one: it stores the sum as float16 before it adds the residual."""
-    if dtype == tl.float16:
-        # 65520 is the smallest number that float16 rounds to Inf.
-        acc = tl.where(tl.abs(acc) < 65520.0, acc, acc * float("inf"))
-    return acc
-
-
-@triton.jit
-def epilogue(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, first, K: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr):
-    """Adds bias and residual, applies ReLU (NaN stays NaN), stores channels first + k of rows m of y, STRIDE apart."""
-    channel = k < K
-    acc += tl.load(bias_ptr + first + k, mask=channel, other=0.0).to(tl.float32)[None, :]
-    offsets = m[:, None] * STRIDE + (first + k)[None, :]
-    inside = (m < M)[:, None] & channel[None, :]
-    if residual_ptr is not None:
-        acc = overflow(acc, y_ptr.dtype.element_ty)
-        acc += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "steps_per_split"])
 def conv2d_fwd_kernel(
     x_ptr,  # (N, H, W, GROUPS * C)
@@ -119,7 +96,8 @@ def conv2d_fwd_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     WALK: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     PRECISION: tl.constexpr,
@@ -221,7 +199,7 @@ def conv2d_fwd_kernel(
         offsets = m[:, None] * (GROUPS * K) + (first + k)[None, :]
         tl.store(y_ptr + part + offsets, acc, mask=(m < M)[:, None] & (k < K)[None, :])
     else:
-        epilogue(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, first, K, GROUPS * K, RELU)
+        finish(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, first, K, GROUPS * K, ACTIVATION, SLOPE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -232,7 +210,8 @@ def conv2d_split_fwd_kernel(
     y_ptr,  # (M, K)
     M,
     K: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -245,7 +224,7 @@ def conv2d_split_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in tl.static_range(SPLITS):
         acc += tl.load(part_ptr + split * (M * K) + offsets, mask=inside, other=0.0)
-    epilogue(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, 0, K, K, RELU)
+    finish(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, 0, K, K, ACTIVATION, SLOPE)
 
 
 def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
@@ -267,7 +246,7 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
     n, c, h, w = problem.shape
     _, k, oh, ow = problem.output_shape()
     pixels, group_k, tile = n * oh * ow, k // conv.groups, plan.tile
-    split, relu, dtype = plan.splits > 1, problem.epilogue.relu, problem.types.source
+    split, dtype = plan.splits > 1, problem.types.source
     residual = dtype if problem.epilogue.residual else None
     precision, steps = chip.precision(tf32), plan.steps(conv)
     steps_per_split = triton.cdiv(steps, plan.splits)
@@ -281,7 +260,7 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
         **dict(zip(("PAD_H", "PAD_W"), conv.padding, strict=True)),
         **dict(zip(("DILATION_H", "DILATION_W"), conv.dilation, strict=True)),
         "WALK": plan.walk,
-        "RELU": relu,
+        **epilogue_constants(NO_EPILOGUE if split else problem.epilogue),
         "SPLIT": split,
         "WIDE": configs.wide(problem),
         "PRECISION": precision,
@@ -308,7 +287,7 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
         (torch.float32, dtype, residual, dtype),
         (pixels,),
         # Four elements a thread: 16 bytes of partial sums, so that neighbours read neighbouring sectors.
-        {"K": k, "RELU": relu, "SPLITS": splits, "BLOCK_M": 8, "BLOCK_N": 64},
+        {"K": k, **epilogue_constants(problem.epilogue), "SPLITS": splits, "BLOCK_M": 8, "BLOCK_N": 64},
         (triton.cdiv(pixels, 8), triton.cdiv(k, 64), 1),
     )
     return main, rest

@@ -22,7 +22,8 @@ from torch import Tensor
 from resnet_fused.backends.problem import Conv, Problem
 from resnet_fused.backends.triton import configs
 from resnet_fused.backends.triton.configs import Chip, Plan
-from resnet_fused.backends.triton.conv2d import epilogue, operand, settled, tile_of
+from resnet_fused.backends.triton.conv2d import operand, settled, tile_of
+from resnet_fused.backends.triton.epilogue import epilogue_constants, finish
 from resnet_fused.backends.triton.launch import Launch
 
 UNIT = tl.constexpr(configs.UNIT)
@@ -50,7 +51,8 @@ def conv2d_pairs_fwd_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     LEAD: tl.constexpr,  # elements in front of a pair's windows, which are read along
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     WIDE: tl.constexpr,  # 64-bit offsets
     PRECISION: tl.constexpr,
     REGISTERS: tl.constexpr,  # whether a wgmma takes x from registers
@@ -97,7 +99,7 @@ def conv2d_pairs_fwd_kernel(
 
     acc = tl.join(left_acc, right_acc).permute(0, 2, 1).reshape(BLOCK_M, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    epilogue(acc, bias_ptr, residual_ptr, y_ptr, m, 2 * M, k, 0, K, K, RELU)
+    finish(acc, bias_ptr, residual_ptr, y_ptr, m, 2 * M, k, 0, K, K, ACTIVATION, SLOPE)
 
 
 def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
@@ -125,7 +127,7 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
         **dict(zip(("PAD_H", "PAD_W"), conv.padding, strict=True)),
         "DILATION_H": conv.dilation[0],
         "LEAD": configs.lead(conv),
-        "RELU": problem.epilogue.relu,
+        **epilogue_constants(problem.epilogue),
         "WIDE": configs.wide(problem),
         "PRECISION": chip.precision(tf32),
         # What of x is set to 0 is in registers.

@@ -91,11 +91,11 @@ def emulated(gpu: list[int]) -> Iterator[list[str]]:
     """The compiled convolution serves CPU tensors, by executing its PTX; gives the names of the kernels that ran."""
     ran: list[str] = []
 
-    def conv2d_fwd(x, weight, bias, residual, geometry, relu, tf32, kernel, splits) -> Tensor:
+    def conv2d_fwd(x, weight, bias, residual, geometry, activation, slope, tf32, kernel, splits) -> Tensor:
         conv = Conv(x.shape[1], weight.shape[0], *(tuple(geometry[i : i + 2]) for i in (0, 2, 4, 6)))
-        asked = problem_of("conv2d_bn_relu" if relu else "conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
-        numbers = plan_problem(asked, tf32)
-        result = emulate.conv2d_packed(x, weight, bias, residual, numbers, asked.output_shape(), gpu, kernel, splits)
+        asked = problem_of("conv2d_bn", tuple(x.shape), x.dtype, x.device, (conv,))
+        numbers, shape, function = plan_problem(asked, tf32), asked.output_shape(), (activation, slope)
+        result = emulate.conv2d_packed(x, weight, bias, residual, numbers, shape, function, gpu, kernel, splits)
         ran.extend(result.kernels)
         return result.y
 
@@ -142,7 +142,7 @@ def emulated_norms() -> Iterator[list[str]]:
 
     def apply(*arguments) -> Tensor:
         called.append("apply")
-        return norm.apply(*arguments)
+        return norm.activated(*arguments)
 
     def reduce(dy, x, y, mean, var, eps, keep_masked) -> tuple[Tensor, Tensor, Tensor]:
         called.append("reduce")

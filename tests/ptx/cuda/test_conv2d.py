@@ -51,7 +51,8 @@ class Case:
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None):
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return conv2d(x, weight, bias, residual, relu=self.relu, **geometry, **self.options)
+        activation = "relu" if self.relu else "none"
+        return conv2d(x, weight, bias, residual, activation=activation, **geometry, **self.options)
 
     def check(self, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> list[str]:
         """Compares with float64, and gives the kernels that ran."""

@@ -10,14 +10,17 @@ import pytest
 import torch
 from support.emulated_cuda import A100, T4, module, pack_weight
 
+from resnet_fused.backends import Activation
+
 RTX4090, H100 = [89, 128, 99 << 10, 100 << 10], [90, 132, 227 << 10, 228 << 10]
 GPUS = {"t4": T4, "a100": A100, "rtx4090": RTX4090, "h100": H100}
 F16, BF16, F32, TF32 = range(4)
+FUNCTION = 35  # where Conv2dParams has the function, in 4-byte words after the pointers; its slope follows
 
 
 def problem(n: int, size: int, c: int, k: int, r: int, stride: int = 1, element: int = F16) -> list[int]:
     pad = r // 2
-    return [n, size, size, c, k, r, r, stride, stride, pad, pad, 1, 1, element, 1]
+    return [n, size, size, c, k, r, r, stride, stride, pad, pad, 1, 1, element]
 
 
 # ResNet-50's layers, and odd ones: batch, size, channels, filter, stride.
@@ -36,16 +39,26 @@ LAYERS = {
 
 
 def plan(numbers: list[int], device: list[int], kernel: str = "", splits: int = 0) -> tuple:
-    return torch.ops.resnet_fused_cuda.conv2d_plan(numbers, device, [0] * 6, kernel, splits)
+    return torch.ops.resnet_fused_cuda.conv2d_plan(numbers, device, [0] * 6, "none", 0.0, kernel, splits)
 
 
-def test_plans_are_kept_without_pointers() -> None:
+def test_plans_are_kept_without_arguments() -> None:
     numbers, kept = problem(3, 21, 64, 72, 3), torch.ops.resnet_fused_cuda.conv2d_kept_plans
     before, made = kept(), {}
-    for pointers in ([16, 32, 48, 64, 80, 96], [0] * 6, [160, 320, 480, 640, 800, 960]):
-        names, launches, params, workspace = torch.ops.resnet_fused_cuda.conv2d_plan(numbers, A100, pointers, "", 2)
+    functions = [*Activation]
+    for pointers, function, slope in (
+        ([16, 32, 48, 64, 80, 96], Activation.RELU, 0.0),
+        ([0] * 6, Activation.NONE, 0.0),
+        ([160, 320, 480, 640, 800, 960], Activation.LEAKY_RELU, 0.25),
+    ):
+        arguments = numbers, A100, pointers, function.value, slope, "", 2
+        names, launches, params, workspace = torch.ops.resnet_fused_cuda.conv2d_plan(*arguments)
         assert params[:6] == pointers
-        made[tuple(pointers)] = (names, launches, params[6:], workspace)
+        words = np.array(params[6:], np.int64).view(np.int32)
+        assert words[FUNCTION] == functions.index(function)
+        assert words[FUNCTION + 1 :].view(np.float32)[0] == slope
+        words[FUNCTION : FUNCTION + 2] = 0
+        made[function] = (names, launches, words.tolist(), workspace)
     assert kept() == before + 1
     assert len({str(plan) for plan in made.values()}) == 1
     # What a plan depends on tells it from others.
@@ -54,7 +67,6 @@ def test_plans_are_kept_without_pointers() -> None:
         (numbers, A100, "", 1),
         (numbers, A100, kernels[-1], 2),
         (numbers, H100, "", 2),
-        ([*numbers[:-1], 0], A100, "", 2),
         ([4, *numbers[1:]], A100, "", 2),
     ]
     for count, (own, device, kernel, splits) in enumerate(others, 2):
@@ -125,7 +137,7 @@ def test_kernels_are_all_that_serve_and_the_chosen_one_first() -> None:
         pytest.param(problem(1, 4, 8, 8, 17), "filter 17x17; the kernels serve up to 16 rows and 15 columns", id="filter"),
         pytest.param(problem(1, 4, 0, 8, 1), "0 channels in and 8 out; there must be some", id="no_channels"),
         pytest.param(problem(1, 4, 8, 1 << 23, 1), "output channels; the grid has room for", id="channels"),
-        pytest.param([1, 2, 2, 8, 8, 5, 5, 1, 1, 0, 0, 1, 1, F16, 1], "does not fit the padded input of 2x2", id="no_output"),
+        pytest.param([1, 2, 2, 8, 8, 5, 5, 1, 1, 0, 0, 1, 1, F16], "does not fit the padded input of 2x2", id="no_output"),
         pytest.param(problem(1 << 20, 64, 8, 8, 1), "output pixels; the kernels count them in 31 bits", id="pixels"),
     ],
 )
@@ -134,11 +146,16 @@ def test_refusals_give_the_reason(numbers: list[int], reason: str) -> None:
         plan(numbers, A100)
 
 
+def test_an_unknown_function_is_named() -> None:
+    with pytest.raises(ValueError, match="activation is 'softplus'; it must be one of Activation"):
+        torch.ops.resnet_fused_cuda.conv2d_plan(problem(1, 4, 8, 8, 1), A100, [0] * 6, "softplus", 0.0, "", 0)
+
+
 def test_offsets_beyond_32_bits() -> None:
     # Filter rows 2^40 bytes apart: each output pixel has one of its two filter rows in the image, which is a single row at x,
     # so that all that is read lies there, if no offset on the way loses its upper bits.
     memory, x, weight = px.Memory(), torch.randn(1, 16, 1, 5).half(), torch.randn(24, 16, 2, 1).half()
-    numbers = [1, 1, 5, 16, 24, 2, 1, 1, 1, 1, 0, 1, 1, F16, 0]
+    numbers = [1, 1, 5, 16, 24, 2, 1, 1, 1, 1, 0, 1, 1, F16]
     packed = pack_weight(weight, torch.ops.resnet_fused_cuda.conv2d_weight_layout(numbers), False)
     y = memory.empty(2 * 5 * 24 * 2)
     pointers = [
@@ -149,7 +166,7 @@ def test_offsets_beyond_32_bits() -> None:
         y,
         0,
     ]
-    (kernel,), launches, params, _ = torch.ops.resnet_fused_cuda.conv2d_plan(numbers, A100, pointers, "", 1)
+    (kernel,), launches, params, _ = torch.ops.resnet_fused_cuda.conv2d_plan(numbers, A100, pointers, "none", 0.0, "", 1)
     row_stride, row_delta = 7, 9  # behind six pointers and image_stride; behind run_delta
     assert params[row_stride] == 5 * 16 * 2
     params[row_delta] += (1 << 40) - params[row_stride]
