@@ -46,6 +46,10 @@ __device__ __forceinline__ float4 load_shared_16(uint32_t shared) {
   return v;
 }
 template <int OFFSET>
+__device__ __forceinline__ void store_shared_4(uint32_t shared, uint32_t word) {
+  asm volatile("st.shared.u32 [%0 + %1], %2;" ::"r"(shared), "n"(OFFSET), "r"(word) : "memory");
+}
+template <int OFFSET>
 __device__ __forceinline__ void store_shared_8(uint32_t shared, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0 + %1], {%2, %3};" ::"r"(shared), "n"(OFFSET), "f"(x), "f"(y) : "memory");
 }

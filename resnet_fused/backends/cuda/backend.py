@@ -10,6 +10,7 @@ from resnet_fused.backends import Backend, library
 from resnet_fused.backends.cuda import device
 from resnet_fused.backends.cuda.add_relu import AddReLU
 from resnet_fused.backends.cuda.batch_norm import BatchNorm
+from resnet_fused.backends.cuda.block import Bottleneck
 from resnet_fused.backends.cuda.convolution import ELEMENTS, ImplicitGemm
 from resnet_fused.backends.problem import Kind, Problem
 
@@ -20,7 +21,7 @@ class CUDA(Backend):
     """Compiled kernels of csrc/cuda for NVIDIA GPUs of compute capability 7.5 and newer."""
 
     name = "cuda"
-    implementations = (ImplicitGemm(), AddReLU(), BatchNorm())
+    implementations = (Bottleneck(), ImplicitGemm(), AddReLU(), BatchNorm())
     asks_for_gpu = True
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
