@@ -13,12 +13,12 @@ namespace resnet_fused {
 // 16 of k of a warp's pixels, by tile of pixels.
 using PixelFragments = uint32_t[2][4];
 
-// acc += the product of 16 of k with COLUMNS x 8 channels. b: address of COLUMNS / 2 fragments, less OFFSET.
+// acc += the product of 16 of k with COLUMNS x 8 channels. b: the lane's address of COLUMNS / 2 fragments, less OFFSET.
 template <class T, int OFFSET, int COLUMNS>
-__device__ __forceinline__ void multiply(float (&acc)[2][COLUMNS][4], const PixelFragments& a, uint32_t b, int lane) {
+__device__ __forceinline__ void multiply(float (&acc)[2][COLUMNS][4], const PixelFragments& a, uint32_t b) {
   unroll<COLUMNS / 2>([&](auto pair) {
     uint32_t fragment[4];
-    ptx::ldmatrix_x4<OFFSET + pair * FRAGMENT_BYTES>(fragment, b + lane * 16);
+    ptx::ldmatrix_x4<OFFSET + pair * FRAGMENT_BYTES>(fragment, b);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -27,13 +27,13 @@ __device__ __forceinline__ void multiply(float (&acc)[2][COLUMNS][4], const Pixe
   });
 }
 
-// acc = the bias of COLUMNS x 8 channels, which is packed in the order of lanes: (4 lanes, COLUMNS, 2). It is loaded as any
+// acc = the bias of COLUMNS x 8 channels, which is packed as lanes load it: (COLUMNS / 2, 4 lanes, 4). It is loaded as any
 // memory, not by ld.global.nc: ptxas would do that once for all steps, and find no registers to keep it.
 template <int COLUMNS>
 __device__ __forceinline__ void start(float (&acc)[2][COLUMNS][4], const float* bias, int lane) {
 #pragma unroll
   for (int j = 0; j < COLUMNS; j += 2) {
-    const float4 b = *reinterpret_cast<const float4*>(bias + lane % 4 * COLUMNS * 2 + j * 2);
+    const float4 b = *reinterpret_cast<const float4*>(bias + j * 8 + lane % 4 * 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -44,52 +44,75 @@ __device__ __forceinline__ void start(float (&acc)[2][COLUMNS][4], const float* 
   }
 }
 
-// The eight neighbouring channels that a lane has of a pixel, where weights are packed in that order, rounded to T.
-template <class T>
-__device__ __forceinline__ uint4 eight_of(const float (&acc)[2][4][4], int pixel) {
-  const int i = pixel / 2, upper = pixel % 2 * 2;
-  return {to_word<T>(acc[i][0][upper], acc[i][0][upper + 1]), to_word<T>(acc[i][1][upper], acc[i][1][upper + 1]),
-          to_word<T>(acc[i][2][upper], acc[i][2][upper + 1]), to_word<T>(acc[i][3][upper], acc[i][3][upper + 1])};
+// Neighbouring channels of each of a lane's four pixels, two a word.
+template <int WORDS>
+struct PixelWords {
+  uint32_t words[4][WORDS];
+
+  // from: the lane's channels of its first pixel; stride: bytes between pixels.
+  __device__ __forceinline__ void load(const char* from, int stride, const bool (&valid)[4]) {
+    static_assert(WORDS == 4);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const uint4 v = ptx::load_global_16(from + r * 8 * stride, valid[r]);
+      words[r][0] = v.x, words[r][1] = v.y, words[r][2] = v.z, words[r][3] = v.w;
+    }
+  }
+
+  __device__ __forceinline__ void store(char* to, int stride, const bool (&valid)[4]) const {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if constexpr (WORDS == 4) {
+        ptx::store_global_16(to + r * 8 * stride, {words[r][0], words[r][1], words[r][2], words[r][3]}, valid[r]);
+      } else if (valid[r]) {
+        *reinterpret_cast<uint2*>(to + r * 8 * stride) = {words[r][0], words[r][1]};
+      }
+    }
+  }
+};
+
+// Accumulators rounded to T, each column's two channels of a pixel as a word.
+template <class T, int COLUMNS>
+__device__ __forceinline__ PixelWords<COLUMNS> rounded(const float (&acc)[2][COLUMNS][4]) {
+  PixelWords<COLUMNS> result;
+#pragma unroll
+  for (int r = 0; r < 4; ++r)
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) result.words[r][j] = to_word<T>(acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]);
+  return result;
 }
 
-// Two channels after ReLU.
-template <class T>
-__device__ __forceinline__ uint32_t relu_pair(float low, float high) {
-  return ptx::relu_word<T>(to_word<T>(low, high));
+// relu(a + b), rounded as PyTorch's sum of two tensors is.
+template <class T, int WORDS>
+__device__ __forceinline__ PixelWords<WORDS> add_relu(const PixelWords<WORDS>& a, const PixelWords<WORDS>& b) {
+  PixelWords<WORDS> result;
+#pragma unroll
+  for (int r = 0; r < 4; ++r)
+#pragma unroll
+    for (int j = 0; j < WORDS; ++j) result.words[r][j] = ptx::relu_word<T>(add_words<T>(a.words[r][j], b.words[r][j]));
+  return result;
 }
 
 // A layer's result after ReLU as the next one's fragments: mma has both in the same lanes.
 template <class T, int COLUMNS>
-__device__ __forceinline__ void to_fragments(const float (&acc)[2][COLUMNS][4], PixelFragments (&a)[COLUMNS / 2]) {
+__device__ __forceinline__ void relu_fragments(const float (&acc)[2][COLUMNS][4], PixelFragments (&a)[COLUMNS / 2]) {
+  const PixelWords<COLUMNS> result = rounded<T>(acc);
 #pragma unroll
-  for (int j = 0; j < COLUMNS; ++j)
+  for (int r = 0; r < 4; ++r)
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) a[j / 2][r / 2][j % 2 * 2 + r % 2] = ptx::relu_word<T>(result.words[r][j]);
+}
+
+// What was loaded of 32 channels as fragments: k runs over the channels in the order (2 steps, 2 halves of a step, 4 lanes, 2),
+// which the packed weights follow.
+__device__ __forceinline__ void to_fragments(const PixelWords<4>& loaded, PixelFragments (&a)[2]) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int upper = 0; upper < 2; ++upper)
-        a[j / 2][i][j % 2 * 2 + upper] = relu_pair<T>(acc[i][j][2 * upper], acc[i][j][2 * upper + 1]);
+      for (int part = 0; part < 4; ++part) a[step][i][part] = loaded.words[2 * i + part % 2][2 * step + part / 2];
 }
-
-// Parts of a lane's four pixels straight from memory, eight channels each: k runs over them in the order
-// (8 channels, 2 steps, 2 halves of a step, 2), which the packed weights follow.
-struct LoadedPixels {
-  uint4 v[4];
-
-  // from: the lane's eight channels of its first pixel; stride: bytes between pixels.
-  __device__ __forceinline__ void load(const char* from, int stride, const bool (&valid)[4]) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) v[r] = ptx::load_global_16(from + r * 8 * stride, valid[r]);
-  }
-
-  __device__ __forceinline__ void to(PixelFragments (&a)[2]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint4 first = v[2 * i], second = v[2 * i + 1];
-      a[0][i][0] = first.x, a[0][i][1] = second.x, a[0][i][2] = first.y, a[0][i][3] = second.y;
-      a[1][i][0] = first.z, a[1][i][1] = second.z, a[1][i][2] = first.w, a[1][i][3] = second.w;
-    }
-  }
-};
 
 // Rows of WIDTH channels in shared memory, with zeros where the 3x3 window leaves the image on the left and right. A row's
 // number is that of its slot in the ring.

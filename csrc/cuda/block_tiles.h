@@ -29,6 +29,8 @@ struct BottleneckTile {
   static constexpr int CHUNKS_1 = IN * WIDTH * 2 / CHUNK_BYTES, CHUNKS_2 = 9 * WIDTH * WIDTH * 2 / CHUNK_BYTES;
   static constexpr int CHUNKS_3 = OUT * (WIDTH + (PROJECTED ? IN : 0)) * 2 / CHUNK_BYTES;
   static constexpr int CHUNKS = CHUNKS_1 + CHUNKS_2 + CHUNKS_3;
+  // Columns of mma of conv3 at once, of which a lane has 2 COLUMNS_3 neighbouring channels of the result; as registers suffice.
+  static constexpr int COLUMNS_3 = PROJECTED ? 2 : 4;
   static constexpr int STAGES = RESIDENT ? CHUNKS : 3;
   static_assert(PROJECTED || IN == OUT);
   static_assert(WIDTH * 64 <= CHUNK_BYTES && 64 * (WIDTH + (PROJECTED ? IN : 0)) <= CHUNK_BYTES, "whole k of 32 in a chunk");
@@ -41,5 +43,5 @@ struct BottleneckTile {
 #define RF_BOTTLENECK_KERNELS(X, SUFFIX, ELEMENT)                                \
   X(bottleneck_fwd_##SUFFIX##_64, ELEMENT, 256, 64, false, false, 7, 2)           \
   X(bottleneck_fwd_##SUFFIX##_64_resident, ELEMENT, 256, 64, false, true, 14, 1)  \
-  X(bottleneck_fwd_##SUFFIX##_64_projected, ELEMENT, 64, 64, true, false, 6, 2)   \
-  X(bottleneck_fwd_##SUFFIX##_64_projected_resident, ELEMENT, 64, 64, true, true, 12, 1)
+  X(bottleneck_fwd_##SUFFIX##_64_projected, ELEMENT, 64, 64, true, false, 7, 2)   \
+  X(bottleneck_fwd_##SUFFIX##_64_projected_resident, ELEMENT, 64, 64, true, true, 14, 1)

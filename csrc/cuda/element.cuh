@@ -122,10 +122,6 @@ struct Vector16 {
     return {words[0], words[1], words[2], words[3]};
   }
 
-  __device__ static uint4 add(uint4 a, uint4 b) {
-    return {add_words<T>(a.x, b.x), add_words<T>(a.y, b.y), add_words<T>(a.z, b.z), add_words<T>(a.w, b.w)};
-  }
-
   // Rounding keeps order, so ReLU of the rounded value is the rounded ReLU.
   __device__ static uint4 relu(uint4 v) {
     return {ptx::relu_word<T>(v.x), ptx::relu_word<T>(v.y), ptx::relu_word<T>(v.z), ptx::relu_word<T>(v.w)};

@@ -13,6 +13,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// %tid.x (10.1), read where this stands: a compiler moves what follows from threadIdx.x out of loops, and then keeps it.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // cp.async (9.7.9.25.3): copies 16 bytes from global memory to `shared` + OFFSET, past L1; writes zeros and reads
 // nothing where !valid.
 template <int OFFSET>

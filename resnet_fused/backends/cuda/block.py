@@ -84,13 +84,14 @@ def pack(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> tuple[Tenso
     fragments = [_fragments(_as_loaded(first.flatten(1)))]
     # k of the 3×3 layer: its taps, and channels in order.
     fragments.append(_fragments(middle.permute(0, 2, 3, 1).reshape(inner, -1)))
-    products = [_fragments(_in_eights(last.flatten(1))).view(inner // 16, out // 32, -1)]
-    if len(weights) == 4:
-        shortcut = _as_loaded(weights[0].flatten(1))
-        products.insert(0, _fragments(_in_eights(shortcut)).view(shortcut.shape[1] // 16, out // 32, -1))
-    # 32 output channels with all of their k, the shortcut's first, after the other.
-    fragments.append(torch.cat(products).transpose(0, 1))
-    own = [_by_lane(biases[-3]), _by_lane(biases[-2]), biases[-1], *biases[:-3]]
+    # Of the last layer groups of channels with all of their k, the shortcut's first, one group after the other.
+    projected = len(weights) == 4
+    columns = 2 if projected else 4
+    products = [_as_loaded(weights[0].flatten(1))] if projected else []
+    products = [_fragments(_in_neighbours(matrix, columns)) for matrix in (*products, last.flatten(1))]
+    groups = [product.view(product.shape[0], out // (8 * columns), -1) for product in products]
+    fragments.append(torch.cat(groups).transpose(0, 1))
+    own = [_by_lane(bias, 1) for bias in biases[-3:-1]] + [_by_lane(bias, columns) for bias in (biases[-1], *biases[:-3])]
     return torch.cat([part.flatten() for part in fragments]), torch.cat(own).contiguous()
 
 
@@ -106,12 +107,14 @@ def _as_loaded(matrix: Tensor) -> Tensor:
     return matrix.view(channels, k // 32, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(channels, k)
 
 
-def _in_eights(matrix: Tensor) -> Tensor:
-    """A (channels, k) matrix with each 32 channels so that a lane has 8 neighbours of the result: (4 columns, 4 lanes, 2)."""
+def _in_neighbours(matrix: Tensor, columns: int) -> Tensor:
+    """A (channels, k) matrix with channels so that a lane has neighbours of the result: in groups of (columns, 4 lanes, 2)."""
     channels, k = matrix.shape
-    return matrix.view(channels // 32, 4, 4, 2, k).transpose(1, 2).reshape(channels, k)
+    return matrix.view(-1, 4, columns, 2, k).transpose(1, 2).reshape(channels, k)
 
 
-def _by_lane(bias: Tensor) -> Tensor:
-    """The values that each of four lanes adds, one lane's after the other's: (4 lanes, channels / 8, 2)."""
-    return bias.view(-1, 4, 2).transpose(0, 1).flatten()
+def _by_lane(bias: Tensor, columns: int) -> Tensor:
+    """A bias as lanes load it, two columns at once: (columns / 2, 4 lanes, 2, 2). `columns` as above; 1: channels in order."""
+    if columns == 1:
+        return bias.view(-1, 2, 4, 2).transpose(1, 2).flatten()
+    return bias.view(-1, 4, columns // 2, 4).transpose(1, 2).flatten()
