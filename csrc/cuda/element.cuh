@@ -62,6 +62,33 @@ __device__ __forceinline__ void overflow(float (&v)[COUNT]) {
   }
 }
 
+// Two elements of T in a word, the first in its lower half; each is rounded once.
+template <class T>
+__device__ __forceinline__ uint32_t to_word(float low, float high) {
+  static_assert(sizeof(T) == 2);
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, sizeof word);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, sizeof word);
+  }
+  return word;
+}
+
+// The sums of two words' elements, rounded once each, as PyTorch adds tensors.
+template <class T>
+__device__ __forceinline__ uint32_t add_words(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair first, second;
+  memcpy(&first, &a, sizeof a), memcpy(&second, &b, sizeof b);
+  const Pair sum = __hadd2(first, second);
+  uint32_t word;
+  memcpy(&word, &sum, sizeof word);
+  return word;
+}
+
 // 16 bytes of elements of type T, as COUNT floats and back with one rounding each.
 template <class T>
 struct Vector16 {
@@ -87,7 +114,7 @@ struct Vector16 {
       if constexpr (COUNT == 4) {
         words[i] = __float_as_uint(v[i]);
       } else {
-        words[i] = to_word(v[2 * i], v[2 * i + 1], T{});
+        words[i] = to_word<T>(v[2 * i], v[2 * i + 1]);
       }
     }
     return {words[0], words[1], words[2], words[3]};
@@ -108,10 +135,6 @@ struct Vector16 {
   __device__ static float2 to_floats(uint32_t word, __half) { return __half22float2(bit_cast<__half2>(word)); }
   __device__ static float2 to_floats(uint32_t word, __nv_bfloat16) {  // the upper half of a float32
     return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  }
-  __device__ static uint32_t to_word(float low, float high, __half) { return bit_cast<uint32_t>(__floats2half2_rn(low, high)); }
-  __device__ static uint32_t to_word(float low, float high, __nv_bfloat16) {
-    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
   }
   template <class To, class From>
   __device__ static To bit_cast(const From& from) {

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "../checks.h"
+#include "block_params.h"
+#include "block_tiles.h"
 #include "conv2d_params.h"
 #include "conv2d_tiles.h"
 #include "batch_norm_kernels.h"
@@ -22,12 +24,19 @@
   X(conv2d_reduce_fwd_bf16)  \
   X(conv2d_reduce_fwd_f32)
 
+#define RF_BLOCK_KERNELS(X)                  \
+  RF_BOTTLENECK_KERNELS(X, f16, float16)    \
+  RF_BOTTLENECK_KERNELS(X, bf16, bfloat16)
+
 #define RF_ALL_NORM_KERNELS(X) RF_NORM_KERNELS(X) RF_NORM_FINISH_KERNELS(X)
 
 // The host stubs that nvcc makes of the kernels.
 extern "C" {
 #define RF_DECLARE(NAME, ...) void NAME(resnet_fused::Conv2dParams);
 RF_CONV2D_KERNELS(RF_DECLARE)
+#undef RF_DECLARE
+#define RF_DECLARE(NAME, ...) void NAME(resnet_fused::BlockParams);
+RF_BLOCK_KERNELS(RF_DECLARE)
 #undef RF_DECLARE
 #define RF_DECLARE(NAME, ...) void NAME(resnet_fused::BatchNormParams);
 RF_ALL_NORM_KERNELS(RF_DECLARE)
@@ -50,7 +59,7 @@ struct Entry {
 
 Entry ENTRIES[] = {
 #define RF_ENTRY(NAME, ...) {#NAME, reinterpret_cast<const void*>(&NAME)},
-    RF_CONV2D_KERNELS(RF_ENTRY) RF_ALL_NORM_KERNELS(RF_ENTRY) RF_ADD_RELU_KERNELS(RF_ENTRY)
+    RF_CONV2D_KERNELS(RF_ENTRY) RF_BLOCK_KERNELS(RF_ENTRY) RF_ALL_NORM_KERNELS(RF_ENTRY) RF_ADD_RELU_KERNELS(RF_ENTRY)
 #undef RF_ENTRY
 };
 

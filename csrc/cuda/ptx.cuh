@@ -13,6 +13,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// %tid.x (10.1), read where this stands: a compiler moves what follows from threadIdx.x out of loops, and then keeps it.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // cp.async (9.7.9.25.3): copies 16 bytes from global memory to `shared` + OFFSET, past L1; writes zeros and reads
 // nothing where !valid.
 template <int OFFSET>
@@ -44,6 +51,10 @@ __device__ __forceinline__ float4 load_shared_16(uint32_t shared) {
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "r"(shared), "n"(OFFSET));
   return v;
+}
+template <int OFFSET>
+__device__ __forceinline__ void store_shared_4(uint32_t shared, uint32_t word) {
+  asm volatile("st.shared.u32 [%0 + %1], %2;" ::"r"(shared), "n"(OFFSET), "r"(word) : "memory");
 }
 template <int OFFSET>
 __device__ __forceinline__ void store_shared_8(uint32_t shared, float x, float y) {

@@ -12,13 +12,16 @@ import ptx_executor as px
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import ConvParameters, Problem
+from resnet_fused.backends.cuda import block as cuda_block
 from resnet_fused.backends.cuda.convolution import pack_weight, plan_problem
 from resnet_fused.backends.problem import Conv
 from support.problems import problem_of
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-# In order of csrc/cuda/plan.h's DeviceProperties: an A100 and a T4.
+# In order of csrc/cuda/plan.h's DeviceProperties: an A100, an RTX 4090, an H100 and a T4.
 A100 = [80, 108, 163 << 10, 164 << 10]
+RTX4090, H100 = [89, 128, 99 << 10, 100 << 10], [90, 132, 227 << 10, 228 << 10]
 T4 = [75, 40, 64 << 10, 64 << 10]
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -44,6 +47,8 @@ def module(source: str, arch: str) -> px.Module:
 
 def source_of(kernel: str) -> str:
     """The .cu file that a kernel is in."""
+    if kernel.startswith("bottleneck"):
+        return f"block_{kernel.split('_')[2]}"
     if not kernel.startswith("conv2d"):
         return "batch_norm"
     for part in ("stem", "reduce"):
@@ -116,6 +121,23 @@ def conv2d_packed(
     kernels, counters = launch(ops.conv2d_plan(numbers, device, pointers, *function, kernel, splits), memory, device)
     y = memory.download(pointers[4], x.dtype, (n, p, q, k))
     return Result(y.permute(0, 3, 1, 2), kernels, counters)
+
+
+def block(problem: Problem, x: Tensor, parameters: ConvParameters, device: Sequence[int] = A100, kernel: str = "") -> Result:
+    """A whole residual block by the CUDA backend's kernels; `kernel` as in plan_block."""
+    weight, bias = cuda_block.pack(*parameters.tensors())
+    return block_packed(problem, x, weight, bias, device, kernel)
+
+
+def block_packed(
+    problem: Problem, x: Tensor, weight: Tensor, bias: Tensor, device: Sequence[int] = A100, kernel: str = ""
+) -> Result:
+    """The same with packed parameters."""
+    memory, (n, c, h, w) = px.Memory(), problem.output_shape()
+    pointers = [memory.upload(t) for t in (nhwc(x), weight, bias)] + [memory.empty(n * c * h * w * x.element_size())]
+    plan = torch.ops.resnet_fused_cuda.block_plan(cuda_block.plan_problem(problem), device, pointers, kernel)
+    kernels, counters = launch(plan, memory, device)
+    return Result(memory.download(pointers[3], x.dtype, (n, h, w, c)).permute(0, 3, 1, 2), kernels, counters)
 
 
 def add_relu(a: Tensor, b: Tensor, device: Sequence[int] = A100, *, backward: bool = False) -> Result:

@@ -10,6 +10,7 @@ from resnet_fused.backends import Backend, library
 from resnet_fused.backends.cuda import device
 from resnet_fused.backends.cuda.add_relu import AddReLU
 from resnet_fused.backends.cuda.batch_norm import BatchNorm
+from resnet_fused.backends.cuda.block import Bottleneck
 from resnet_fused.backends.cuda.convolution import ELEMENTS, ImplicitGemm
 from resnet_fused.backends.problem import Activation, Kind, Problem
 
@@ -21,7 +22,7 @@ class CUDA(Backend):
 
     name = "cuda"
     activations = tuple(Activation)
-    implementations = (ImplicitGemm(), AddReLU(), BatchNorm())
+    implementations = (Bottleneck(), ImplicitGemm(), AddReLU(), BatchNorm())
     asks_for_gpu = True
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process

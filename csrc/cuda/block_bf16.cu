@@ -1,0 +1,3 @@
+#include "block_kernels.cuh"
+
+RF_BOTTLENECK_KERNELS(RF_BOTTLENECK_KERNEL, bf16, bfloat16)

@@ -1,0 +1,3 @@
+#include "block_kernels.cuh"
+
+RF_BOTTLENECK_KERNELS(RF_BOTTLENECK_KERNEL, f16, float16)
