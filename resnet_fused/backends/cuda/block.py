@@ -26,7 +26,7 @@ class Bottleneck(Implementation):
         if block is None or len(block.main) != 3:
             return f"it has no kernel for {problem.label} as a whole"
         if not is_plain_bottleneck(block):
-            return "as a whole it serves bottlenecks of 1×1, 3×3 and 1×1 layers of one group and stride 1, the 3×3 with padding 1"
+            return "as a whole it serves bottlenecks of 1×1, 3×3 (padding 1) and 1×1 layers of one group and stride 1"
         if any(not step.epilogue.bias for step in problem.steps):
             return "as a whole it serves convolutions with a bias"
         if problem.dtype not in (torch.float16, torch.bfloat16):
@@ -102,7 +102,7 @@ def _fragments(matrix: Tensor) -> Tensor:
 
 
 def _as_loaded(matrix: Tensor) -> Tensor:
-    """A (channels, k) matrix with k in fragments' order, where a lane loads 8 neighbours of each 32: (2 steps, 2, 4 lanes, 2)."""
+    """A (channels, k) matrix with k in fragments' order: of each 32, a lane loads 8 neighbours: (2 steps, 2, 4 lanes, 2)."""
     channels, k = matrix.shape
     return matrix.view(channels, k // 32, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(channels, k)
 
