@@ -216,20 +216,6 @@ std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_ch
   return y;
 }
 
-// The mean of x over its pixels, (N, C, 1, 1).
-Tensor average_pool(Tensor x) {
-  check_cpu_activations(x, "x");
-  AveragePoolParams p{};
-  p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
-  RF_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
-  p.dtype = dtype_of(x);
-  Tensor y = new_activations(x, p.batch, p.channels, 1, 1);
-  p.x = x.const_data_ptr();
-  p.y = y.mutable_data_ptr();
-  if (p.batch > 0) kernels().average_pool(p);
-  return y;
-}
-
 // The machine's multiply-add peak on the threads at hand, GFLOP/s: the best of a few measurements of some milliseconds.
 double measure_peak(bool bfloat16) {
   const auto loop = direct_kernels(bfloat16 ? DType::bfloat16 : DType::float32).multiply_add_loop;
@@ -276,7 +262,6 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("pack_grouped(Tensor weight, int groups) -> Tensor");
   m.def("transform(Tensor packed, int in_channels, int out_channels, int stride) -> Tensor");
   m.def("stem(Tensor x, Tensor weights, Tensor bias, int out_channels, bool pool, str activation, float slope) -> Tensor?");
-  m.def("average_pool(Tensor x) -> Tensor");
   m.def("empty_activations(Tensor like) -> Tensor");
   m.def("release_activations() -> int");
   m.def("kept_activations() -> int");
@@ -295,7 +280,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("pack_grouped", TORCH_BOX(&pack_grouped));
   m.impl("transform", TORCH_BOX(&transform));
   m.impl("stem", TORCH_BOX(&stem));
-  m.impl("average_pool", TORCH_BOX(&average_pool));
   m.impl("empty_activations", TORCH_BOX(&empty_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
   m.impl("kept_activations", TORCH_BOX(&kept_activations));

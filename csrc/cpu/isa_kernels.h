@@ -10,6 +10,7 @@
 #include "grouped.h"
 #include "input_gradient.h"
 #include "pack.h"
+#include "pass.h"
 #include "peak.h"
 #include "pointwise.h"
 #include "stem.h"
@@ -28,6 +29,7 @@ constexpr Kernels KERNELS{
     weight_gradient_winograd,
     stem,
     average_pool,
+    pass,
     pack_grouped,
     grouped_size,
     grouped,

@@ -32,6 +32,7 @@ struct Kernels {
   void (*weight_gradient_winograd)(const WeightGradientParams&);
   void (*stem)(const StemParams&);
   void (*average_pool)(const AveragePoolParams&);
+  void (*pass)(const PassParams&);
   // Weights of a grouped convolution to float32, its filters having `kernel` columns, and their number.
   void (*pack_grouped)(const PackParams&, int64_t groups, int64_t kernel);
   int64_t (*grouped_size)(int64_t groups, int64_t in_channels, int64_t out_channels, int64_t taps);

@@ -162,6 +162,25 @@ struct StemParams {
   int64_t out_width() const { return pool ? (conv_width() + 1) / 2 : conv_width(); }
 };
 
+// One of the tensors that are concatenated along channels: NHWC, with so many channels.
+struct PassSource {
+  const void* x;
+  int64_t channels;
+};
+
+// y = act((x scale + shift) gate + residual) in one pass: x NHWC, or several tensors side by side, which are concatenated.
+struct PassParams {
+  const PassSource* sources;
+  int64_t source_count;
+  const float *scale, *shift;  // (channels), or both null
+  const void* gate;            // (batch, channels), or null
+  const void* residual;        // shape of y, or null
+  void* y;                     // NHWC; may be the one source, or the residual
+  int64_t batch, pixels, channels;
+  Nonlinearity nonlinearity;
+  DType dtype;  // of x, gate, residual and y
+};
+
 // y = mean of x over its pixels; x NHWC, y (batch, channels).
 struct AveragePoolParams {
   const void* x;

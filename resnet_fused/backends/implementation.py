@@ -14,9 +14,9 @@ from resnet_fused.backends.activation import activated
 from resnet_fused.backends.parameters import ConvParameters
 from resnet_fused.backends.problem import Activation, Epilogue, Kind, Problem
 
-Kernel = Callable[[Tensor, Tensor | None], Tensor]
-"""A prepared problem: kernel(x, residual) gives the result. `residual` is None unless the problem has one. May raise
-`Declined`."""
+Kernel = Callable[..., Tensor]
+"""A prepared problem: kernel(x, residual, *more) gives the result. `residual` is None unless the problem has one; `more` are
+further inputs, of a problem that has some. May raise `Declined`."""
 
 
 class Declined(Exception):
@@ -28,14 +28,32 @@ class BackendError(RuntimeError):
 
 
 class JoinableKernel:
-    """A kernel that runs as one with others of its class, by one call of the backend's library."""
+    """A kernel that runs as one with others, by one call of the backend's library."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, *more: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def joins(self, other: Any) -> bool:
+        """Whether another kernel can be joined with this one."""
+        return type(other) is type(self)
 
     @classmethod
     def join(cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]]) -> Kernel:
         """The kernels as one. `reads`: numbers of the values that each reads, as a problem's; the last one's is the result."""
+        raise NotImplementedError
+
+    @classmethod
+    def run_of(
+        cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]], inputs: int, results: Sequence[int]
+    ) -> Callable[..., list[Tensor]]:
+        """The kernels as one function of any number of inputs that gives any number of results.
+
+        Args:
+            kernels: in order.
+            reads: numbers of the values that each reads: first the inputs, then the results of the kernels.
+            inputs: how many inputs.
+            results: numbers of the values that are given.
+        """
         raise NotImplementedError
 
 
@@ -181,8 +199,8 @@ class Backend:
 def _with_pass(kernel: Kernel, epilogue: Epilogue) -> Kernel:
     """A kernel with the epilogue's function in a pass after it."""
 
-    def run(x: Tensor, residual: Tensor | None) -> Tensor:
-        y = activated(kernel(x, residual), epilogue, inplace=True)
+    def run(x: Tensor, residual: Tensor | None, *more: Tensor) -> Tensor:
+        y = activated(kernel(x, residual, *more), epilogue, inplace=True)
         bounds.tell(y, torch.inf)  # what was told of it before may hold no more
         return y
 
@@ -193,7 +211,7 @@ def in_its_format(kernel: Kernel, problem: Problem) -> Kernel:
     """A kernel that gives a channels_last result, with the result in the problem's format."""
     if problem.memory_format == torch.channels_last:
         return kernel
-    return lambda x, residual: kernel(x, residual).contiguous(memory_format=problem.memory_format)
+    return lambda x, residual, *more: kernel(x, residual, *more).contiguous(memory_format=problem.memory_format)
 
 
 def in_turn(kernels: Sequence[Kernel], reads: Sequence[tuple[int, ...]]) -> Kernel:

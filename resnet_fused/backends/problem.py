@@ -97,6 +97,16 @@ class Linear(NamedTuple):
     out_features: int
 
 
+class Affine(NamedTuple):
+    """y = x · scale + shift, with a scale and a shift for each channel: a batch norm in inference that follows no convolution.
+
+    Attributes:
+        channels: of each of the tensors whose concatenation along channels x is; one where nothing is concatenated.
+    """
+
+    channels: tuple[int, ...]
+
+
 class TrainingConv(NamedTuple):
     """A convolution in training, without bias: its result, and the gradients of its input and of its weights."""
 
@@ -115,8 +125,8 @@ class Pool(NamedTuple):
         return tuple((s + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1 for i, s in enumerate(size))
 
 
-class Pointwise(Enum):
-    """Operations without parameters of their own shape."""
+class Pointwise(str, Enum):
+    """Operations without parameters of their own shape. As text: programs can be written down."""
 
     IDENTITY = "identity"
     """Nothing but the epilogue."""
@@ -127,7 +137,7 @@ class Pointwise(Enum):
     """The mean over all pixels of an image, of shape (N, C, 1, 1)."""
 
 
-Operation = Conv | Linear | TrainingConv | Pointwise
+Operation = Conv | Linear | Affine | TrainingConv | Pointwise
 
 
 class Activation(str, Enum):
@@ -149,7 +159,7 @@ class Activation(str, Enum):
 class Epilogue(NamedTuple):
     """What follows the sums of an operation, before its result is stored.
 
-        y = pool(activation(sums + bias + residual))
+        y = pool(activation((sums + bias) · gate + residual))
 
     Attributes:
         residual: whether a tensor of the result's shape (before the pool) is added.
@@ -157,6 +167,7 @@ class Epilogue(NamedTuple):
         pool: the max-pool, if there is one.
         bias: whether the bias is added; without, it is added elsewhere.
         slope: of a leaky ReLU, below zero.
+        gate: whether the sums are multiplied by a tensor of shape (N, C, 1, 1).
     """
 
     residual: bool = False
@@ -164,6 +175,7 @@ class Epilogue(NamedTuple):
     pool: Pool | None = None
     bias: bool = True
     slope: float = 0.0
+    gate: bool = False
 
     @property
     def relu(self) -> bool:
@@ -176,12 +188,16 @@ NO_EPILOGUE = Epilogue()
 X, RESIDUAL, FIRST_RESULT = 0, 1, 2
 """Numbers of values: a problem's input, its residual (the second input, if there is one), and the first step's result."""
 
+MORE = FIRST_RESULT
+"""The number of the first further input of a problem of one step that has some; its result has the number after theirs."""
+
 
 class Step(NamedTuple):
     """One operation with its epilogue.
 
     Attributes:
-        reads: numbers of the values that it reads: its input, and what its epilogue adds.
+        reads: numbers of the values that it reads: its input, then the residual, if there is one, then what else it reads: what
+            is concatenated after its input, and the gate.
     """
 
     operation: Operation
@@ -196,6 +212,8 @@ class Step(NamedTuple):
             c, size = conv.out_channels, [*conv.output_size(*size)]
         elif isinstance(conv, Linear):
             c = conv.out_features
+        elif isinstance(conv, Affine):
+            c = sum(conv.channels)
         elif conv is Pointwise.AVERAGE_POOL:
             size = [1] * len(size)
         if self.epilogue.pool is not None:
@@ -211,6 +229,7 @@ class Kind(Enum):
     LINEAR = "linear"
     TRAINING_CONV = "convolution in training"
     ELEMENTWISE = "elementwise"
+    AFFINE = "affine"
     BATCH_NORM = "batch norm"
     AVERAGE_POOL = "average pool"
     PROGRAM = "program"
@@ -219,6 +238,7 @@ class Kind(Enum):
 _KINDS: dict[type | Pointwise, Kind] = {
     Conv: Kind.CONVOLUTION,
     Linear: Kind.LINEAR,
+    Affine: Kind.AFFINE,
     TrainingConv: Kind.TRAINING_CONV,
     Pointwise.IDENTITY: Kind.ELEMENTWISE,
     Pointwise.RELU_GRADIENT: Kind.ELEMENTWISE,
@@ -265,6 +285,7 @@ class Problem:
     """Steps on inputs of one kind: all that the choice and the preparation of a kernel may depend on.
 
     Values are numbered: 0 is the input x, 1 the residual, 2 the first step's result, and so on. The last step's is the result.
+    A problem of one step may have more inputs, which come before its result: what is concatenated after x, and a gate.
 
     Attributes:
         steps: in the order in which they are computed.
@@ -339,9 +360,18 @@ class Problem:
         """Whether it has a second input."""
         return any(RESIDUAL in step.reads for step in self.steps)
 
+    @property
+    def more(self) -> list[Shape]:
+        """Shapes of its inputs beyond x and the residual."""
+        first = self.steps[0]
+        n, _, h, w = self.shape
+        concatenated = first.operation.channels[1:] if isinstance(first.operation, Affine) else ()
+        gate = [(*first.result_shape(self.shape)[:2], 1, 1)] if first.epilogue.gate else []
+        return [*((n, channels, h, w) for channels in concatenated), *gate]
+
     def shapes(self) -> list[Shape]:
         """Shapes of the values, by their numbers. A residual has the shape of the sums that it is added to."""
-        found = [self.shape, self.shape]
+        found = [self.shape, self.shape, *self.more]
         for step in self.steps:
             if RESIDUAL in step.reads[1:]:
                 found[RESIDUAL] = step._replace(epilogue=step.epilogue._replace(pool=None)).result_shape(found[step.reads[0]])
@@ -392,7 +422,7 @@ def label(steps: tuple[Step, ...]) -> str:
 
 def _label(step: Step) -> str:
     operation, epilogue = step.operation, step.epilogue
-    tail = "_add" if epilogue.residual else ""
+    tail = ("_gate" if epilogue.gate else "") + ("_add" if epilogue.residual else "")
     if epilogue.activation is not Activation.NONE:
         tail += f"_{epilogue.activation.value}"
     if isinstance(operation, Conv):
@@ -403,6 +433,8 @@ def _label(step: Step) -> str:
         return "conv2d"
     if isinstance(operation, Linear):
         return f"linear{tail}"
+    if isinstance(operation, Affine):
+        return f"{'cat_' if len(operation.channels) > 1 else ''}affine{tail}"
     if operation is Pointwise.IDENTITY:
         return "max_pool" if epilogue.pool is not None else tail.removeprefix("_")
     names = {

@@ -172,6 +172,7 @@ def _text(step: Step) -> str:
     parts += [
         str(step.reads),
         "" if epilogue.bias else "no bias",
+        "gate" if epilogue.gate else "",
         "residual" if epilogue.residual else "",
         epilogue.activation.value,
         str(epilogue.slope) if epilogue.slope else "",

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from resnet_fused.backends import BackendError, Problem, available_backends, get, gpu_time
-from resnet_fused.backends.accuracy import inputs_of, parameters_of
+from resnet_fused.backends.accuracy import inputs_of, more_inputs_of, parameters_of
 from resnet_fused.backends.binding import bind, divided, is_divisible
 from resnet_fused.backends.problem import FIRST_RESULT, Conv, Linear
 from resnet_fused.bench.timing import interleave
@@ -107,15 +107,15 @@ def _convolutions(workload: Workload) -> Counter[Problem]:
 @torch.no_grad()
 def _run_layer(problem: Problem, count: int, seconds: float) -> LayerResult:
     parameters = parameters_of(problem)
-    x, residual = inputs_of(problem)
+    inputs = *inputs_of(problem), *more_inputs_of(problem)
     automatic = bind(problem, parameters, "auto")
-    calls = {"auto": partial(automatic.kernel, x, residual)}
+    calls = {"auto": partial(automatic.kernel, *inputs)}
     gpu = problem.device.type == "cuda"
     for backend in available_backends():
         if gpu and not get(backend).ready:
             continue
         try:
-            calls[backend] = partial(bind(problem, parameters, backend).kernel, x, residual)
+            calls[backend] = partial(bind(problem, parameters, backend).kernel, *inputs)
         except BackendError:
             continue
     if gpu:

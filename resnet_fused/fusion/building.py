@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused.fusion.derived import Derived
-from resnet_fused.fusion.matching import ConvMatch, Group, Matcher
+from resnet_fused.fusion.matches import ConvMatch, Group, Match
+from resnet_fused.fusion.matching import Matcher
 from resnet_fused.fusion.results import is_new, is_repeatable
 from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
 from resnet_fused.runtime.executor import CONCATENATIONS
+from resnet_fused.runtime.passes import mean_of
 from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, Value
 
 # Layers and functions that compute the same of either memory format, and whose result has that of their input.
@@ -86,7 +88,7 @@ class _Builder:
         if not groups:
             return Built(Program(0, (), None), [], [], self.trace, reasons=matcher.reasons)
         covered = {node for group in matcher.groups for match in group.matches for node in match.covered}
-        identities = {node for node in nodes if matcher.is_identity(node) and self._bypassed(node)}
+        identities = {node for node in nodes if matcher.is_identity(node)}
         unread = self._unread(covered)
         items: list[FusedStep | Call] = []
         made: dict[int, Group] = {}
@@ -107,10 +109,10 @@ class _Builder:
                     continue
                 if matcher.may_write(node) and self._writes_input(node):
                     raise CannotTrace(f"forward of {type(self.module).__name__} writes into its input")
-                call = self._call(node)
+                call = self._call(node, self._number)
                 self.numbers[node] = len(inputs) + len(items)
                 items.append(call)
-                if call.fast:
+                if call.fast and node.op == "call_module":
                     absorbed.append(str(node.target))
                     for name, parameter in self.module.get_submodule(str(node.target))._parameters.items():
                         if parameter is not None:
@@ -121,10 +123,6 @@ class _Builder:
         names = [*dict.fromkeys([*self.trace.inlined, *absorbed])]
         derived = {name: tensor for name, tensor in matcher.tensors.derived.items() if name in self.parameters}
         return Built(program, [*self.parameters], names, self.trace, derived, made, matcher.reasons)
-
-    def _bypassed(self, node: fx.Node) -> bool:
-        """Whether nothing but steps sees an identity, so that it needn't be called: it is part of no result."""
-        return all(self.matcher.is_identity(u) or any(u in match.covered for match in self.matcher.matches) for u in node.users)
 
     def _unread(self, covered: set[fx.Node]) -> set[fx.Node]:
         """Parameters, and what is derived from them, that only steps read, which have them otherwise."""
@@ -139,7 +137,8 @@ class _Builder:
         """Whether what a node writes to may be the memory of an input: then it couldn't be begun twice."""
         source = node.kwargs.get("out", node.args[0] if node.args else None)
         while isinstance(source, fx.Node):
-            if source in {match.last for match in self.matcher.matches} | {u.scaled[-1] for u in self.matcher.matches}:
+            matcher = self.matcher
+            if source in {match.last for match in matcher.matches} | {u.scaled[-1] for u in matcher.convolutions}:
                 return False
             if source.op == "placeholder" or not source.args:
                 return True
@@ -159,11 +158,11 @@ class _Builder:
     def _step(self, group: Group) -> FusedStep:
         layers = tuple(map(self._layer, group.matches, group.reads))
         residual = NONE if group.residual is None else self._number(group.residual)
-        return FusedStep(layers, self._number(group.input), residual)
+        return FusedStep(layers, self._number(group.input), residual, tuple(map(self._number, group.matches[0].more)))
 
     def _plain(self, group: Group) -> Program:
         """What a step replaces, as calls on the values that it reads."""
-        inputs = [self.matcher.producer(node) for node in (group.input, group.residual) if node is not None]
+        inputs = [self.matcher.producer(node) for node in group.inputs]
         numbers = {node: i for i, node in enumerate(inputs)}
         calls: list[Call] = []
 
@@ -174,21 +173,22 @@ class _Builder:
             return numbers[node]
 
         def call(node: fx.Node) -> None:
-            reads = tuple(dict.fromkeys(number(source) for source in node.all_input_nodes))
-            args, kwargs = _template(tuple(node.args), number), _template(dict(node.kwargs), number)
+            made = self._call(node, number)
             numbers[node] = len(inputs) + len(calls)
-            calls.append(Call(node.target, node.op, args, kwargs, reads, False))
+            calls.append(made)
 
         for node in sorted({n for match in group.matches for n in match.covered}, key=self.matcher.order.__getitem__):
             call(node)
         return Program(len(inputs), tuple(calls), Value(numbers[group.last]))
 
-    def _layer(self, match: ConvMatch, reads: tuple[int, ...]) -> Layer:
-        layer, norm = match.layer, match.norm
+    def _layer(self, match: Match, reads: tuple[int, ...]) -> Layer:
+        layer, norm = (match.layer if isinstance(match, ConvMatch) else None), match.norm
+        weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
+        pad, pad_mode = ((), "constant") if layer is None else (layer.pad, layer.pad_mode)
         of_norm = (None,) * 5 if norm is None else (norm.mean, norm.var, norm.gamma, norm.beta, norm.steps)
-        tensors = tuple(NONE if name is None else self._parameter(name) for name in (layer.weight, layer.bias, *of_norm))
+        tensors = tuple(NONE if name is None else self._parameter(name) for name in (weight, bias, *of_norm))
         eps, promotes = (0.0, False) if norm is None else (norm.eps, norm.promotes)
-        return Layer(layer.conv, layer.pad, layer.pad_mode, eps, tensors, promotes, match.renews, match.epilogue, reads)
+        return Layer(match.operation, pad, pad_mode, eps, tensors, promotes, match.renews, match.epilogue, reads)
 
     def _parameter(self, path: str) -> int:
         return self.parameters.setdefault(path, len(self.parameters))
@@ -200,13 +200,19 @@ class _Builder:
 
     # ---- calls -------------------------------------------------------------------------------------------------------
 
-    def _call(self, node: fx.Node) -> Call:
-        args, kwargs = self._template(tuple(node.args)), self._template(dict(node.kwargs))
-        reads = tuple(dict.fromkeys(self._number(source) for source in node.all_input_nodes))
-        fast = type(matcher_called) in _FAST_LAYERS if (matcher_called := self.matcher.called(node)) is not None else False
+    def _call(self, node: fx.Node, number: Callable[[fx.Node], int]) -> Call:
+        """A node as a call on values, of which `number` gives the numbers."""
+        args, kwargs = _template(tuple(node.args), number), _template(dict(node.kwargs), number)
+        reads = tuple(dict.fromkeys(number(source) for source in node.all_input_nodes))
         transparent, elementwise = self._is_transparent(node), self._is_elementwise(node)
         pure, writes = self._is_pure(node), self.matcher.may_write(node)
-        return Call(node.target, node.op, args, kwargs, reads, transparent, elementwise, fast, pure, writes)
+        call = Call(node.target, node.op, args, kwargs, reads, transparent, elementwise, pure=pure, writes=writes)
+        return call._replace(fast=self._is_fast(node, call))
+
+    def _is_fast(self, node: fx.Node, call: Call) -> bool:
+        if node.op == "call_module":
+            return type(self.matcher.called(node)) in _FAST_LAYERS
+        return mean_of(call, None) is not None
 
     def _is_transparent(self, node: fx.Node) -> bool:
         if node.op == "call_module":

@@ -47,7 +47,7 @@ class GraphProgram:
         self.items = items
         self.outputs = built.program.outputs
         self.precision, self.backend = settings.precision, settings.backend
-        self.dims = {2 + match.layer.conv.dims for group in built.groups.values() for match in group.matches}
+        self.dims = {2 + match.layer.conv.dims for group in built.groups.values() for match in group.convolutions}
         self.modes = [(path, _module(module, path).training) for path in built.absorbed]
 
     @classmethod
@@ -158,7 +158,8 @@ def _segment(row: list[tuple[int, FusedStep]], paths: list[str], last: dict[int,
             tensors = tuple(n if n == NONE else used.setdefault(n, len(used)) for n in layer.tensors)
             layers.append(layer._replace(tensors=tensors))
         residual = NONE if step.residual == NONE else own[step.residual]
-        steps.append(step._replace(layers=tuple(layers), x=own[step.x], residual=residual))
+        more = tuple(own[number] for number in step.more)
+        steps.append(step._replace(layers=tuple(layers), x=own[step.x], residual=residual, more=more))
     outputs = tuple(number for number, _ in row if last.get(number, NONE) > end)
     return _Segment(
         to_text(len(inputs), steps, [own[n] for n in outputs]), tuple(paths[n] for n in used), tuple(inputs), outputs

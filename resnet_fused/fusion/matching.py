@@ -1,18 +1,19 @@
-"""Matches convolutions with what follows them (batch norm, sum, ReLU, max-pool), and whole residual blocks, in a trace."""
+"""Matches convolutions with what follows them (batch norm, sum, ReLU, max-pool), residual blocks and passes, in a trace."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from resnet_fused.backends import Activation, Conv, Epilogue, Pool, Step
-from resnet_fused.backends.problem import RESIDUAL, X, label, residual_block
+from resnet_fused.backends import Activation, Conv, Pool
 from resnet_fused.fusion.activations import activation_called, activation_of
-from resnet_fused.fusion.layers import Convolution, Norm, Tensors, convolution, norm
+from resnet_fused.fusion.layers import Tensors, convolution, norm
+from resnet_fused.fusion.matches import ConvMatch, Group, Match
+from resnet_fused.fusion.passes import match_gate, match_norm
 from resnet_fused.fusion.results import name_of, writes
 from resnet_fused.fusion.tracing import has_hooks, is_layer
 from resnet_fused.runtime.folding import NotFoldable, check_overflow
@@ -21,109 +22,6 @@ from resnet_fused.runtime.views import View, view_of, viewed_pool
 _POOLS: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _PLAIN_LAYERS = "torch.nn.modules"
-
-
-@dataclass(eq=False)
-class ConvMatch:
-    """One convolution with all that is fused into it.
-
-    Attributes:
-        conv: the convolution's node.
-        name: its name in the report.
-        layer, norm: where its tensors are; no norm where none follows that can be folded.
-        covered: nodes whose work it does, the convolution first, in order.
-        add, residual: the sum's node and the operand that is not this convolution, if a sum is fused.
-        activation, slope: the function that follows.
-        pool: the max-pool that follows, if it can be fused into a stem.
-        renews: whether the sum or the function makes a tensor of its own in stock, and doesn't overwrite the convolution's.
-        note: why no more than this was fused, for the report.
-    """
-
-    conv: fx.Node
-    name: str
-    layer: Convolution
-    norm: Norm | None
-    covered: list[fx.Node] = field(default_factory=list)
-    add: fx.Node | None = None
-    residual: fx.Node | None = None
-    activation: Activation = Activation.NONE
-    slope: float = 0.0
-    pool: Pool | None = None
-    renews: bool = False
-    note: str = ""
-
-    @property
-    def last(self) -> fx.Node:
-        return self.covered[-1]
-
-    @property
-    def scaled(self) -> list[fx.Node]:
-        """The convolution and its batch norm."""
-        return self.covered[: 1 if self.norm is None else 2]
-
-    @property
-    def input(self) -> fx.Node:
-        source = self.conv.args[0]
-        assert isinstance(source, fx.Node)
-        return source
-
-    @property
-    def epilogue(self) -> Epilogue:
-        return Epilogue(self.residual is not None, self.activation, self.pool, slope=self.slope)
-
-
-@dataclass
-class Group:
-    """Convolutions that are computed together: one, or those of a residual block, in the order of the computation.
-
-    Attributes:
-        matches: the convolutions. A projection shortcut comes first.
-        reads: numbers of the values that each of them reads, as a problem's steps have them.
-    """
-
-    matches: list[ConvMatch]
-    reads: list[tuple[int, ...]]
-
-    @classmethod
-    def of(cls, match: ConvMatch) -> Group:
-        """One convolution."""
-        return cls([match], [(X,) if match.residual is None else (X, RESIDUAL)])
-
-    @classmethod
-    def of_block(cls, main: list[ConvMatch], shortcut: ConvMatch | None) -> Group:
-        """A residual block."""
-        steps = residual_block([match.layer.conv for match in main], None if shortcut is None else shortcut.layer.conv)
-        return cls(main if shortcut is None else [shortcut, *main], [step.reads for step in steps])
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """As a problem has them."""
-        return tuple(
-            Step(match.layer.conv, match.epilogue, reads) for match, reads in zip(self.matches, self.reads, strict=True)
-        )
-
-    @property
-    def residual(self) -> fx.Node | None:
-        """The second value that it reads."""
-        return next((u.residual for u, reads in zip(self.matches, self.reads, strict=True) if RESIDUAL in reads), None)
-
-    @property
-    def label(self) -> str:
-        """What it computes, for the report, which says whether there is a batch norm."""
-        return label(self.steps) if self.matches[-1].norm is not None else label(self.steps).replace("_bn", "")
-
-    @property
-    def last(self) -> fx.Node:
-        return self.matches[-1].last
-
-    @property
-    def input(self) -> fx.Node:
-        return self.matches[0].input
-
-    @property
-    def position(self) -> fx.Node:
-        """The node in whose place the op stands: where a residual is read, or where the convolution was."""
-        return self.last if len(self.matches) > 1 or self.matches[0].residual is not None else self.matches[0].conv
 
 
 class Matcher:
@@ -145,18 +43,33 @@ class Matcher:
         self.tensors = Tensors(module)
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.reasons: dict[str, str] = {}
-        self.matches: list[ConvMatch] = []
+        self.matches: list[Match] = []
+        self.by_last: dict[fx.Node, Match] = {}
         for node in graph.nodes:
-            match = self._match(node)
-            if match is not None:
-                self.matches.append(match)
-        self.by_last = {match.last: match for match in self.matches}
+            self._add(self._match(node))
+        if self.matches:
+            for node in graph.nodes:
+                self._match_pass(node)
         for node in graph.nodes:
             self._match_sum(node)
         for match in self.matches:
             self._match_tail(match)
         self.by_last = {match.last: match for match in self.matches}
         self.groups = self._groups()
+
+    def _add(self, match: Match | None) -> None:
+        if match is not None:
+            self.matches.append(match)
+            self.by_last[match.last] = match
+
+    @property
+    def convolutions(self) -> list[ConvMatch]:
+        return [match for match in self.matches if isinstance(match, ConvMatch)]
+
+    def _match_pass(self, node: fx.Node) -> None:
+        """A gate, or a batch norm that no convolution takes, in a forward that has convolutions."""
+        if node not in self.by_last:
+            self._add(match_gate(self, node) or match_norm(self, node))
 
     # ---- one convolution with its batch norm --------------------------------------------------------------------------
 
@@ -177,7 +90,7 @@ class Matcher:
                 except NotFoldable as reason:
                     note = str(reason)
             if found is None or following is None or found.dims not in (None, layer.conv.dims):
-                return ConvMatch(node, self._name(node), layer, None, [node], note=note)
+                return ConvMatch(self._name(node), [node], layer, note=note)
             weight, var = self.tensors[layer.weight], self.tensors[found.var]
             if var.numel() != weight.shape[0]:
                 raise NotFoldable(f"the batch norm has {var.numel()} channels and the convolution {weight.shape[0]}")
@@ -186,7 +99,7 @@ class Matcher:
         except NotFoldable as reason:
             self.reasons[self._name(node)] = str(reason)
             return None
-        return ConvMatch(node, self._name(node), layer, found, [node, following])
+        return ConvMatch(self._name(node), [node, following], layer, norm=found)
 
     def _name(self, node: fx.Node) -> str:
         """Name of a convolution in the report: its path, or for F.conv2d that of the weight's owner."""
@@ -206,7 +119,7 @@ class Matcher:
         operands = self.add_operands(node)
         if operands is None:
             return
-        best: tuple[int, ConvMatch, fx.Node] | None = None
+        best: tuple[int, Match, fx.Node] | None = None
         for own, other in (operands, operands[::-1]):
             match = self.by_last.get(self.producer(own))
             if match is None or match.add is not None or self.next_reader(match.last) is not node:
@@ -217,7 +130,7 @@ class Matcher:
             if own is other or not self._may_skip_write(node, own, other):
                 match.note = "the sum after it overwrites a tensor that others read"
                 continue
-            if self._written_between(match.conv, node, {match}):
+            if self.written_between(match.first, node, [match]):
                 match.note = "a tensor is overwritten before the sum, where a fused op would read its input"
                 continue
             depth = self._depth(match)
@@ -227,9 +140,10 @@ class Matcher:
             _, match, residual = best
             match.residual, match.add, match.renews = residual, node, not writes(node)
             match.covered.append(node)
+            self.by_last[node] = match
             self._match_activation(match)
 
-    def _match_activation(self, match: ConvMatch) -> bool:
+    def _match_activation(self, match: Match) -> bool:
         """The function that is applied to a match's result, if nothing else reads that; whether there is one."""
         following = self.next_reader(match.last)
         found = None if following is None else self.activation(following)
@@ -244,13 +158,14 @@ class Matcher:
         """Whether nobody sees that the fused op doesn't write the sum into its first operand, as the traced one may do."""
         if node.target not in (operator.iadd, "add_", "__iadd__") or node.args[0] is own:
             return True
-        return other in self.by_last and len(other.users) == 1
+        written = self.producer(other)
+        return written in self.by_last and self.next_reader(written) is node
 
-    def _written_between(self, first: fx.Node, last: fx.Node, matches: set[ConvMatch] | list[ConvMatch]) -> bool:
+    def written_between(self, first: fx.Node, last: fx.Node, matches: Iterable[Match] = ()) -> bool:
         """Whether a tensor may be written to between two nodes, by other nodes than those that some matches cover."""
         covered = {node for match in matches for node in match.covered}
         # A convolution's result is new, and only its batch norm, of whatever class, may write into it.
-        covered.update(node for match in self.matches for node in match.scaled)
+        covered.update(node for match in self.convolutions for node in match.scaled)
         inside = (n for n, at in self.order.items() if self.order[first] < at < self.order[last] and n not in covered)
         return any(self.may_write(n) and not self._writes_own(n) for n in inside)
 
@@ -259,23 +174,23 @@ class Matcher:
         source = node.args[0] if node.args else None
         if self.activation(node) is None or not isinstance(source, fx.Node) or len(source.users) != 1:
             return False
-        return source in {match.scaled[-1] for match in self.matches} or self.add_operands(source) is not None
+        return source in {match.scaled[-1] for match in self.convolutions} or self.add_operands(source) is not None
 
-    def _depth(self, match: ConvMatch) -> int:
+    def _depth(self, match: Match) -> int:
         """Length of the chain of matches that ends with this one: the main path of a block is longer than its shortcut."""
         depth = 1
         while (previous := self.by_last.get(self._before(match))) is not None:
             match, depth = previous, depth + 1
         return depth
 
-    def _before(self, match: ConvMatch) -> fx.Node:
+    def _before(self, match: Match) -> fx.Node:
         source = self.producer(match.input)
         # An activation that isn't given to its match yet stands between the matches.
         if self.activation(source) is not None and isinstance(source.args[0], fx.Node):
             return self.producer(source.args[0])
         return source
 
-    def _match_tail(self, match: ConvMatch) -> None:
+    def _match_tail(self, match: Match) -> None:
         """An activation, and the max-pool of a stem."""
         if match.add is None and not self._match_activation(match):
             following = self.next_reader(match.last)
@@ -283,6 +198,8 @@ class Matcher:
                 match.note = match.note or "its result has several readers, so nothing more is fused"
             elif following is not None and following.op == "call_module" and self.add_operands(following) is None:
                 match.note = match.note or f"{self.describe(following)} follows, which isn't fused"
+        if not isinstance(match, ConvMatch):
+            return
         if match.layer.conv.dims == 3 and view_of(match.layer.conv) is View.SAME:
             match.note = match.note or "its filter reaches in three dimensions, where stock's kernels compute it, folded"
         if match.activation is Activation.RELU and match.add is None and not match.layer.pad:
@@ -309,7 +226,7 @@ class Matcher:
         """All matches, those of a residual block together, in the order in which they are computed."""
         groups: list[Group] = []
         taken: set[int] = set()
-        for match in self.matches:
+        for match in self.convolutions:
             block = self._block(match)
             if block is not None:
                 groups.append(block)
@@ -323,7 +240,7 @@ class Matcher:
             return None
         residual = self.producer(last.residual)
         shortcut = self.by_last.get(residual)
-        if shortcut is not None and (
+        if not isinstance(shortcut, ConvMatch) or (
             shortcut.activation is not Activation.NONE or shortcut.residual is not None or len(shortcut.last.users) != 1
         ):
             shortcut = None
@@ -335,7 +252,7 @@ class Matcher:
                 break
             previous = self.by_last.get(source)
             if (
-                previous is None
+                not isinstance(previous, ConvMatch)
                 or previous.activation is not Activation.RELU
                 or previous.add is not None
                 or previous.pool is not None
@@ -352,7 +269,7 @@ class Matcher:
         if view_of(last.layer.conv) is View.SAME and last.layer.conv.dims != 2:
             return None  # one by one on stock's kernels
         first = min((match.conv for match in matches), key=self.order.__getitem__)
-        if self._written_between(first, last.last, matches):
+        if self.written_between(first, last.last, matches):
             return None
         return Group.of_block(chain, shortcut if projected else None)
 

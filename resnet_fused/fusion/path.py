@@ -335,7 +335,7 @@ class FastPath:
             )
         built = traced.built
         fused = set.intersection(*(set(run.problems) for run in traced.runs.values()))
-        matches = [match for number in fused & built.groups.keys() for match in built.groups[number].matches]
+        matches = [match for number in fused & built.groups.keys() for match in built.groups[number].convolutions]
         read_otherwise = {item.target for item in built.program.items if isinstance(item, Call) and item.kind == "get_attr"}
         weights = {match.layer.weight for match in matches}
         for number, item in enumerate(built.program.items, built.program.inputs):

@@ -70,7 +70,7 @@ def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
             rows[path].note = fast.traces.untraceable
         return
     for group in built.groups.values():
-        for match in group.matches:
+        for match in group.convolutions:
             row = rows.setdefault(join(path, match.name), Row(join(path, match.name), ""))
             row.op, row.path, row.note = group.label, path, match.note
             if fast.reason and fast.reason != "not called yet":
@@ -97,7 +97,7 @@ def _backends(model: nn.Module) -> dict[str, set[str]]:
         for built, run in served:
             for number, (_, backend) in run.problems.items():
                 group = built.groups.get(number)
-                for match in group.matches if group is not None else ():
+                for match in group.convolutions if group is not None else ():
                     found.setdefault(join(path, match.name), set()).add(backend)
     return found
 

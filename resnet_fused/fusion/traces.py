@@ -230,7 +230,7 @@ def _sizes(args: Sequence[Tensor]) -> tuple[torch.Size, ...]:
 
 
 def _convolutions(traced: Traced) -> int:
-    return sum(len(group.matches) for group in traced.built.groups.values())
+    return sum(len(group.convolutions) for group in traced.built.groups.values())
 
 
 def _nothing(built: Built) -> str:

@@ -65,7 +65,7 @@ def stock(program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tenso
     for step in program.items:
         assert isinstance(step, FusedStep)
         residual = None if step.residual == NONE else values[step.residual]
-        values.append(stock_step(step, parameters, values[step.x], residual))
+        values.append(stock_step(step, parameters, values[step.x], residual, [values[number] for number in step.more]))
     return [values[value.number] for value in program.outputs]
 
 
@@ -75,11 +75,13 @@ def _fake(inputs: list[Tensor], parameters: list[Tensor], steps: str, precision:
     for step in program.items:
         assert isinstance(step, FusedStep)
         x = values[step.x]
-        if step.layers[0].conv.dims == 3:  # whose strides depend on the library that stock takes
+        step = step.of([values[number] for number in step.reads])
+        first = step.layers[0]
+        if not step.is_pass and first.conv.dims == 3:  # whose strides depend on the library that stock takes
             y = stock_step(step, parameters, x, None if step.residual == NONE else values[step.residual])
             values.append(torch.empty_strided(y.shape, y.stride(), dtype=x.dtype, device=x.device))
             continue
-        padded, pad = [*x.shape], step.layers[0].pad
+        padded, pad = [*x.shape], first.pad
         for place in range(0, len(pad), 2):
             padded[-1 - place // 2] += pad[place] + pad[place + 1]
         shape = Problem(step.steps, tuple(padded), Types.of(x.dtype), x.device).output_shape()

@@ -16,24 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.backends import (
-    NO_PARAMETERS,
-    BackendError,
-    ConvParameters,
-    Declined,
-    JoinableKernel,
-    Precision,
-    Problem,
-    choice,
-)
+from resnet_fused.backends import BackendError, ConvParameters, Declined, JoinableKernel, Kernel, Precision, Problem, choice
 from resnet_fused.backends.binding import Bound, bind, bind_if_better
-from resnet_fused.backends.problem import FIRST_RESULT, Linear, Pointwise, Types, X
+from resnet_fused.backends.problem import FIRST_RESULT, Linear, Types, X
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.kept import Unservable
 from resnet_fused.runtime.parameters import Parameters
+from resnet_fused.runtime.passes import Mean, Refused, bind_mean, bind_pass, mean_of
 from resnet_fused.runtime.plain import stock_step
-from resnet_fused.runtime.program import Call, FusedStep, Program, Value, fill, in_format, result_format
+from resnet_fused.runtime.program import NONE, Call, FusedStep, Program, Value, fill, in_format, result_format
 from resnet_fused.runtime.run import Operation, Run, without_residual
+from resnet_fused.runtime.sizes import asks_for_sizes, shape_follows
 from resnet_fused.runtime.views import View, in_view, viewed_problem
 
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -99,6 +92,7 @@ class _Settling:
         # Numbers of values in channels_last that were made of others, by those others' numbers.
         self.converted: dict[int, int] = {}
         self.step_readers = Counter(item.x for item in program.items if isinstance(item, FusedStep))
+        self.shaped = {*range(program.inputs)}  # numbers of values whose shapes follow from the kind of the inputs
 
     def run(self) -> tuple[Run, Any]:
         begun = False  # whether something was done that mustn't be done twice
@@ -106,7 +100,7 @@ class _Settling:
             number = self.program.inputs + index
             try:
                 if isinstance(item, FusedStep):
-                    self._step(item, number)
+                    self._pass(item, number) if item.is_pass else self._step(item, number)
                 else:
                     begun = begun or not item.pure
                     self._call(item, number)
@@ -117,6 +111,8 @@ class _Settling:
                     raise
                 # The module's own forward raises the error that users know, or there is something that only it can do.
                 raise Unservable(f"{type(error).__name__}: {error}") from error
+            if shape_follows(item, self.shaped, self.made.constants):
+                self.shaped.add(number)
         kept: set[int] = set()
 
         def result(number: int) -> Any:
@@ -135,6 +131,8 @@ class _Settling:
         held: list[Any] = []
         for number, item in enumerate(self.program.items, self.program.inputs):
             if isinstance(item, FusedStep):
+                if item.is_pass:  # which may run as calls
+                    held += [self.parameters[n] for n in item.layers[0].tensors if n != NONE]
                 continue
             if item.kind == "get_attr":
                 held.append(self.values[number])
@@ -209,7 +207,9 @@ class _Settling:
 
     def _plain_layers(self, step: FusedStep) -> Callable[..., Any]:
         parameters = self.parameters
-        return lambda x, residual=None: stock_step(step, parameters, x, residual)
+        if step.residual == NONE:
+            return lambda x, *more: stock_step(step, parameters, x, None, more)
+        return lambda x, residual, *more: stock_step(step, parameters, x, residual, more)
 
     def _plain_padded(self, step: FusedStep) -> Callable[..., Any]:
         """A step of one layer in stock's ops, on an input that is padded already."""
@@ -270,20 +270,21 @@ class _Settling:
         problem = viewed_problem(problem, view)
         bound = self._bind(problem, folded)
         self.made.note_kernel(number, problem, bound, folded)
-        kernel = in_view(bound.kernel, view)
-        run: Callable[..., Any] = kernel if residual is not None else without_residual(kernel)
-        joinable = bound.kernel if isinstance(bound.kernel, JoinableKernel) and residual is None else None
         plain = self._plain_padded(step) if pad else self._plain(step, number, torch.channels_last)
-        self._do(Operation(run, reads, (number,), joinable, plain, view))
+        self._do(_operation(bound.kernel, residual is not None, reads, number, plain, view))
         self.formats[number] = format
 
     def _derive(self, make: Callable[[Tensor], Tensor], source: int) -> int:
         """Makes another value of one, which stays for its other readers; gives its number."""
-        self.values.append(None)
-        self.formats.append(self.formats[source])
-        made = len(self.values) - 1
+        made = self._new_value()
+        self.formats[made] = self.formats[source]
         self._do(Operation(make, (source,), (made,)))
         return made
+
+    def _new_value(self) -> int:
+        self.values.append(None)
+        self.formats.append(None)
+        return len(self.values) - 1
 
     def _in_channels_last(self, number: int) -> int:
         """The number of a value in channels_last, for all that read it so: itself, or one that is made of it."""
@@ -335,12 +336,51 @@ class _Settling:
         if given != format and not _same_in_both(own):
             raise Unservable("a residual has another memory format than what it is added to")
 
+    # ---- passes ------------------------------------------------------------------------------------------------------
+
+    def _pass(self, step: FusedStep, number: int) -> None:
+        """A gate, or a batch norm by itself; as the calls that it was made of where no kernel of ours serves it."""
+        given, formats = [self.values[read] for read in step.reads], [self.formats[read] for read in step.reads]
+        settings = self.settings
+        try:
+            found = bind_pass(step, given, formats, self.parameters, self.folded, settings.precision, settings.backend)
+        except Refused as refused:
+            if refused.unequal:
+                self.made.unequal.append(number)
+            self._as_calls(step, number)
+            return
+        self.made.note_kernel(number, found.problem, found.bound, found.parameters)
+        plain = self._plain(step, number, torch.channels_last)
+        self._do(_operation(found.bound.kernel, step.residual != NONE, step.reads, number, plain))
+        self.formats[number] = found.format
+
+    def _as_calls(self, step: FusedStep, number: int) -> None:
+        """A step as the calls that it was made of."""
+        program = self.program.plain.get(number)
+        if program is None:
+            for read in step.reads:
+                self._as_stock(read)
+            self._do(Operation(self._plain(step, number, None), step.reads, (number,)))
+            return
+        numbers = dict(enumerate(step.reads))
+
+        def renumbered(own: int) -> Value:
+            return Value(numbers[own])
+
+        for own, call in enumerate(program.items, program.inputs):
+            assert isinstance(call, Call)
+            numbers[own] = number if Value(own) == program.outputs else self._new_value()
+            args, kwargs = fill(call.args, renumbered), fill(call.kwargs, renumbered)
+            self._call(call._replace(args=args, kwargs=kwargs, reads=tuple(numbers[read] for read in call.reads)), numbers[own])
+
     # ---- calls -------------------------------------------------------------------------------------------------------
 
     def _call(self, call: Call, number: int) -> None:
-        replaced = self._fast_layer(call, number)  # which takes the kernels' own format
-        if replaced is not None:
-            self._do(replaced)
+        if asks_for_sizes(call, self.shaped, self.made.constants):
+            given = [self.values[read] for read in call.reads]
+            self.values[number] = self.made.constants[number] = _caller(call, self.module)(*given)
+            return
+        if self._fast_layer(call, number):  # which takes the kernels' own format
             return
         format = self._common_format(call) if call.transparent else None
         reads = call.reads
@@ -384,30 +424,37 @@ class _Settling:
         # What a mean of channels_last gives is contiguous or not by its dimensions.
         return None if call.target == "mean" and format != torch.contiguous_format else format
 
-    def _fast_layer(self, call: Call, number: int) -> Operation | None:
-        """A kernel for a layer that isn't fused with another: the average pool before the classifier, and the classifier.
+    def _fast_layer(self, call: Call, number: int) -> bool:
+        """Runs a layer that isn't fused with another by a kernel: a mean over all pixels, or the classifier.
 
-        None where stock's is as good.
+        False where stock's is as good.
         """
         if not call.fast or self.module is None or len(call.reads) != 1 or self.settings.precision != "fast":
-            return None
-        layer, x = self.module.get_submodule(call.target), self.values[call.reads[0]]
+            return False
+        layer = self.module.get_submodule(call.target) if call.kind == "call_module" else None
+        x = self.values[call.reads[0]]
         if not isinstance(x, Tensor) or x.layout is not torch.strided or autocast_dtype(x.device.type) is not None:
-            return None
-        if type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in (1, (1, 1), [1, 1]):
-            return self._average_pool(x, call, number)
-        return self._linear(layer, x, call, number) if type(layer) is nn.Linear else None
+            return False
+        mean = mean_of(call, layer)
+        if mean is not None:
+            return self._mean(mean, x, call, number)
+        operation = self._linear(layer, x, call, number) if type(layer) is nn.Linear else None
+        if operation is not None:
+            self._do(operation)
+        return operation is not None
 
-    def _average_pool(self, x: Tensor, call: Call, number: int) -> Operation | None:
-        if x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
-            return None
-        n, c, h, w = x.shape
-        problem = Problem.of(Pointwise.AVERAGE_POOL, (n, c, h, w), x.dtype, x.device)
-        bound = bind_if_better(problem, NO_PARAMETERS, choice(self.settings.backend))
+    def _mean(self, mean: Mean, x: Tensor, call: Call, number: int) -> bool:
+        bound = bind_mean(x, self.settings.backend)
         if bound is None:
-            return None
-        self.formats[number] = self.formats[call.reads[0]] or torch.channels_last
-        return Operation(without_residual(bound.kernel), call.reads, (number,))
+            return False
+        (source,) = call.reads
+        format = self.formats[source] or torch.channels_last
+        pooled = number if mean.keeps else self._new_value()
+        self._do(_operation(bound.kernel, False, (source,), pooled, lambda x: F.adaptive_avg_pool2d(x, 1)))
+        self.formats[pooled] = format if mean.as_input else torch.contiguous_format
+        if not mean.keeps:
+            self._do(Operation(lambda y: y.flatten(1), (pooled,), (number,)))
+        return True
 
     def _linear(self, layer: nn.Linear, x: Tensor, call: Call, number: int) -> Operation | None:
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
@@ -423,6 +470,19 @@ class _Settling:
             return None
         self.made.note_kernel(number, problem, bound, folded)
         return Operation(without_residual(bound.kernel), call.reads, (number,))
+
+
+def _operation(
+    kernel: Kernel,
+    has_residual: bool,
+    reads: tuple[int, ...],
+    number: int,
+    plain: Callable[..., Any],
+    view: View = View.SAME,
+) -> Operation:
+    """A kernel as an operation on numbered values."""
+    joinable, kernel = kernel if isinstance(kernel, JoinableKernel) else None, in_view(kernel, view)
+    return Operation(kernel if has_residual else without_residual(kernel), reads, (number,), joinable, plain, view)
 
 
 def _format_of(x: Tensor) -> torch.memory_format | None:

@@ -24,6 +24,18 @@ def affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None,
     return scale, shift if beta is None else shift + beta.double()
 
 
+def scale_and_shift(
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of y = x · scale + shift, as `affine`, in a dtype.
+
+    The shift is that of the rounded scale: where x is near the mean, which may be large, the scale's rounding error cancels.
+    """
+    scale = affine(mean, var, gamma, beta, eps)[0].to(dtype)
+    shift = -mean.double() * scale.double()
+    return scale, (shift if beta is None else shift + beta.double()).to(dtype)
+
+
 def scale_filters(weight: Tensor, scale: Tensor) -> Tensor:
     """weight · scale, rounded once to the weight's dtype. Weight (C, …), scale (C,) in float64.
 

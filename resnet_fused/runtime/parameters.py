@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import ConvParameters
+from resnet_fused.backends import NO_PARAMETERS, ConvParameters
 from resnet_fused.backends.parameters import LazyConvParameters
-from resnet_fused.runtime.folding import affine, is_finite, scale_filters
+from resnet_fused.backends.problem import Affine, Conv, Types
+from resnet_fused.runtime.folding import affine, is_finite, scale_and_shift, scale_filters
 from resnet_fused.runtime.kept import Look, Unservable
 from resnet_fused.runtime.program import NONE, Layer
 from resnet_fused.runtime.released import ReleasedParameter
@@ -23,8 +24,15 @@ def with_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def fold_weights(layer: Layer, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Folded weight and bias of a layer, computed in float64 and rounded to the weight's dtype, then to `dtype`."""
+    """Folded weight and bias of a layer, computed in float64 and rounded to the weight's dtype, then to `dtype`.
+
+    Of a batch norm by itself they are scale and shift, of the dtype that sums have.
+    """
     weight, bias, mean, var, gamma, beta = (None if t is None else t.detach() for t in tensors[:6])
+    if isinstance(layer.operation, Affine):
+        assert mean is not None
+        assert var is not None
+        return scale_and_shift(mean, var, gamma, beta, layer.eps, Types.of(dtype).accumulation)
     assert weight is not None
     if mean is None or var is None:
         # Copies, since the memory of parameters may be released.
@@ -59,7 +67,7 @@ class Parameters:
             weight, bias = fold_weights(layer, tensors, dtype)
             return viewed_weight(weight, view), bias
 
-        return self._get((layer.conv, layer.eps, dtype, view), tensors, make)
+        return self._get((layer.operation, layer.eps, dtype, view), tensors, make)
 
     def _get(
         self, kind: tuple[object, ...], tensors: Sequence[Tensor | None], make: Callable[[], tuple[Tensor, Tensor]]
@@ -82,7 +90,10 @@ class Parameters:
         self, layers: Sequence[Layer], parameters: Sequence[Tensor], dtype: torch.dtype, view: View = View.SAME
     ) -> ConvParameters:
         """Folded parameters of a step's layers together."""
-        return ConvParameters.joined([self.layer(layer, parameters, dtype, view) for layer in layers])
+        with_some = [layer for layer in layers if isinstance(layer.operation, (Affine, Conv))]
+        if not with_some:
+            return NO_PARAMETERS
+        return ConvParameters.joined([self.layer(layer, parameters, dtype, view) for layer in with_some])
 
     def linear(self, weight: Tensor, bias: Tensor) -> LazyConvParameters:
         """A classifier's parameters, as those of a convolution on one pixel."""

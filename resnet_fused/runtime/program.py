@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import Activation, Conv, Epilogue, Pool
-from resnet_fused.backends.problem import FIRST_RESULT, Step, X
+from resnet_fused.backends.problem import FIRST_RESULT, Affine, Pointwise, Step, X
 from resnet_fused.runtime.calls import memory_format
 from resnet_fused.runtime.views import View, view_of
 
@@ -24,10 +24,11 @@ NONE = -1
 
 
 class Layer(NamedTuple):
-    """One convolution with its batch norm, if it has one, and what follows it.
+    """One convolution with its batch norm, if it has one, and what follows it; or what stands by itself, with what follows it.
 
     Attributes:
-        conv: geometry.
+        operation: geometry of the convolution; a batch norm by itself, after a concatenation or without; or the identity, where
+            there is an epilogue only.
         pad, pad_mode: what F.pad adds before (left, right, top, bottom; of each dimension, the last one first), for padding
             modes and uneven padding.
         eps: of the batch norm.
@@ -39,7 +40,7 @@ class Layer(NamedTuple):
         reads: numbers of the values that it reads, as a problem's steps have them.
     """
 
-    conv: Conv
+    operation: Conv | Affine | Pointwise
     pad: tuple[int, ...]
     pad_mode: str
     eps: float
@@ -52,7 +53,13 @@ class Layer(NamedTuple):
     @property
     def step(self) -> Step:
         """As a problem has it: without its batch norm, which is folded in."""
-        return Step(self.conv, self.epilogue, self.reads)
+        return Step(self.operation, self.epilogue, self.reads)
+
+    @property
+    def conv(self) -> Conv:
+        """Geometry of the convolution of a layer that has one."""
+        assert isinstance(self.operation, Conv)
+        return self.operation
 
     @property
     def normed(self) -> bool:
@@ -66,20 +73,35 @@ class FusedStep(NamedTuple):
     Attributes:
         layers: in the order in which they are computed; the last one's result is the step's.
         x, residual: numbers of the values that it reads; NONE where it has no second input.
+        more: of those that it reads beside them: what is concatenated after x, and a gate.
     """
 
     layers: tuple[Layer, ...]
     x: int
     residual: int = NONE
+    more: tuple[int, ...] = ()
 
     @property
     def reads(self) -> tuple[int, ...]:
-        return (self.x,) if self.residual == NONE else (self.x, self.residual)
+        return (self.x, *self.more) if self.residual == NONE else (self.x, self.residual, *self.more)
+
+    def of(self, given: Sequence[Tensor]) -> FusedStep:
+        """The step with what only the values that it reads tell: how many channels each of those has that it concatenates."""
+        layer = self.layers[0]
+        if not isinstance(layer.operation, Affine):
+            return self
+        sources = [given[0], *given[1 + (self.residual != NONE) :]]
+        return self._replace(layers=(layer._replace(operation=Affine(tuple(x.shape[1] for x in sources))),))
+
+    @property
+    def is_pass(self) -> bool:
+        """Whether it is no convolution, but a pass over values."""
+        return not isinstance(self.layers[0].operation, Conv)
 
     @property
     def view(self) -> View:
         """How kernels for images see its values: all of its layers in the same way."""
-        return view_of(self.layers[0].conv)
+        return View.SAME if self.is_pass else view_of(self.layers[0].conv)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -151,18 +173,25 @@ def from_text(text: str) -> Program:
 
 
 def _step(fields: Sequence[Any]) -> FusedStep:
-    layers, x, residual = fields
-    return FusedStep(tuple(map(_layer, layers)), x, residual)
+    layers, x, residual, more = fields
+    return FusedStep(tuple(map(_layer, layers)), x, residual, tuple(more))
 
 
 def _layer(fields: Sequence[Any]) -> Layer:
-    conv, pad, pad_mode, eps, tensors, promotes, renews, epilogue, reads = fields
-    in_channels, out_channels, kernel, stride, padding, dilation, groups = conv
-    geometry = Conv(in_channels, out_channels, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
-    residual, activation, pool, bias, slope = epilogue
+    operation, pad, pad_mode, eps, tensors, promotes, renews, epilogue, reads = fields
+    residual, activation, pool, bias, slope, gate = epilogue
     window = None if pool is None else Pool(*map(tuple, pool))
-    following = Epilogue(residual, Activation(activation), window, bias, slope)
-    return Layer(geometry, tuple(pad), pad_mode, eps, tuple(tensors), promotes, renews, following, tuple(reads))
+    following = Epilogue(residual, Activation(activation), window, bias, slope, gate)
+    return Layer(_operation(operation), tuple(pad), pad_mode, eps, tuple(tensors), promotes, renews, following, tuple(reads))
+
+
+def _operation(written: Any) -> Conv | Affine | Pointwise:
+    if isinstance(written, str):
+        return Pointwise(written)
+    if len(written) == 1:
+        return Affine(tuple(written[0]))
+    in_channels, out_channels, kernel, stride, padding, dilation, groups = written
+    return Conv(in_channels, out_channels, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def fill(template: Any, value_of: Callable[[int], Any]) -> Any:
@@ -197,6 +226,8 @@ def result_format(
         format: of x in stock; None: that which x has.
         parameters: the program's.
     """
+    if step.is_pass:
+        return memory_format(x) if format is None else format
     # The strides of one value an image tell nothing.
     one = math.prod(x.shape[1:]) == 1
     given = memory_format(x) == torch.channels_last if format is None else format == torch.channels_last and not one

@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Declined, JoinableKernel, Kernel, Problem, bounds
-from resnet_fused.backends.binding import Bound, join
-from resnet_fused.backends.problem import FIRST_RESULT, X
+from resnet_fused.backends.binding import Bound
 from resnet_fused.runtime.program import Program, Value, fill
 from resnet_fused.runtime.replay import Replay, replayable
-from resnet_fused.runtime.views import View, in_view
+from resnet_fused.runtime.views import View, all_in_view
 
 
 @dataclass
@@ -21,7 +20,8 @@ class Operation:
     """What a run does in one go: values[writes] = run(*values of reads); then `frees` aren't needed any more.
 
     `joinable`: the kernel, where it can be joined with the next one's. `plain`: the same in stock's ops, for values that a
-    kernel declines. `view`: in which the kernel sees its values.
+    kernel declines. `view`: in which the kernel sees its values. `several`: whether there is a result for each of `writes`, and
+    not one for all.
     """
 
     run: Callable[..., Any]
@@ -30,6 +30,7 @@ class Operation:
     joinable: JoinableKernel | None = None
     plain: Callable[..., Any] | None = None
     view: View = View.SAME
+    several: bool = False
     frees: list[int] = field(default_factory=list)
 
 
@@ -40,6 +41,7 @@ class Run:
         problems: by the number of a fused step, its problem and the name of the backend that serves it.
         parameters: of the fused steps, with what was packed for their kernels; kept as long as the run.
         unequal: numbers of steps whose residual isn't as what it is added to, which run as stock.
+        constants: by the numbers of values, those that are the same in every call: sizes, and what is computed with them.
         declined: how often in a row kernels left values to stock's ops.
     """
 
@@ -48,9 +50,10 @@ class Run:
         self.problems: dict[int, tuple[Problem, str]] = {}
         self.parameters: list[ConvParameters] = []
         self.unequal: list[int] = []
+        self.constants: dict[int, Any] = {}
         self.declined = 0
         self.operations: list[Operation] = []
-        self._count = 0
+        self._others: list[Any] = []  # values that aren't inputs, as they are before a call
         self._single = type(program.outputs) is Value
         self._bounded = False
         self.replay: Replay | None = None
@@ -74,7 +77,7 @@ class Run:
             return self._run(known, inputs)
 
     def _run(self, known: dict[Any, Any], inputs: Sequence[Tensor]) -> list[Any]:
-        values: list[Any] = [*inputs, *(None,) * (self._count - len(inputs))]
+        values: list[Any] = [*inputs, *self._others]
         declined = False
         for operation in self.operations:
             given = [values[number] for number in operation.reads]
@@ -85,8 +88,12 @@ class Run:
             except Declined:
                 assert operation.plain is not None
                 result, declined = operation.plain(*given), True
-            for number in operation.writes:
-                values[number] = result
+            if operation.several:
+                for number, own in zip(operation.writes, result, strict=True):
+                    values[number] = own
+            else:
+                for number in operation.writes:
+                    values[number] = result
             for number in operation.frees:
                 values[number] = None
         self.declined = self.declined + 1 if declined else 0
@@ -105,28 +112,19 @@ class Run:
             kept: values of the result.
             count: of values.
         """
-        self._count = count
-        readers: dict[int, int] = {}
+        self._others = [self.constants.get(number) for number in range(self.program.inputs, count)]
+        readers: dict[int, list[Operation]] = {}
         for operation in operations:
             for number in operation.reads:
-                readers[number] = readers.get(number, 0) + 1
-        joined: list[list[Operation]] = []
+                readers.setdefault(number, []).append(operation)
+        rows: list[list[Operation]] = []
         for operation in operations:
-            before = joined[-1][-1] if joined else None
-            follows = (
-                before is not None
-                and before.joinable is not None
-                and operation.joinable is not None
-                and operation.view is before.view
-                and operation.reads == before.writes
-                and readers[before.writes[0]] == 1
-                and before.writes[0] not in kept
-            )
-            if follows:
-                joined[-1].append(operation)
+            before = rows[-1][-1] if rows else None
+            if before is not None and _joins(before, operation):
+                rows[-1].append(operation)
             else:
-                joined.append([operation])
-        self.operations = [_join(row) for row in joined]
+                rows.append([operation])
+        self.operations = [_join(row, kept, readers) for row in rows]
         last: dict[int, Operation] = {}
         for operation in self.operations:
             for number in (*operation.reads, *operation.writes):
@@ -136,21 +134,34 @@ class Run:
                 operation.frees.append(number)
 
 
-def _join(row: list[Operation]) -> Operation:
+def _joins(before: Operation, operation: Operation) -> bool:
+    """Whether an operation's kernel can be joined with that of the one before."""
+    joinable, own = before.joinable, operation.joinable
+    return joinable is not None and own is not None and before.view is operation.view and joinable.joins(own)
+
+
+def _join(row: list[Operation], kept: set[int], readers: dict[int, list[Operation]]) -> Operation:
+    """Operations in a row, whose kernels can be joined, as one."""
     if len(row) == 1:
         return row[0]
+    made = [number for operation in row for number in operation.writes]
+    inputs = [*dict.fromkeys(n for operation in row for n in operation.reads if n not in made)]
+    inside = {*map(id, row)}
+    needed = [n for n in made if n in kept or any(id(reader) not in inside for reader in readers.get(n, ()))] or made[-1:]
+    numbers = {number: i for i, number in enumerate((*inputs, *made))}
+    reads = [tuple(numbers[n] for n in operation.reads) for operation in row]
     kernels = [operation.joinable for operation in row if operation.joinable is not None]
-    joined = join(kernels, [(X if i == 0 else FIRST_RESULT + i - 1,) for i in range(len(kernels))])
-    joined = in_view(joined, row[0].view)
+    run = all_in_view(kernels[0].run_of(kernels, reads, len(inputs), [numbers[n] for n in needed]), row[0].view)
 
-    def plain(x: Tensor) -> Tensor:
+    def plain(*given: Tensor) -> list[Tensor]:
+        values = dict(zip(inputs, given, strict=True))
         for operation in row:
             assert operation.plain is not None
-            x = operation.plain(x)
-        return x
+            values[operation.writes[0]] = operation.plain(*[values[n] for n in operation.reads])
+        return [values[n] for n in needed]
 
-    return Operation(without_residual(joined), row[0].reads, row[-1].writes, plain=plain)
+    return Operation(run, tuple(inputs), tuple(needed), plain=plain, several=True)
 
 
-def without_residual(kernel: Kernel) -> Callable[[Tensor], Tensor]:
-    return lambda x: kernel(x, None)
+def without_residual(kernel: Kernel) -> Callable[..., Tensor]:
+    return lambda x, *more: kernel(x, None, *more)

@@ -112,6 +112,14 @@ def in_view(kernel: Kernel, view: View) -> Kernel:
     return run
 
 
+def all_in_view(run: Callable[..., list[Tensor]], view: View) -> Callable[..., list[Tensor]]:
+    """The same of a function of several images with several results."""
+    if view is View.SAME:
+        return run
+    see, unsee = _SEE[view], _UNSEE[view]
+    return lambda *given: [unsee(y, given[0].shape) for y in run(*map(see, given))]
+
+
 def _see_frames(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d).transpose(1, 2).flatten(0, 1)
 

@@ -34,11 +34,11 @@ def prepare(problem: Problem, parameters: ConvParameters, name: str) -> Kernel:
         backend, _, plan = name.partition(":")
         kernel = get(backend).prepare(problem, parameters, plan or None)
 
-    def with_stock(x: Tensor, residual: Tensor | None) -> Tensor:
+    def with_stock(x: Tensor, residual: Tensor | None, *more: Tensor) -> Tensor:
         try:
-            return kernel(x, residual)
+            return kernel(x, residual, *more)
         except Declined:
-            return stock().prepare(problem, parameters)(x, residual)
+            return stock().prepare(problem, parameters)(x, residual, *more)
 
     return with_stock
 

@@ -56,14 +56,14 @@ class InModel:
             self.devices.add(problem.device)
         kernels: dict[str, Kernel] = {}
 
-        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+        def kernel(x: Tensor, residual: Tensor | None, *more: Tensor) -> Tensor:
             name = self.chosen[key]
             if name not in kernels:
                 kernels[name] = prepare(problem, parameters, name)
             if key not in self._marks:
-                return kernels[name](x, residual)
+                return kernels[name](x, residual, *more)
             begin = time_mark(problem.device)
-            y = kernels[name](x, residual)
+            y = kernels[name](x, residual, *more)
             self._marks[key].append((begin, time_mark(problem.device)))
             return y
 

@@ -113,7 +113,7 @@ def _blocks(fused: nn.Module) -> list[str]:
         fast = path_of(module)
         built = None if fast is None else fast.traces.for_report()
         for group in built.groups.values() if built is not None else ():
-            names = [match.name.split(".") for match in group.matches]
+            names = [match.name.split(".") for match in group.convolutions]
             if len(names) > 1:
                 common = [part for part, *others in zip(*names, strict=False) if others == [part] * len(others)]
                 found.append(join(path, ".".join(common)))

@@ -33,7 +33,8 @@ class Recorded:
     """A chain of 3×3 and 1×1 convolutions of 32 channels, and the same in stock PyTorch."""
 
     def __init__(self) -> None:
-        self.chain = Chain(SHAPE, torch.float32)
+        self.chain = Chain([SHAPE, SHAPE], torch.float32)
+        self.results: list[int] = []
         self.steps: list[tuple[int, int | None, torch.Tensor, torch.Tensor]] = []
 
     def conv(self, x: int, residual: int | None = None, kernel: int = 3) -> int:
@@ -41,12 +42,17 @@ class Recorded:
         bias = torch.randn(32)
         packed = torch.ops.resnet_fused_cpu.pack(weight.contiguous(memory_format=torch.channels_last), kernel == 3)
         geometry = [kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1]
-        self.steps.append((x, residual, weight, bias))
         plan = BY_TILES if kernel == 3 else []
-        return self.chain.conv(x, residual, packed, padded_bias(bias), 32, 1, geometry, RELU, plan)
+        result = self.chain.conv(x, residual, packed, padded_bias(bias), 32, 1, geometry, RELU, plan)
+        self.steps.append((x, residual, weight, bias))
+        return result
 
     def ours(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.ops.resnet_fused_cpu.run_chain(self.chain.id, x, residual)
+        if not self.results:
+            self.results = [len(self.steps) + 1]
+            self.chain.end(self.results)
+        (y,) = torch.ops.resnet_fused_cpu.run_chain(self.chain.id, [x, x if residual is None else residual])
+        return y
 
     def stock(self, x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         values = [x.to(dtype), None if residual is None else residual.to(dtype)]
@@ -141,35 +147,43 @@ class Watch(TorchDispatchMode):
 def test_a_chain_lives_as_long_as_its_kernel(x: torch.Tensor):
     kernel = _kernel()
     kernel(x, None)
-    id = kernel.chain.id
-    torch.ops.resnet_fused_cpu.run_chain(id, x, None)
+    id = kernel.run.chain.id
+    torch.ops.resnet_fused_cpu.run_chain(id, [x])
     with Watch() as watch:
         del kernel
         gc.collect()
     assert not watch.seen
     with pytest.raises(ValueError, match=f"chain is {id}"):
-        torch.ops.resnet_fused_cpu.run_chain(id, x, None)
+        torch.ops.resnet_fused_cpu.run_chain(id, [x])
 
 
 def test_wrong_inputs_are_refused(x: torch.Tensor):
-    recorded = Recorded()
-    with pytest.raises(ValueError, match="no steps"):
-        recorded.ours(x)
+    recorded, run = Recorded(), torch.ops.resnet_fused_cpu.run_chain
+    with pytest.raises(ValueError, match="no results"):
+        run(recorded.chain.id, [x, x])
     with pytest.raises(ValueError, match="x is 2"):
         recorded.conv(2)
     with pytest.raises(ValueError, match="residual is 5"):
         recorded.conv(0, 5)
-    recorded.conv(0, 1)
-    with pytest.raises(ValueError, match="residual is missing"):
-        recorded.ours(x)
-    with pytest.raises(ValueError, match="x differs in shape or dtype"):
+    y = recorded.conv(0, 1)
+    for results in ([], [0], [y, y], [y + 1]):
+        with pytest.raises(ValueError, match="result"):
+            recorded.chain.end(results)
+    recorded.ours(x, x)
+    with pytest.raises(ValueError, match="has its results already"):
+        recorded.conv(0)
+    with pytest.raises(ValueError, match="inputs has 1"):
+        run(recorded.chain.id, [x])
+    with pytest.raises(ValueError, match="input 0 differs in shape or dtype"):
         recorded.ours(x[:1], x)
-    with pytest.raises(ValueError, match="residual differs in shape or dtype"):
+    with pytest.raises(ValueError, match="input 1 differs in shape or dtype"):
         recorded.ours(x, x[:1])
     with pytest.raises(ValueError, match="not channels_last"):
         recorded.ours(x.contiguous(), x)
-    with pytest.raises(ValueError, match="shape must be four positive"):
-        Chain((0, 32, 9, 10), torch.float32)
+    with pytest.raises(ValueError, match="a size that isn't positive, of input 1"):
+        Chain([SHAPE, (0, 32, 9, 10)], torch.float32)
+    with pytest.raises(ValueError, match="must have four"):
+        Chain([SHAPE[1:]], torch.float32)
 
 
 def test_a_chain_of_other_kernels_is_refused(x: torch.Tensor):

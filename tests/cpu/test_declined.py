@@ -270,7 +270,8 @@ def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
             x = chain.conv(x, None, weights, bias, 64, 1, [3, 3, 1, 1, 1, 1, 1, 1], RELU, [4, 14, 8, 64, 0])
         return x
 
-    kernel = ChainKernel(tuple(layer.x.shape), torch.float32, record)
+    conv = Conv(64, 64, (3, 3), padding=(1, 1))
+    kernel = ChainKernel(problem_of("conv2d_bn_relu", layer.x.shape, torch.float32, torch.device("cpu"), (conv,)), record)
     kernel(layer.x, None)
     layer.x[0, 0, 0, 0] = math.nan
     library.release_activations()

@@ -138,17 +138,17 @@ GEOMETRY = [3, 3, 1, 1, 1, 1, 1, 1]
 def test_wrong_arguments_are_named(count: int, geometry: list[int], plan: list[int], message: str):
     weight = torch.randn(16, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     packed = torch.ops.resnet_fused_cpu.pack_grouped(weight, 4)
-    chain = Chain((1, 16, 8, 8), torch.float32)
+    chain = Chain([(1, 16, 8, 8)], torch.float32)
     with pytest.raises(ValueError, match=message):
-        chain.conv(Chain.X, None, packed, padded_bias(torch.zeros(16)), 16, count, geometry, RELU, plan)
+        chain.conv(0, None, packed, padded_bias(torch.zeros(16)), 16, count, geometry, RELU, plan)
 
 
 def test_a_kernel_of_another_size_is_refused():
     weight = torch.randn(16, 4, 5, 5).contiguous(memory_format=torch.channels_last)
     packed = torch.ops.resnet_fused_cpu.pack_grouped(weight, 4)
-    chain = Chain((1, 16, 8, 8), torch.float32)
+    chain = Chain([(1, 16, 8, 8)], torch.float32)
     with pytest.raises(ValueError, match="5 x 5; it must be 3 x 3"):
-        chain.conv(Chain.X, None, packed, padded_bias(torch.zeros(16)), 16, 4, [5, 5, 1, 1, 2, 2, 1, 1], RELU, [])
+        chain.conv(0, None, packed, padded_bias(torch.zeros(16)), 16, 4, [5, 5, 1, 1, 2, 2, 1, 1], RELU, [])
     with pytest.raises(ValueError, match="groups is 3; it must divide"):
         torch.ops.resnet_fused_cpu.pack_grouped(weight, 3)
     with pytest.raises(ValueError, match="weight is empty"):

@@ -15,6 +15,13 @@ from resnet_fused.backends.cpu.packing import padded_bias
 CHANNELS_LAST = torch.channels_last
 
 
+def run(chain: Chain, result: int, *inputs: Tensor) -> Tensor | None:
+    """The value of a chain that has no results yet; None where a step declined its input."""
+    chain.end([result])
+    found = torch.ops.resnet_fused_cpu.run_chain(chain.id, [*inputs])
+    return found[0] if found else None
+
+
 @dataclass
 class Layer:
     """relu(conv2d(x, weight) + bias + residual), on random tensors."""
@@ -52,18 +59,19 @@ class Layer:
         y = y if self.added is None else y + self.added.to(dtype)
         return y.relu() if self.relu else y
 
-    def ours(self, plan: list[int]) -> Tensor:
+    def ours(self, plan: list[int]) -> Tensor | None:
         """By the compiled operator; `plan` as it takes it, empty for direct arithmetic."""
         ops = torch.ops.resnet_fused_cpu
         weight = self.weight.contiguous(memory_format=CHANNELS_LAST)
         packed = ops.pack(weight, bool(plan)) if self.groups == 1 else ops.pack_grouped(weight, self.groups)
         geometry = [v for v in (self.kernel, self.stride, self.padding, self.dilation) for _ in range(2)]
-        chain = Chain(tuple(self.x.shape), self.dtype)
-        residual = Chain.RESIDUAL if self.residual else None
+        inputs = [self.x] if self.added is None else [self.x, self.added]
+        chain = Chain([tuple(t.shape) for t in inputs], self.dtype)
+        residual = None if self.added is None else 1
         bias = padded_bias(self.bias)
         epilogue = Epilogue(activation=Activation.RELU if self.relu else Activation.NONE)
-        chain.conv(Chain.X, residual, packed, bias, self.out, self.groups, geometry, epilogue, plan)
-        return ops.run_chain(chain.id, self.x, self.added)
+        result = chain.conv(0, residual, packed, bias, self.out, self.groups, geometry, epilogue, plan)
+        return run(chain, result, *inputs)
 
 
 @dataclass
@@ -99,12 +107,11 @@ class Block:
             y = (y + x).relu() if i == len(weights) - 1 else y.relu()
         return y
 
-    def ours(self, plan: list[int]) -> Tensor:
+    def ours(self, plan: list[int]) -> Tensor | None:
         """By the compiled operator; `plan`: strip, parts, panels."""
         ops = torch.ops.resnet_fused_cpu
         weights = [w.contiguous(memory_format=CHANNELS_LAST) for w in self.weights]
         packed = [ops.pack(w, w.shape[2] == 3) for w in weights]
         biases = [padded_bias(s) for s in self.biases]
-        chain = Chain(tuple(self.x.shape), self.dtype)
-        chain.block(Chain.X, packed, biases, self.channels[1:], plan)
-        return ops.run_chain(chain.id, self.x, None)
+        chain = Chain([tuple(self.x.shape)], self.dtype)
+        return run(chain, chain.block(0, packed, biases, self.channels[1:], plan), self.x)

@@ -2,7 +2,7 @@
 
 from resnet_fused.backends.accuracy.check import ProblemCheck
 from resnet_fused.backends.accuracy.judge import Verdict, difference, judge, misplaced
-from resnet_fused.backends.accuracy.tensors import activations, inputs_of, parameters_of, with_nan_and_inf
+from resnet_fused.backends.accuracy.tensors import activations, inputs_of, more_inputs_of, parameters_of, with_nan_and_inf
 from resnet_fused.backends.accuracy.tolerance import allowed, relative_error
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "inputs_of",
     "judge",
     "misplaced",
+    "more_inputs_of",
     "parameters_of",
     "relative_error",
     "with_nan_and_inf",

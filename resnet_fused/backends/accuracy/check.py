@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Kernel, Problem, stock, tf32
 from resnet_fused.backends.accuracy.judge import judge
-from resnet_fused.backends.accuracy.tensors import inputs_of, with_nan_and_inf
+from resnet_fused.backends.accuracy.tensors import inputs_of, more_inputs_of, with_nan_and_inf
 from resnet_fused.backends.accuracy.tolerance import allowed, relative_error
 
 # Images that are compared with float64: half of them the first, half the last. Those between are compared with stock's.
@@ -38,6 +38,7 @@ class ProblemCheck:
         self._exact = reference.prepare(problem.with_dtype(torch.float64), parameters.to(torch.float64))
         self._rounded = tf32.exact(problem, parameters) if tf32.used(problem) else None
         self.x, self.residual = inputs_of(problem)
+        self._more = more_inputs_of(problem)
         images = problem.shape[0]
         ends = range(images) if images <= _IMAGES else (*range(_IMAGES // 2), *range(images - _IMAGES // 2, images))
         self._ends = torch.tensor([*ends], device=problem.device)
@@ -53,25 +54,35 @@ class ProblemCheck:
 
     def _case(self, x: Tensor, residual: Tensor | None) -> _Case:
         x_ends, residual_ends = x[self._ends], None if residual is None else residual[self._ends]
-        exact = self._exact(x_ends.double(), None if residual_ends is None else residual_ends.double())
+        more_ends = [t[self._ends].double() for t in self._more]
+        exact = self._exact(x_ends.double(), None if residual_ends is None else residual_ends.double(), *more_ends)
         rounded = None if self._rounded is None else self._rounded(x_ends, residual_ends).to(x.dtype)
-        return _Case(x, residual, self._stock(x, residual), exact, rounded, self._ends)
+        stock = self._stock(x, residual, *self._more)
+        return _Case(x, residual, self._more, stock, exact, rounded, self._ends)
 
 
 class _Case:
     """One input, and what stock and float64 make of it."""
 
     def __init__(
-        self, x: Tensor, residual: Tensor | None, stock: Tensor, exact: Tensor, rounded: Tensor | None, ends: Tensor
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        more: tuple[Tensor, ...],
+        stock: Tensor,
+        exact: Tensor,
+        rounded: Tensor | None,
+        ends: Tensor,
     ) -> None:
-        self._x, self._residual, self._stock, self._exact, self._rounded, self._ends = x, residual, stock, exact, rounded, ends
+        self._inputs = x, residual, *more
+        self._stock, self._exact, self._rounded, self._ends = stock, exact, rounded, ends
 
     def fault(self, kernel: Kernel) -> str | None:
-        before = [None if t is None else t.clone() for t in (self._x, self._residual)]
-        y, stock = kernel(self._x, self._residual), self._stock
+        before = [None if t is None else t.clone() for t in self._inputs]
+        y, stock = kernel(*self._inputs), self._stock
         if y.shape != stock.shape or y.dtype != stock.dtype:
             return judge(y, stock, None).fault
-        if not all(_same(a, b) for a, b in zip((self._x, self._residual), before, strict=True)):
+        if not all(_same(a, b) for a, b in zip(self._inputs, before, strict=True)):
             return "it changes its input"
         verdict = judge(y[self._ends], stock[self._ends], self._exact, self._rounded)
         return verdict.fault or self._between(y, verdict.stock)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends.parameters import ConvParameters
-from resnet_fused.backends.problem import RESIDUAL, Conv, Linear, Problem, Shape
+from resnet_fused.backends.problem import RESIDUAL, Affine, Conv, Linear, Problem, Shape
 
 
 def activations(
@@ -32,11 +32,22 @@ def inputs_of(problem: Problem, seed: int = 0) -> tuple[Tensor, Tensor | None]:
     return x, activations(problem.shapes()[RESIDUAL], *kind, seed + 1, problem.memory_format)
 
 
+def more_inputs_of(problem: Problem, seed: int = 8) -> tuple[Tensor, ...]:
+    """Its inputs beyond x and the residual, if it has some."""
+    kind = problem.types.source, problem.device
+    return tuple(activations(shape, *kind, seed + i, problem.memory_format) for i, shape in enumerate(problem.more))
+
+
 def parameters_of(problem: Problem, seed: int = 2) -> ConvParameters:
     """Weights that keep the size of values from layer to layer, and biases of their size."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    weights, biases = [], []
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
     for step in problem.steps:
+        if isinstance(step.operation, Affine):
+            for found in (weights, biases):
+                values = torch.randn(sum(step.operation.channels), generator=generator, dtype=torch.float32, device="cpu")
+                found.append(values.to(problem.device, problem.types.accumulation))
         conv = Conv(*step.operation, (1, 1)) if isinstance(step.operation, Linear) else step.operation
         if isinstance(conv, Conv):
             shape = conv.out_channels, conv.in_channels // conv.groups, *conv.kernel

@@ -11,6 +11,7 @@ from resnet_fused.backends.cpu import plan
 from resnet_fused.backends.cpu.batch_norm import BatchNorm
 from resnet_fused.backends.cpu.block import WholeBlock
 from resnet_fused.backends.cpu.convolution import Direct, Winograd
+from resnet_fused.backends.cpu.elementwise import OnePass
 from resnet_fused.backends.cpu.grouped import Depthwise, Grouped
 from resnet_fused.backends.cpu.head import AveragePool, Classifier
 from resnet_fused.backends.cpu.stem import Stem
@@ -37,6 +38,7 @@ class CPU(Backend):
         Direct(),
         Classifier(),
         AveragePool(),
+        OnePass(),
         BatchNorm(),
         TrainingConvolution(),
     )
@@ -68,7 +70,7 @@ class CPU(Backend):
 
     def preferred(self, problem: Problem) -> bool:
         kind = problem.kind
-        if kind in (Kind.BATCH_NORM, Kind.AVERAGE_POOL, Kind.TRAINING_CONV):
+        if kind in (Kind.BATCH_NORM, Kind.AVERAGE_POOL, Kind.TRAINING_CONV, Kind.ELEMENTWISE, Kind.AFFINE):
             return True
         # oneDNN uses AMX, at many times the rate of our instructions.
         if problem.dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16():

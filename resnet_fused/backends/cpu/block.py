@@ -53,4 +53,4 @@ class WholeBlock(Implementation):
         def record(chain: Chain, x: int, residual: int | None) -> int:
             return chain.block(x, weights, biases, channels, numbers)
 
-        return in_its_format(ChainKernel(problem.shape, problem.types.source, record), problem)
+        return in_its_format(ChainKernel(problem, record), problem)

@@ -1,4 +1,4 @@
-"""Kernels of csrc/cpu: steps prepared natively for inputs of one shape and run by one call, be it one step or a stage."""
+"""Kernels of csrc/cpu: steps prepared natively for inputs of given shapes and run by one call, be it one step or a network."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Declined, Epilogue, JoinableKernel
-from resnet_fused.backends.problem import Shape
+from resnet_fused.backends import Declined, Epilogue, JoinableKernel, Problem
+from resnet_fused.backends.problem import FIRST_RESULT, RESIDUAL, Shape
 
 
 class Chain:
     """What csrc/cpu/chain.cpp runs by one call.
 
-    Values are numbered: 0 is x, 1 the residual, and each step gives the next.
+    Values are numbered: first the inputs, and each step gives the next.
 
     Args:
-        shape: of x, (N, C, H, W).
+        shapes: of the inputs, (N, C, H, W).
         dtype: of all activations, float32 or bfloat16.
     """
 
-    X, RESIDUAL = 0, 1
-
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype) -> None:
         self._library = torch.ops.resnet_fused_cpu
-        self.id = self._library.new_chain(shape, dtype == torch.bfloat16)
+        self.id = self._library.new_chain([size for shape in shapes for size in shape], dtype == torch.bfloat16)
         # Not through the dispatcher: a chain may be collected while a mode watches or traces another model's operators.
         delete, keys = self._library.delete_chain.default.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         # Not at the interpreter's exit, where the operator may be gone already.
@@ -69,50 +67,129 @@ class Chain:
         """
         return self._library.chain_block(self.id, x, weights, biases, channels, plan)
 
+    def one_pass(
+        self,
+        sources: list[int],
+        gate: int | None,
+        residual: int | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        epilogue: Epilogue,
+    ) -> int:
+        """Adds y = act((x · scale + shift) · gate + residual).
 
-Record = Callable[[Chain, int, "int | None"], int]
-"""record(chain, x, residual) adds the steps of a kernel to a chain and gives the number of the result."""
+        Args:
+            sources: values whose concatenation along channels x is.
+            gate: a value of one pixel.
+            residual: a value.
+            scale, shift: float32, of shape (C,).
+            epilogue: its function is applied.
+        """
+        function = epilogue.activation.value, epilogue.slope
+        return self._library.chain_pass(self.id, sources, gate, residual, scale, shift, *function)
+
+    def average_pool(self, x: int) -> int:
+        """Adds the mean of x over its pixels, of shape (N, C, 1, 1)."""
+        return self._library.chain_average_pool(self.id, x)
+
+    def end(self, results: Sequence[int]) -> None:
+        """Says which values a run gives."""
+        self._library.end_chain(self.id, [*results])
 
 
-class ChainKernel(JoinableKernel):
-    """A kernel that runs a chain. The chain is made at the first call, since parts of a longer one are never called.
+class ChainRun:
+    """A function that runs a chain. The chain is made at the first call, since parts of a longer one are never called.
 
     Args:
-        shape: of x, (N, C, H, W).
-        dtype: of x.
-        record: adds the kernel's steps to a chain.
+        shapes: of the inputs.
+        dtype: of all activations.
+        record: record(chain, *inputs) adds the steps and gives the numbers of the results.
 
     Raises:
-        Declined: x, or a result in between, holds values that Winograd can't be trusted with (csrc/cpu/uneven.h).
+        Declined: an input, or a result in between, holds values that Winograd can't be trusted with (csrc/cpu/uneven.h).
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, record: Record) -> None:
-        self.shape, self.dtype, self.record = shape, dtype, record
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, record: Callable[..., Sequence[int]]) -> None:
+        self.shapes, self.dtype, self.record = shapes, dtype, record
         self.chain: Chain | None = None
         self._run = torch.ops.resnet_fused_cpu.run_chain.default
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
         chain = self.chain
         if chain is None:
-            chain = Chain(self.shape, self.dtype)
-            self.record(chain, Chain.X, Chain.RESIDUAL)
+            chain = Chain(self.shapes, self.dtype)
+            chain.end(self.record(chain, *range(len(self.shapes))))
             self.chain = chain
-        x = x.contiguous(memory_format=torch.channels_last)
-        if residual is not None:
-            residual = residual.contiguous(memory_format=torch.channels_last)
-        y = self._run(chain.id, x, residual)
-        if y is None:
+        results = self._run(chain.id, [x.contiguous(memory_format=torch.channels_last) for x in inputs])
+        if not results:
             raise Declined
-        return y
+        return results
+
+
+Record = Callable[..., int]
+"""record(chain, x, residual, *more) adds the steps of a kernel to a chain and gives the number of the result."""
+
+
+class ChainKernel(JoinableKernel):
+    """A kernel that runs a chain.
+
+    Args:
+        problem: what it computes.
+        record: adds its steps to a chain.
+
+    Raises:
+        Declined: as a `ChainRun`.
+    """
+
+    def __init__(self, problem: Problem, record: Record) -> None:
+        self._set(problem.shapes()[: FIRST_RESULT + len(problem.more)], problem.reads_residual, problem.types.source, record)
+
+    def _set(self, shapes: Sequence[Shape], has_residual: bool, dtype: torch.dtype, record: Record) -> None:
+        self.dtype, self.record, self.has_residual = dtype, record, has_residual
+        self.shapes = [shape for i, shape in enumerate(shapes) if i != RESIDUAL or has_residual]
+        self.run = ChainRun(self.shapes, dtype, lambda chain, *inputs: [self.add_to(chain, inputs)])
+
+    def add_to(self, chain: Chain, inputs: Sequence[int]) -> int:
+        """Adds its steps to a chain: `inputs` are those that it has. Gives the number of its result."""
+        x, *others = inputs
+        return self.record(chain, x, *others) if self.has_residual else self.record(chain, x, None, *others)
+
+    def __call__(self, x: Tensor, residual: Tensor | None, *more: Tensor) -> Tensor:
+        given = (x, *more) if residual is None else (x, residual, *more)
+        return self.run(*given)[0]
+
+    def joins(self, other: Any) -> bool:
+        return isinstance(other, ChainKernel) and other.dtype == self.dtype
 
     @classmethod
     def join(cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]]) -> ChainKernel:
         def record(chain: Chain, x: int, residual: int | None) -> int:
-            values = [x, residual]
-            for kernel, (source, *added) in zip(kernels, reads, strict=True):
-                values.append(kernel.record(chain, values[source], values[added[0]] if added else None))
-            found = values[-1]
-            assert found is not None
-            return found
+            return _add(chain, kernels, reads, [x, residual])[-1]
 
-        return cls(kernels[0].shape, kernels[0].dtype, record)
+        shapes = _input_shapes(kernels, reads, FIRST_RESULT)
+        joined = cls.__new__(cls)
+        joined._set(shapes, any(RESIDUAL in own for own in reads), kernels[0].dtype, record)
+        return joined
+
+    @classmethod
+    def run_of(
+        cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]], inputs: int, results: Sequence[int]
+    ) -> Callable[..., list[Tensor]]:
+        def record(chain: Chain, *given: int) -> list[int]:
+            values = _add(chain, kernels, reads, [*given])
+            return [values[number] for number in results]
+
+        return ChainRun(_input_shapes(kernels, reads, inputs), kernels[0].dtype, record)
+
+
+def _add(chain: Chain, kernels: Sequence[ChainKernel], reads: Sequence[tuple[int, ...]], values: list[Any]) -> list[int]:
+    """Adds kernels on numbered values to a chain, and their results to the values."""
+    for kernel, own in zip(kernels, reads, strict=True):
+        values.append(kernel.add_to(chain, [values[number] for number in own]))
+    return values
+
+
+def _input_shapes(kernels: Sequence[ChainKernel], reads: Sequence[tuple[int, ...]], inputs: int) -> list[Shape]:
+    """Shapes of the inputs of kernels on numbered values, as the kernels that read them have them."""
+    found = {n: shape for kernel, own in zip(kernels, reads, strict=True) for n, shape in zip(own, kernel.shapes, strict=True)}
+    return [found.get(number, (1, 1, 1, 1)) for number in range(inputs)]

@@ -92,4 +92,4 @@ def _kernel(problem: Problem, parameters: ConvParameters, numbers: list[int]) ->
             x, residual if epilogue.residual else None, weight, bias, out_channels, 1, geometry, epilogue, numbers
         )
 
-    return in_its_format(ChainKernel(problem.shape, problem.types.source, record), problem)
+    return in_its_format(ChainKernel(problem, record), problem)

@@ -36,7 +36,7 @@ class _Groups(Implementation):
             added = residual if epilogue.residual else None
             return chain.conv(x, added, weight, bias, out_channels, groups, geometry, epilogue, [])
 
-        return in_its_format(ChainKernel(problem.shape, problem.types.source, record), problem)
+        return in_its_format(ChainKernel(problem, record), problem)
 
 
 class Depthwise(_Groups):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Implementation, Kernel
+from resnet_fused.backends.cpu.chain import Chain, ChainKernel
 from resnet_fused.backends.cpu.convolution import Direct
 from resnet_fused.backends.problem import Conv, Epilogue, Kind, Linear, Problem
 
@@ -31,8 +31,10 @@ class AveragePool(Implementation):
         return "of one channel or pixel stock's is as quick" if channels == 1 or height * width == 1 else None
 
     def prepare(self, problem: Problem, parameters: ConvParameters, plan_name: str | None) -> Kernel:
-        run = torch.ops.resnet_fused_cpu.average_pool.default
-        return lambda x, residual: run(x)
+        def record(chain: Chain, x: int, residual: int | None) -> int:
+            return chain.average_pool(x)
+
+        return ChainKernel(problem, record)
 
 
 class Classifier(Implementation):

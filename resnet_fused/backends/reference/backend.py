@@ -12,7 +12,7 @@ from resnet_fused.backends import Backend, ConvParameters, Implementation, Kerne
 from resnet_fused.backends.activation import activated
 from resnet_fused.backends.functions import CONVOLUTIONS, POOLS
 from resnet_fused.backends.implementation import in_turn
-from resnet_fused.backends.problem import Activation, Conv, Kind, Linear, Pointwise, Problem, Step
+from resnet_fused.backends.problem import Activation, Affine, Conv, Kind, Linear, Pointwise, Problem, Step
 from resnet_fused.backends.reference.batch_norm import BatchNorm
 from resnet_fused.backends.training_conv import STOCKS, TrainingConvKernels
 
@@ -32,7 +32,12 @@ class StockOps(Implementation):
     """
 
     name = "stock ops"
-    kinds = frozenset({Kind.CONVOLUTION, Kind.CONVOLUTION_ND, Kind.LINEAR, Kind.ELEMENTWISE, Kind.AVERAGE_POOL, Kind.PROGRAM})
+    kinds = frozenset(
+        {
+            *(Kind.CONVOLUTION, Kind.CONVOLUTION_ND, Kind.LINEAR, Kind.AFFINE),
+            *(Kind.ELEMENTWISE, Kind.AVERAGE_POOL, Kind.PROGRAM),
+        }
+    )
 
     def __init__(self, conv2d: Callable[[Tensor, Tensor, Tensor | None, Conv], Tensor] = conv2d) -> None:
         self._conv2d = conv2d
@@ -43,7 +48,7 @@ class StockOps(Implementation):
     def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
         weights, biases = parameters.unpacked()
         given = iter(zip(weights, biases, strict=True))
-        with_weights = (Conv, Linear)
+        with_weights = (Conv, Linear, Affine)
         runs = [self._step(step, *(next(given) if isinstance(step.operation, with_weights) else ())) for step in problem.steps]
         return runs[0] if len(runs) == 1 else in_turn(runs, [step.reads for step in problem.steps])
 
@@ -52,12 +57,14 @@ class StockOps(Implementation):
         sums = self._sums(operation, weight, bias if epilogue.bias else None)
         if operation is Pointwise.RELU_GRADIENT:
             return lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0)
-        adds, pool = epilogue.residual, epilogue.pool
+        adds, pool, gated = epilogue.residual, epilogue.pool, epilogue.gate
         # The sums are a new tensor, unless there was nothing to sum up.
         in_place = operation is not Pointwise.IDENTITY
 
-        def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
-            y, fresh = sums(x), in_place
+        def kernel(x: Tensor, residual: Tensor | None, *more: Tensor) -> Tensor:
+            y, fresh = sums(x, *(more[:-1] if gated else more)), in_place
+            if gated:
+                y, fresh = y * more[-1], True
             if adds:
                 assert residual is not None
                 y, fresh = y.add_(residual) if fresh else y.add(residual), True
@@ -66,7 +73,7 @@ class StockOps(Implementation):
 
         return kernel
 
-    def _sums(self, operation: object, weight: Tensor | None, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def _sums(self, operation: object, weight: Tensor | None, bias: Tensor | None) -> Callable[..., Tensor]:
         """The operation without its epilogue, but with its bias."""
         if isinstance(operation, Conv):
             conv2d = self._conv2d
@@ -76,6 +83,11 @@ class StockOps(Implementation):
             assert weight is not None
             matrix = weight.flatten(1)
             return lambda x: F.linear(x.flatten(1), matrix, bias)
+        if isinstance(operation, Affine):
+            assert weight is not None
+            assert bias is not None
+            scale, shift = weight[:, None, None], bias[:, None, None]
+            return lambda *x: ((x[0] if len(x) == 1 else torch.cat(x, 1)) * scale + shift).to(x[0].dtype)
         if operation is Pointwise.AVERAGE_POOL:
             return lambda x: F.adaptive_avg_pool2d(x, 1)
         return lambda x: x

@@ -1,0 +1,88 @@
+// A chain: steps prepared once for inputs of given shapes and then run by one call. What an operator's call costs beside its
+// kernel (its arguments, its result, a look at both) is as much as a tenth of a layer's time at batch 1; here arguments are
+// checked once, and results in between are memory that no tensor holds.
+//
+// A chain's values are numbered: first its inputs, then the result of each step. resnet_fused/backends/cpu/chain.py is the caller.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "../checks.h"
+#include "bindings.h"
+
+namespace resnet_fused::cpu {
+
+struct ChainShape {
+  int64_t n, c, h, w;
+  int64_t count() const { return n * c * h * w; }
+  bool operator==(const ChainShape& o) const { return n == o.n && c == o.c && h == o.h && w == o.w; }
+};
+
+constexpr int64_t NO_VALUE = -1;
+
+struct ChainStep {
+  // `plan` as run_conv takes it.
+  struct Convolution {
+    ConvParams p;
+    std::vector<int64_t> plan;
+  };
+
+  std::variant<Convolution, BlockParams, PassParams, AveragePoolParams> work;
+  std::vector<int64_t> sources;  // values: x, or of a pass what is concatenated
+  int64_t residual = NO_VALUE, gate = NO_VALUE;
+
+  // Runs visit(value) for each value that it reads.
+  template <class Visit>
+  void for_reads(Visit&& visit) const {
+    for (const int64_t source : sources) visit(source);
+    if (residual != NO_VALUE) visit(residual);
+    if (gate != NO_VALUE) visit(gate);
+  }
+};
+
+struct Chain {
+  struct Value {
+    ChainShape shape;
+    int64_t last_step = -1;     // that reads it
+    bool result = false;        // of the chain
+    int64_t over = NO_VALUE;    // the value that it is written over
+    int64_t tensor = NO_VALUE;  // place of the chain's result that has its memory; it makes the tensor
+  };
+
+  torch::headeronly::ScalarType dtype;
+  Isa isa;  // that weights were packed for
+  int64_t inputs;
+  std::vector<Value> values;
+  std::vector<ChainStep> steps;
+  std::vector<torch::stable::Tensor> parameters;  // what steps point into
+  std::vector<int64_t> results;                   // set by end_chain, after which no step is added
+
+  DType type() const { return dtype == torch::headeronly::ScalarType::BFloat16 ? DType::bfloat16 : DType::float32; }
+
+  const ChainShape& shape(int64_t value, const char* name) const {
+    RF_CHECK(value >= 0 && value < static_cast<int64_t>(values.size()), name, " is ", value,
+             "; it must be the number of an input, or of a step's result.");
+    return values[static_cast<size_t>(value)].shape;
+  }
+
+  // Adds a step; gives the number of its result.
+  int64_t add(ChainStep step, const ChainShape& result) {
+    RF_CHECK(results.empty(), "chain has its results already; add steps before them.");
+    const int64_t index = static_cast<int64_t>(steps.size());
+    step.for_reads([&](int64_t value) { values[static_cast<size_t>(value)].last_step = index; });
+    steps.push_back(std::move(step));
+    values.push_back({result});
+    return static_cast<int64_t>(values.size()) - 1;
+  }
+};
+
+// The chain of a number. Throws where there is none.
+std::shared_ptr<Chain> chain_of(int64_t id);
+
+}  // namespace resnet_fused::cpu
