@@ -36,8 +36,8 @@ std::vector<std::string> block_kernels_op(Ints problem, Ints device) {
 Tensor block_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bias, int64_t inner_channels, int64_t out_channels,
                     bool projected, std::string kernel) {
   const Tensor x = as_activation("x", x_any, x_any);
-  const BlockProblem problem{x.size(0), x.size(2), x.size(3), x.size(1), inner_channels, out_channels, projected,
-                             element_type(x, false)};
+  const BlockProblem problem{x.size(0),      x.size(2),    x.size(3), x.size(1),
+                             inner_channels, out_channels, projected, element_type(x, false)};
   RF_CHECK(weight.scalar_type() == x.scalar_type() && weight.is_contiguous() && is_aligned(weight) &&
                2 * weight.numel() == block_weight_bytes(problem),
            "weight has ", weight.numel(), " elements; it must be packed for ", problem.channels, " -> ", inner_channels, " -> ",

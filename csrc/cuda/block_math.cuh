@@ -22,8 +22,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][COLUMNS][4], const Pixe
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        ptx::mma_16x8<T>(acc[i][2 * pair + j], a[i], fragment[2 * j], fragment[2 * j + 1]);
+      for (int i = 0; i < 2; ++i) ptx::mma_16x8<T>(acc[i][2 * pair + j], a[i], fragment[2 * j], fragment[2 * j + 1]);
   });
 }
 

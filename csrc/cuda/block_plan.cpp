@@ -30,11 +30,16 @@ struct Kernel {
 
 template <class Tile>
 constexpr Kernel kernel_of(const char* name, ElementType type, int64_t blocks) {
-  return {name,           type,
-          Tile::IN,       Tile::WIDTH,
-          Tile::OUT,      Tile::PROJECTED,
-          Tile::RESIDENT, Tile::WARPS,
-          blocks,         Tile::WARPS * Tile::WARP_PIXELS,
+  return {name,
+          type,
+          Tile::IN,
+          Tile::WIDTH,
+          Tile::OUT,
+          Tile::PROJECTED,
+          Tile::RESIDENT,
+          Tile::WARPS,
+          blocks,
+          Tile::WARPS * Tile::WARP_PIXELS,
           Tile::STAGES * CHUNK_BYTES,
           RING_PIXEL_BYTES<Tile::WIDTH>,
           RING_HALO_BYTES<Tile::WIDTH>};
@@ -86,9 +91,8 @@ std::string why_not(const BlockProblem& p, const DeviceProperties& device) {
 int64_t steps_of_strip(const Kernel& k, const BlockProblem& p, const DeviceProperties& device, int64_t rows) {
   constexpr double START = 0.4;  // of a step
   const int64_t steps = ceil_div(p.height, rows);
-  const int64_t resident =
-      std::max<int64_t>(1, std::min(k.blocks_by_registers,
-                                    device.shared_per_multiprocessor / (k.shared_bytes(rows, p.width) + RESERVED)));
+  const int64_t resident = std::max<int64_t>(
+      1, std::min(k.blocks_by_registers, device.shared_per_multiprocessor / (k.shared_bytes(rows, p.width) + RESERVED)));
   int64_t best = steps;
   double least = std::numeric_limits<double>::infinity();
   for (int64_t own = steps; own > 0; --own) {

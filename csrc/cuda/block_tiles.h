@@ -41,7 +41,7 @@ struct BottleneckTile {
 
 // X(name, element, IN, WIDTH, PROJECTED, RESIDENT, WARPS, blocks a multiprocessor that registers allow). 7 warps have the pixels of four rows of a ResNet's first stage (56x56).
 #define RF_BOTTLENECK_KERNELS(X, SUFFIX, ELEMENT)                                \
-  X(bottleneck_fwd_##SUFFIX##_64, ELEMENT, 256, 64, false, false, 7, 2)           \
-  X(bottleneck_fwd_##SUFFIX##_64_resident, ELEMENT, 256, 64, false, true, 14, 1)  \
-  X(bottleneck_fwd_##SUFFIX##_64_projected, ELEMENT, 64, 64, true, false, 7, 2)   \
+  X(bottleneck_fwd_##SUFFIX##_64, ELEMENT, 256, 64, false, false, 7, 2)          \
+  X(bottleneck_fwd_##SUFFIX##_64_resident, ELEMENT, 256, 64, false, true, 14, 1) \
+  X(bottleneck_fwd_##SUFFIX##_64_projected, ELEMENT, 64, 64, true, false, 7, 2)  \
   X(bottleneck_fwd_##SUFFIX##_64_projected_resident, ELEMENT, 64, 64, true, true, 14, 1)

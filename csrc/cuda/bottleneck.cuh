@@ -19,10 +19,7 @@ class Bottleneck {
 
  public:
   __device__ __forceinline__ Bottleneck(const BlockParams& p, uint32_t shared)
-      : p_(p),
-        pixels_of_step_(p.rows * p.width),
-        weights_(p, shared),
-        ring_(p, shared + Tile::STAGES * CHUNK_BYTES) {}
+      : p_(p), pixels_of_step_(p.rows * p.width), weights_(p, shared), ring_(p, shared + Tile::STAGES * CHUNK_BYTES) {}
 
   __device__ __forceinline__ void run() {
     const int begin = blockIdx.y * p_.steps_per_strip, end = min(begin + p_.steps_per_strip, p_.steps);
@@ -73,8 +70,7 @@ class Bottleneck {
       const int again = ptx::thread_index(), pixel = own_pixel(again) + 8 * r;
       if (pixel >= count) return;
       const uint32_t to = ring_.address(slot, pixel) + again % 4 * 4;
-      unroll<COLUMNS>(
-          [&](auto j) { ptx::store_shared_4<j * 16>(to, valid[r] ? ptx::relu_word<T>(result.words[r][j]) : 0); });
+      unroll<COLUMNS>([&](auto j) { ptx::store_shared_4<j * 16>(to, valid[r] ? ptx::relu_word<T>(result.words[r][j]) : 0); });
     });
     if constexpr (Tile::RESIDENT) __syncthreads();  // elsewhere the next chunk's barrier serves
   }
@@ -86,8 +82,7 @@ class Bottleneck {
     start(acc, p_.bias + Tile::WIDTH, lane);
     int pixels[2];  // whose fragments the lane reads; in the last warp, those that are no more lie in another's
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      pixels[i] = min(warp_pixel(thread) + i * 16 + lane % 16, pixels_of_step_ - 1);
+    for (int i = 0; i < 2; ++i) pixels[i] = min(warp_pixel(thread) + i * 16 + lane % 16, pixels_of_step_ - 1);
     uint32_t b = 0;
     int chunk = Tile::CHUNKS_1;
 #pragma unroll 1

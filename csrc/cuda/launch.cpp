@@ -24,8 +24,8 @@
   X(conv2d_reduce_fwd_bf16)  \
   X(conv2d_reduce_fwd_f32)
 
-#define RF_BLOCK_KERNELS(X)                  \
-  RF_BOTTLENECK_KERNELS(X, f16, float16)    \
+#define RF_BLOCK_KERNELS(X)              \
+  RF_BOTTLENECK_KERNELS(X, f16, float16) \
   RF_BOTTLENECK_KERNELS(X, bf16, bfloat16)
 
 #define RF_ALL_NORM_KERNELS(X) RF_NORM_KERNELS(X) RF_NORM_FINISH_KERNELS(X)
