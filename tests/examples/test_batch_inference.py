@@ -176,7 +176,7 @@ def test_ray_does_again_what_a_killed_actor_had(options, alone, folder, parquet,
     check(tmp_path / "second", alone, of_parquet())
     assert "100 rows for 100 images, 4 of them unreadable" in log.read_text()
     assert "Progress" in log.read_text()
-    assert "refused:" in log.read_text()
+    assert "refused: " + str(tmp_path / "second") + " has Parquet files already" in log.read_text()
 
 
 def torchrun(processes: int, *arguments: object) -> list[object]:
