@@ -123,6 +123,10 @@ def dataset(arguments: argparse.Namespace) -> tuple[ray.data.Dataset, int, str |
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     weights = weights_of(arguments)  # a wrong name is told here, not in an actor
+    output = Storage(arguments.output)
+    output.filesystem.create_dir(output.root, recursive=True)
+    if output.files((".parquet",)):
+        raise ValueError(f"{arguments.output} has Parquet files already, to which rows would be added; give an empty folder.")
     if not ray.is_initialized():
         if "RAY_ADDRESS" in os.environ:
             ray.init()
@@ -148,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_cpus=arguments.cpus_per_actor,
         num_gpus=0 if arguments.device == "cpu" else 1,
     )
-    results.write_parquet(arguments.output, mode=ray.data.SaveMode.ERROR)
-    written, errors = summary(Storage(arguments.output))
+    results.write_parquet(arguments.output)
+    written, errors = summary(output)
     seconds = time.perf_counter() - start
     print(
         f"{written} rows for {count} images, {errors} of them unreadable, in {seconds:.1f} s ({written / seconds:.1f} images/s)"

@@ -156,6 +156,8 @@ class Service:
         self.metrics.seconds["decode"].observe(loop.time() - start)
         progress.stage = "the model"
         scores = await self.batcher.submit(image)
+        if not np.isfinite(scores).all():
+            raise HTTPException(500, "The model's scores of this image are not all finite numbers.")
         chances = probabilities(scores)
         return {
             "classes": [

@@ -156,7 +156,9 @@ def test_ray_does_again_what_a_killed_actor_had(options, alone, folder, parquet,
     given = [*options, "--top", "3", "--batch-size", "4", "--num-cpus", "3", "--object-store-mb", "200"]
     first = [str(folder), str(tmp_path / "first"), "--block-rows", "4", *given, "--actors", "2"]
     second = [str(parquet), str(tmp_path / "second"), "--key-column", "id", *given, "--actors", "1"]
-    code = f"notes = {str(tmp_path)!r}\n{KILLED}\nmain({first!r})\nmain({second!r})\n"
+    # A third time into the same folder: results would be doubled.
+    again = f"try:\n    main({second!r})\nexcept Exception as error:\n    print('refused:', error)\n"
+    code = f"notes = {str(tmp_path)!r}\n{KILLED}\nmain({first!r})\nmain({second!r})\n{again}"
     # A short path, since those of Ray's sockets may have 107 characters.
     scratch, log = tempfile.mkdtemp(prefix="ray_"), tmp_path / "log.txt"
     path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
@@ -174,6 +176,7 @@ def test_ray_does_again_what_a_killed_actor_had(options, alone, folder, parquet,
     check(tmp_path / "second", alone, of_parquet())
     assert "100 rows for 100 images, 4 of them unreadable" in log.read_text()
     assert "Progress" in log.read_text()
+    assert "refused: " + str(tmp_path / "second") + " has Parquet files already" in log.read_text()
 
 
 def torchrun(processes: int, *arguments: object) -> list[object]:

@@ -36,7 +36,7 @@ class Gate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.open, self.calls, self.error = threading.Event(), [], None
+        self.open, self.calls, self.error, self.scale = threading.Event(), [], None, 1.0
         self.open.set()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ class Gate(nn.Module):
         assert self.open.wait(60)
         if self.error is not None:
             raise self.error
-        return x.mean((2, 3))
+        return x.mean((2, 3)) * self.scale
 
 
 @contextmanager
@@ -157,6 +157,10 @@ def test_a_failed_batch_is_an_error_and_the_next_one_an_answer():
             assert (status, answer["detail"]) == (500, "The server failed at this image; its log says why.")
             gate.error = None
             assert (await post(session, address))[0] == 200
+            # NaN is no JSON.
+            gate.scale = float("nan")
+            status, _, answer = await post(session, address)
+            assert (status, answer["detail"]) == (500, "The model's scores of this image are not all finite numbers.")
 
     with serving(gate) as address:
         asyncio.run(fail(address))
