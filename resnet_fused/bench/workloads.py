@@ -69,6 +69,15 @@ class Workload:
 _SETTLING_IMAGES, _SETTLING_PIXELS = 8, 8 * 112 * 112
 
 
+def _last_norm(block: nn.Module) -> str:
+    """Name of the last batch norm of a residual block, as torchvision's networks for images and for videos have it."""
+    if hasattr(block, "bn2"):
+        return "bn3" if hasattr(block, "bn3") else "bn2"
+    name = "conv3" if hasattr(block, "conv3") else "conv2"
+    unit = getattr(block, name, None)
+    return f"{name}.{len(unit) - 1}" if isinstance(unit, nn.Sequential) and isinstance(unit[-1], NORMS) else ""
+
+
 @torch.no_grad()
 def settle(model: nn.Module, size: tuple[int, ...], channels: int = 3) -> None:
     """Makes a fresh model's batch norms look trained, since without it the results grow out of all bounds.
@@ -76,7 +85,7 @@ def settle(model: nn.Module, size: tuple[int, ...], channels: int = 3) -> None:
     They get the statistics of what flows through them. The last batch norm of each residual block is weak, as training
     leaves it (and as zero-initialised ones begin), so that rounding errors aren't blown up from block to block.
     """
-    last = {f"{path}.{'bn3' if hasattr(m, 'bn3') else 'bn2'}" for path, m in model.named_modules() if hasattr(m, "bn2")}
+    last = {f"{path}.{name}" for path, m in model.named_modules() if (name := _last_norm(m))}
     for path, norm in model.named_modules():
         if isinstance(norm, NORMS):
             norm.momentum = 1.0

@@ -241,7 +241,7 @@ def _template(value: Any, number: Callable[[fx.Node], int]) -> Any:
     """A structure of nodes as one of values."""
     if isinstance(value, fx.Node):
         return Value(number(value))
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and type(value) is not torch.Size:
         items = [_template(item, number) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):

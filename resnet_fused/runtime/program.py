@@ -198,7 +198,7 @@ def fill(template: Any, value_of: Callable[[int], Any]) -> Any:
     """A structure with its `Value`s replaced; containers are new ones."""
     if type(template) is Value:
         return value_of(template.number)
-    if isinstance(template, tuple):
+    if isinstance(template, tuple) and type(template) is not torch.Size:
         items = [fill(item, value_of) for item in template]
         return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
     if type(template) is list:

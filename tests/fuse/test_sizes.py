@@ -83,7 +83,7 @@ class Counting(nn.Module):
 
     def forward(self, x):
         y = self.unit(x)
-        return {"y": y, "pixels": int(y.shape[-1] * y.size(2)), "many": y.numel() > 100 and y.ndim == 4}
+        return {"y": y, "size": y.shape, "pixels": int(y.shape[-1] * y.size(2)), "many": y.numel() > 100 and y.ndim == 4}
 
 
 class Unfolding(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from fuzz import idioms, tensors, units
+from fuzz import decisions, idioms, tensors, units
 from fuzz.prelude import HEAD, HOOKS, with_classes
 from fuzz.writer import Writer
 
@@ -34,6 +34,12 @@ UNITS: list[tuple[float, units.Unit]] = [
     (2, idioms.context),
     (3, idioms.global_setting),
     (3, idioms.odd_layer),
+    (4, decisions.by_size),
+    (2, decisions.by_type),
+    (3, decisions.own_arithmetic),
+    (2, decisions.part),
+    (3, decisions.as_signal),
+    (3, decisions.as_video),
 ]
 
 

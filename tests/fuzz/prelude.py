@@ -9,6 +9,7 @@ HEAD = """
 import collections
 import dataclasses
 import functools
+import math
 import operator
 import types
 import typing
@@ -110,6 +111,23 @@ class WSConv(nn.Conv2d):
     def forward(self, x):
         w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+""",
+        (),
+    ),
+    "SameConv": (
+        """
+class SameConv(nn.Conv2d):
+    def amount(self, size, i):
+        if isinstance(size, Tensor):
+            size = int(size)
+        reach = self.dilation[i] * (self.kernel_size[i] - 1) + 1
+        return max((math.ceil(size / self.stride[i]) - 1) * self.stride[i] + reach - size, 0)
+
+    def forward(self, x):
+        h, w = x.size()[-2:]
+        down, right = self.amount(h, 0), self.amount(w, 1)
+        x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 """,
         (),
     ),

@@ -119,7 +119,7 @@ class Writer:
         self.resize((kh, kw), stride, pad, dilation)
         kind = "nn.Conv2d"
         if not plain and self.chance(0.08):
-            kind = self.use(self.pick("PlainConv", "PlainConv", "WSConv"))
+            kind = self.use(self.pick("PlainConv", "PlainConv", "WSConv", "SameConv"))
         return f"{kind}({', '.join(parts)})"
 
     def norm(self, c: int, plain: bool = False) -> str:
