@@ -363,11 +363,10 @@ class Problem:
     @property
     def more(self) -> list[Shape]:
         """Shapes of its inputs beyond x and the residual."""
-        first = self.steps[0]
-        n, _, h, w = self.shape
+        first, (n, _, *size) = self.steps[0], self.shape
         concatenated = first.operation.channels[1:] if isinstance(first.operation, Affine) else ()
-        gate = [(*first.result_shape(self.shape)[:2], 1, 1)] if first.epilogue.gate else []
-        return [*((n, channels, h, w) for channels in concatenated), *gate]
+        gate = [(*first.result_shape(self.shape)[:2], *[1] * len(size))] if first.epilogue.gate else []
+        return [*((n, channels, *size) for channels in concatenated), *gate]
 
     def shapes(self) -> list[Shape]:
         """Shapes of the values, by their numbers. A residual has the shape of the sums that it is added to."""

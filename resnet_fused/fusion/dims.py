@@ -15,6 +15,7 @@ _KEEPING = (
     "batch_norm",
     *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_avg") for dims in (1, 2, 3)),
 )
+_CONCATENATIONS = ("cat", "concat", "concatenate")
 _CONVOLUTIONS = {"conv1d": 3, "conv2d": 4, "conv3d": 5}
 _KEEPING_FILES = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.pooling")
 _NORMS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}  # which take no others
@@ -51,6 +52,9 @@ class Dims:
         if node.op == "get_attr":
             tensor: Tensor = operator.attrgetter(name)(self._module)
             return tensor.dim()
+        if name in _CONCATENATIONS and node.args and isinstance(node.args[0], (list, tuple)):
+            found = {self.of(part) if isinstance(part, fx.Node) else None for part in node.args[0]}
+            return found.pop() if len(found) == 1 else None
         sources = [operand for operand in node.args if isinstance(operand, fx.Node)]
         if not sources or sources[0] is not node.args[0]:
             return None
