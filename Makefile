@@ -20,7 +20,7 @@ HEADERS := build/headers-torch-$(OLDEST)
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(BIN)/resnet-fused bench
+	$(BIN)/resnet-fused bench --minutes 3.25
 
 test: lint $(HEADERS) pytest
 

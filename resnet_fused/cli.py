@@ -166,6 +166,11 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         default=6.0,
         help="of timing for each workload: a model at a batch size; with --training four times as many (%(default)s)",
     )
+    bench.add_argument(
+        "--minutes",
+        type=float,
+        help="for all workloads together; what doesn't fit is left out, and the table says so (no limit)",
+    )
     bench.add_argument("--threads", type=int, help="CPU threads (PyTorch's default)")
     bench.add_argument(
         "--out",

@@ -6,6 +6,7 @@
 | RESNET_FUSED_CACHE_DIR | folder of the tuning cache | the user's cache folder, see `cache_dir` |
 | RESNET_FUSED_TRIAL | 0: no kernel is tried when a GPU first meets a problem, see docs/gpu.md | 1 |
 | RESNET_FUSED_LOG | level of the logger "resnet_fused": DEBUG, INFO, WARNING, ERROR | WARNING |
+| ONEDNN_MAX_CPU_ISA | oneDNN's own: the newest instruction set that it may use, such as AVX2 | all |
 | TRITON_INTERPRET | Triton's own: 1 runs its kernels on CPU tensors, in its interpreter; set before the first import | off |
 
 RESNET_FUSED_BACKEND is read once a process, the others whenever they are needed. Building reads CUDA_HOME and
@@ -56,6 +57,11 @@ def trial() -> bool:
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, read before the import)."""
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes")
+
+
+def onednn_limit() -> str:
+    """The newest instruction set that oneDNN may use (ONEDNN_MAX_CPU_ISA), by its name there; "ALL" where there is no limit."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").strip().upper() or "ALL"
 
 
 def environment_of_child() -> dict[str, str]:

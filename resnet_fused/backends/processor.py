@@ -18,6 +18,12 @@ _INSTRUCTION_SETS = (
     *("asimd", "asimdhp", "asimddp", "asimdfhm", "bf16", "i8mm", "sve", "sve2", "svebf16", "sme"),
 )
 
+# Those that multiply numbers of less than 32 bits.
+_MULTIPLIES = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
+    "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+
 # By family: ranges of models with the name of their microarchitecture. Source: Linux, arch/x86/kernel/cpu/amd.c.
 _AMD = {
     0x17: (
@@ -98,6 +104,11 @@ class Processor:
         if self.model == 0x55 and self.stepping.isdigit() and int(self.stepping) >= 5:
             return "Cascade Lake" if int(self.stepping) < 10 else "Cooper Lake"
         return _INTEL.get(self.model, "")
+
+    def multiplies(self, dtype: str) -> bool:
+        """Whether it has instructions that multiply numbers of this dtype; True where its instruction sets aren't known."""
+        wanted = _MULTIPLIES.get(dtype)
+        return wanted is None or not self.vendor or not wanted.isdisjoint(self.instruction_sets)
 
     @property
     def signature(self) -> str:

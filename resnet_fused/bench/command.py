@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from resnet_fused.bench import files, inference, layers, options, report, roofline, training, variants, zoo, zoo_models
+from resnet_fused.bench import files, inference, layers, options, peaks, report, roofline, training, variants, zoo, zoo_models
+from resnet_fused.bench.budget import Budget
 from resnet_fused.bench.layers import LayerResult
 from resnet_fused.bench.workloads import DTYPES, Workload
 
@@ -33,6 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise options.UserError(f"--threads is for the CPU; leave it out with --device {arguments.device}")
     options.set_threads(arguments.threads)
     options.positive("--seconds", arguments.seconds)
+    if arguments.minutes is not None:
+        options.positive("--minutes", arguments.minutes)
+        for other in ("--zoo", "--layers", "--training"):
+            if other in modes:
+                raise options.UserError(f"--minutes and {other} were both given; --minutes is for whole models. Leave one out")
     if arguments.quick:
         arguments.seconds = min(arguments.seconds, 4.0)
     before = torch.backends.cudnn.benchmark
@@ -46,10 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _inference(arguments: argparse.Namespace) -> int:
+    end = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     models = options.models(arguments.models or ("resnet18" if arguments.quick else "resnet18,resnet50"))
     gpu = arguments.device != "cpu"
+    console = Console()
     usual = "float16,bfloat16" if gpu else "float32,bfloat16"
     dtypes = options.names("--dtypes", arguments.dtypes or (usual.split(",")[0] if arguments.quick else usual), tuple(DTYPES))
+    if not (gpu or arguments.dtypes):
+        dtypes = _native(console, dtypes)
     batches = options.integers("--batches", arguments.batches or ("1,32,256" if gpu else "1,8"))
     known = variants.GPU_PEERS if gpu else variants.PEERS
     peers = [known[name] for name in options.names("--peers", arguments.peers, tuple(known))] if arguments.peers else []
@@ -60,7 +72,6 @@ def _inference(arguments: argparse.Namespace) -> int:
     for model in models:
         Workload(model, 1, "float32", size).make()  # a model that this size doesn't fit should be known of now, not in minutes
     workloads = [Workload(m, b, d, size, arguments.device) for m in models for d in dtypes for b in batches]
-    console = Console()
     limits = _limits(console, workloads) if gpu or arguments.layers else {}
     machine = inference.machine(arguments.device)
     if arguments.layers:
@@ -70,18 +81,34 @@ def _inference(arguments: argparse.Namespace) -> int:
         compiled = []
     names = [variants.EAGER, variants.CHANNELS_LAST, *compiled, *peers, variants.OURS, *([variants.OURS_GRAPH] if gpu else [])]
     comparisons = []
+    budget = Budget(len(workloads), end - time.monotonic())
     with _progress(console, len(workloads)) as step_of:
         for i, workload in enumerate(workloads):
             step, limit = step_of(i, str(workload)), limits.get(workload.dtype)
-            comparisons.append(inference.compare(workload, names, arguments.seconds, step, limit))
+            comparisons.append(inference.compare(workload, names, arguments.seconds, step, limit, budget))
+            if not console.is_terminal:
+                console.print(inference.line(comparisons[-1]), highlight=False, soft_wrap=True)
             # After each, so that a run that is cut leaves what it has.
             _write(out, machine, [comparison.to_json() for comparison in comparisons])
     report.print_table(console, comparisons, machine)
-    chart = out.parent / f"{out.name}.png"
-    report.save_chart(chart, comparisons, machine)
-    for path in (_json(out), chart):
-        console.print(f"Saved {path}", highlight=False)
+    console.print(f"Saved {_json(out)}", highlight=False, soft_wrap=True)
+    if any(result.calls for comparison in comparisons for result in comparison.results):
+        chart = out.parent / f"{out.name}.png"
+        report.save_chart(chart, comparisons, machine)
+        console.print(f"Saved {chart}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _native(console: Console, dtypes: list[str]) -> list[str]:
+    """The dtypes that this CPU has instructions for; the others are measured where they are asked for."""
+    found = []
+    for dtype in dtypes:
+        reason = peaks.emulated(dtype)
+        if reason is None:
+            found.append(dtype)
+        else:
+            console.print(f"{dtype} is left out, since {reason}; --dtypes {dtype} measures it", highlight=False, soft_wrap=True)
+    return found
 
 
 def _limits(console: Console, workloads: list[Workload]) -> dict[str, roofline.Machine]:
@@ -114,7 +141,7 @@ def _layers(
             report.print_layers(console, workload, results, limit)
         else:
             console.print(f"{workload}: rf.fuse found nothing to fuse in it, so there are no layers to time", highlight=False)
-    console.print(f"Saved {_json(out)}", highlight=False)
+    console.print(f"Saved {_json(out)}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -144,7 +171,7 @@ def _training(arguments: argparse.Namespace) -> int:
             comparisons.append(training.compare(workload, names, 4 * arguments.seconds, step_of(i, str(workload))))
             _write(out, machine, [comparison.to_json() for comparison in comparisons])
     (console if console.is_terminal else Console(width=160)).print(training.table(comparisons))
-    console.print(f"Saved {_json(out)}", highlight=False)
+    console.print(f"Saved {_json(out)}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -187,7 +214,7 @@ def _zoo(arguments: argparse.Namespace) -> int:
                 console.print(zoo.line(rows[-1]), highlight=False, soft_wrap=True)
     zoo.print_table(console, rows, machine)
     for path in saved:
-        console.print(f"Saved {path}", highlight=False)
+        console.print(f"Saved {path}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from resnet_fused.backends import gpu_time, tuning_cache
 from resnet_fused.backends.accuracy import judge, relative_error
 from resnet_fused.backends.processor import processor
 from resnet_fused.bench import roofline, variants
+from resnet_fused.bench.budget import Alarm, Budget, TimeUp
 from resnet_fused.bench.roofline import Machine
 from resnet_fused.bench.timing import interleave, quantile
 from resnet_fused.bench.workloads import Workload
@@ -27,6 +29,10 @@ from resnet_fused.bench.workloads import Workload
 _GROUP = 20.0
 # How often a GPU's own time is taken.
 _GPU_TURNS = 9
+# Rounds of timing of every variant, at least, where there is the time for them.
+_ROUNDS = 5
+# Times of every variant that there are when a run is cut.
+_LEAST_TIMES = 2
 # Images on which results are compared with float64, which takes many times as long.
 _CHECKED = 2
 # A result further off than this is wrong, not rounded; no time is shown for it.
@@ -119,6 +125,7 @@ def compare(
     seconds: float,
     step: Callable[[str, float], None] = lambda text, share: None,
     limits: Machine | None = None,
+    budget: Budget | None = None,
 ) -> Comparison:
     """Runs one workload by the variants of these names.
 
@@ -126,13 +133,29 @@ def compare(
         seconds: of timing, for all variants together.
         limits: of the machine, from which the bound follows; None to leave it out.
         step: is told what happens and which share of the workload is done, for a progress bar.
+        budget: the run's time, of which this workload gets its share; None for all the time that it takes.
     """
+    budget = budget or Budget(1)
+    budget.begin()
+    reason = budget.too_slow(workload, len(names))
+    if reason is not None:
+        return Comparison(workload, [Result(variants.OURS, note=reason)])
     # Once for all variants: what one of them compiled would be lost with another's reset.
     torch._dynamo.reset()
     model, x = workload.make()
+    step("first call", 0.0)
+    for _ in range(2):  # a first call prepares kernels and memory too: if it is too slow, a second one decides
+        start = time.perf_counter()
+        by_stock = _by_stock(model, x)
+        if not x.is_cuda:  # on a GPU that is the time of the launches
+            budget.note_call(workload, len(x[:_CHECKED]), time.perf_counter() - start)
+        reason = budget.too_slow(workload, len(names))
+        if reason is None:
+            break
+    if reason is not None:
+        return Comparison(workload, [Result(variants.OURS, note=reason)])
     step("float64 reference", 0.0)
-    truth, by_stock = _truth(model, x), _by_stock(model, x)
-    other = _in_channels_last(model, x)
+    truth, other = _truth(model, x), _in_channels_last(model, x)
     comparison = Comparison(workload)
     if limits is not None:
         problems = roofline.posed(workload)
@@ -144,24 +167,25 @@ def compare(
         step(f"preparing {name}", 0.5 * i / len(names))
         result = Result(name)
         comparison.results.append(result)
-        start = time.perf_counter()
-        try:
-            run = variants.make(name, model, x)
-            y = _checked(run())
-            result.error = _error(y, truth)  # which waits for a GPU
-            result.first_call = time.perf_counter() - start
-            if isinstance(run, variants.FusedRun):
-                comparison.report = run.report()
-        except variants.Unavailable as reason:
-            result.note = str(reason)
+        made = _made(result, model, x, budget)
+        if made is None:
             continue
+        run, y = made
+        result.error = _error(y, truth)
+        if isinstance(run, variants.FusedRun):
+            comparison.report = run.report()
         if is_wrong(result, workload, y, by_stock, truth, other):
             continue
         runs[name], counts[name] = run, _group(run) if x.is_cuda else 1
         calls[name] = run if counts[name] == 1 else functools.partial(_repeat, run, counts[name])
-    for name, samples in interleave(calls, seconds, synchronize=torch.cuda.synchronize if x.is_cuda else None):
+    seconds = min(seconds, max(budget.left(), 0.1))
+    rounds = budget.rounds(workload, len(calls), _ROUNDS)
+    for name, samples in interleave(calls, seconds, rounds, torch.cuda.synchronize if x.is_cuda else None):
         done = sum(sum(s.times) for s in samples.values()) * 2 / 1e3 / seconds
         step(f"timing {name}", 0.5 + 0.5 * min(done, 1.0))
+        # Calls may take longer than they seemed to.
+        if budget.left() < 0 and all(len(own.times) >= _LEAST_TIMES for own in samples.values()):
+            break
     for result in comparison.results:
         if result.variant in calls:
             # A call is not what it was: a model may be a CUDA graph by now.
@@ -179,6 +203,46 @@ def compare(
                 with torch.cuda.device(x.device):
                     result.gpu = _gpu_time(runs[result.variant], result.median)
     return comparison
+
+
+def _made(result: Result, model: nn.Module, x: Tensor, budget: Budget) -> tuple[variants.Run, list[Tensor]] | None:
+    """A variant and its first result; None, with the reason as its note, where it can't be made, or not in the time."""
+    compiles = result.variant in (variants.COMPILE, variants.COMPILE_GRAPHS)
+    allowed = budget.for_compiling() if compiles else math.inf
+    if allowed is None:
+        result.note = "left out: no time to compile"
+        return None
+    start, alarm = time.perf_counter(), Alarm(allowed)
+    try:
+        with alarm:
+            run = variants.make(result.variant, model, x)
+    except (variants.Unavailable, TimeUp) as error:
+        result.note = str(error)
+        if alarm.rang:
+            result.note = f"left out: more than {allowed:.0f} s to compile"
+            variants.stop_compiling()
+        return None
+    finally:
+        if compiles:
+            budget.note_compiled(time.perf_counter() - start)
+    y = _checked(run())
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    result.first_call = time.perf_counter() - start
+    return run, y
+
+
+def line(comparison: Comparison) -> str:
+    """A workload in a line, for a log: our time, the others' and their ratio to it; why a variant has none."""
+    found = []
+    for result in sorted(comparison.results, key=lambda result: result.variant != variants.OURS):
+        ratio = comparison.ratio(result.variant)
+        more = f" ({ratio:.2f}×)" if ratio == ratio and result.variant != variants.OURS else ""
+        if result.calls:
+            found.append(f"{result.variant} {result.median:.{1 if result.median >= 10 else 2}f} ms{more}")
+        elif result.note:
+            found.append(f"{result.variant}: {result.note}")
+    return f"{comparison.workload}: {', '.join(found)}"
 
 
 def is_wrong(

@@ -8,12 +8,27 @@ from typing import Any
 
 import torch
 
+from resnet_fused import config
 from resnet_fused.backends import available_backends, gpu_time
+from resnet_fused.backends.processor import processor
 
 # Larger than any cache by far.
 _COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}
 # Rows and columns of the matrices whose product is a GPU's peak, and how often each is timed.
 _MATRIX, _TURNS = 8192, 9
+
+
+# Limits of oneDNN that leave no instructions for a dtype.
+_WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
+_LIMITS = {"bfloat16": _WITHOUT_BFLOAT16, "float16": _WITHOUT_BFLOAT16 | {"AVX512_CORE_BF16", "AVX512_CORE_AMX"}}
+
+
+def emulated(dtype: str) -> str | None:
+    """Why stock emulates products of this dtype on this CPU, at many times the time of float32; None if it doesn't."""
+    if not processor().multiplies(dtype):
+        return f"{processor()} has no instructions for it"
+    limit = config.onednn_limit()
+    return f"ONEDNN_MAX_CPU_ISA is {limit}" if limit in _LIMITS.get(dtype, ()) else None
 
 
 def measure_peak(dtype: torch.dtype, device: str = "cpu") -> float | None:

@@ -103,13 +103,14 @@ def print_layers(console: Console, workload: Workload, results: list[LayerResult
 
 
 def save_chart(path: Path, comparisons: list[Comparison], machine: dict[str, object]) -> None:
-    """Bars of images a second, relative to stock eager, one group a workload."""
+    """Bars of images a second, relative to stock eager, one group a workload that was timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [r.variant for r in comparisons[0].results]
+    comparisons = [comparison for comparison in comparisons if any(result.calls for result in comparison.results)]
+    names = [result.variant for result in comparisons[0].results]
     figure, axes = plt.subplots(figsize=(max(7.0, 1.5 + 1.6 * len(comparisons)), 4.8), layout="constrained")
     width = 0.8 / len(names)
     colors = {

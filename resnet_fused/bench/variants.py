@@ -73,6 +73,13 @@ def _compile(model: nn.Module, x: Tensor, graphs: bool = False, tuned: bool = Fa
     return lambda: compiled(x)
 
 
+def stop_compiling() -> None:
+    """Ends the processes that torch.compile was left with: they would take the processor from what is timed next."""
+    from torch._inductor import async_compile
+
+    async_compile.shutdown_compile_workers()
+
+
 def _tensorrt(model: nn.Module, x: Tensor) -> Run:
     _need("torch_tensorrt")
     import torch_tensorrt

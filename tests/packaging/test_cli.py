@@ -171,6 +171,8 @@ BAD_OPTIONS = [
     (["bench", "--out", "/proc/nope"], "--out is /proc/nope, where nothing can be written"),
     (["bench", "--models", "vit_b_16", "--size", "64"], "vit_b_16 can't run on 1 images of 64x64 pixels: Wrong image height!"),
     (["bench", "--layers", "--training"], "--layers and --training were both given"),
+    (["bench", "--minutes", "0"], "--minutes is 0; it must be a number above 0"),
+    (["bench", "--zoo", "--minutes", "1"], "--minutes and --zoo were both given; --minutes is for whole models"),
     (["bench", "--zoo", "--quick"], "--zoo and --quick were both given"),
     (["bench", "--zoo", "--training"], "--zoo and --training were both given"),
     (["bench", "--zoo", "--size", "64"], "--size is '64'; the zoo's models have sizes of their own"),
@@ -261,7 +263,7 @@ def test_quick_and_training_have_defaults_that_options_override(monkeypatch, tmp
 
     seen = []
 
-    def stop(workload, names, seconds, step, limits=None):
+    def stop(workload, names, seconds, step, *rest):
         seen.append((str(workload), seconds))
         raise KeyboardInterrupt
 
