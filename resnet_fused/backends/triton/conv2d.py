@@ -16,9 +16,10 @@ epilogue works on the accumulators. Three ways to walk over j, chosen when the k
 
 Weights come packed for the walk by `pack`, padded with zeros to whole steps, so that they are read without a mask.
 
-Neighbouring groups with few channels are merged to one: their weights stand along the diagonal of a matrix of zeros. A tile then
-reads whole sectors of x, and the products with zeros are cheaper than empty lanes. But 0 times a NaN or an infinity is NaN,
-which so comes into all sums of its pixel. A program that finds a NaN among its sums computes them again, without these products.
+Neighbouring groups with few channels are merged to one: their weights stand along the diagonal of a matrix of zeros. A tile
+then reads whole sectors of x, and the products with zeros are cheaper than empty lanes. But 0 times a NaN or an infinity is
+NaN, which so comes into all sums of its pixel. A program that finds a NaN among its sums computes them again, without these
+products.
 
 Source: Chetlur et al., cuDNN: Efficient Primitives for Deep Learning, 2014, section 3.2 (implicit GEMM).
 """
@@ -174,7 +175,7 @@ def conv2d_split_fwd_kernel(
 
 
 def merge(weight: Tensor, conv: Conv, merged: int) -> Tensor:
-    """The weight (K, C / groups, R, S) of merged groups, (K', C' / groups', R, S): on a diagonal, with zeros around, and at the end."""
+    """The weight (K, C / groups, R, S) of merged groups, (K', C' / groups', R, S): on a diagonal, zeros around and at the end."""
     if merged == 1:
         return weight
     k, c, r, s = weight.shape

@@ -2,9 +2,9 @@
 
     y[m, c] = activation(Σ_rs x[window of m at (r, s), c] · w[r, s, c] + bias[c] + residual[m, c])
 
-A program computes a tile of output pixels and BLOCK_C channels, which are the lanes: neighbours read 16 bytes each, whole sectors
-in all. A thread computes COLUMNS pixels side by side and reads each element of a row of their windows once, for all of them. Rows
-are read again for the pixels below, from L1. The multiply-adds are float32, whatever torch.backends says of TF32.
+A program computes a tile of output pixels and BLOCK_C channels, which are the lanes: neighbours read 16 bytes each, whole
+sectors in all. A thread computes COLUMNS pixels side by side and reads each element of a row of their windows once, for all of
+them. Rows are read again for the pixels below, from L1. The multiply-adds are float32, whatever torch.backends says of TF32.
 
 x is read with a mask, zeros for the halo, as stock PyTorch pads it.
 """
