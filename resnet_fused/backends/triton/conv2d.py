@@ -175,7 +175,7 @@ def conv2d_split_fwd_kernel(
 
 
 def merge(weight: Tensor, conv: Conv, merged: int) -> Tensor:
-    """The weight (K, C / groups, R, S) of merged groups, (K', C' / groups', R, S): on a diagonal, zeros around and at the end."""
+    """The weight (K, C / groups, R, S) of merged groups, (K', C' / groups', R, S): a diagonal in zeros."""
     if merged == 1:
         return weight
     k, c, r, s = weight.shape
