@@ -257,9 +257,9 @@ class Positions(nn.Module):
 
     def forward(self, x):
         n, c, h, w = x.shape
+        rows = torch.ones((n, h, w), dtype=torch.float32).cumsum(1, dtype=torch.float32)[:, :, :, None]
         steps = torch.arange(c, dtype=torch.float32)
-        steps = 100 ** (2 * torch.div(steps, 2, rounding_mode="floor") / c)
-        rows = torch.ones((n, h, w), dtype=torch.float32).cumsum(1, dtype=torch.float32)[:, :, :, None] / steps
+        rows = rows / 100 ** (2 * torch.div(steps, 2, rounding_mode="floor") / c)
         table = torch.stack([rows[..., 0::2].sin(), rows[..., 1::2].cos()], dim=4).flatten(3).permute(0, 3, 1, 2)
         return self.unit(x) + table
 
