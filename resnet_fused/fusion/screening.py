@@ -111,6 +111,9 @@ def _fault_of_code(code: types.CodeType) -> str | None:
         # An error that a stand-in for a tensor raises would take another branch than the tensor itself.
         if name in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "SETUP_FINALLY"):
             return "handles exceptions"
+        # A stand-in answers isinstance where it is called by its name, which is seen.
+        if name == "MATCH_CLASS" or (name == "LOAD_GLOBAL" and instruction.argval == "isinstance" and not _calls(instruction)):
+            return "asks for the type of a value"
         tries += (name == "PUSH_EXC_INFO") - (name == "WITH_EXCEPT_START")
         if name in ("YIELD_FROM", "GET_AWAITABLE"):
             return "awaits"
@@ -125,6 +128,11 @@ def _fault_of_code(code: types.CodeType) -> str | None:
     if "autocast" in names:
         return "switches autocast"
     return None
+
+
+def _calls(instruction: dis.Instruction) -> bool:
+    """Whether a global is loaded to be called, where Python tells."""
+    return sys.version_info < (3, 11) or bool(instruction.arg and instruction.arg & 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -150,11 +158,13 @@ class Screen:
     Attributes:
         watched: global names that must keep their values.
         names: of all attributes that the functions ask for.
+        asking: the frame that calls isinstance now, if one does.
     """
 
     def __init__(self) -> None:
         self.watched: list[Watched] = []
         self.names: set[str] = set()
+        self.asking: types.FrameType | None = None
         self._seen: set[types.CodeType] = set()
         # Functions that are defined within one that was looked at: their closures are its variables.
         self._inner: set[types.CodeType] = set()
@@ -167,6 +177,7 @@ class Screen:
         try:
             yield
         finally:
+            self.asking = None
             if previous is not None and not callable(previous):
                 sys.setprofile(None)
                 previous.enable()  # a profiler written in C, which isn't called but enabled
@@ -175,6 +186,10 @@ class Screen:
 
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event != "call":
+            if event == "c_call" and arg is isinstance:
+                self.asking = frame
+            elif self.asking is frame:
+                self.asking = None
             return
         code = frame.f_code
         if code in self._seen or code.co_filename.startswith(_TRUSTED):

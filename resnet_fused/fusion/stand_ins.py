@@ -20,16 +20,23 @@ _TENSOR_NAMES = frozenset(dir(Tensor))
 class StandIn(fx.Proxy):
     """A stand-in for a tensor, with a tensor's attributes and no others.
 
-    Its tracer (`tracing.Tracer`) tells what is known of its node: `dims_of`, `shape_of` and `is_tensor`.
+    Its tracer (`tracing.Tracer`) tells what is known of its node (`dims_of`, `shape_of`, `is_tensor`), and what is called now
+    (`screen`).
     """
 
     tracer: Any
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """What isinstance asks. PyTorch's own code, and ours, deal with stand-ins as what they are."""
-        asking = sys._getframe(1).f_code
-        if is_trusted(asking) and asking is not torch.is_tensor.__code__:
+        """What isinstance asks. PyTorch's own code, and ours, deal with stand-ins as what they are.
+
+        PyTorch's compiled code asks so, too, and reads the memory of what says that it is a tensor. So the answer is for calls
+        of isinstance itself.
+        """
+        frame = sys._getframe(1)
+        if frame is not self.tracer.screen.asking:
+            return type(self)
+        if is_trusted(frame.f_code) and frame.f_code is not torch.is_tensor.__code__:
             return type(self)
         if not self.tracer.is_tensor(self.node):
             raise CannotTrace("asks for the type of a value")

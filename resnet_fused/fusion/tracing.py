@@ -176,6 +176,7 @@ class Tracer(TracerBase):
         convolution = next((m for m in module.modules() if isinstance(m, CONVOLUTIONS)), None)
         self.dims = Dims(module, 4 if convolution is None else convolution.weight.dim())
         self.shapes = None if inputs is None else Shapes(module, inputs)
+        self.screen = Screen()
         self.finds_shapes = False
         self.sizes_asked = 0
         self.mode = self._mode()
@@ -290,7 +291,7 @@ class Tracer(TracerBase):
         names, defaults = _arguments(module, function)
         trace.arguments = tuple(names)
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
-        screen = Screen()
+        screen = self.screen
         try:
             # Under the mode, PyTorch's functions tell of themselves; the screen sees all others.
             with _OwnArithmetic(self), screen.active():

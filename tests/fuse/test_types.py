@@ -234,3 +234,62 @@ def test_writes_to_parts(kind, trained):
     if kind is Ghost:
         assert counts(alone)[1] == 0
         assert all(ops(alone))
+
+
+class Indexes(nn.Module):
+    """Indexes a parameter by what depends on the input: compiled code looks whether that is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit, self.table = Unit(), nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x):
+        places = (x.mean((1, 2, 3)).abs() * 8).long().clamp(max=15)
+        return self.unit(x) * self.table[places][:, :, None, None] * self.table[places, 0][:, None, None, None]
+
+
+class Positions(nn.Module):
+    """A table of sines, as EdgeNeXt's: numbers that PyTorch's compiled code gets beside stand-ins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = Unit()
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        rows = torch.ones((n, h, w), dtype=torch.float32).cumsum(1, dtype=torch.float32)[:, :, :, None]
+        steps = torch.arange(c, dtype=torch.float32)
+        rows = rows / 100 ** (2 * torch.div(steps, 2, rounding_mode="floor") / c)
+        table = torch.stack([rows[..., 0::2].sin(), rows[..., 1::2].cos()], dim=4).flatten(3).permute(0, 3, 1, 2)
+        return self.unit(x) + table
+
+
+class OfMapped(nn.Module):
+    """Calls isinstance where nobody sees it called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = Unit()
+
+    def forward(self, x):
+        return self.unit(x) * (2 if all(map(isinstance, [x], [Tensor])) else 3)
+
+
+class OfMatched(OfMapped):
+    def forward(self, x):
+        match x:
+            case Tensor():
+                return self.unit(x) * 2
+        return x
+
+
+@pytest.mark.parametrize("kind", [Indexes, Positions, OfMapped, OfMatched])
+@torch.no_grad()
+def test_compiled_code_never_takes_a_stand_in_for_a_tensor(kind, trained):
+    model = trained(nn.Sequential(*unit(), kind()))
+    fused = rf.fuse(model)
+    for size in ((2, 8, 9, 7), (1, 8, 6, 6)):
+        for _ in range(2):
+            x = torch.randn(size)
+            assert_same(fused(x), model(x))
+    assert ops(fused)[0]
