@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import sys
-import threading
 import time
 
 from resnet_fused.bench.workloads import Workload
@@ -17,13 +14,17 @@ _CALLS_BESIDE = 3
 
 
 class Budget:
-    """Seconds for all workloads of a run; without a limit every workload has all the time there is."""
+    """Seconds for all workloads of a run; without a limit every workload has all the time there is.
+
+    Attributes:
+        compiled: seconds that compiling the last model took; None where none was compiled yet.
+    """
 
     def __init__(self, workloads: int, seconds: float = math.inf) -> None:
         self._end, self._to_come = time.monotonic() + seconds, workloads
         self._workload_end = self._end
         self._images: dict[tuple[str, str], float] = {}
-        self._compiled = 0.0
+        self.compiled: float | None = None
 
     def begin(self) -> float:
         """Begins the next workload; the seconds that it has: twice its share of what is left, but no more than there is.
@@ -65,53 +66,12 @@ class Budget:
 
     def note_compiled(self, seconds: float) -> None:
         """Compiling a model took so long, or longer."""
-        self._compiled = seconds
+        self.compiled = seconds
 
     def for_compiling(self) -> float | None:
         """Seconds that compiling may take; None where it would take longer, by what the last model took."""
         most = self.left() / 2
-        return most if self._compiled < most else None
-
-
-class TimeUp(TimeoutError):
-    """What an alarm raises."""
-
-
-class Alarm:
-    """A `with` block that ends with an exception once the time is up: what compiles can't be asked to stop.
-
-    Attributes:
-        rang: whether the time was up.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self.rang = seconds, False
-
-    def __enter__(self) -> Alarm:
-        # Elsewhere than in the main thread, and on Windows, there is no such alarm: compiling then takes its time.
-        self._set = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-        self._set = self._set and self._seconds < math.inf
-        if self._set:
-            self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
-            self._before = signal.signal(signal.SIGALRM, self._ring)
-            # Again and again: a destructor, or who catches every exception, may have it rung in vain.
-            signal.setitimer(signal.ITIMER_REAL, self._seconds, 1.0)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._set:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._before)
-            sys.unraisablehook = self._hook
-
-    def _ring(self, *frame: object) -> None:
-        self.rang = True
-        raise TimeUp(f"it took more than {self._seconds:.0f} s")
-
-    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """Python prints what a destructor raises; of an alarm that would be noise."""
-        if unraisable.exc_type is not TimeUp:
-            self._hook(unraisable)
+        return most if (self.compiled or 0.0) < most else None
 
 
 def calls(rounds: int) -> int:

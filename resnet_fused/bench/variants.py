@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
 import io
+import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fused as rf
+from resnet_fused import config
+from resnet_fused.bench.workloads import Workload
 
 # A result is a tensor, or a structure of them: a pyramid's levels, say.
 Run = Callable[[], Any]
@@ -73,11 +83,43 @@ def _compile(model: nn.Module, x: Tensor, graphs: bool = False, tuned: bool = Fa
     return lambda: compiled(x)
 
 
-def stop_compiling() -> None:
-    """Ends the processes that torch.compile was left with: they would take the processor from what is timed next."""
-    from torch._inductor import async_compile
+def time_to_compile(workload: Workload, most: float) -> float | None:
+    """Seconds until the first result of COMPILE, in a process of its own; None where it takes more than `most`.
 
-    async_compile.shutdown_compile_workers()
+    A compiler that doesn't work takes no time: whoever compiles then is told why.
+    """
+    command = [sys.executable, "-c", "from resnet_fused.bench import variants; variants.compile_alone()"]
+    given = json.dumps({**asdict(workload), "threads": torch.get_num_threads()})
+    # In a group of its own, with the processes that compile for it.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=config.environment_of_child(),
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(given, timeout=most)
+        return float(printed.splitlines()[-1]) if process.returncode == 0 else 0.0
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@torch.no_grad()
+def compile_alone() -> None:
+    """What that process does: compiles the workload of standard input, and prints how long it took."""
+    given = json.load(sys.stdin)
+    torch.set_num_threads(given.pop("threads"))
+    model, x = Workload(**{**given, "size": tuple(given["size"])}).make()
+    start = time.perf_counter()
+    make(COMPILE, model, x)()
+    print(time.perf_counter() - start)
 
 
 def _tensorrt(model: nn.Module, x: Tensor) -> Run:

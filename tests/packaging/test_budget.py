@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
-import time
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,7 @@ from resnet_fused import cli
 from resnet_fused.backends.processor import Processor
 from resnet_fused.bench import budget as budgets
 from resnet_fused.bench import inference, peaks, variants
-from resnet_fused.bench.budget import Alarm, Budget
+from resnet_fused.bench.budget import Budget
 from resnet_fused.bench.workloads import Workload
 
 B1, B8 = (Workload("resnet18", batch, "float32", (64, 64)) for batch in (1, 8))
@@ -91,60 +90,54 @@ def test_compiling_may_take_half_of_what_is_left_and_no_more_than_it_took_before
     assert budget.for_compiling() is None
 
 
-def test_an_alarm_ends_what_takes_too_long():
-    start = time.monotonic()
-    alarm = Alarm(0.2)
-    with pytest.raises(TimeoutError, match="it took more than 0 s"), alarm:
-        time.sleep(60)
-    assert alarm.rang
-    assert time.monotonic() - start < 10
-    time.sleep(0.3)  # it doesn't ring again
-    with Alarm(30.0) as alarm:
-        pass
-    assert not alarm.rang
+def test_compiling_that_takes_too_long_is_ended_and_the_others_are_timed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(variants, "time_to_compile", lambda workload, most: asked.append(most))
+    budget = Budget(2, 60.0)
+    for start, end in (("left out: more than ", " s to compile"), ("left out: no time to compile", "")):
+        compiled, ours = inference.compare(B1, [variants.COMPILE, variants.OURS], 0.1, budget=budget).results
+        assert compiled.note.startswith(start)
+        assert compiled.note.endswith(end)
+        assert ours.calls > 0
+    assert len(asked) == 1
 
 
-def test_an_alarm_that_rings_in_a_destructor_rings_again(capfd):
-    class Slow:
-        def __del__(self) -> None:
-            time.sleep(60)
-
-    with pytest.raises(TimeoutError), Alarm(0.1):
-        rings(Slow)
-    assert "Exception ignored" not in capfd.readouterr().err
-
-
-def rings(thing: type) -> None:
-    thing()
-    time.sleep(60)
+def test_the_first_call_is_told_as_long_as_it_took_with_nothing_compiled(monkeypatch):
+    monkeypatch.setattr(variants, "time_to_compile", lambda workload, most: 12.5)
+    monkeypatch.setitem(variants._MAKERS, variants.COMPILE, variants._MAKERS[variants.EAGER])
+    budget = Budget(1, 60.0)
+    compiled, ours = inference.compare(B1, [variants.COMPILE, variants.OURS], 0.1, budget=budget).results
+    assert compiled.first_call == 12.5 == budget.compiled
+    assert ours.first_call < 12.5
 
 
-def test_another_thread_has_no_alarm():
-    rang = []
-
-    def work() -> None:
-        with Alarm(0.01) as alarm:
-            time.sleep(0.1)
-        rang.append(alarm.rang)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert rang == [False]
+CHILDREN = {
+    "compiles": "from resnet_fused.bench import variants\n"
+    "variants._MAKERS[variants.COMPILE] = variants._MAKERS[variants.EAGER]\n"
+    "variants.compile_alone()",
+    "endless": "import os, sys, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)",
+}
 
 
-def test_compiling_is_cut_and_the_others_are_timed(monkeypatch):
-    def endless(model, x):
-        try:
-            time.sleep(60)
-        except Exception as error:  # as torch.compile wraps what happens in it
-            raise variants.Unavailable("torch.compile failed: TimeoutError") from error
+@pytest.mark.parametrize("child", CHILDREN)
+def test_a_process_tells_how_long_compiling_takes_and_can_be_ended(child, tmp_path, monkeypatch):
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        variants.subprocess,
+        "Popen",
+        lambda command, **more: start([*command[:-1], CHILDREN[child]], cwd=tmp_path, **more),
+    )
+    found = variants.time_to_compile(B1, 5.0 if child == "endless" else 300.0)
+    if child == "endless":
+        assert found is None
+        assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+    else:
+        assert 0 < found < 300
 
-    monkeypatch.setitem(variants._MAKERS, variants.COMPILE, endless)
-    monkeypatch.setattr(Budget, "for_compiling", lambda self: 0.3)
-    compiled, ours = inference.compare(B1, [variants.COMPILE, variants.OURS], 0.1).results
-    assert compiled.note == "left out: more than 0 s to compile"
-    assert ours.calls > 0
+
+def test_a_compiler_that_fails_says_why_where_it_is_used(monkeypatch):
+    monkeypatch.setattr(variants.sys, "executable", "/bin/false")
+    assert variants.time_to_compile(B1, 60.0) == 0.0
 
 
 def test_a_run_that_turns_out_slow_is_cut_between_calls(monkeypatch):
@@ -250,10 +243,3 @@ def test_a_second_call_decides_where_the_first_was_slow(monkeypatch):
     comparison = inference.compare(B1, [variants.OURS], 0.1, budget=Budget(1, 60.0))
     assert len(noted) == 2
     assert comparison.results[0].calls > 0
-
-
-def test_an_alarm_leaves_the_handler_that_was_there():
-    before = signal.getsignal(signal.SIGALRM)
-    with Alarm(30.0):
-        assert signal.getsignal(signal.SIGALRM) is not before
-    assert signal.getsignal(signal.SIGALRM) is before
