@@ -35,9 +35,8 @@ PREPARE = _Prepare()
 @functools.cache
 def _say() -> None:
     config.logger().warning(
-        "torch.jit.script compiles the source of a model, so what it makes of a fused one runs as stock. A module around the "
-        "fused one has its plain copy from now on; fuse it again. For fused kernels use torch.jit.trace, torch.compile or "
-        "torch.export."
+        "torch.jit.script compiles the source of a model: what it makes of a fused one runs as stock. A module around it "
+        "has its plain copy from now on; fuse it again. For fused kernels use torch.jit.trace, torch.compile, torch.export."
     )
 
 

@@ -31,7 +31,7 @@ class _Family:
     def __init__(self, name: str, main: int) -> None:
         self.name, self.main = name, main
         schema = f"{name}(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry) -> Tensor"  # saved graphs have this name
-        common.register(schema, self._eager, self._fake)
+        common.register(schema, self._eager, self._fake, self._stock)
         common.register_autograd(name, self._setup_context, self._backward)
         self.operator: Callable[..., Tensor] = getattr(torch.ops.resnet_fused, name).default
 
@@ -42,8 +42,10 @@ class _Family:
     def __call__(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
         if calls.plain_eager(x, *weights, *biases):
             return self._eager(x, weights, biases, geometry)
-        if not calls.stock_only():
-            return self.operator(x, weights, biases, geometry)
+        run = self._stock if calls.stock_only() else self.operator
+        return run(x, weights, biases, geometry)
+
+    def _stock(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
         steps = self._steps(weights, geometry)
         return common.stock_result(steps, x, None, self._in_order(weights), self._in_order(biases))
 

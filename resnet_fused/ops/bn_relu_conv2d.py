@@ -91,6 +91,7 @@ common.register(
     "float eps, str group, int[2] stride, int[2] padding, int[2] dilation, int groups) -> (Tensor, Tensor, Tensor, Tensor)",
     _eager,
     _fake,
+    lambda x, weight, bias, mean, var, filter, filter_bias, eps, group, *geometry: F.conv2d(x, filter, filter_bias, *geometry),
 )
 common.register_autograd("bn_relu_conv2d", _setup_context, _backward)
 _Function = common.function("bn_relu_conv2d", _eager, _setup_context, _backward)

@@ -15,18 +15,24 @@ from resnet_fused.backends import STOCK, ConvParameters, Declined, Kernel, Probl
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.problem import Types
 from resnet_fused.ops import checks
+from resnet_fused.ops.flops import count_as
 from resnet_fused.runtime.calls import call_key, choice_without_strides, memory_format
 from resnet_fused.runtime.kept import Kept, Unservable
 
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
 
 
-def register(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines resnet_fused::`schema` with its eager implementation on all devices and its fake one."""
+def register(schema: str, eager: Callable[..., Any], fake: Callable[..., Any], stock: Callable[..., Any] | None = None) -> None:
+    """Defines resnet_fused::`schema` with its eager implementation on all devices and its fake one.
+
+    `stock`: the same in stock's operators, by which floating-point operations are counted; None where those count as none.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=LIBRARY)
+    if stock is not None:
+        count_as(name, stock)
 
 
 def register_autograd(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:

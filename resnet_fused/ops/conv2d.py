@@ -33,7 +33,7 @@ class _Family:
         self.count = len(tensors)
         operands = ", ".join(f"Tensor {tensor}" for tensor in tensors)
         schema = f"{name}({operands}, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor"
-        common.register(schema, self._eager, self._fake)
+        common.register(schema, self._eager, self._fake, self._stock)
         common.register_autograd(name, self._setup_context, self._backward)
         self.operator: Callable[..., Tensor] = getattr(torch.ops.resnet_fused, name).default
 

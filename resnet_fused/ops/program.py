@@ -101,5 +101,6 @@ register(
     "program(Tensor[] inputs, Tensor[] parameters, str steps, str precision, str backend) -> Tensor[]",
     _eager,
     _fake,
+    lambda inputs, parameters, steps, precision, backend: stock(from_text(steps), inputs, parameters),
 )
 torch.library.register_autograd("resnet_fused::program", _no_derivative, lib=LIBRARY)

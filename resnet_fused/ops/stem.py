@@ -19,6 +19,10 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], poo
     return runner(x, None, (weight,), (bias,))
 
 
+def _stock(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> Tensor:
+    return common.stock_result(_steps(weight, geometry, pool), x, None, [weight], [bias])
+
+
 def _steps(weight: Tensor, geometry: Sequence[int], pool: Sequence[int]) -> tuple[Step, ...]:
     (conv,) = Conv.unflatten([weight], geometry)
     return (Step(conv, Epilogue(activation=Activation.RELU, pool=_pool(pool))),)
@@ -55,7 +59,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 # Schemas are part of saved graphs: they keep the name that the bias had.
-common.register("stem(Tensor x, Tensor weight, Tensor shift, int[] geometry, int[] pool) -> Tensor", _eager, _fake)
+common.register("stem(Tensor x, Tensor weight, Tensor shift, int[] geometry, int[] pool) -> Tensor", _eager, _fake, _stock)
 common.register_autograd("stem", _setup_context, _backward)
 
 
@@ -67,5 +71,5 @@ def stem(x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], pool:
     if calls.plain_eager(x, weight, bias):
         return _eager(x, weight, bias, geometry, pool)
     if calls.stock_only():
-        return common.stock_result(_steps(weight, geometry, pool), x, None, [weight], [bias])
+        return _stock(x, weight, bias, geometry, pool)
     return torch.ops.resnet_fused.stem.default(x, weight, bias, geometry, pool)

@@ -38,8 +38,12 @@ def beats_stock(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: 
 def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     kernel = training_conv(x, tuple(weight.shape), stride, padding).forward
     if kernel is None:
-        return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
+        return _stock(x, weight, stride, padding)
     return kernel(x, weight).contiguous(memory_format=calls.memory_format(x, weight))
+
+
+def _stock(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
 
 
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -65,12 +69,20 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int,
             dweight = full.as_strided(weight.shape, weight.stride())
         else:
             dweight = torch.empty_like(weight).copy_(full)
-    stock = [needs[0] and dx is None, needs[1] and dweight is None, False]
+    stock = [needs[0] and dx is None, needs[1] and dweight is None]
     if any(stock):
-        more = common.convolution_backward(dy, x, weight.to(x.dtype), _geometry(stride, padding), stock)
+        more = _stock_gradients(dy, x, weight, stride, padding, stock)
         dx = more[0] if dx is None else dx
         dweight = more[1].to(weight.dtype) if dweight is None and more[1] is not None else dweight
     return dx if dx is not None else x.new_empty(0), dweight if dweight is not None else weight.new_empty(0)
+
+
+def _stock_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by x and weight, in x's dtype; None where not needed."""
+    wanted = (*needs, False)
+    return common.convolution_backward(dy, x, weight.to(x.dtype), _geometry(stride, padding), wanted)[:2]
 
 
 def _fake_gradients(
@@ -98,11 +110,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None,
     return dx if needs[0] else None, dweight if needs[1] else None, None, None
 
 
-common.register("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _forward, _fake)
+common.register("conv2d(Tensor x, Tensor weight, int stride, int padding) -> Tensor", _forward, _fake, _stock)
 common.register(
     "conv2d_backward(Tensor dy, Tensor x, Tensor weight, int stride, int padding, bool[] needs) -> (Tensor, Tensor)",
     _gradients,
     _fake_gradients,
+    _stock_gradients,
 )
 common.register_autograd("conv2d", _setup_context, _backward)
 _Function = common.function("conv2d", _forward, _setup_context, _backward)

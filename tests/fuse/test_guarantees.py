@@ -50,6 +50,7 @@ def _network() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*deprecated.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:FutureWarning")
 @pytest.mark.parametrize("key", _rows())
 def test_row(key, trained, tmp_path):
     assert key in TESTS, "this row has no test"
@@ -222,6 +223,17 @@ def _compiled(model, fused, tmp_path):
         before = rf.fuse(torch.compile(block, fullgraph=True, backend="aot_eager"))
         assert_same(before(y), want)
         assert_same(torch.compile(fused, fullgraph=True, backend="aot_eager")(X), model(X))
+
+
+@row("`torch.jit.trace`, `torch.jit.script`")
+def _scripted(model, fused, tmp_path):
+    with torch.no_grad():
+        traced, scripted = torch.jit.trace(fused, X), torch.jit.script(fused)
+        assert "resnet_fused::program" in str(traced.graph)
+        assert "resnet_fused" not in str(scripted.inlined_graph)
+        for made in (traced, scripted):
+            assert_same(made(X), model(X))
+    check(fused, model, X)
 
 
 @row("`quantize_dynamic`")
