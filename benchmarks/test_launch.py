@@ -84,7 +84,6 @@ def device(tmp_path_factory):
 def _calls(case, device):
     """Calls that each do all that the host does for one launch, by variant, and the tensor that they fill."""
     from resnet_fused.backends.triton import configs, conv2d, elementwise, prepare
-    from resnet_fused.backends.triton.chip import Chip
 
     shape = (1, 64, 14, 14)
     x, residual, y = (torch.randn(shape, device=device).to(F16, memory_format=torch.channels_last) for _ in range(3))
@@ -95,7 +94,7 @@ def _calls(case, device):
     else:
         conv = Conv(64, 64, (3, 3), padding=(1, 1))
         problem = problem_of("conv2d_bn_add_relu", shape, F16, device, (conv,))
-        chip = Chip.of(device) if device.type == "cuda" else Chip("cuda", 90, 132, 227 << 10)
+        chip = configs.Chip.of(device) if device.type == "cuda" else configs.Chip("cuda", 90, 132, 227 << 10)
         plan = next(plan for plan in configs.plans(problem, chip, False) if plan.splits == 1)
         weight, bias = torch.randn(64, 64, 3, 3, device=device).to(F16) / 24, torch.randn(64, device=device).to(F16)
         tensors = (x, conv2d.pack(weight, conv, plan), bias, residual, y)

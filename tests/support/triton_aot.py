@@ -15,8 +15,7 @@ from triton.backends.compiler import GPUTarget
 
 from resnet_fused.backends.problem import Conv, Problem
 from resnet_fused.backends.triton import configs
-from resnet_fused.backends.triton.chip import Chip
-from resnet_fused.backends.triton.configs import Plan, Tile
+from resnet_fused.backends.triton.configs import Chip, Plan, Tile
 from resnet_fused.backends.triton.prepare import module_of
 from support.problems import problem_of
 
@@ -58,7 +57,9 @@ def problem(
 
 def plan(tile: Tile, problem: Problem, splits: int = 1) -> Plan:
     """The tile applied to the problem, whether the heuristic would or not."""
-    return configs.plan_of(tile, problem, splits)
+    (conv,) = problem.convs
+    walk = configs.walk_of(problem)
+    return Plan(tile, walk, configs.row_lanes(conv) if walk in (configs.ROWS, configs.PAIRS) else tile.k, splits)
 
 
 def compile_conv(problem: Problem, plan: Plan, arch: Arch, tf32: bool = False) -> Any:

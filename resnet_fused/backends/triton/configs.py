@@ -6,16 +6,14 @@ held by tests/ptx/triton; the choice is a model, which `rf.tune` replaces by mea
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from resnet_fused.backends.problem import Activation, Conv, Epilogue, Problem
-from resnet_fused.backends.triton import depthwise_configs
-from resnet_fused.backends.triton.chip import Chip
-from resnet_fused.backends.triton.depthwise_configs import DepthwisePlan
+from resnet_fused.backends.problem import Conv, Problem
 
 # How the kernel walks over the filter; the kernel's own constants of the same names.
 POINTWISE, TAPS, ROWS = 0, 1, 2
@@ -26,9 +24,51 @@ _SMALLEST_BLOCK_K = 32
 _MOST_LANES_OF_A_ROW = 128
 _MOST_SPLITS = 16
 _HOPELESS = 3.0
-# Wider tiles of merged groups multiply mostly zeros; those of 32 rows have too few threads for what they do at a NaN.
-_WIDEST_MERGED = 64
 _FEWEST_STEPS_OF_A_SPLIT = 4
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the choice depends on.
+
+    Attributes:
+        vendor: "cuda" or "hip".
+        capability: compute capability as major · 10 + minor (CUDA); the gfx number (HIP).
+        multiprocessors: number of SMs or compute units.
+        shared_limit: shared memory that one program may use, in bytes.
+    """
+
+    vendor: str
+    capability: int
+    multiprocessors: int
+    shared_limit: int
+
+    @property
+    def unit(self) -> str:
+        """What Triton multiplies matrices with on this chip: "wgmma", "tcgen05", "mma.sync", "mfma"; "fma" on 7.5."""
+        if self.vendor == "hip":
+            return "mfma"
+        if self.capability < 80:
+            return "fma"
+        return {9: "wgmma", 10: "tcgen05"}.get(self.capability // 10, "mma.sync")
+
+    def precision(self, tf32: bool) -> str:
+        """What tl.dot is to multiply float32 in, "ieee" or, if `tf32` allows it and there are such units, "tf32"."""
+        return "tf32" if tf32 and self.unit not in ("fma", "mfma") else "ieee"
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> Chip:
+        """The chip of a device; for the interpreter, which runs one program at a time, an A100 of one SM."""
+        if device.type == "cpu":
+            return cls("cuda", 80, 1, 163 << 10)
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            number = int(properties.gcnArchName.split(":")[0].removeprefix("gfx"), 16)
+            return cls("hip", number, properties.multi_processor_count, properties.shared_memory_per_block)
+        capability = properties.major * 10 + properties.minor
+        shared_limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return cls("cuda", capability, properties.multi_processor_count, shared_limit)
 
 
 @dataclass(frozen=True)
@@ -53,12 +93,11 @@ class Tile:
     why: str
     units: tuple[str, ...] = ()
 
-    def fits_registers(self, chip: Chip, walk: int, epilogue: Epilogue, wide: bool = False) -> bool:
+    def fits_registers(self, chip: Chip, walk: int, residual: bool, wide: bool = False) -> bool:
         """Whether it compiles without spills; `wide` is for offsets of 64 bits, which take two registers each.
 
         With 128 accumulators a thread, half of the registers, there is no room for such offsets, nor for the masks of a
-        filter row, nor for GELU by the error function, nor for a sigmoid with a residual, nor for any residual where ptxas
-        keeps what it loads beside all the accumulators: those of a wgmma.
+        filter row, nor for a residual where ptxas keeps what it loads beside all the accumulators: those of a wgmma.
         """
         accumulators = self.m * self.n // (32 * self.warps)
         by_rows = walk in (ROWS, PAIRS)
@@ -66,9 +105,6 @@ class Tile:
             return accumulators <= (32 if by_rows else 64)
         if accumulators <= 64:
             return True
-        function, residual = epilogue.activation, epilogue.residual
-        if function is Activation.GELU or (function is Activation.SIGMOID and residual):
-            return False
         return not by_rows and not (residual and chip.unit == "wgmma")
 
     def shared_bytes(self, chip: Chip, itemsize: int, walk: int = TAPS) -> int:
@@ -92,9 +128,7 @@ HALF = (
     Tile(64, 64, 64, 4, 4, "14×14 and 7×7 at small batch, with deep prefetch for long reductions"),
     Tile(32, 64, 64, 4, 4, "7×7 at batch 1: 49 pixels fill two tiles of 32"),
     Tile(32, 32, 64, 4, 4, "the most programs: the smallest problems, split over the reduction"),
-    Tile(128, 32, 32, 4, 4, "groups of up to 32 channels: as wide as a group, and whole sectors of x"),
-    Tile(64, 32, 32, 4, 4, "the same on 14×14 and 7×7 at small batch"),
-    Tile(128, 16, 64, 4, 3, "groups of up to 16 channels: the fewest products with zeros"),
+    Tile(128, 16, 64, 4, 3, "grouped and depthwise convolutions with at most 16 channels in a group"),
 )
 
 # float32 by tensor cores: the same tiles in bytes.
@@ -103,15 +137,14 @@ TF32 = (
     Tile(128, 64, 32, 4, 3, "K of 64: res2"),
     Tile(64, 64, 32, 4, 4, "small batch"),
     Tile(32, 32, 32, 4, 4, "the smallest problems"),
-    Tile(128, 32, 32, 4, 3, "groups of up to 32 channels"),
-    Tile(128, 16, 16, 4, 4, "groups of up to 16 channels"),
+    Tile(128, 16, 32, 4, 3, "grouped and depthwise convolutions with at most 16 channels in a group"),
 )
 
 # Without tensor cores: IEEE float32 everywhere, and all types on compute capability 7.5, where Triton has no mma.
 FMA = (
     Tile(64, 64, 32, 8, 2, "16 accumulators a thread: operands go through registers too, and more would spill on 7.5"),
     Tile(32, 32, 32, 4, 2, "the smallest problems"),
-    Tile(64, 16, 16, 2, 2, "groups of up to 16 channels"),
+    Tile(64, 16, 32, 2, 2, "grouped and depthwise convolutions with at most 16 channels in a group"),
 )
 
 
@@ -124,14 +157,12 @@ class Plan:
         walk: POINTWISE, TAPS, ROWS or PAIRS.
         block_k: the tile's k, or for ROWS and PAIRS a whole filter row.
         splits: into how many parts the reduction is split.
-        merged: how many neighbouring groups are computed as one, with zeros in the weights. Their reduction isn't split.
     """
 
     tile: Tile
     walk: int
     block_k: int
     splits: int = 1
-    merged: int = 1
 
     @property
     def name(self) -> str:
@@ -139,53 +170,28 @@ class Plan:
         t = self.tile
         return f"{t.m}x{t.n}x{t.k}-w{t.warps}-s{t.stages}-k{self.splits}"
 
-    @property
-    def packing(self) -> tuple[object, ...]:
-        """What packed weights depend on, beside the precision."""
-        return self.walk, self.merged, self.block_k
-
-    def precision(self, chip: Chip, tf32: bool) -> str:
-        """What float32 is multiplied in."""
-        return chip.precision(tf32)
-
     def steps(self, conv: Conv) -> int:
         """Turns of the main loop, over all splits."""
         r, s = conv.kernel
-        channels = self.merged * conv.in_channels // conv.groups
-        return r if self.walk in (ROWS, PAIRS) else r * s * math.ceil(channels / self.block_k)
+        return r if self.walk in (ROWS, PAIRS) else r * s * math.ceil(conv.in_channels // conv.groups / self.block_k)
 
 
-def merged_groups(conv: Conv, tile: Tile) -> int:
-    """How many groups are computed as one in a tile: those whose results fill it."""
-    return min(max(tile.n * conv.groups // conv.out_channels, 1), conv.groups)
-
-
-def plan_of(tile: Tile, problem: Problem, splits: int = 1) -> Plan:
-    """The tile applied to a problem, by the walk that wastes the fewest lanes on padding."""
-    conv = problem.conv
-    merged = merged_groups(conv, tile)
-    walk = walk_of(problem, merged)
-    if walk == ROWS and tile.n <= 16 and row_lanes(conv, merged) > tile.k:
-        walk = TAPS  # longer rows of x than the tile's take too many registers
-    return Plan(tile, walk, row_lanes(conv, merged) if walk in (ROWS, PAIRS) else tile.k, splits, merged)
-
-
-def walk_of(problem: Problem, merged: int = 1) -> int:
+def walk_of(problem: Problem) -> int:
     """The walk that wastes the fewest lanes on padding."""
     conv = problem.conv
     if conv.pointwise:
         return POINTWISE
-    channels, taps = merged * conv.in_channels // conv.groups, conv.kernel[1]
-    lanes = row_lanes(conv, merged)
+    channels, taps = conv.in_channels // conv.groups, conv.kernel[1]
+    lanes = row_lanes(conv)
     by_taps = taps * math.ceil(channels / _SMALLEST_BLOCK_K) * _SMALLEST_BLOCK_K
     if lanes >= by_taps or lanes > _MOST_LANES_OF_A_ROW:
         return TAPS
     return PAIRS if _pairs_fit(problem) else ROWS
 
 
-def row_lanes(conv: Conv, merged: int = 1) -> int:
+def row_lanes(conv: Conv) -> int:
     """Lanes of one step by filter rows: a power of two, and at least the 16 that a matrix instruction takes."""
-    return max(16, 1 << (conv.kernel[1] * (merged * conv.in_channels // conv.groups) - 1).bit_length())
+    return max(16, 1 << (conv.kernel[1] * (conv.in_channels // conv.groups) - 1).bit_length())
 
 
 def lead(conv: Conv) -> int:
@@ -218,46 +224,33 @@ def wide(problem: Problem) -> bool:
     return max(math.prod(problem.shape), math.prod(problem.output_shape()), weights) >= 2**31
 
 
-AnyPlan = Plan | DepthwisePlan
-
-
-def plans(problem: Problem, chip: Chip, tf32: bool) -> Sequence[AnyPlan]:
-    """Every plan for a problem that fits the chip, the most promising first."""
-    if depthwise_configs.serves(problem.conv):
-        return depthwise_configs.plans(problem, chip)
-    return matrix_plans(problem, chip, tf32)
-
-
-def matrix_plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
+def plans(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
     """Every plan of the table that fits chip and problem, the most promising first."""
-    conv, itemsize = problem.conv, problem.types.source.itemsize
+    conv = problem.conv
+    walk, itemsize = walk_of(problem), problem.types.source.itemsize
+    by_rows = walk in (ROWS, PAIRS)
     found = []
     for tile in table(problem.types.source, chip, tf32):
-        base = plan_of(tile, problem)
-        bytes_used = tile.shared_bytes(chip, itemsize, base.walk) * base.block_k // tile.k
-        fits = tile.fits_registers(chip, base.walk, problem.epilogue, wide(problem))
-        merges = tile.m > 32 and tile.n <= _WIDEST_MERGED
-        if bytes_used > chip.shared_limit or not fits or (base.merged > 1 and not merges):
+        block_k = row_lanes(conv) if by_rows else tile.k
+        bytes_used = tile.shared_bytes(chip, itemsize, walk) * block_k // tile.k
+        residual = problem.epilogue.residual
+        if bytes_used > chip.shared_limit or not tile.fits_registers(chip, walk, residual, wide(problem)):
             continue
-        most = 1 if base.walk == PAIRS or base.merged > 1 else _MOST_SPLITS
+        base = Plan(tile, walk, block_k)
+        most = 1 if walk == PAIRS else _MOST_SPLITS
         splits = _splits(base.steps(conv), math.prod(problem.output_shape()), most)
-        found += [replace(base, splits=number) for number in splits]
+        found += [Plan(tile, walk, block_k, number) for number in splits]
     best: dict[Tile, Plan] = {}
     for plan in sorted(found, key=lambda plan: _cost(plan, problem, chip)):
         best.setdefault(plan.tile, plan)
     return list(best.values())
 
 
-def promising(problem: Problem, chip: Chip, tf32: bool) -> list[AnyPlan]:
+def promising(problem: Problem, chip: Chip, tf32: bool) -> list[Plan]:
     """The plans that are worth a measurement: by the model no more than three times slower than the best."""
     found = plans(problem, chip, tf32)
-    limit = _HOPELESS * _any_cost(found[0], problem, chip)
-    return [plan for plan in found if _any_cost(plan, problem, chip) <= limit]
-
-
-def _any_cost(plan: AnyPlan, problem: Problem, chip: Chip) -> float:
-    cost = depthwise_configs.cost if isinstance(plan, DepthwisePlan) else _cost
-    return cost(plan, problem, chip)  # type: ignore[arg-type]
+    limit = _HOPELESS * _cost(found[0], problem, chip)
+    return [plan for plan in found if _cost(plan, problem, chip) <= limit]
 
 
 def _splits(steps: int, results: int, most: int) -> Iterator[int]:
@@ -278,9 +271,8 @@ def _cost(plan: Plan, problem: Problem, chip: Chip) -> float:
     """
     conv = problem.conv
     tile, (n, _, oh, ow) = plan.tile, problem.output_shape()
-    pixels, channels = n * oh * ow, plan.merged * conv.out_channels // conv.groups
-    groups = math.ceil(conv.groups / plan.merged)
-    programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n) * groups * plan.splits
+    pixels, channels = n * oh * ow, conv.out_channels // conv.groups
+    programs = math.ceil(pixels / tile.m) * math.ceil(channels / tile.n) * conv.groups * plan.splits
     steps = math.ceil(plan.steps(conv) / plan.splits)
     step = plan.block_k * max(tile.m * tile.n, 64 * (tile.m + tile.n))
     # Filling the pipeline, and the epilogue: reading the residual and writing the result, or the partial sums of a

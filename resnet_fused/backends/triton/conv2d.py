@@ -1,6 +1,6 @@
-"""Convolution, with what follows it, as an implicit matrix product.
+"""The kernels of conv2d_bn, conv2d_bn_relu and conv2d_bn_add_relu: convolution as an implicit matrix product.
 
-    y[m, k] = activation(Σ_j x_window[m, j] · w[k, j] + bias[k] + residual[m, k])
+    y[m, k] = act(Σ_j x_window[m, j] · w[k, j] + bias[k] + residual[m, k])
 
 m counts output pixels (n, oh, ow), j counts the filter's (r, s, c), k the output channels of one group. The matrix
 x_window is never formed: a program reads its rows where they lie in the channels_last input. Sums are float32, the
@@ -15,11 +15,6 @@ epilogue works on the accumulators. Three ways to walk over j, chosen when the k
   aligns their windows, are in conv2d_pairs.py.
 
 Weights come packed for the walk by `pack`, padded with zeros to whole steps, so that they are read without a mask.
-
-Neighbouring groups with few channels are merged to one: their weights stand along the diagonal of a matrix of zeros. A tile
-then reads whole sectors of x, and the products with zeros are cheaper than empty lanes. But 0 times a NaN or an infinity is
-NaN, which so comes into all sums of its pixel. A program that finds a NaN among its sums computes them again, without these
-products.
 
 Source: Chetlur et al., cuDNN: Efficient Primitives for Deep Learning, 2014, section 3.2 (implicit GEMM).
 """
@@ -37,35 +32,61 @@ from torch import Tensor
 
 from resnet_fused.backends.problem import NO_EPILOGUE, Conv, Problem
 from resnet_fused.backends.triton import configs
-from resnet_fused.backends.triton.chip import Chip
-from resnet_fused.backends.triton.configs import Plan
+from resnet_fused.backends.triton.configs import Chip, Plan
 from resnet_fused.backends.triton.epilogue import epilogue_constants, finish
 from resnet_fused.backends.triton.launch import Launch
-from resnet_fused.backends.triton.window_sums import sums_by_group, tile_of, window_sums
 
-ROWS = tl.constexpr(configs.ROWS)
 POINTWISE = tl.constexpr(configs.POINTWISE)
+TAPS = tl.constexpr(configs.TAPS)
+ROWS = tl.constexpr(configs.ROWS)
+
+
+@triton.jit
+def tile_of(pid, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile (m, n) of a program, in strips of GROUP_M row tiles, so that neighbours in time share rows in L2."""
+    strip = pid // (GROUP_M * TILES_N)
+    first = strip * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = pid % (GROUP_M * TILES_N)
+    return first + within % height, within // height
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """x as matrix units take it. They would cut float32 off to TF32, which has twice the error of rounding it to nearest."""
+    if PRECISION == "tf32":
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def settled(acc, REGISTERS: tl.constexpr):
+    """acc; with REGISTERS the loop's next turn begins when the wgmma that made it, and those before it, have ended.
+
+    Triton 3.6 doesn't see to that where a wgmma takes x from registers: the next turn writes into these while they are read.
+    Any use of acc makes it wait. This one is no instruction.
+    """
+    if REGISTERS:
+        acc = tl.inline_asm_elementwise("", "=r,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "steps_per_split"])
 def conv2d_fwd_kernel(
-    x_ptr,  # (N, H, W, IN)
+    x_ptr,  # (N, H, W, GROUPS * C)
     w_ptr,  # (GROUPS * K, STEPS * BLOCK_K), see `pack`
-    bias_ptr,  # (OUT,)
+    bias_ptr,  # (GROUPS * K,)
     residual_ptr,  # as y, or None
-    y_ptr,  # (N, OH, OW, OUT); with SPLIT the partial sums, (splits, N, OH, OW, OUT) of float32
+    y_ptr,  # (N, OH, OW, GROUPS * K); with SPLIT the partial sums, (splits, N, OH, OW, GROUPS * K) of float32
     N,
     H,
     W,
     OH,
     OW,
     steps_per_split,
-    IN: tl.constexpr,  # channels of all groups
-    OUT: tl.constexpr,
-    GROUPS: tl.constexpr,  # after merging
-    MERGED: tl.constexpr,  # how many groups were merged to one; the last may have fewer
-    C: tl.constexpr,  # channels of one merged group
+    C: tl.constexpr,  # channels of one group
     K: tl.constexpr,
+    GROUPS: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -87,20 +108,27 @@ def conv2d_fwd_kernel(
     GROUP_M: tl.constexpr,
 ):
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    STEPS: tl.constexpr = R if WALK == ROWS else R * S * ((C + BLOCK_K - 1) // BLOCK_K)
+    C_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = R if WALK == ROWS else R * S * C_STEPS
     if WIDE:
         N = N.to(tl.int64)
     M = N * OH * OW
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), GROUPS * TILES_N, GROUP_M)
-    group = tile_n // TILES_N
+    tiles_m = tl.cdiv(M, BLOCK_M)
+
+    pid = tl.program_id(0)
+    group = 0
+    if GROUPS > 1:
+        group = pid // (tiles_m * TILES_N)
+        pid = pid % (tiles_m * TILES_N)
+    tile_m, tile_n = tile_of(pid, tiles_m, TILES_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tile_n % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
 
     # Rows after the last one read the last one again, which needs no mask; they are not stored.
     row = tl.minimum(m, M - 1)
     if WALK == POINTWISE and STRIDE_H == 1 and STRIDE_W == 1:
-        x_windows = x_ptr + (row * IN + group * C)
+        x_rows = x_ptr + (row * (GROUPS * C) + group * C)[:, None] + lane[None, :]
         h0 = row
         w0 = row
     else:
@@ -108,44 +136,70 @@ def conv2d_fwd_kernel(
         pixel = row % (OH * OW)
         h0 = (pixel // OW) * STRIDE_H - PAD_H
         w0 = (pixel % OW) * STRIDE_W - PAD_W
-        x_windows = x_ptr + (((image * H + h0) * W + w0) * IN + group * C)
+        x_rows = x_ptr + (((image * H + h0) * W + w0) * (GROUPS * C) + group * C)[:, None] + lane[None, :]
         h0 = h0.to(tl.int32)
         w0 = w0.to(tl.int32)
     k_row = k if K % BLOCK_N == 0 else tl.minimum(k, K - 1)
     if WIDE:
         k_row = k_row.to(tl.int64)
-    w_filters = w_ptr + (group * K + k_row) * (STEPS * BLOCK_K)
+    w_rows = w_ptr + ((group * K + k_row) * (STEPS * BLOCK_K))[None, :] + lane[:, None]
 
     first_step = 0
     last_step = STEPS
     if SPLIT:
         first_step = tl.program_id(1) * steps_per_split
         last_step = tl.minimum(first_step + steps_per_split, STEPS)
-    acc = window_sums(
-        x_windows[:, None] + lane[None, :], w_filters[None, :] + lane[:, None], h0, w0, group * C, H, W,
-        first_step, last_step, C, IN, S, DILATION_H, DILATION_W, WALK, PRECISION, REGISTERS, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    channel = k < K
-    if OUT % K != 0:
-        channel = channel & (group * K + k < OUT)
-    inside = (m < M)[:, None] & channel[None, :]
-    offsets = m[:, None] * OUT + (group * K + k)[None, :]
-    if SPLIT:
-        tl.store(y_ptr + tl.program_id(1).to(tl.int64) * M * OUT + offsets, acc, mask=inside)
+    if WALK == POINTWISE:
+        for step in range(first_step, last_step):
+            if C % BLOCK_K == 0:
+                x = tl.load(x_rows + step * BLOCK_K)
+            else:
+                x = tl.load(x_rows + step * BLOCK_K, mask=(step * BLOCK_K + lane < C)[None, :], other=0.0)
+            w = tl.load(w_rows + step * BLOCK_K)
+            acc = settled(tl.dot(operand(x, PRECISION), w, acc, input_precision=PRECISION), REGISTERS)
+    elif WALK == TAPS:
+        r = first_step // (S * C_STEPS)
+        s = first_step // C_STEPS % S
+        c = first_step % C_STEPS * BLOCK_K
+        for step in range(first_step, last_step):
+            h = h0 + r * DILATION_H
+            w_pos = w0 + s * DILATION_W
+            # As unsigned numbers negative positions are large: one comparison checks both ends.
+            inside = ((h.to(tl.uint32, bitcast=True) < H) & (w_pos.to(tl.uint32, bitcast=True) < W))[:, None]
+            if C % BLOCK_K != 0:
+                inside = inside & (c + lane < C)[None, :]
+            tap = (r * DILATION_H * W + s * DILATION_W) * (GROUPS * C) + c
+            x = tl.load(x_rows + tap, mask=inside, other=0.0)
+            w = tl.load(w_rows + step * BLOCK_K)
+            acc = settled(tl.dot(operand(x, PRECISION), w, acc, input_precision=PRECISION), REGISTERS)
+            c += BLOCK_K
+            tap_done = c >= C
+            c = tl.where(tap_done, 0, c)
+            s = tl.where(tap_done, s + 1, s)
+            row_done = s == S
+            s = tl.where(row_done, 0, s)
+            r = tl.where(row_done, r + 1, r)
     else:
-        bias = tl.load(bias_ptr + group * K + k, mask=channel, other=0.0)[None, :]
-        again = 0
-        if MERGED > 1:
-            again = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0)
-        if again == 0:
-            finish(acc, bias, residual_ptr, y_ptr, offsets, inside, ACTIVATION, SLOPE)
-        else:
-            acc = sums_by_group(
-                x_windows, w_filters, h0, w0, group * C, k, H, W,
-                C, K, MERGED, IN, R, S, DILATION_H, DILATION_W, WALK, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            finish(acc, bias, residual_ptr, y_ptr, offsets, inside, ACTIVATION, SLOPE)
+        column = lane // C
+        w_pos = w0[:, None] + (column * DILATION_W)[None, :]
+        across = (w_pos.to(tl.uint32, bitcast=True) < W) & (column < S)[None, :]
+        x_lanes = x_rows + (column * (DILATION_W * GROUPS * C - C))[None, :]
+        for r in range(first_step, last_step):
+            h = h0 + r * DILATION_H
+            inside = across & (h.to(tl.uint32, bitcast=True) < H)[:, None]
+            x = tl.load(x_lanes + r * (DILATION_H * GROUPS * C) * W, mask=inside, other=0.0)
+            w = tl.load(w_rows + r * BLOCK_K)
+            acc = settled(tl.dot(operand(x, PRECISION), w, acc, input_precision=PRECISION), REGISTERS)
+
+    first = group * K
+    if SPLIT:
+        part = tl.program_id(1).to(tl.int64) * M * (GROUPS * K)
+        offsets = m[:, None] * (GROUPS * K) + (first + k)[None, :]
+        tl.store(y_ptr + part + offsets, acc, mask=(m < M)[:, None] & (k < K)[None, :])
+    else:
+        finish(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, first, K, GROUPS * K, ACTIVATION, SLOPE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -170,29 +224,13 @@ def conv2d_split_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in tl.static_range(SPLITS):
         acc += tl.load(part_ptr + split * (M * K) + offsets, mask=inside, other=0.0)
-    bias = tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
-    finish(acc, bias, residual_ptr, y_ptr, offsets, inside, ACTIVATION, SLOPE)
-
-
-def merge(weight: Tensor, conv: Conv, merged: int) -> Tensor:
-    """The weight (K, C / groups, R, S) of merged groups, (K', C' / groups', R, S): a diagonal in zeros."""
-    if merged == 1:
-        return weight
-    k, c, r, s = weight.shape
-    groups = -(-conv.groups // merged)
-    own = weight.new_zeros(groups * merged, k // conv.groups, c, r, s)
-    own[: conv.groups] = weight.view(conv.groups, k // conv.groups, c, r, s)
-    found = weight.new_zeros(groups, merged, k // conv.groups, merged, c, r, s)
-    for i in range(merged):
-        found[:, i, :, i] = own.view(groups, merged, *own.shape[1:])[:, i]
-    return found.view(groups * merged * (k // conv.groups), merged * c, r, s)
+    finish(acc, bias_ptr, residual_ptr, y_ptr, m, M, k, 0, K, K, ACTIVATION, SLOPE)
 
 
 def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:
     """The weight (K, C, R, S) as K rows in R-S-C order, every step of the plan's walk padded with zeros to block_k."""
-    weight = merge(weight.detach(), conv, plan.merged)
     k, c, r, s = weight.shape
-    steps = weight.permute(0, 2, 3, 1)
+    steps = weight.detach().permute(0, 2, 3, 1)
     steps = steps.reshape(k, r, s * c) if plan.walk == configs.ROWS else steps.reshape(k, r * s, c)
     padding = -steps.shape[2] % plan.block_k
     return torch.nn.functional.pad(steps, (0, padding)).contiguous()
@@ -207,20 +245,16 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
     conv = problem.conv
     n, c, h, w = problem.shape
     _, k, oh, ow = problem.output_shape()
-    pixels, tile, groups = n * oh * ow, plan.tile, triton.cdiv(conv.groups, plan.merged)
-    group_c, group_k = (plan.merged * channels // conv.groups for channels in (c, k))
+    pixels, group_k, tile = n * oh * ow, k // conv.groups, plan.tile
     split, dtype = plan.splits > 1, problem.types.source
     residual = dtype if problem.epilogue.residual else None
     precision, steps = chip.precision(tf32), plan.steps(conv)
     steps_per_split = triton.cdiv(steps, plan.splits)
     splits = triton.cdiv(steps, steps_per_split)
     constants = {
-        "IN": c,
-        "OUT": k,
-        "GROUPS": groups,
-        "MERGED": plan.merged,
-        "C": group_c,
+        "C": c // conv.groups,
         "K": group_k,
+        "GROUPS": conv.groups,
         **dict(zip(("R", "S"), conv.kernel, strict=True)),
         **dict(zip(("STRIDE_H", "STRIDE_W"), conv.stride, strict=True)),
         **dict(zip(("PAD_H", "PAD_W"), conv.padding, strict=True)),
@@ -236,7 +270,7 @@ def launches(problem: Problem, plan: Plan, chip: Chip, tf32: bool) -> tuple[Laun
         "BLOCK_K": plan.block_k,
         "GROUP_M": 8,
     }
-    tiles = triton.cdiv(pixels, tile.m) * triton.cdiv(group_k, tile.n) * groups
+    tiles = triton.cdiv(pixels, tile.m) * triton.cdiv(group_k, tile.n) * conv.groups
     main = Launch(
         conv2d_fwd_kernel,
         (dtype, dtype, dtype, None if split else residual, torch.float32 if split else dtype),

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from resnet_fused.backends.problem import Conv, Problem
 from resnet_fused.backends.triton import configs
-from resnet_fused.backends.triton.chip import Chip
-from resnet_fused.backends.triton.configs import Plan
+from resnet_fused.backends.triton.configs import Chip, Plan
+from resnet_fused.backends.triton.conv2d import operand, settled, tile_of
 from resnet_fused.backends.triton.epilogue import epilogue_constants, finish
 from resnet_fused.backends.triton.launch import Launch
-from resnet_fused.backends.triton.window_sums import operand, settled, tile_of
 
 UNIT = tl.constexpr(configs.UNIT)
 
@@ -100,9 +99,7 @@ def conv2d_pairs_fwd_kernel(
 
     acc = tl.join(left_acc, right_acc).permute(0, 2, 1).reshape(BLOCK_M, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    bias = tl.load(bias_ptr + k, mask=k < K, other=0.0)[None, :]
-    inside = (m < 2 * M)[:, None] & (k < K)[None, :]
-    finish(acc, bias, residual_ptr, y_ptr, m[:, None] * K + k[None, :], inside, ACTIVATION, SLOPE)
+    finish(acc, bias_ptr, residual_ptr, y_ptr, m, 2 * M, k, 0, K, K, ACTIVATION, SLOPE)
 
 
 def pack(weight: Tensor, conv: Conv, plan: Plan) -> Tensor:

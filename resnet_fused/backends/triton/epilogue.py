@@ -64,10 +64,26 @@ def activate(y, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, bias, residual_ptr, y_ptr, offsets, inside, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """Adds bias and residual, applies the function, and stores what is `inside` at the offsets of y."""
+def finish(
+    acc,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    m,
+    M,
+    k,
+    first,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """Adds bias and residual, applies the function, stores channels first + k of rows m of y, STRIDE apart."""
+    channel = k < K
+    acc += tl.load(bias_ptr + first + k, mask=channel, other=0.0).to(tl.float32)[None, :]
+    offsets = m[:, None] * STRIDE + (first + k)[None, :]
+    inside = (m < M)[:, None] & channel[None, :]
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    acc += bias.to(tl.float32)
     if residual_ptr is not None:
         acc = overflow(acc, dtype)
         acc += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)

@@ -12,25 +12,21 @@ from resnet_fused import config
 from resnet_fused.backends import Conv, ConvParameters, Kernel
 from resnet_fused.backends.problem import Pointwise, Problem
 from resnet_fused.backends.tf32 import to_tf32
-from resnet_fused.backends.triton import configs, conv2d, conv2d_depthwise, conv2d_pairs, elementwise
-from resnet_fused.backends.triton.chip import Chip
-from resnet_fused.backends.triton.depthwise_configs import DepthwisePlan
+from resnet_fused.backends.triton import configs, conv2d, conv2d_pairs, elementwise
 from resnet_fused.backends.triton.launch import aligned, on
 
 
 def plans(problem: Problem) -> list[str]:
     """Names of the plans that are worth a measurement for a convolution, the most promising first."""
-    return [plan.name for plan in configs.promising(problem, Chip.of(problem.device), problem.tf32_allowed())]
+    return [plan.name for plan in configs.promising(problem, configs.Chip.of(problem.device), problem.tf32_allowed())]
 
 
-def module_of(plan: configs.AnyPlan) -> ModuleType:
+def module_of(plan: configs.Plan) -> ModuleType:
     """The module whose `pack`, `launches` and `bind` belong to a plan."""
-    if isinstance(plan, DepthwisePlan):
-        return conv2d_depthwise
     return conv2d_pairs if plan.walk == configs.PAIRS else conv2d
 
 
-def pack(weight: Tensor, conv: Conv, plan: configs.AnyPlan, precision: str) -> Tensor:
+def pack(weight: Tensor, conv: Conv, plan: configs.Plan, precision: str) -> Tensor:
     """The weight as the plan's kernel reads it, which doesn't round it to TF32 itself."""
     packed = module_of(plan).pack(weight, conv, plan)
     return to_tf32(packed) if precision == "tf32" else packed
@@ -89,14 +85,14 @@ class Conv2d(_Prepared):
 
     def _bind(self, tf32: bool) -> tuple[Callable[..., None], Tensor]:
         problem, conv = self.problem, self.problem.conv
-        chip = Chip.of(problem.device)
+        chip = configs.Chip.of(problem.device)
         plans = configs.plans(problem, chip, tf32)
         # A recorded name may be of the other TF32 setting's table; then the model chooses.
         plan = next((plan for plan in plans if plan.name == self.plan), plans[0])
         # Triton's interpreter has no TF32: what the tiles for it multiply there is float32.
         rounds = tf32 and not config.triton_interpreted()
-        precision = plan.precision(chip, rounds)
-        key = ("triton", *plan.packing, precision)
+        precision = chip.precision(rounds)
+        key = ("triton", plan.walk, plan.block_k, precision)
         weight = self.parameters.pack(key, lambda: pack(self.parameters.weights[0], conv, plan, precision))
         run = module_of(plan).bind(problem, plan, chip, rounds)
         self.kernels[tf32] = run, weight

@@ -12,8 +12,7 @@ from resnet_fused import backends
 from resnet_fused.backends import Problem
 from resnet_fused.backends.problem import Types
 from resnet_fused.backends.triton import configs, conv2d, launch
-from resnet_fused.backends.triton.chip import Chip
-from resnet_fused.backends.triton.configs import Plan
+from resnet_fused.backends.triton.configs import Chip, Plan
 from resnet_fused.backends.triton.prepare import module_of
 
 P1, F16, BF16 = (1, 1), torch.float16, torch.bfloat16

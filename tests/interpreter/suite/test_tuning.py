@@ -12,7 +12,6 @@ from resnet_fused import backends
 from resnet_fused.backends import ConvParameters, tuning_cache
 from resnet_fused.backends.problem import Conv
 from resnet_fused.backends.triton import configs, conv2d
-from resnet_fused.backends.triton.chip import Chip
 
 PROBLEM = problem_of("conv2d_bn_add_relu", (1, 64, 3, 3), torch.float16, torch.device("cpu"), (Conv(64, 24, (1, 1)),))
 
@@ -64,4 +63,4 @@ def test_a_plan_of_another_version_gives_way_to_the_heuristic():
     x, residual = torch.randn(PROBLEM.shape).half(), torch.randn(PROBLEM.output_shape()).half()
     kernel = backends.resolve(PROBLEM, "auto").prepare(PROBLEM, folded())
     assert kernel(x, residual).isfinite().all()
-    assert configs.plans(PROBLEM, Chip.of(PROBLEM.device), False)
+    assert configs.plans(PROBLEM, configs.Chip.of(PROBLEM.device), False)

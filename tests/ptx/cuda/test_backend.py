@@ -55,7 +55,7 @@ def float32_precision(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         pytest.param(problem(dtype=torch.bfloat16), T4, "bfloat16 needs compute capability 8.0", id="bfloat16_on_sm75"),
         pytest.param(problem(CONV._replace(groups=2)), A100, "one group, not 2", id="groups"),
         pytest.param(problem(CONV._replace(kernel=(17, 1), padding=(8, 0))), A100, "up to 16 rows", id="filter"),
-        pytest.param(BOTTLENECK, A100, "no kernel for bottleneck", id="op"),
+        pytest.param(BOTTLENECK, A100, "as a whole it serves bottlenecks", id="op"),
     ],
 )
 def test_unsupported_says_why(asked: Problem, device: list[int], reason: str, gpu: list[int]) -> None:

@@ -19,7 +19,6 @@ from support.triton_aot import (
     target,
 )
 
-from resnet_fused.backends.problem import NO_EPILOGUE, Epilogue
 from resnet_fused.backends.triton import configs, conv2d, elementwise
 
 MATRIX_INSTRUCTION = {
@@ -50,7 +49,7 @@ def entries(archs, kinds):
 )
 def test_entry_has_the_right_instructions_and_no_spills(arch, kind, tile):
     chip, dtype = CHIPS[arch], KINDS[kind][0]
-    op = "conv2d_bn_add_relu" if tile.fits_registers(chip, configs.TAPS, Epilogue(residual=True)) else "conv2d_bn_relu"
+    op = "conv2d_bn_add_relu" if tile.fits_registers(chip, configs.TAPS, True) else "conv2d_bn_relu"
     conv = problem(op, (8, 256, 28, 28), 256, 3, dtype=dtype)
     compiled = compile_conv(conv, plan(tile, conv), arch, kind == "tf32")
     loop = main_loop(compiled.asm["ptx"])
@@ -138,7 +137,7 @@ def test_split_reduction_compiles_without_spills():
 def test_no_register_of_a_running_wgmma_is_written(arch, kind, tile):
     for channels, size, stride in ((256, 3, 1), (256, 1, 2), (3, 7, 2)):
         conv = problem("conv2d_bn_relu", (8, channels, 56, 56), 256, size, stride, dtype=KINDS[kind][0])
-        if tile.fits_registers(CHIPS[arch], configs.walk_of(conv), NO_EPILOGUE):
+        if tile.fits_registers(CHIPS[arch], configs.walk_of(conv), False):
             assert not overwritten(main_loop(compile_conv(conv, plan(tile, conv), arch, kind == "tf32").asm["ptx"]))
 
 
