@@ -142,3 +142,10 @@ def test_it_is_said_where_the_rules_were_not_fitted(isa, model, generation, monk
     fitted = generation == "Zen 5" and isa == "avx512"
     assert cpu_plan.fitted() == fitted
     assert ("first choices fitted on Zen 5 with AVX-512" in get("cpu").details()) != fitted
+
+
+@pytest.mark.parametrize("size", [20, 60])
+def test_dilated_filters_are_left_to_onednn(size):
+    for dilation, ours in ((1, True), (2, False)):
+        conv = Conv(64, 64, (3, 3), (1, 1), (dilation, dilation), (dilation, dilation))
+        assert cpu_plan.conv_preferred(posed("conv2d_bn_relu", (1, 64, size, size), conv)) == ours

@@ -218,12 +218,15 @@ def conv_preferred(problem: Problem) -> bool:
     # Without Winograd we are level with oneDNN at best.
     if problem.precision != "fast":
         return False
+    # oneDNN skips what a dilated filter reads beside the image.
+    if set(conv.dilation) != {1}:
+        return False
     n, _, h, w = problem.shape
     # Below a thousand pixels what counts is how long a call takes at all, and oneDNN's takes twice as long.
     if conv.kernel != (3, 3) or n * h * w < 1024:
         return True
-    # With fewer channels the transforms outweigh the products. oneDNN skips what a dilated filter reads beside the image.
-    return conv.in_channels >= 32 and conv.dilation == (1, 1)
+    # With fewer channels the transforms outweigh the products.
+    return conv.in_channels >= 32
 
 
 def _groups_preferred(conv: Conv, dtype: torch.dtype) -> bool:
