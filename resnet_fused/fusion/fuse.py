@@ -30,8 +30,9 @@ def fuse(
     not more; `rf.unfuse` takes the fast paths out.
 
     Args:
-        model: any module, in eval mode for inference. Fused are convolutions with what follows them (batch norm, sum with
-            ReLU, ReLU, max-pool), and residual blocks of two or three convolutions, wherever a module's forward can be traced.
+        model: any module, in eval mode for inference. Fused are convolutions of images, signals and videos with what follows
+            them (batch norm, sum, activation, max-pool), and residual blocks of two or three convolutions, wherever a module's
+            forward can be traced.
         example_inputs: a tensor or a tuple of the model's arguments. The fused model is run on it and compared with the
             original, and the original is returned, with an error in the log, should they disagree.
         inplace: put the fast paths into `model` itself, instead of a copy.

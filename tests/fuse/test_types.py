@@ -248,20 +248,31 @@ class Indexes(nn.Module):
         return self.unit(x) * self.table[places][:, :, None, None] * self.table[places, 0][:, None, None, None]
 
 
-class Positions(nn.Module):
-    """A table of sines, as EdgeNeXt's: numbers that PyTorch's compiled code gets beside stand-ins."""
+class Table(nn.Module):
+    """Is given a size. Alone, it is traced with a stand-in for it, which compiled code must not read as a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.unit = Unit()
+        self.mix = nn.Conv2d(8, 8, 1)
+
+    def forward(self, shape):
+        rows = (~torch.zeros(shape).to(torch.bool)).cumsum(1, dtype=torch.float32)[:, :, :, None]
+        steps = torch.arange(8, dtype=torch.float32)
+        rows = rows / 100 ** (2 * torch.div(steps, 2, rounding_mode="floor") / 8)
+        table = torch.stack([rows[..., 0::2].sin(), rows[..., 1::2].cos()], dim=4).flatten(3).permute(0, 3, 1, 2)
+        return self.mix(table)
+
+
+class Positions(nn.Module):
+    """Adds a table of sines, as EdgeNeXt's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit, self.table = Unit(), Table()
 
     def forward(self, x):
-        n, c, h, w = x.shape
-        rows = torch.ones((n, h, w), dtype=torch.float32).cumsum(1, dtype=torch.float32)[:, :, :, None]
-        steps = torch.arange(c, dtype=torch.float32)
-        rows = rows / 100 ** (2 * torch.div(steps, 2, rounding_mode="floor") / c)
-        table = torch.stack([rows[..., 0::2].sin(), rows[..., 1::2].cos()], dim=4).flatten(3).permute(0, 3, 1, 2)
-        return self.unit(x) + table
+        n, _, h, w = x.shape
+        return self.unit(x) + self.table((n, h, w))
 
 
 class OfMapped(nn.Module):
