@@ -25,12 +25,14 @@ _ELEMENTWISE_LAYERS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.GELU, nn.Mish, nn.Tanh, nn.ELU),
     *(nn.Identity, nn.Dropout),
 )
-_TRANSPARENT_LAYERS = (*_ELEMENTWISE_LAYERS, nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Dropout2d, nn.Upsample)
+_TRANSPARENT_LAYERS = (
+    *(*_ELEMENTWISE_LAYERS, nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d, nn.Upsample),
+)
 _ELEMENTWISE_FUNCTIONS = {
     *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh),
     *(operator.add, torch.add, operator.mul, torch.mul, operator.iadd, operator.imul),
 }
-_TRANSPARENT_FUNCTIONS = {*_ELEMENTWISE_FUNCTIONS, *CONCATENATIONS, F.max_pool2d, F.avg_pool2d, F.interpolate}
+_TRANSPARENT_FUNCTIONS = {*_ELEMENTWISE_FUNCTIONS, *CONCATENATIONS, F.max_pool2d, F.avg_pool2d, F.interpolate, F.group_norm}
 _ELEMENTWISE_METHODS = {"relu", "sigmoid", "add", "mul", "add_", "mul_", "relu_"}
 _TRANSPARENT_METHODS = {*_ELEMENTWISE_METHODS, "mean", "dim"}
 

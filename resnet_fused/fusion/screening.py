@@ -15,6 +15,7 @@ import os
 import sys
 import sysconfig
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -130,6 +131,17 @@ def _fault_of_code(code: types.CodeType) -> str | None:
     return None
 
 
+def _passes_on(code: types.CodeType, name: str) -> bool:
+    """Whether a function may do something else with an attribute of a global than call it."""
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("EXTENDED_ARG", "CACHE", "PRECALL")]
+    for before, instruction, after in zip(instructions, instructions[1:], instructions[2:], strict=False):
+        if instruction.argval == name and instruction.opname == "LOAD_ATTR":
+            called = before.opname == "LOAD_GLOBAL" and sys.version_info >= (3, 11) and _calls(before)
+            if not called and after.opname != "PUSH_NULL":
+                return True
+    return False
+
+
 def _calls(instruction: dis.Instruction) -> bool:
     """Whether a global is loaded to be called, where Python tells."""
     return sys.version_info < (3, 11) or bool(instruction.arg and instruction.arg & 1)
@@ -188,6 +200,8 @@ class Screen:
         if event != "call":
             if event == "c_call" and arg is isinstance:
                 self.asking = frame
+            elif event == "c_call" and arg is warnings.warn and not is_trusted(frame.f_code):
+                raise CannotTrace("calls warnings.warn")
             elif self.asking is frame:
                 self.asking = None
             return
@@ -213,7 +227,9 @@ class Screen:
         self._inner.update(c for c in code.co_consts if isinstance(c, types.CodeType))
         for name, attributes in _globals_read(code):
             names: Any = frame.f_globals
-            if name in names:
+            if names.get(name) is warnings and attributes == ("warn",) and not _passes_on(code, "warn"):
+                reason = None  # a call is seen, if one is made; most forwards that have one don't make it
+            elif name in names:
                 reason = self._fault_of_name(names, name, attributes)
             elif name in _BUILTINS or _is_exception(getattr(builtins, name, None)):
                 reason = None

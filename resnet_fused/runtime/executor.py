@@ -418,11 +418,19 @@ class _Settling:
             if others:
                 return None
             return formats.pop() if len(formats) == 1 else torch.contiguous_format
+        if self._norms_groups(call):
+            # On other devices stock's result is contiguous whatever its input is.
+            return formats.pop() if self.values[images[0]].device.type == "cpu" else None
         if len(formats) > 1 or any(isinstance(value, Tensor) and value.dim() not in (0, *dims) for value in others):
             return None
         (format,) = formats
         # What a mean of channels_last gives is contiguous or not by its dimensions.
         return None if call.target == "mean" and format != torch.contiguous_format else format
+
+    def _norms_groups(self, call: Call) -> bool:
+        if call.kind == "call_module" and self.module is not None:
+            return isinstance(self.module.get_submodule(call.target), nn.GroupNorm)
+        return call.target is F.group_norm
 
     def _fast_layer(self, call: Call, number: int) -> bool:
         """Runs a layer that isn't fused with another by a kernel: a mean over all pixels, or the classifier.

@@ -38,6 +38,7 @@ JOINS = {
     "along the rows": (lambda x, a, b, c: torch.cat((a, b, c), 2), 8),
     "one pixel": (lambda x, a, b, c: torch.cat([y.mean((2, 3), keepdim=True) for y in (a, b, c)], 1), 24),
     "scaled up": (lambda x, a, b, c: torch.cat((F.interpolate(a, scale_factor=2), F.interpolate(b, scale_factor=2)), 1), 16),
+    "normed by groups": (lambda x, a, b, c: F.group_norm(torch.cat((a, b, c), 1), 4), 24),
     "written to": (_in_place_on_what_is_as_in_stock, 24),
     "one channel": (lambda x, a, b, c: torch.cat((a[:, :1], b, c, x[:, :7]), 1), 24),
 }
@@ -94,3 +95,14 @@ def test_an_input_is_converted_once_for_all_that_read_it():
     x = torch.randn(2, 8, 16, 16)
     # Into channels_last, and of the result into stock's format.
     assert _copies(fused, x) == _copies(one, x)
+
+
+def test_groups_are_normed_in_the_kernels_own_format():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    one = rf.fuse(nn.Sequential(nn.Conv2d(8, 8, 3)).eval(), backend="cpu")
+    fused, x = rf.fuse(model, backend="cpu"), torch.randn(2, 8, 16, 16)
+    assert _copies(fused, x) == _copies(one, x)
+    with torch.no_grad():
+        got, want = fused(x), model(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got.stride() == want.stride()

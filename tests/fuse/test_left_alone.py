@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -447,3 +448,40 @@ def test_padding_modes_pad_by_what_was_noted_when_the_layer_was_made(mode, train
         want = model(x)
         assert want.shape == x.shape
         torch.testing.assert_close(rf.fuse(model)(x), want, rtol=1e-5, atol=1e-5)
+
+
+class Warns(ConvBN):
+    """A branch that warns, as torchvision's GoogLeNet has one for scripting."""
+
+    loud = False
+
+    def forward(self, x):
+        if torch.jit.is_scripting() or self.loud:
+            warnings.warn("loud", stacklevel=1)
+        return super().forward(x)
+
+
+class PassesWarnOn(ConvBN):
+    def forward(self, x):
+        list(map(warnings.warn, ()))
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_a_warning_that_is_not_given_is_no_obstacle_and_one_that_is_given_is_given_at_every_call(trained):
+    model = trained(Warns())
+    fused, x = rf.fuse(model), torch.randn(2, 8, 6, 6)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        fused(x)
+        assert (report(fused).calls_fused, len(given)) == (1, 0)
+        fused.loud = True
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+        assert len(given) == 2
+        assert report(fused).calls_fused == 1
+
+
+def test_a_forward_that_passes_the_function_that_warns_on_is_stocks(trained):
+    fused = rf.fuse(trained(PassesWarnOn()))
+    assert "calls warnings.warn" in rows(fused)[0].note
