@@ -186,6 +186,12 @@ def _add_roofline_arguments(roofline: argparse.ArgumentParser) -> None:
     roofline.add_argument("--peak", type=float, help="arithmetic peak, GFLOP/s (measured)")
     roofline.add_argument("--bandwidth", type=float, help="memory bandwidth, GB/s (measured)")
     roofline.add_argument("--threads", type=int, help="CPU threads to measure with (PyTorch's default)")
+    roofline.add_argument(
+        "--scaling",
+        metavar="N,N,…",
+        help="show instead how each layer's work divides among these numbers of CPU threads, which may be more than there are "
+        "cores, such as 1,2,4,8,16,32,64",
+    )
     roofline.add_argument("--plot", type=Path, help="PNG to draw the roofline into, a point for each layer before and after")
 
 

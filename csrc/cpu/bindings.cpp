@@ -257,6 +257,8 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("avx512_bf16() -> bool");
   m.def("amx_bf16() -> bool");
   m.def("measure_peak(bool bfloat16) -> float");
+  m.def("begin_shares(int first) -> ()");
+  m.def("end_shares() -> int[]");
   m.def("panel() -> int");
   m.def("pack(Tensor weight, bool winograd) -> Tensor");
   m.def("pack_grouped(Tensor weight, int groups) -> Tensor");
@@ -275,6 +277,8 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("avx512_bf16", TORCH_BOX(&avx512_bf16));
   m.impl("amx_bf16", TORCH_BOX(&amx_bf16));
   m.impl("measure_peak", TORCH_BOX(&measure_peak));
+  m.impl("begin_shares", TORCH_BOX(&begin_shares));
+  m.impl("end_shares", TORCH_BOX(&end_shares));
   m.impl("panel", TORCH_BOX(&panel));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("pack_grouped", TORCH_BOX(&pack_grouped));

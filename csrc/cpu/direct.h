@@ -52,9 +52,11 @@ inline int64_t direct_row_block(const ConvParams& p, const PaddedRows& layout) {
 inline void direct(const ConvParams& p) {
   const PaddedRows layout(p);
   const int64_t panels = panel_count(p.out_channels), taps_count = p.kernel_h * p.kernel_w;
-  const int64_t row_blocks = (p.out_height + direct_row_block(p, layout) - 1) / direct_row_block(p, layout);
+  const int64_t fewest = (p.out_height + direct_row_block(p, layout) - 1) / direct_row_block(p, layout);
+  const int64_t multiply_adds = p.batch * p.out_height * p.out_width * p.out_channels * taps_count * layout.channels;
+  const Cut work = cut(p.batch * fewest, p.batch * p.out_height, panels, multiply_adds);
+  const int64_t groups = work.groups, row_blocks = std::min((work.blocks + p.batch - 1) / p.batch, p.out_height);
   const int64_t blocks = p.batch * row_blocks;
-  const int64_t groups = std::min(panels, (4 * thread_count() + blocks - 1) / blocks);
 
   parallel_workers(blocks * groups, [&](Units& units) {
     const int64_t channels = layout.channels;

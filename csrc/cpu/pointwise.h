@@ -94,10 +94,9 @@ inline void pointwise(const ConvParams& p) {
   const int64_t pixels = p.batch * p.out_height * p.out_width, panels = panel_count(p.out_channels), channels = in_units(p);
   const bool strided = p.stride_h != 1 || p.stride_w != 1;
   const bool blocked = strided || rows_collide(channels);
-  const int64_t row_blocks = (pixels + POINTWISE_ROWS - 1) / POINTWISE_ROWS;
-  // Few pixels (deep layers at batch 1): the panels are shared out as well, to four units a thread.
-  const int64_t wanted = (4 * thread_count() + row_blocks - 1) / row_blocks;
-  const int64_t groups = std::min(panels, wanted);
+  const Cut work = cut((pixels + POINTWISE_ROWS - 1) / POINTWISE_ROWS, std::max<int64_t>(pixels / MAX_ROWS, 1), panels,
+                       pixels * channels * p.out_channels);
+  const int64_t row_blocks = work.blocks, groups = work.groups;  // Clang before 16 captures no structured bindings
   const float* x = static_cast<const float*>(p.x);
   const Activation* residual = static_cast<const Activation*>(p.residual);
   Activation* y = static_cast<Activation*>(p.y);

@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <new>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -24,7 +27,8 @@ namespace {
 constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
 constexpr int64_t CACHE_LINE = 64;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 // A stack of chunks. A request that doesn't fit opens a new chunk, since the older ones may be in use; once the stack is
 // empty, several chunks become one as large as the stack ever was, so that the steady state is a single chunk.
@@ -81,9 +85,33 @@ struct Arena {
 
 thread_local Arena arena;
 
+// What begin_shares() asked for, on the thread that asked.
+struct Shares {
+  bool wanted = false;
+  int64_t first = 0;
+  std::vector<int64_t> found;
+};
+thread_local Shares shares;
+
 }  // namespace
 
 int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+Cut cut(int64_t blocks, int64_t most_blocks, int64_t panels, int64_t multiply_adds) {
+  // About 20 microseconds of a core; handing out less takes longer than what it evens out.
+  constexpr int64_t SMALLEST_UNIT = int64_t{1} << 20;
+  const int64_t threads = thread_count();
+  // Four units a thread even out what one loses to another process.
+  const int64_t wanted = threads * std::clamp<int64_t>(multiply_adds / (threads * SMALLEST_UNIT), 1, 4);
+  int64_t groups = std::min(panels, ceil_div(wanted, blocks));
+  while (panels % groups != 0) ++groups;
+  blocks = std::max(blocks, std::min(most_blocks, ceil_div(threads, groups)));
+  const int64_t rounds = ceil_div(blocks * groups, threads);
+  if (100 * blocks * groups < 95 * rounds * threads) {  // in the last round many threads would have nothing to do
+    blocks = std::max(blocks, std::min(most_blocks, round_up(blocks, threads / std::gcd(threads, groups))));
+  }
+  return {blocks, groups};
+}
 
 // A run of neighbouring units, on a cache line of its own.
 struct alignas(CACHE_LINE) Units::Run {
@@ -113,12 +141,30 @@ void run_workers(int64_t units, void (*worker)(void*, Units&), void* context) {
     run.next.store(units * i / threads, std::memory_order_relaxed);
     run.end = units * (i + 1) / threads;
   }
+  if (shares.wanted) {
+    std::vector<int64_t>& found = shares.found;
+    found.insert(found.end(), {units, threads});
+    const size_t begin = found.size();
+    found.resize(begin + runs.size());
+    for (int64_t i = 0; i < threads; ++i) {
+      const size_t share = static_cast<size_t>((shares.first + i) % threads);
+      Units own(&runs[share], 1, 0);
+      const auto start = std::chrono::steady_clock::now();
+      worker(context, own);
+      found[begin + share] = std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+    }
+    return;
+  }
   const auto work = [&](int64_t thread, int64_t) {
     Units own(runs.data(), threads, thread);
     worker(context, own);
   };
   threads == 1 ? work(0, 1) : torch::stable::parallel_for(0, threads, 1, work);
 }
+
+void begin_shares(int64_t first) { shares = {true, first, {}}; }
+
+std::vector<int64_t> end_shares() { return std::exchange(shares, {}).found; }
 
 Scratch::Scratch() : chunk_(arena.current), used_(arena.used) {}
 

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 namespace resnet_fused::cpu {
 
@@ -31,8 +32,23 @@ class Units {
   int64_t current_ = -1, following_ = -1;
 };
 
+// How a convolution is cut into units of work: blocks of rows of pixels, times groups of panels.
+struct Cut {
+  int64_t blocks, groups;
+};
+
+// The cut for the threads at hand. `blocks` are needed for their size, there may be `most_blocks`; all groups have as many panels.
+Cut cut(int64_t blocks, int64_t most_blocks, int64_t panels, int64_t multiply_adds);
+
 // Runs worker(context, units) on each of PyTorch's threads, as many as there are units for.
 void run_workers(int64_t units, void (*worker)(void* context, Units& units), void* context);
+
+// From begin_shares() to end_shares() the calling thread runs every region alone: one thread's run of units after the other, as
+// they would be divided among all threads. What comes back tells of each region its units, its threads, and the nanoseconds
+// that each thread's share took, in this order: how work divides among more threads than the machine has cores. The shares are
+// run from number `first` on, since what comes first finds the caches cold.
+void begin_shares(int64_t first);
+std::vector<int64_t> end_shares();
 
 // Runs worker(Units&) on each thread: for work that keeps something of its own from one unit to the next.
 template <class Worker>

@@ -114,7 +114,13 @@ void run_stem(const StemParams& p) {
   const int64_t channels = 4 * p.in_channels, stride = channels * PANEL;
   const TransformedWeights weights{p.weights, stride,        stride * Stem34::A * Stem34::A, channels, p.out_channels,
                                    p.bias,    p.nonlinearity};
-  const int64_t parts = std::min(p.out_height(), (4 * thread_count() + p.batch - 1) / p.batch);
+  // Four units a thread, but of seven lines and more where that leaves no thread without one: at every seam lines are computed
+  // twice.
+  const auto each = [&](int64_t units) {
+    return (units + p.batch - 1) / p.batch;
+  };
+  const int64_t parts = std::min(p.out_height(), std::clamp(each(4 * thread_count()), each(thread_count()),
+                                                            std::max(each(thread_count()), p.out_height() / 7)));
   parallel_units(p.batch * parts, [&](int64_t unit, int64_t) {
     const int64_t part = unit % parts;
     stem_rows<T>(p, weights, unit / parts, p.out_height() * part / parts, p.out_height() * (part + 1) / parts);

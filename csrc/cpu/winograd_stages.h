@@ -262,12 +262,14 @@ TransformedWeights transformed_weights(const float* u, const float* bias, int64_
 // Transforms all weights of a layer, on all threads.
 template <class F, class T>
 void transform_layer(const T* packed, int64_t in_channels, int64_t out_channels, float* u) {
-  constexpr int64_t CHUNK = 64;  // input channels a unit of work
   const TransformedWeights layer = transformed_weights<F>(u, nullptr, in_channels, out_channels, NO_NONLINEARITY);
-  const int64_t panels = panel_count(out_channels), chunks = (in_channels + CHUNK - 1) / CHUNK;
+  const int64_t panels = panel_count(out_channels);
+  int64_t chunk = 64;  // input channels a unit of work
+  while (chunk > 8 && panels * ((in_channels + chunk - 1) / chunk) < thread_count()) chunk /= 2;
+  const int64_t chunks = (in_channels + chunk - 1) / chunk;
   parallel_units(panels * chunks, [&](int64_t unit, int64_t) {
-    const int64_t panel = unit / chunks, c = unit % chunks * CHUNK;
-    transform_weights<F, T>(packed + (panel * in_channels + c) * CHANNEL_TAPS, std::min(CHUNK, in_channels - c),
+    const int64_t panel = unit / chunks, c = unit % chunks * chunk;
+    transform_weights<F, T>(packed + (panel * in_channels + c) * CHANNEL_TAPS, std::min(chunk, in_channels - c),
                             u + panel * layer.panel_stride + c * PANEL, layer.point_stride, in_channels * PANEL);
   });
 }

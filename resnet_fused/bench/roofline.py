@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resnet_fused.backends.problem import Activation, Conv, Linear, Problem, Step, Types
-from resnet_fused.bench import layers, options
+from resnet_fused.bench import layers, options, scaling
 from resnet_fused.bench.peaks import measure_bandwidth, measure_peak
 from resnet_fused.bench.workloads import DTYPES, Workload
 
@@ -138,9 +139,14 @@ def run(arguments: argparse.Namespace) -> int:
             options.positive(option, value)
     if arguments.plot is not None:
         options.folder("--plot", arguments.plot.parent)
+    threads = None if arguments.scaling is None else options.integers("--scaling", arguments.scaling)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=160 if threads is None else 240)
+    if threads is not None:
+        for workload in (Workload(*one, size) for one in itertools.product(models, batches, dtypes)):
+            scaling.print_table(console, str(workload), posed(workload), threads)
+        return 0
     points: dict[str, tuple[Machine, list[Problem]]] = {}
     bandwidth = arguments.bandwidth or measure_bandwidth(device)
     for dtype in dtypes:

@@ -89,5 +89,15 @@ def test_prints_bounds_and_says_so(tmp_path, capsys, monkeypatch):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_shows_how_layers_divide_among_threads(capsys):
+    arguments = ["--models", "resnet18", "--size", "64", "--batches", "1", "--dtypes", "float32", "--scaling", "2,16"]
+    assert cli.main(["roofline", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "resnet18, batch 1, float32, 64×64: how the CPU kernels divide each layer among threads" in text
+    assert "basic_block(64 3×3, 64 3×3)" in text
+    assert "all of them" in text
+    assert torch.get_num_threads() != 16
+
+
 def test_bandwidth_is_measured():
     assert 1 < measure_bandwidth() < 2000

@@ -109,16 +109,54 @@ def winograd(problem: Problem) -> WinogradPlan | None:
         if n * _products(h, w) + transform > (4.5 if bfloat16 else 9) * n * h * w:
             return None
         if keeps_transformed(conv):
-            return WinogradPlan(4, 14 if conv.in_channels <= 64 else 28, 8, 64, False)
-        return _by_panels(tiles, 64, problem.types.source)
+            plan = WinogradPlan(4, 14 if conv.in_channels <= 64 else 28, 8, 64, False)
+        else:
+            plan = _by_panels(tiles, 64, problem.types.source)
+        return _divided(plan, conv, tiles, problem.types.source)
     # In bfloat16 the direct sum runs at twice the rate of float32 arithmetic: more than Winograd of stride 2 saves.
     if _stride_2(conv) and problem.dtype == torch.float32:
         h, w = conv.output_size(h, w)
         tiles = n * _tiles(h, w, 5)
         # The transforms of wide layers' weights, or of any layer's for few tiles, take longer than the products saved.
         if conv.in_channels * conv.out_channels <= 128 * 128 and tiles >= 96:
-            return WinogradPlan(5, 16, 4, 64, False)
+            return _divided(WinogradPlan(5, 16, 4, 64, False), conv, tiles, problem.types.source)
     return None
+
+
+def _divided(plan: WinogradPlan, conv: Conv, tiles: int, dtype: torch.dtype) -> WinogradPlan:
+    """The plan, or for more threads than it has even work for, one that cuts the tiles finer or shares out the panels.
+
+    What a thread takes for its units is counted in products for a tile and a pair of channels, of which there are 36 (of stride
+    2 121). Where panels are shared out, each thread transforms its tiles for itself.
+    """
+    threads = torch.get_num_threads()
+    units = -(-tiles // plan.tiles) * (_panels(conv) if plan.by_panels else 1)
+    if units >= 0.95 * threads * -(-units // threads):
+        return plan
+    products, transform = (121, 250) if plan.output_tile == 5 else (36, 100)
+    weights = 0 if keeps_transformed(conv) or plan.output_tile == 5 else 250
+
+    def longest(blocks: int, by_panels: bool) -> float:
+        each, panels = max(-(-tiles // blocks), _FULL_RATE), _panels(conv) if by_panels else 1
+        shares = -(-blocks * panels // threads)
+        multiplied = each * conv.in_channels * products + conv.in_channels * (weights if by_panels else 0)
+        of_unit = conv.out_channels / panels * multiplied
+        return shares * of_unit + -(-shares // panels) * each * conv.in_channels * transform
+
+    fewest = -(-tiles // plan.tiles)
+    orders = (False, True) if plan.output_tile == 4 and keeps_transformed(conv) else (plan.by_panels,)
+    cuts = ((blocks, by_panels) for by_panels in orders for blocks in range(fewest, max(tiles // _FULL_RATE, fewest) + 1))
+    blocks, by_panels = min(cuts, key=lambda cut: longest(*cut))
+    each = -(-tiles // blocks)
+    return _by_panels(tiles, each, dtype) if by_panels else plan._replace(tiles=each)
+
+
+# Tiles from which on the register tile multiplies at its full rate.
+_FULL_RATE = 4
+
+
+def _panels(conv: Conv) -> int:
+    return -(-conv.out_channels // int(torch.ops.resnet_fused_cpu.panel()))
 
 
 def _other_winograd_plans(problem: Problem) -> list[WinogradPlan]:
@@ -195,10 +233,13 @@ def block_preferred(problem: Problem) -> bool:
     tile is padding, and wide layers' weights don't stay in the cache from strip to strip.
     """
     n, _, h, w = problem.shape
-    block = problem.block()
-    assert block is not None
-    width, tiles = block.main[0].out_channels, _tiles(h, w, 4)
-    if len(block.main) == 2:
+    units, threads = n * block(problem).parts, torch.get_num_threads()
+    if units < 0.85 * threads * -(-units // threads):
+        return False  # single layers divide more finely
+    found = problem.block()
+    assert found is not None
+    width, tiles = found.main[0].out_channels, _tiles(h, w, 4)
+    if len(found.main) == 2:
         return n >= 8 and tiles >= 4 and width <= 128
     return n >= 2 and n * tiles >= 96 and width <= 128
 
