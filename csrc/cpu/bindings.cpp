@@ -117,8 +117,6 @@ void check_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
     return;
   }
   RF_CHECK(!p.transformed, "weights are transformed for Winograd; give a plan, or packed weights.");
-  RF_CHECK(p.source == DType::float32 || (has_avx512_bf16() && p.in_channels % 2 == 0),
-           "direct bfloat16 convolutions need a CPU with AVX512_BF16 and an even number of input channels.");
 }
 
 void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
@@ -131,25 +129,25 @@ void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
     return;
   }
   if (p.kernel_h == 1 && p.kernel_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
-    direct_kernels(p.source).pointwise(p);
+    direct_kernels(p.source, p.in_channels).pointwise(p);
   } else {
-    direct_kernels(p.source).direct(p);
+    direct_kernels(p.source, p.in_channels).direct(p);
   }
 }
 
 namespace {
 
-// Packed weights of a convolution, as the direct kernels take them or as Winograd does.
+// Packed weights of a convolution, as the direct kernels take them or as Winograd does. Those of the direct kernels are float32
+// where bfloat16 isn't multiplied in pairs.
 Tensor pack(Tensor weight, bool winograd) {
   PackParams p = pack_params(weight);
   RF_CHECK(!winograd || (weight.size(2) == 3 && weight.size(3) == 3), "weight has a kernel of ", weight.size(2), " x ",
            weight.size(3), "; Winograd serves 3 x 3, pack it for the direct kernels.");
-  RF_CHECK(winograd || p.destination == DType::float32 || (p.in_channels % 2 == 0 && has_avx512_bf16()),
-           "a bfloat16 weight of the direct kernels needs an even number of input channels, and a CPU with AVX512_BF16; "
-           "pack it for Winograd, or in float32.");
+  if (!winograd) p.destination = direct_weights(p.source, p.in_channels);
   p.winograd = winograd;
   const std::array<int64_t, 1> size{padded_channels(p.out_channels) * p.taps * p.in_channels};
-  Tensor packed = torch::stable::empty({size.data(), size.size()}, weight.scalar_type(), std::nullopt, weight.device());
+  const ScalarType type = p.destination == DType::float32 ? ScalarType::Float : ScalarType::BFloat16;
+  Tensor packed = torch::stable::empty({size.data(), size.size()}, type, std::nullopt, weight.device());
   advise_huge_pages(packed.mutable_data_ptr(), size[0] * static_cast<int64_t>(packed.element_size()));
   p.packed = packed.mutable_data_ptr();
   kernels().pack(p);
@@ -218,7 +216,7 @@ std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_ch
 
 // The machine's multiply-add peak on the threads at hand, GFLOP/s: the best of a few measurements of some milliseconds.
 double measure_peak(bool bfloat16) {
-  const auto loop = direct_kernels(bfloat16 ? DType::bfloat16 : DType::float32).multiply_add_loop;
+  const auto loop = direct_kernels(bfloat16 ? DType::bfloat16 : DType::float32, int64_t{2}).multiply_add_loop;
   const int64_t threads = thread_count();
   double best = 0;
   for (int i = 0; i < 20; ++i) {

@@ -48,7 +48,7 @@ struct BlockPart {
   // 1 x 1 layer on rows [first, last) of an image whose row `first` lies at `from`.
   void multiply(const LayerParams& layer, const Activation* from, int64_t first, int64_t last, const Activation* residual,
                 Activation* to, const Nonlinearity& nonlinearity) const {
-    pointwise_rows(reinterpret_cast<const float*>(from), (last - first) * p.width, layer.in_channels / CHANNELS_PER_UNIT,
+    pointwise_rows(reinterpret_cast<const Unit*>(from), (last - first) * p.width, layer.in_channels / CHANNELS_PER_UNIT,
                    static_cast<const float*>(layer.weights), layer.bias, residual, to, layer.out_channels, nonlinearity);
   }
 

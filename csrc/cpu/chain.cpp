@@ -23,7 +23,7 @@ Registry<Chain>& chains() {
 }
 
 void run_block(const BlockParams& p, DType dtype) {
-  const DirectKernels& kernels = direct_kernels(dtype);
+  const DirectKernels& kernels = direct_kernels(dtype, p.layers[0].in_channels);
   p.layers[2].weights != nullptr ? kernels.bottleneck(p) : kernels.basic_block(p);
 }
 

@@ -33,12 +33,15 @@ void check_grouped_parameters(const ConvParams& p, const Tensor& weights, const 
   check_bias(p, bias);
 }
 
-// Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed.
-void check_parameters(ConvParams& p, ScalarType dtype, const Tensor& weights, const Tensor& bias) {
+// Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed. `direct`: for which kernels.
+void check_parameters(ConvParams& p, DType source, bool direct, const Tensor& weights, const Tensor& bias) {
+  const DType wanted_type = direct ? direct_weights(source, p.in_channels) : source;
+  const ScalarType dtype = wanted_type == DType::float32 ? ScalarType::Float : ScalarType::BFloat16;
   const int64_t wanted = padded_channels(p.out_channels) * p.kernel_h * p.kernel_w * p.in_channels;
   p.transformed = p.kernel_h == 3 && p.kernel_w == 3 && weights.scalar_type() == ScalarType::Float &&
                   weights.numel() == kernels().transformed_size(p.in_channels, p.out_channels, p.stride_h);
-  RF_CHECK(p.transformed || weights.scalar_type() == dtype, "weights and x differ in dtype; pack the weights in x's dtype.");
+  RF_CHECK(p.transformed || weights.scalar_type() == dtype,
+           "weights have another dtype than these kernels take for this x; make them with resnet_fused_cpu::pack.");
   RF_CHECK(p.transformed || weights.numel() == wanted, "weights has ", weights.numel(),
            " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");
   check_bias(p, bias);
@@ -48,7 +51,7 @@ void check_residual(const Chain& chain, std::optional<int64_t> residual, const C
   RF_CHECK(!residual.has_value() || chain.shape(*residual, "residual") == result, "residual differs from the result in shape.");
 }
 
-// Adds y = act(conv(x, w) + bias + residual). `plan` empty: direct arithmetic (in bfloat16 on weights packed in pairs);
+// Adds y = act(conv(x, w) + bias + residual). `plan` empty: direct arithmetic;
 // otherwise the five numbers of a WinogradPlan.
 int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tensor weights, Tensor bias, int64_t out_channels,
                    int64_t groups, std::vector<int64_t> geometry, std::string activation, double slope,
@@ -63,7 +66,7 @@ int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tenso
   p.nonlinearity = nonlinearity(activation, slope);
   p.source = p.weight = chain->type();
   set_geometry(p, geometry);
-  groups == 1 ? check_parameters(p, chain->dtype, weights, bias) : check_grouped_parameters(p, weights, bias);
+  groups == 1 ? check_parameters(p, p.source, plan.empty(), weights, bias) : check_grouped_parameters(p, weights, bias);
   check_conv(p, plan);
   const ChainShape out{p.batch, p.out_channels, p.out_height, p.out_width};
   check_residual(*chain, residual, out);
@@ -72,12 +75,12 @@ int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tenso
   return chain->add({ChainStep::Convolution{p, std::move(plan)}, {x}, residual.value_or(NO_VALUE)}, out);
 }
 
-LayerParams layer_params(ScalarType dtype, const Tensor& weights, const Tensor& bias, int64_t in_channels, int64_t out_channels,
+LayerParams layer_params(DType source, const Tensor& weights, const Tensor& bias, int64_t in_channels, int64_t out_channels,
                          int64_t kernel) {
   ConvParams p{};
   p.in_channels = in_channels, p.out_channels = out_channels, p.kernel_h = p.kernel_w = kernel;
   p.stride_h = p.stride_w = 1;
-  check_parameters(p, dtype, weights, bias);
+  check_parameters(p, source, kernel == 1, weights, bias);
   return {weights.const_data_ptr(), p.transformed, static_cast<const float*>(bias.const_data_ptr()), in_channels, out_channels};
 }
 
@@ -87,8 +90,7 @@ int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vec
                     std::vector<int64_t> channels, std::vector<int64_t> plan) {
   const std::shared_ptr<Chain> chain = chain_of(id);
   const ChainShape in = chain->shape(x, "x");
-  const bool bfloat16 = chain->type() == DType::bfloat16;
-  RF_CHECK(!bfloat16 || has_avx512_bf16(), "a bfloat16 block as a whole needs a CPU with AVX512_BF16.");
+  const bool pairs = direct_weights(chain->type(), in.c) == DType::bfloat16;
   const size_t layers = channels.size();
   const bool projection = weights.size() > layers;
   RF_CHECK((layers == 2 || layers == 3) && (weights.size() == layers || weights.size() == layers + 1) &&
@@ -100,8 +102,8 @@ int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vec
   BlockParams p{};
   p.batch = in.n, p.height = in.h, p.width = in.w;
   const auto layer = [&](size_t i, int64_t from, int64_t to, int64_t kernel) {
-    RF_CHECK(!bfloat16 || from % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", from, ".");
-    return layer_params(chain->dtype, weights[i], biases[i], from, to, kernel);
+    RF_CHECK(!pairs || from % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", from, ".");
+    return layer_params(chain->type(), weights[i], biases[i], from, to, kernel);
   };
   for (size_t i = 0; i < layers; ++i) {
     const bool pointwise = layers == 3 && i != 1;

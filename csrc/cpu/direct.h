@@ -25,12 +25,12 @@ struct PaddedRows {
         phase_stride(block_stride * vectors),
         row_stride((phase_stride * p.stride_w) | LANES) {}
 
-  void copy(const ConvParams& p, const float* row, float* out) const {
+  void copy(const ConvParams& p, const Unit* row, float* out) const {
     for (int64_t phase = 0; phase < p.stride_w; ++phase) {
       for (int64_t column = 0; column < columns; ++column) {
         const int64_t w = column * p.stride_w + phase - p.pad_w;
         const bool inside = row != nullptr && w >= 0 && w < p.width;
-        const float* from = row + (inside ? w : 0) * channels;
+        const Unit* from = row + (inside ? w : 0) * channels;
         float* to = out + phase * phase_stride + column * LANES;
         for (int64_t c = 0; c < channels; c += LANES, to += block_stride) {
           const int64_t lanes = channels - c;
@@ -73,7 +73,7 @@ inline void direct(const ConvParams& p) {
       if (image_block != copied) {
         const int64_t h_begin = o_begin * p.stride_h - p.pad_h;
         const int64_t h_count = (o_end - o_begin - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
-        const float* image = static_cast<const float*>(p.x) + n * p.height * p.width * channels;
+        const Unit* image = static_cast<const Unit*>(p.x) + n * p.height * p.width * channels;
         for (int64_t i = 0; i < h_count; ++i) {
           const int64_t h = h_begin + i;
           layout.copy(p, h >= 0 && h < p.height ? image + h * p.width * channels : nullptr, rows + i * layout.row_stride);

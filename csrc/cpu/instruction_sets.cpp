@@ -4,15 +4,17 @@
 #include <cstdint>
 #include <vector>
 
-#include "../checks.h"
 #include "kernels.h"
 
 namespace resnet_fused::cpu {
 
 extern const Kernels scalar_kernels;
+extern const DirectKernels scalar_widened_kernels;
 #if RF_X86_64
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const DirectKernels avx2_widened_kernels;
+extern const DirectKernels avx512_widened_kernels;
 extern const DirectKernels avx512_bf16_kernels;
 #endif
 
@@ -20,10 +22,10 @@ namespace {
 
 // In the order of Isa.
 const InstructionSet INSTRUCTION_SETS[] = {
-    {Isa::scalar, scalar_kernels, nullptr},
+    {Isa::scalar, scalar_kernels, scalar_widened_kernels, nullptr},
 #if RF_X86_64
-    {Isa::avx2, avx2_kernels, nullptr},
-    {Isa::avx512, avx512_kernels, &avx512_bf16_kernels},
+    {Isa::avx2, avx2_kernels, avx2_widened_kernels, nullptr},
+    {Isa::avx512, avx512_kernels, avx512_widened_kernels, &avx512_bf16_kernels},
 #endif
 };
 
@@ -31,11 +33,10 @@ const InstructionSet INSTRUCTION_SETS[] = {
 
 const InstructionSet& instruction_set() { return INSTRUCTION_SETS[static_cast<size_t>(detected_isa())]; }
 
-const DirectKernels& direct_kernels(DType dtype) {
+const DirectKernels& direct_kernels(DType dtype, DType weights) {
   const InstructionSet& set = instruction_set();
   if (dtype == DType::float32) return set.kernels.float32;
-  RF_CHECK(set.bfloat16 != nullptr && has_avx512_bf16(), "direct sums of bfloat16 need a CPU with AVX512_BF16.");
-  return *set.bfloat16;
+  return weights == DType::float32 ? set.widened : *set.bfloat16;
 }
 
 std::vector<int64_t> built_instruction_sets() {

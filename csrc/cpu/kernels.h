@@ -10,7 +10,7 @@
 
 namespace resnet_fused::cpu {
 
-// Direct sums over activations of one dtype, and blocks that contain them.
+// Direct sums over activations of one dtype, and blocks that contain them. The gradients may be null.
 struct DirectKernels {
   void (*pointwise)(const ConvParams&);
   void (*direct)(const ConvParams&);
@@ -41,10 +41,12 @@ struct Kernels {
   BatchNormKernels batch_norm;
 };
 
-// One instruction set: its kernels, and the direct sums of bfloat16 where a CPU may have instructions for them.
+// One instruction set: its kernels, the direct sums of bfloat16 in float32 arithmetic, and those by instructions for bfloat16 that
+// a CPU may have.
 struct InstructionSet {
   Isa isa;
   const Kernels& kernels;
+  const DirectKernels& widened;
   const DirectKernels* bfloat16;
 };
 
@@ -54,8 +56,17 @@ const InstructionSet& instruction_set();
 // Its kernels.
 inline const Kernels& kernels() { return instruction_set().kernels; }
 
-// Its direct sums for activations of a dtype. Throws where this CPU has none.
-const DirectKernels& direct_kernels(DType dtype);
+// The dtype of packed weights that direct sums over so many channels of a dtype take: bfloat16 where pairs of channels are
+// multiplied by instructions for them.
+inline DType direct_weights(DType dtype, int64_t channels) {
+  return has_avx512_bf16() && channels % 2 == 0 ? dtype : DType::float32;
+}
+
+// The direct sums for activations of a dtype with weights of one.
+const DirectKernels& direct_kernels(DType dtype, DType weights);
+inline const DirectKernels& direct_kernels(DType dtype, int64_t channels) {
+  return direct_kernels(dtype, direct_weights(dtype, channels));
+}
 
 // The instruction sets that this library was built for, as numbers of Isa, the best one last.
 std::vector<int64_t> built_instruction_sets();

@@ -2,7 +2,8 @@
 // for the zeros that fill the last panel).
 //
 //   direct, float32   [panel][kernel position][input channel][PANEL]
-//   direct, bfloat16  [panel][kernel position][channel pair][PANEL][2]: what vdpbf16ps takes lies side by side
+//   direct, bfloat16  [panel][kernel position][channel pair][PANEL][2]: what vdpbf16ps takes lies side by side; in float32 where a
+//                     CPU hasn't that instruction
 //   Winograd          [panel][input channel][kernel position][PANEL]: a transform takes all positions of a channel
 //
 // They are packed from channels_last weights, [out_channel][kernel position][in_channel]; or turned round for the gradient of
@@ -129,7 +130,7 @@ void pack_as(const PackParams& p) {
 
 inline void pack(const PackParams& p) {
   if (p.destination == DType::float32) {
-    pack_as<float, float>(p);
+    p.source == DType::bfloat16 ? pack_as<Bf16, float>(p) : pack_as<float, float>(p);
   } else if (p.source == DType::bfloat16) {
     pack_as<Bf16, Bf16>(p);
   } else {

@@ -15,7 +15,7 @@ RF_INLINE bool rows_collide(int64_t channels) { return channels * static_cast<in
 template <class Pixel>
 void copy_to_blocks(int64_t rows, int64_t channels, float* out, Pixel&& pixel) {
   for (int64_t row = 0; row < rows; ++row) {
-    const float* from = pixel(row);
+    const Unit* from = pixel(row);
     float* to = out + row * LANES;
     for (int64_t c = 0; c < channels; c += LANES, to += rows * LANES) {
       const int64_t lanes = channels - c;
@@ -73,11 +73,12 @@ inline void multiply_pointwise(const Rows& x, const float* weights, const float*
 constexpr int64_t POINTWISE_ROWS = 8 * MAX_ROWS;
 
 // y = act(x w + bias + residual) for `count` neighbouring pixels (stride 1) and all output channels.
-inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, const float* weights, const float* bias,
+inline void pointwise_rows(const Unit* x, int64_t count, int64_t in_channels, const float* weights, const float* bias,
                            const Activation* residual, Activation* y, int64_t out_channels, const Nonlinearity& nonlinearity) {
   const int64_t panels = panel_count(out_channels);
-  if (!rows_collide(in_channels)) {
-    multiply_pointwise({x, count, in_channels, false}, weights, bias, 0, panels, residual, y, out_channels, nonlinearity);
+  if (!WIDENED && !rows_collide(in_channels)) {
+    const Rows rows{reinterpret_cast<const float*>(x), count, in_channels, false};
+    multiply_pointwise(rows, weights, bias, 0, panels, residual, y, out_channels, nonlinearity);
     return;
   }
   Scratch scratch;
@@ -93,11 +94,11 @@ inline void pointwise_rows(const float* x, int64_t count, int64_t in_channels, c
 inline void pointwise(const ConvParams& p) {
   const int64_t pixels = p.batch * p.out_height * p.out_width, panels = panel_count(p.out_channels), channels = in_units(p);
   const bool strided = p.stride_h != 1 || p.stride_w != 1;
-  const bool blocked = strided || rows_collide(channels);
+  const bool blocked = WIDENED || strided || rows_collide(channels);
   const Cut work = cut((pixels + POINTWISE_ROWS - 1) / POINTWISE_ROWS, std::max<int64_t>(pixels / MAX_ROWS, 1), panels,
                        pixels * channels * p.out_channels);
   const int64_t row_blocks = work.blocks, groups = work.groups;  // Clang before 16 captures no structured bindings
-  const float* x = static_cast<const float*>(p.x);
+  const Unit* x = static_cast<const Unit*>(p.x);
   const Activation* residual = static_cast<const Activation*>(p.residual);
   Activation* y = static_cast<Activation*>(p.y);
 
@@ -116,7 +117,7 @@ inline void pointwise(const ConvParams& p) {
         copied = block;
       }
       const int64_t at = begin * p.out_channels;
-      multiply_pointwise({blocked ? copy : x + begin * channels, count, channels, blocked},
+      multiply_pointwise({blocked ? copy : reinterpret_cast<const float*>(x + begin * channels), count, channels, blocked},
                          static_cast<const float*>(p.weights), p.bias, panels * group / groups, panels * (group + 1) / groups,
                          residual == nullptr ? nullptr : residual + at, y + at, p.out_channels, p.nonlinearity);
     }

@@ -4,7 +4,8 @@
 // file like avx2.cpp.
 //
 // The direct kernels see activations and weights as 32-bit units: one float32 channel, or a pair of bfloat16 channels.
-// Addresses and copies are then the same for both.
+// Addresses and copies are then the same for both. What a unit is copied from in memory is a Unit: those 32 bits, or a bfloat16
+// channel, which the copy widens.
 #pragma once
 
 #include RF_VECTORS
@@ -19,6 +20,9 @@ constexpr int PANEL = 2 * LANES;
 #include RF_PRODUCTS
 
 namespace resnet_fused::cpu::RF_ISA {
+
+// Whether activations must be copied before they can be multiplied.
+constexpr bool WIDENED = sizeof(Unit) < sizeof(float);
 
 RF_INLINE vec max_magnitude(vec a, vec b) { return larger(magnitude(a), magnitude(b)); }
 

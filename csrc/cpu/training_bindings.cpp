@@ -31,6 +31,12 @@ void check_training(const Tensor& x, const char* name, const Tensor& weight, con
            "; stride must be positive, and pad not negative and less than the kernel.");
 }
 
+// That direct sums serve this in training, where weights are rounded as stock's are: float32, or bfloat16 in pairs.
+void check_direct(DType dtype, int64_t channels) {
+  RF_CHECK(dtype == direct_weights(dtype, channels),
+           "direct bfloat16 convolutions in training need a CPU with AVX512_BF16 and an even number of input channels.");
+}
+
 // Packs weights into `scratch`. `order` as in PackParams.
 const void* packed_for_a_call(Scratch& scratch, PackParams packing, DType dtype, bool winograd, const int64_t* order) {
   const int64_t results = order != nullptr ? packing.in_channels : packing.out_channels;
@@ -61,6 +67,7 @@ Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::
   p.source = p.weight = dtype_of(x);
   set_geometry(p, {kernel, kernel, stride, stride, pad, pad, 1, 1});
   check_conv(p, plan);
+  if (plan.empty()) check_direct(p.source, p.in_channels);
   Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
   p.y = y.mutable_data_ptr();
   if (p.batch == 0) return y;
@@ -94,7 +101,7 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
   conv.batch = p.batch, conv.in_channels = p.out_channels, conv.height = p.out_height, conv.width = p.out_width;
   conv.out_channels = p.in_channels;
   conv.source = conv.weight = p.dtype;
-  if (plan.empty()) check_conv(conv, plan);
+  if (plan.empty()) check_direct(conv.source, conv.in_channels);
   Tensor dx = new_activations(dy, p.batch, p.in_channels, height, width);
   if (p.batch == 0) return dx;
   p.dx = conv.y = dx.mutable_data_ptr();
@@ -105,7 +112,7 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
   Scratch scratch;
   p.weights = conv.weights = packed_for_a_call(scratch, packing, p.dtype, !plan.empty(), order.data());
   if (plan.empty() && (kernel > 1 || stride > 1)) {
-    direct_kernels(p.dtype).input_gradient(p);
+    direct_kernels(p.dtype, p.dtype).input_gradient(p);
     return dx;
   }
   conv.bias = no_shift(scratch, p.in_channels);
@@ -134,7 +141,7 @@ Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int6
            "the gradient of weights in bfloat16 needs a CPU with AVX512_BF16, or Winograd.");
   Tensor dweight = new_weight_gradient(x, p.out_channels, kernel, p.in_channels);
   p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
-  winograd ? kernels().weight_gradient_winograd(p) : direct_kernels(p.dtype).weight_gradient(p);
+  winograd ? kernels().weight_gradient_winograd(p) : direct_kernels(p.dtype, p.dtype).weight_gradient(p);
   return dweight;
 }
 

@@ -195,10 +195,6 @@ def test_a_large_pixel_spoils_nothing_wherever_it_is_in_the_phases_of_a_tile(isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("basic", [True, False], ids=["basic", "bottleneck"])
 def test_blocks_as_a_whole_decline(isa: str, basic: bool, dtype: torch.dtype):
-    if dtype == torch.bfloat16 and not torch.ops.resnet_fused_cpu.avx512_bf16():
-        pytest.skip("this CPU has no AVX512_BF16; run the tests on one that has")
-    if dtype == torch.bfloat16 and isa != "avx512":
-        pytest.skip("whole blocks in bfloat16 are made for AVX512_BF16 alone")
     block = Block(2, 64, 23, 17, 32 if not basic else 64, 64, basic, dtype)
     ordinary = block.x
     for plan in ([1, 1, 2], [2, 3, 2]):

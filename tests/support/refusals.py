@@ -13,12 +13,6 @@ import torch
 
 F64, F16, BF16 = torch.float64, torch.float16, torch.bfloat16
 
-# In bfloat16, on a CPU without AVX512_BF16: what Winograd doesn't serve, with the ops where only some are refused.
-WITHOUT_WINOGRAD = {"1x1-bfloat16", "one-pixel-bfloat16", "one-pixel-1x1-bfloat16", "bottleneck-bfloat16"}
-# The stem's kernel adds no residual; the direct sum takes channels in pairs.
-STEM_BF16, ADDS = "stem-bfloat16", "conv2d_bn_add_relu"
-
-
 # Grouped convolutions of geometries that the CPU kernels don't serve.
 OTHER_GROUPS = {"stride-of-columns-to-one-bfloat16", "groups-5x5", "groups-dilated", "depthwise-stride-3", "depthwise-uneven"}
 
@@ -39,7 +33,6 @@ class Machine(NamedTuple):
     """What refusals depend on, beside the case."""
 
     device: str
-    avx512_bf16: bool = False
     onednn_bf16: bool = False
     onednn_fp16: bool = False
     capability: int = 0
@@ -49,13 +42,8 @@ class Machine(NamedTuple):
         if device == "cuda":
             major, minor = torch.cuda.get_device_capability()
             return cls(device, capability=10 * major + minor)
-        found = cls(device)
-        if hasattr(torch.ops.resnet_fused_cpu, "avx512_bf16"):
-            found = found._replace(avx512_bf16=torch.ops.resnet_fused_cpu.avx512_bf16())
         supported = torch.ops.mkldnn
-        return found._replace(
-            onednn_bf16=supported._is_mkldnn_bf16_supported(), onednn_fp16=supported._is_mkldnn_fp16_supported()
-        )
+        return cls(device, onednn_bf16=supported._is_mkldnn_bf16_supported(), onednn_fp16=supported._is_mkldnn_fp16_supported())
 
 
 def refusal(backend: str, asked: Asked, machine: Machine) -> str | None:
@@ -77,10 +65,6 @@ def _cpu(asked: Asked, machine: Machine) -> Iterator[str]:
         yield "empty"
     if asked.id in OTHER_GROUPS:
         yield "with a stride of 1 or 2 both ways and no dilation"
-    if asked.dtype == BF16 and asked.id == STEM_BF16 and asked.op == ADDS:
-        yield "even number of input channels" if machine.avx512_bf16 else "only by Winograd"
-    if asked.dtype == BF16 and not machine.avx512_bf16 and asked.id in WITHOUT_WINOGRAD:
-        yield "only by Winograd"
 
 
 def _onednn(asked: Asked, machine: Machine) -> Iterator[str]:

@@ -4,6 +4,7 @@
 namespace resnet_fused::cpu::RF_ISA {
 
 using Activation = Bf16;
+using Unit = float;
 constexpr int64_t CHANNELS_PER_UNIT = 2;
 
 // acc += a.even * b.even + a.odd * b.odd

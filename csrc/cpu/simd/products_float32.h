@@ -4,6 +4,7 @@
 namespace resnet_fused::cpu::RF_ISA {
 
 using Activation = float;
+using Unit = float;
 constexpr int64_t CHANNELS_PER_UNIT = 1;
 
 RF_INLINE vec multiply_add(vec a, vec b, vec acc) { return fma(a, b, acc); }

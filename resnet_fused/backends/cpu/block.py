@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from resnet_fused.backends import ConvParameters, Implementation, Kernel
 from resnet_fused.backends.cpu import plan
 from resnet_fused.backends.cpu.chain import Chain, ChainKernel
-from resnet_fused.backends.cpu.convolution import why_not_direct_bfloat16
 from resnet_fused.backends.cpu.packing import packed
 from resnet_fused.backends.implementation import in_its_format
 from resnet_fused.backends.problem import Kind, Problem
@@ -32,8 +29,9 @@ class WholeBlock(Implementation):
             return "it serves convolutions with a bias"
         if problem.precision != "fast":
             return "as a whole it serves blocks by Winograd only, which precision='direct' forbids"
-        if problem.dtype == torch.bfloat16:
-            return next(filter(None, map(why_not_direct_bfloat16, problem.convs)), None)
+        odd = [conv.in_channels for conv in problem.convs if conv.in_channels % 2 != 0]
+        if odd and plan.in_pairs(problem.dtype):
+            return f"as a whole it needs even numbers of channels in bfloat16, not {odd[0]}"
         return None
 
     def plans(self, problem: Problem) -> list[str]:

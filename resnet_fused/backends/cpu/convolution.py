@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from resnet_fused.backends import ConvParameters, Implementation, Kernel
 from resnet_fused.backends.cpu import plan
 from resnet_fused.backends.cpu.chain import Chain, ChainKernel
 from resnet_fused.backends.cpu.packing import packed
 from resnet_fused.backends.implementation import in_its_format
-from resnet_fused.backends.problem import Conv, Kind, Problem
+from resnet_fused.backends.problem import Kind, Problem
 
 
 def why_not_any(problem: Problem) -> str | None:
@@ -29,15 +27,6 @@ def why_not_one_group(problem: Problem) -> str | None:
     )
 
 
-def why_not_direct_bfloat16(conv: Conv) -> str | None:
-    """Why a convolution can't be summed directly in bfloat16; None if it can."""
-    if not torch.ops.resnet_fused_cpu.avx512_bf16():
-        return "without AVX512_BF16 it serves bfloat16 only by Winograd: 3×3 convolutions of stride, padding and dilation 1"
-    if conv.in_channels % 2 != 0:
-        return f"in bfloat16 it needs an even number of input channels, not {conv.in_channels}"
-    return None
-
-
 class Winograd(Implementation):
     """F(4×4, 3×3) for stride 1, F(5×5, 3×3) on phases for stride 2; csrc/cpu/winograd.h."""
 
@@ -48,10 +37,9 @@ class Winograd(Implementation):
         reason = why_not_one_group(problem)
         if reason is not None:
             return reason
-        if not plan.winograd_plans(problem):
-            return "Winograd serves 3×3 convolutions of stride 1, or 2 in float32, where precision='direct' doesn't forbid it"
-        # Where the direct sum is cheaper and there is none for bfloat16, stock's is as good.
-        return None if self.preferred(problem) or problem.dtype == torch.float32 else why_not_direct_bfloat16(problem.conv)
+        if plan.winograd_plans(problem):
+            return None
+        return "Winograd serves 3×3 convolutions of stride 1, or 2 in float32 sums, where precision='direct' doesn't forbid it"
 
     def preferred(self, problem: Problem) -> bool:
         return plan.winograd(problem) is not None
@@ -71,8 +59,7 @@ class Direct(Implementation):
     kinds = frozenset({Kind.CONVOLUTION})
 
     def why_not(self, problem: Problem) -> str | None:
-        reason = why_not_one_group(problem)
-        return reason or (why_not_direct_bfloat16(problem.conv) if problem.dtype == torch.bfloat16 else None)
+        return why_not_one_group(problem)
 
     def plans(self, problem: Problem) -> list[str]:
         return ["direct"]

@@ -70,6 +70,11 @@ def _products(height: int, width: int) -> int:
     return points(height) * points(width)
 
 
+def in_pairs(dtype: torch.dtype) -> bool:
+    """Whether direct sums multiply pairs of channels, at twice the rate of float32 arithmetic, in which all else computes."""
+    return dtype == torch.bfloat16 and bool(torch.ops.resnet_fused_cpu.avx512_bf16())
+
+
 def _unit_stride(conv: Conv) -> bool:
     return conv[2:] == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
@@ -106,15 +111,15 @@ def winograd(problem: Problem) -> WinogradPlan | None:
         # In products for each pair of channels, against 9 a pixel, which bfloat16 takes two at a time. The transform of a
         # weight counts as 250; for up to four tiles it is done in registers, from bfloat16 with a conversion at each use.
         transform = 0 if keeps_transformed(conv) else 250 if tiles > 4 else 100 if bfloat16 else 60
-        if n * _products(h, w) + transform > (4.5 if bfloat16 else 9) * n * h * w:
+        if n * _products(h, w) + transform > (4.5 if in_pairs(problem.dtype) else 9) * n * h * w:
             return None
         if keeps_transformed(conv):
             plan = WinogradPlan(4, 14 if conv.in_channels <= 64 else 28, 8, 64, False)
         else:
             plan = _by_panels(tiles, 64, problem.types.source)
         return _divided(plan, conv, tiles, problem.types.source)
-    # In bfloat16 the direct sum runs at twice the rate of float32 arithmetic: more than Winograd of stride 2 saves.
-    if _stride_2(conv) and problem.dtype == torch.float32:
+    # Sums of pairs run at twice the rate of float32 arithmetic: more than Winograd of stride 2 saves.
+    if _stride_2(conv) and not in_pairs(problem.dtype):
         h, w = conv.output_size(h, w)
         tiles = n * _tiles(h, w, 5)
         # The transforms of wide layers' weights, or of any layer's for few tiles, take longer than the products saved.
@@ -169,7 +174,7 @@ def _other_winograd_plans(problem: Problem) -> list[WinogradPlan]:
         tiles = n * _tiles(h, w, 4)
         by_tiles = [WinogradPlan(4, min(tiles, size), 8, 64, False) for size in (8, 14, 28)]
         return by_tiles + [_by_panels(tiles, size, problem.types.source) for size in (32, 64, 128)]
-    if _stride_2(conv) and problem.dtype == torch.float32:
+    if _stride_2(conv) and not in_pairs(problem.dtype):
         height, width = conv.output_size(h, w)
         tiles = n * _tiles(height, width, 5)
         return [WinogradPlan(5, min(tiles, 16), 4, 64, False), WinogradPlan(5, min(tiles, 72), 1, 64, True)]
@@ -252,6 +257,11 @@ _LONGEST_SUM = 20480
 def conv_preferred(problem: Problem) -> bool:
     """Whether a convolution was measured to be at least level with oneDNN's."""
     conv = problem.conv
+    if problem.dtype == torch.bfloat16:
+        if not in_pairs(torch.bfloat16):
+            return True  # oneDNN has no such products either, or emulates them
+        if conv.groups == 1 and conv.in_channels % 2 != 0 and winograd(problem) is None:
+            return False  # of an odd number of channels there are no pairs
     if conv.groups != 1:
         return _groups_preferred(conv, problem.types.source)
     if conv.in_channels * math.prod(conv.kernel) > _LONGEST_SUM and winograd(problem) is None:
@@ -276,8 +286,6 @@ def _groups_preferred(conv: Conv, dtype: torch.dtype) -> bool:
     On Zen 5, and there without AVX-512 against oneDNN without it (docs/cpu-measurements.md).
     """
     avx512 = torch.ops.resnet_fused_cpu.isa() == _AVX512
-    if dtype == torch.bfloat16 and not avx512:
-        return False
     inside, outside = conv.in_channels // conv.groups, conv.out_channels // conv.groups
     if inside != outside:
         return False
