@@ -70,7 +70,7 @@ def _products(height: int, width: int) -> int:
     return points(height) * points(width)
 
 
-def in_pairs(dtype: torch.dtype) -> bool:
+def in_pairs(dtype: torch.dtype | None) -> bool:
     """Whether direct sums multiply pairs of channels, at twice the rate of float32 arithmetic, in which all else computes."""
     return dtype == torch.bfloat16 and bool(torch.ops.resnet_fused_cpu.avx512_bf16())
 
