@@ -169,6 +169,8 @@ def _training(arguments: argparse.Namespace) -> int:
     with _progress(console, len(workloads)) as step_of:
         for i, workload in enumerate(workloads):
             comparisons.append(training.compare(workload, names, 4 * arguments.seconds, step_of(i, str(workload))))
+            if not console.is_terminal:
+                console.print(training.line(comparisons[-1]), highlight=False, soft_wrap=True)
             _write(out, machine, [comparison.to_json() for comparison in comparisons])
     (console if console.is_terminal else Console(width=160)).print(training.table(comparisons))
     console.print(f"Saved {_json(out)}", highlight=False, soft_wrap=True)

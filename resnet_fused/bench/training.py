@@ -240,6 +240,15 @@ def _train_and_print_peak() -> None:
     print(torch.cuda.max_memory_allocated() if trainer.x.is_cuda else _own_peak())
 
 
+def line(comparison: TrainingComparison) -> str:
+    """A workload in a line, for a log."""
+    found = []
+    for result in comparison.results:
+        time = f"{result.median:.1f} ms a step ({comparison.ratio(result.variant):.2f}×)" if result.steps else ""
+        found.append(" ".join(text for text in (f"{result.variant}:", time, result.note) if text))
+    return f"{comparison.workload}: {', '.join(found)}"
+
+
 def table(comparisons: list[TrainingComparison]) -> Table:
     """A row for each variant and workload."""
     result = Table(title="Training step", title_justify="left", header_style="bold")
