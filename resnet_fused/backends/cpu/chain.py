@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Declined, Epilogue, JoinableKernel, Problem
+from resnet_fused.backends import ConvParameters, Declined, Epilogue, JoinableKernel, Problem
+from resnet_fused.backends.cpu.frozen import FrozenSteps
+from resnet_fused.backends.freezing import freezing
 from resnet_fused.backends.problem import FIRST_RESULT, RESIDUAL, Shape
 
 
@@ -42,6 +44,7 @@ class Chain:
         geometry: list[int],
         epilogue: Epilogue,
         plan: list[int],
+        parameters: ConvParameters,
     ) -> int:
         """Adds y = act(conv2d(x, weights) + bias + residual).
 
@@ -52,11 +55,20 @@ class Chain:
             geometry: kernel, stride, padding and dilation, two each.
             epilogue: its function is applied.
             plan: a WinogradPlan's numbers, or empty for the direct sum.
+            parameters: what weights and bias were packed of, which a frozen form needs.
         """
         function = epilogue.activation.value, epilogue.slope
         return self._library.chain_conv(self.id, x, residual, weights, bias, out_channels, groups, geometry, *function, plan)
 
-    def block(self, x: int, weights: list[Tensor], biases: list[Tensor], channels: list[int], plan: list[int]) -> int:
+    def block(
+        self,
+        x: int,
+        weights: list[Tensor],
+        biases: list[Tensor],
+        channels: list[int],
+        plan: list[int],
+        parameters: Sequence[ConvParameters],
+    ) -> int:
         """Adds y = relu(layers(x) + shortcut(x)), a residual block as a whole.
 
         Args:
@@ -64,6 +76,7 @@ class Chain:
             weights, biases: packed weights and padded biases of the layers, and of a projection shortcut.
             channels: of each layer's result.
             plan: a BlockPlan's numbers.
+            parameters: what weights and biases were packed of, which a frozen form needs.
         """
         return self._library.chain_block(self.id, x, weights, biases, channels, plan)
 
@@ -103,18 +116,21 @@ class ChainRun:
     Args:
         shapes: of the inputs.
         dtype: of all activations.
-        record: record(chain, *inputs) adds the steps and gives the numbers of the results.
+        record: record(chain, *inputs) adds the steps and gives the numbers of the results. Frozen, it is given `FrozenSteps`
+            and tensors, and gives tensors.
 
     Raises:
         Declined: an input, or a result in between, holds values that Winograd can't be trusted with (csrc/cpu/uneven.h).
     """
 
-    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, record: Callable[..., Sequence[int]]) -> None:
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, record: Callable[..., Sequence[Any]]) -> None:
         self.shapes, self.dtype, self.record = shapes, dtype, record
         self.chain: Chain | None = None
         self._run = torch.ops.resnet_fused_cpu.run_chain.default
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        if freezing():
+            return self.record(FrozenSteps(), *(x.contiguous(memory_format=torch.channels_last) for x in inputs))
         chain = self.chain
         if chain is None:
             chain = Chain(self.shapes, self.dtype)
@@ -174,7 +190,7 @@ class ChainKernel(JoinableKernel):
     @classmethod
     def run_of(
         cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]], inputs: int, results: Sequence[int]
-    ) -> Callable[..., list[Tensor]]:
+    ) -> Callable[..., Sequence[Tensor]]:
         def record(chain: Chain, *given: int) -> list[int]:
             values = _add(chain, kernels, reads, [*given])
             return [values[number] for number in results]
