@@ -59,8 +59,8 @@ def freeze(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> nn.
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: the model isn't a fused one, is in training mode, or no program of kernels computes it as a whole; or an
-            example is empty or not on the CPU.
+        ValueError: the model isn't a fused one, is in training mode, or no program of kernels computes it as a whole; an
+            example is empty or not on the CPU; or autocast is on.
         BackendError: the compiled CPU kernels aren't available here, or the model is fused for a backend without a frozen form.
     """
     if not isinstance(model, nn.Module):
@@ -79,6 +79,10 @@ def freeze(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> nn.
             )
     if model.training:
         raise ValueError("model is in training mode, and a frozen model is for inference; call model.eval() first.")
+    if torch.is_autocast_enabled("cpu"):
+        raise ValueError(
+            "autocast is on, which a frozen model can't follow; freeze outside of it, or convert the model with .to()."
+        )
     settings = replace(path.fusion.settings, replay=False)
     chosen = choice(settings.backend)
     if chosen != "auto" and not get(chosen).freezes:
