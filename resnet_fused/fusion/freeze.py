@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import BackendError, choice, freezer, get
 from resnet_fused.backends.freezing import freeze_kernels
-from resnet_fused.fusion.path import FastPath, paths_off
+from resnet_fused.fusion.copying import copy_of
+from resnet_fused.fusion.path import paths_off
 from resnet_fused.fusion.rows import path_of
 from resnet_fused.fusion.traces import Traced, Traces
-from resnet_fused.runtime.executor import settle
+from resnet_fused.runtime.executor import Settings, settle
 from resnet_fused.runtime.kept import Unservable
 from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.run import Run
@@ -58,7 +59,7 @@ def freeze(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> nn.
         a module without parameters or submodules. It runs in Python, too.
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument is of another type, or the model can't be copied.
         ValueError: the model isn't a fused one, is in training mode, or no program of kernels computes it as a whole; an
             example is empty or not on the CPU; or autocast is on.
         BackendError: the compiled CPU kernels aren't available here, or the model is fused for a backend without a frozen form.
@@ -90,21 +91,28 @@ def freeze(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> nn.
     reason = freezer().unavailable()
     if reason is not None:
         raise BackendError(f"a model can't be frozen here: {reason}.")
-    # Not those tensors: the caller may write to them, and they aren't needed.
-    examples = tuple(x.detach().clone() for x in examples)
     with torch.inference_mode(False), torch.no_grad(), freeze_kernels(), paths_off():
-        traced = _traced(path, examples)
+        # Of copies, since the caller may write to these.
+        examples = tuple(x.detach().clone() for x in examples)
+        try:
+            model = copy_of(model)
+        except Exception as error:
+            raise TypeError(
+                f"model can't be copied ({error}), since something in it can't, so it can't be frozen. Package the fused model "
+                "itself, as docs/elsewhere.md shows."
+            ) from error
+        traced = _traced(model, settings, examples)
         inputs = [freezer().frozen_input(x, x) for x in examples]
         try:
             run, _ = settle(traced.built.program, inputs, traced.tensors, Parameters(), settings, model)
         except Unservable as error:
             raise ValueError(f"model can't be frozen for such inputs: {error}.") from error
-    return Frozen(run, examples)
+    return Frozen(run, examples).eval()
 
 
-def _traced(path: FastPath, examples: tuple[Tensor, ...]) -> Traced:
-    """A program of the model for the examples, as the model is now."""
-    traces = Traces(path.module, path.fusion.settings)
+def _traced(model: nn.Module, settings: Settings, examples: tuple[Tensor, ...]) -> Traced:
+    """A program of the model for the examples."""
+    traces = Traces(model, settings)
     traced = traces.of_any_size()
     if traces.by_size:
         traced = traces.make_for_size(examples) or traced
