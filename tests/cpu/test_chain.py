@@ -43,7 +43,7 @@ class Recorded:
         packed = torch.ops.resnet_fused_cpu.pack(weight.contiguous(memory_format=torch.channels_last), kernel == 3)
         geometry = [kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1]
         plan = BY_TILES if kernel == 3 else []
-        result = self.chain.conv(x, residual, packed, padded_bias(bias), 32, 1, geometry, RELU, plan, NO_PARAMETERS)
+        result = self.chain.conv(x, residual, packed, padded_bias(bias), 32, 1, geometry, RELU, NO_PARAMETERS, plan)
         self.steps.append((x, residual, weight, bias))
         return result
 

@@ -53,6 +53,6 @@ class WholeBlock(Implementation):
         channels = [conv.out_channels for conv in block.main]
 
         def record(chain: Chain, x: int, residual: int | None) -> int:
-            return chain.block(x, weights, biases, channels, numbers, parts)
+            return chain.block(x, weights, biases, channels, parts, numbers)
 
         return in_its_format(ChainKernel(problem, record), problem)

@@ -43,8 +43,8 @@ class Chain:
         groups: int,
         geometry: list[int],
         epilogue: Epilogue,
-        plan: list[int],
         parameters: ConvParameters,
+        plan: list[int],
     ) -> int:
         """Adds y = act(conv2d(x, weights) + bias + residual).
 
@@ -54,8 +54,8 @@ class Chain:
             groups: of the convolution. The weights of more than one are packed by `pack_grouped`.
             geometry: kernel, stride, padding and dilation, two each.
             epilogue: its function is applied.
-            plan: a WinogradPlan's numbers, or empty for the direct sum.
             parameters: what weights and bias were packed of, which a frozen form needs.
+            plan: a WinogradPlan's numbers, or empty for the direct sum.
         """
         function = epilogue.activation.value, epilogue.slope
         return self._library.chain_conv(self.id, x, residual, weights, bias, out_channels, groups, geometry, *function, plan)
@@ -66,8 +66,8 @@ class Chain:
         weights: list[Tensor],
         biases: list[Tensor],
         channels: list[int],
-        plan: list[int],
         parameters: Sequence[ConvParameters],
+        plan: list[int],
     ) -> int:
         """Adds y = relu(layers(x) + shortcut(x)), a residual block as a whole.
 
@@ -75,8 +75,8 @@ class Chain:
             x: a value.
             weights, biases: packed weights and padded biases of the layers, and of a projection shortcut.
             channels: of each layer's result.
-            plan: a BlockPlan's numbers.
             parameters: what weights and biases were packed of, which a frozen form needs.
+            plan: a BlockPlan's numbers.
         """
         return self._library.chain_block(self.id, x, weights, biases, channels, plan)
 

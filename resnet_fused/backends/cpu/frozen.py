@@ -31,8 +31,8 @@ class FrozenSteps:
         groups: int,
         geometry: list[int],
         epilogue: Epilogue,
-        plan: list[int],
         parameters: ConvParameters,
+        plan: list[int],
     ) -> Tensor:
         plain, isa = plain_weight(parameters) if plan else None, packed_for(parameters)
         function = epilogue.activation.value, epilogue.slope
@@ -46,8 +46,8 @@ class FrozenSteps:
         weights: list[Tensor],
         biases: list[Tensor],
         channels: list[int],
-        plan: list[int],
         parameters: Sequence[ConvParameters],
+        plan: list[int],
     ) -> Tensor:
         plain, isa = [*map(plain_weight, parameters)], packed_for(parameters[0])
         return self._library.frozen_block(x, weights, biases, plain, channels, plan, isa)
