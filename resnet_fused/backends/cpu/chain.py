@@ -163,12 +163,12 @@ class ChainKernel(JoinableKernel):
     def _set(self, shapes: Sequence[Shape], has_residual: bool, dtype: torch.dtype, record: Record) -> None:
         self.dtype, self.record, self.has_residual = dtype, record, has_residual
         self.shapes = [shape for i, shape in enumerate(shapes) if i != RESIDUAL or has_residual]
-        self.run = ChainRun(self.shapes, dtype, lambda chain, *inputs: [self.add_to(chain, inputs)])
+        # Not by way of `self`: in a cycle, what the record holds would outlive its model until a garbage collection.
+        self.run = ChainRun(self.shapes, dtype, lambda chain, *inputs: [_record(record, has_residual, chain, inputs)])
 
     def add_to(self, chain: Chain, inputs: Sequence[int]) -> int:
         """Adds its steps to a chain: `inputs` are those that it has. Gives the number of its result."""
-        x, *others = inputs
-        return self.record(chain, x, *others) if self.has_residual else self.record(chain, x, None, *others)
+        return _record(self.record, self.has_residual, chain, inputs)
 
     def __call__(self, x: Tensor, residual: Tensor | None, *more: Tensor) -> Tensor:
         given = (x, *more) if residual is None else (x, residual, *more)
@@ -196,6 +196,11 @@ class ChainKernel(JoinableKernel):
             return [values[number] for number in results]
 
         return ChainRun(_input_shapes(kernels, reads, inputs), kernels[0].dtype, record)
+
+
+def _record(record: Record, has_residual: bool, chain: Chain, inputs: Sequence[int]) -> int:
+    x, *others = inputs
+    return record(chain, x, *others) if has_residual else record(chain, x, None, *others)
 
 
 def _add(chain: Chain, kernels: Sequence[ChainKernel], reads: Sequence[tuple[int, ...]], values: list[Any]) -> list[int]:
