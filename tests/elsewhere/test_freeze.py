@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from support.kinds import assert_same
+from support.processes import run_python
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -90,6 +92,25 @@ def test_other_strides_than_the_example_s(trained):
     model, x = trained(network()), torch.randn(SHAPE)
     frozen = rf.freeze(rf.fuse(model), x)
     torch.testing.assert_close(frozen(x.to(memory_format=torch.channels_last)), frozen(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:No complete tensor found")  # PyTorch's, of weights in channels_last
+@torch.no_grad()
+def test_an_exported_program_is_served_by_another_process(trained, tmp_path: Path):
+    model, x = trained(network()), torch.randn(SHAPE)
+    frozen = rf.freeze(rf.fuse(model), x)
+    torch.export.save(torch.export.export(frozen, (x,)), tmp_path / "model.pt2")
+    torch.save(x, tmp_path / "x.pt")
+    run_python(
+        "import sys, torch\n"
+        "import resnet_fused as rf\n"
+        "rf.available_backends()\n"
+        "exported, x = torch.export.load(f'{sys.argv[1]}/model.pt2'), torch.load(f'{sys.argv[1]}/x.pt')\n"
+        "exported.run_decompositions()\n"  # by the fake results
+        "torch.save(exported.module()(x), f'{sys.argv[1]}/y.pt')\n",
+        tmp_path,
+    )
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), frozen(x), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from resnet_fused.backends.cpu.batch_norm import BatchNorm
 from resnet_fused.backends.cpu.block import WholeBlock
 from resnet_fused.backends.cpu.convolution import Direct, Winograd
 from resnet_fused.backends.cpu.elementwise import OnePass
-from resnet_fused.backends.cpu.frozen import checked_input
+from resnet_fused.backends.cpu.frozen import checked_input, register_fakes
 from resnet_fused.backends.cpu.grouped import Depthwise, Grouped
 from resnet_fused.backends.cpu.head import AveragePool, Classifier
 from resnet_fused.backends.cpu.stem import Stem
@@ -61,6 +61,8 @@ class CPU(Backend):
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
         reason = library.load(_LIBRARY)
+        if reason is None:
+            register_fakes()
         if reason is None and torch.ops.resnet_fused_cpu.isa() == _SCALAR:
             return "this CPU has neither AVX-512 nor AVX2 with FMA; use the backend 'onednn'"
         return reason

@@ -18,7 +18,6 @@ class FrozenSteps:
     """The steps of a `Chain`, each computed at once; values are the tensors themselves."""
 
     def __init__(self) -> None:
-        _register_fakes()
         self._library = torch.ops.resnet_fused_cpu
 
     def conv(
@@ -83,7 +82,6 @@ class FrozenSteps:
 
 def checked_input(x: Tensor, example: Tensor) -> Tensor:
     """A copy of x with the strides of `example`; the operator raises where x has another shape, dtype or device."""
-    _register_fakes()
     return torch.ops.resnet_fused_cpu.frozen_input(x, [*example.shape], [*example.stride()], example.dtype)
 
 
@@ -183,8 +181,8 @@ def _average_pool(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _register_fakes() -> None:
-    """Registers them with the operators, which are there when the library is loaded."""
+def register_fakes() -> None:
+    """Tells PyTorch the operators' results without memory, once the library is loaded."""
     fakes: dict[str, Callable[..., Tensor]] = {
         "frozen_input": _input,
         "frozen_conv": _conv,
