@@ -94,8 +94,8 @@ Tensor in_channels_last(const Tensor& t) {
 Tensor stock_conv(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                   const std::string& activation, double slope) {
-  Tensor own = torch::stable::narrow(const_cast<Tensor&>(bias), 0, 0, weight.size(0));
-  own = torch::stable::to(own, x.scalar_type());
+  Tensor own = bias;
+  own = torch::stable::to(torch::stable::narrow(own, 0, 0, weight.size(0)), x.scalar_type());
   const Tensor sums =
       call("aten::conv2d", "", x, weight, std::optional<Tensor>(own), stride, padding, dilation, static_cast<int64_t>(1));
   return pass({in_channels_last(sums)}, std::nullopt, residual, std::nullopt, std::nullopt, activation, slope);
