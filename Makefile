@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 # Builds find ninja there.
 TOOLS  = PATH="$(abspath $(BIN)):$$PATH"
 NATIVE := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+WRITTEN := $(NATIVE) $(wildcard examples/*/*.cpp)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' resnet_fused/__init__.py)
 OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
 WANTED := torch>=$(OLDEST)
@@ -78,13 +79,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(WRITTEN)
 	$(BIN)/actionlint .github/workflows/*.yml
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(WRITTEN)
 
 # What builds the kernels and packs wheels; torch and nvcc are the versions that will run them.
 $(VENV)/.toolchain: pyproject.toml

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_fused import functional
 from resnet_fused.backends import BackendError, available_backends, use_backend
+from resnet_fused.fusion.freeze import freeze
 from resnet_fused.fusion.fuse import fuse
 from resnet_fused.fusion.installing import unfuse
 from resnet_fused.fusion.report import Report, report
@@ -46,6 +47,7 @@ __all__ = [
     "Verification",
     "available_backends",
     "convert_state_dict",
+    "freeze",
     "functional",
     "fuse",
     "report",

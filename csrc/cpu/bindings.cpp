@@ -135,6 +135,36 @@ void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
   }
 }
 
+std::optional<Tensor> stem(const Tensor& x, const Tensor& weights, const Tensor& bias, int64_t out_channels, bool pool,
+                           const std::string& activation, double slope) {
+  RF_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
+  RF_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
+           "x must be float32 or bfloat16; convert it with .to().");
+  const Nonlinearity function = nonlinearity(activation, slope);
+  RF_CHECK(!pool || function.is(ActivationFunction::relu), "the pool of a stem follows a ReLU.");
+  const int64_t padded = padded_channels(out_channels);
+  RF_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == padded * 36 * 4 * x.size(1),
+           "weights must be the float32 transformed weights of this stem.");
+  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
+           " elements (whole panels).");
+  StemParams p{};
+  p.x = x.const_data_ptr();
+  p.x_stride_n = x.stride(0), p.x_stride_c = x.stride(1), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
+  p.weights = static_cast<const float*>(weights.const_data_ptr());
+  p.bias = static_cast<const float*>(bias.const_data_ptr());
+  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3), p.out_channels = out_channels;
+  p.pool = pool, p.dtype = dtype_of(x);
+  p.nonlinearity = function;
+  RF_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
+  Tensor y = new_activations(x, p.batch, out_channels, p.out_height(), p.out_width());
+  p.y = y.mutable_data_ptr();
+  Declined declined{false};
+  p.declined = &declined;
+  if (p.batch > 0) kernels().stem(p);
+  if (declined.load(std::memory_order_relaxed)) return std::nullopt;
+  return y;
+}
+
 namespace {
 
 // Packed weights of a convolution, as the direct kernels take them or as Winograd does. Those of the direct kernels are float32
@@ -182,38 +212,6 @@ Tensor transform(Tensor packed, int64_t in_channels, int64_t out_channels, int64
   return u;
 }
 
-// y = f(conv(x, w) + bias), and a max-pool after a ReLU; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
-// `weights` are transformed, [panel][36][4 in_channels][PANEL]; x may have any strides. None where the kernel declined x.
-std::optional<Tensor> stem(Tensor x, Tensor weights, Tensor bias, int64_t out_channels, bool pool, std::string activation,
-                           double slope) {
-  RF_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
-  RF_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
-           "x must be float32 or bfloat16; convert it with .to().");
-  const Nonlinearity function = nonlinearity(activation, slope);
-  RF_CHECK(!pool || function.is(ActivationFunction::relu), "the pool of a stem follows a ReLU.");
-  const int64_t padded = padded_channels(out_channels);
-  RF_CHECK(weights.scalar_type() == ScalarType::Float && weights.numel() == padded * 36 * 4 * x.size(1),
-           "weights must be the float32 transformed weights of this stem.");
-  RF_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == padded, "bias must be float32 with ", padded,
-           " elements (whole panels).");
-  StemParams p{};
-  p.x = x.const_data_ptr();
-  p.x_stride_n = x.stride(0), p.x_stride_c = x.stride(1), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
-  p.weights = static_cast<const float*>(weights.const_data_ptr());
-  p.bias = static_cast<const float*>(bias.const_data_ptr());
-  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3), p.out_channels = out_channels;
-  p.pool = pool, p.dtype = dtype_of(x);
-  p.nonlinearity = function;
-  RF_CHECK(p.height > 0 && p.width > 0, "x has no pixels.");
-  Tensor y = new_activations(x, p.batch, out_channels, p.out_height(), p.out_width());
-  p.y = y.mutable_data_ptr();
-  Declined declined{false};
-  p.declined = &declined;
-  if (p.batch > 0) kernels().stem(p);
-  if (declined.load(std::memory_order_relaxed)) return std::nullopt;
-  return y;
-}
-
 // The machine's multiply-add peak on the threads at hand, GFLOP/s: the best of a few measurements of some milliseconds.
 double measure_peak(bool bfloat16) {
   const auto loop = direct_kernels(bfloat16 ? DType::bfloat16 : DType::float32, int64_t{2}).multiply_add_loop;
@@ -232,6 +230,11 @@ double measure_peak(bool bfloat16) {
     best = std::max(best, static_cast<double>(operations) / seconds * 1e-9);
   }
   return best;
+}
+
+std::optional<Tensor> stem_of(Tensor x, Tensor weights, Tensor bias, int64_t out_channels, bool pool, std::string activation,
+                              double slope) {
+  return stem(x, weights, bias, out_channels, pool, activation, slope);
 }
 
 Tensor empty_activations(Tensor like) {
@@ -281,7 +284,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("pack_grouped", TORCH_BOX(&pack_grouped));
   m.impl("transform", TORCH_BOX(&transform));
-  m.impl("stem", TORCH_BOX(&stem));
+  m.impl("stem", TORCH_BOX(&stem_of));
   m.impl("empty_activations", TORCH_BOX(&empty_activations));
   m.impl("release_activations", TORCH_BOX(&release_activations));
   m.impl("kept_activations", TORCH_BOX(&kept_activations));

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -45,5 +46,11 @@ void check_conv(const ConvParams& p, const std::vector<int64_t>& plan);
 
 // Runs a convolution by the five numbers of a WinogradPlan, or where `plan` is empty, directly.
 void run_conv(const ConvParams& p, const std::vector<int64_t>& plan);
+
+// y = f(conv(x, w) + bias), and a max-pool after a ReLU; conv 7 x 7 / 2 with padding 3, pool 3 x 3 / 2 with padding 1.
+// `weights` are transformed, [panel][36][4 in_channels][PANEL]; x may have any strides. None where the kernel declined x.
+std::optional<torch::stable::Tensor> stem(const torch::stable::Tensor& x, const torch::stable::Tensor& weights,
+                                          const torch::stable::Tensor& bias, int64_t out_channels, bool pool,
+                                          const std::string& activation, double slope);
 
 }  // namespace resnet_fused::cpu

@@ -61,25 +61,6 @@ struct StepRun {
   }
 };
 
-// ---- Operators ----------------------------------------------------------------------------------------------------------
-
-// `shapes`: four numbers for each input, (N, C, H, W).
-int64_t new_chain(std::vector<int64_t> shapes, bool bfloat16) {
-  RF_CHECK(!shapes.empty() && shapes.size() % 4 == 0, "shapes has ", shapes.size(),
-           " numbers; it must have four, (N, C, H, W), for each input.");
-  Chain chain{bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, detected_isa(), 0, {}, {}, {}, {}};
-  for (size_t i = 0; i < shapes.size(); i += 4) {
-    const ChainShape shape{shapes[i], shapes[i + 1], shapes[i + 2], shapes[i + 3]};
-    RF_CHECK(shape.n > 0 && shape.c > 0 && shape.h > 0 && shape.w > 0, "shapes has a size that isn't positive, of input ",
-             i / 4, "; empty inputs are stock's.");
-    chain.values.push_back({shape});
-  }
-  chain.inputs = static_cast<int64_t>(chain.values.size());
-  return chains().add(std::make_shared<Chain>(std::move(chain)));
-}
-
-void delete_chain(int64_t chain) { chains().remove(chain); }
-
 // The value that a step's result is written over: one that no tensor holds and nothing else reads from then on. Each element of
 // the result is written by the thread that has just read that of the value, so its cache line is there. NO_VALUE: none.
 int64_t written_over(const Chain& chain, int64_t index) {
@@ -95,27 +76,6 @@ int64_t written_over(const Chain& chain, int64_t index) {
   return pass && step.sources.size() == 1 && may(x) ? x : NO_VALUE;
 }
 
-// Says which values, results of steps, run_chain gives.
-void end_chain(int64_t id, std::vector<int64_t> results) {
-  const std::shared_ptr<Chain> chain = chain_of(id);
-  RF_CHECK(!results.empty() && chain->results.empty(), "results must be given once, at least one.");
-  for (const int64_t value : results) {
-    chain->shape(value, "a result");
-    RF_CHECK(value >= chain->inputs && std::count(results.begin(), results.end(), value) == 1, "a result is ", value,
-             "; each must be a step's, and stand there once.");
-  }
-  for (const int64_t value : results) chain->values[static_cast<size_t>(value)].result = true;
-  for (size_t i = 0; i < chain->steps.size(); ++i) {
-    chain->values[static_cast<size_t>(chain->inputs) + i].over = written_over(*chain, static_cast<int64_t>(i));
-  }
-  for (size_t i = 0; i < results.size(); ++i) {
-    int64_t first = results[i];
-    while (chain->values[static_cast<size_t>(first)].over != NO_VALUE) first = chain->values[static_cast<size_t>(first)].over;
-    chain->values[static_cast<size_t>(first)].tensor = static_cast<int64_t>(i);
-  }
-  chain->results = std::move(results);
-}
-
 const void* check_input(const Chain& chain, size_t value, const Tensor& t) {
   check_cpu_activations(t, "an input");
   RF_CHECK(
@@ -124,10 +84,40 @@ const void* check_input(const Chain& chain, size_t value, const Tensor& t) {
   return t.const_data_ptr();
 }
 
-// The chain's results, in the order in which end_chain was given them; none where a step declined its x.
-std::vector<Tensor> run_chain(int64_t id, std::vector<Tensor> inputs) {
-  const std::shared_ptr<const Chain> shared = chain_of(id);
-  const Chain& chain = *shared;
+}  // namespace
+
+std::shared_ptr<Chain> chain_of(int64_t id) { return chains().get(id); }
+
+Chain make_chain(const std::vector<ChainShape>& shapes, ScalarType dtype) {
+  Chain chain{dtype, detected_isa(), static_cast<int64_t>(shapes.size()), {}, {}, {}, {}};
+  for (const ChainShape& shape : shapes) {
+    RF_CHECK(shape.n > 0 && shape.c > 0 && shape.h > 0 && shape.w > 0, "shapes has a size that isn't positive, of input ",
+             chain.values.size(), "; empty inputs are stock's.");
+    chain.values.push_back({shape});
+  }
+  return chain;
+}
+
+void end_chain(Chain& chain, std::vector<int64_t> results) {
+  RF_CHECK(!results.empty() && chain.results.empty(), "results must be given once, at least one.");
+  for (const int64_t value : results) {
+    chain.shape(value, "a result");
+    RF_CHECK(value >= chain.inputs && std::count(results.begin(), results.end(), value) == 1, "a result is ", value,
+             "; each must be a step's, and stand there once.");
+  }
+  for (const int64_t value : results) chain.values[static_cast<size_t>(value)].result = true;
+  for (size_t i = 0; i < chain.steps.size(); ++i) {
+    chain.values[static_cast<size_t>(chain.inputs) + i].over = written_over(chain, static_cast<int64_t>(i));
+  }
+  for (size_t i = 0; i < results.size(); ++i) {
+    int64_t first = results[i];
+    while (chain.values[static_cast<size_t>(first)].over != NO_VALUE) first = chain.values[static_cast<size_t>(first)].over;
+    chain.values[static_cast<size_t>(first)].tensor = static_cast<int64_t>(i);
+  }
+  chain.results = std::move(results);
+}
+
+std::vector<Tensor> run_chain(const Chain& chain, const std::vector<Tensor>& inputs) {
   RF_CHECK(!chain.results.empty(), "chain has no results; call end_chain.");
   RF_CHECK(chain.isa == detected_isa(), "chain was made before limit_isa chose other kernels; make it again.");
   RF_CHECK(static_cast<int64_t>(inputs.size()) == chain.inputs, "inputs has ", inputs.size(), " tensors; the chain takes ",
@@ -168,10 +158,29 @@ std::vector<Tensor> run_chain(int64_t id, std::vector<Tensor> inputs) {
   return found;
 }
 
+// ---- Operators ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// `shapes`: four numbers for each input, (N, C, H, W).
+int64_t new_chain(std::vector<int64_t> shapes, bool bfloat16) {
+  RF_CHECK(!shapes.empty() && shapes.size() % 4 == 0, "shapes has ", shapes.size(),
+           " numbers; it must have four, (N, C, H, W), for each input.");
+  std::vector<ChainShape> inputs;
+  for (size_t i = 0; i < shapes.size(); i += 4) inputs.push_back({shapes[i], shapes[i + 1], shapes[i + 2], shapes[i + 3]});
+  return chains().add(std::make_shared<Chain>(make_chain(inputs, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float)));
+}
+
+void delete_chain(int64_t chain) { chains().remove(chain); }
+
+void end_chain_of(int64_t chain, std::vector<int64_t> results) { end_chain(*chain_of(chain), std::move(results)); }
+
+std::vector<Tensor> run_chain_of(int64_t chain, std::vector<Tensor> inputs) {
+  const std::shared_ptr<const Chain> shared = chain_of(chain);
+  return run_chain(*shared, inputs);
+}
+
 }  // namespace
-
-std::shared_ptr<Chain> chain_of(int64_t id) { return chains().get(id); }
-
 }  // namespace resnet_fused::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
@@ -185,6 +194,6 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   using namespace resnet_fused::cpu;
   m.impl("new_chain", TORCH_BOX(&new_chain));
   m.impl("delete_chain", TORCH_BOX(&delete_chain));
-  m.impl("end_chain", TORCH_BOX(&end_chain));
-  m.impl("run_chain", TORCH_BOX(&run_chain));
+  m.impl("end_chain", TORCH_BOX(&end_chain_of));
+  m.impl("run_chain", TORCH_BOX(&run_chain_of));
 }

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -84,5 +86,26 @@ struct Chain {
 
 // The chain of a number. Throws where there is none.
 std::shared_ptr<Chain> chain_of(int64_t id);
+
+// A chain without steps, on inputs of these shapes, float32 or bfloat16.
+Chain make_chain(const std::vector<ChainShape>& shapes, torch::headeronly::ScalarType dtype);
+
+// Says which values, results of steps, a run gives.
+void end_chain(Chain& chain, std::vector<int64_t> results);
+
+// The chain's results, in the order in which end_chain was given them; none where a step declined its x.
+std::vector<torch::stable::Tensor> run_chain(const Chain& chain, const std::vector<torch::stable::Tensor>& inputs);
+
+// The steps, each of which gives the number of its result; chain_steps.cpp has their arguments.
+int64_t add_conv(Chain& chain, int64_t x, std::optional<int64_t> residual, const torch::stable::Tensor& weights,
+                 const torch::stable::Tensor& bias, int64_t out_channels, int64_t groups, const std::vector<int64_t>& geometry,
+                 const std::string& activation, double slope, std::vector<int64_t> plan);
+int64_t add_block(Chain& chain, int64_t x, const std::vector<torch::stable::Tensor>& weights,
+                  const std::vector<torch::stable::Tensor>& biases, const std::vector<int64_t>& channels,
+                  const std::vector<int64_t>& plan);
+int64_t add_pass(Chain& chain, std::vector<int64_t> sources, std::optional<int64_t> gate, std::optional<int64_t> residual,
+                 const std::optional<torch::stable::Tensor>& scale, const std::optional<torch::stable::Tensor>& shift,
+                 const std::string& activation, double slope);
+int64_t add_average_pool(Chain& chain, int64_t x);
 
 }  // namespace resnet_fused::cpu

@@ -51,30 +51,6 @@ void check_residual(const Chain& chain, std::optional<int64_t> residual, const C
   RF_CHECK(!residual.has_value() || chain.shape(*residual, "residual") == result, "residual differs from the result in shape.");
 }
 
-// Adds y = act(conv(x, w) + bias + residual). `plan` empty: direct arithmetic;
-// otherwise the five numbers of a WinogradPlan.
-int64_t chain_conv(int64_t id, int64_t x, std::optional<int64_t> residual, Tensor weights, Tensor bias, int64_t out_channels,
-                   int64_t groups, std::vector<int64_t> geometry, std::string activation, double slope,
-                   std::vector<int64_t> plan) {
-  const std::shared_ptr<Chain> chain = chain_of(id);
-  const ChainShape in = chain->shape(x, "x");
-  ConvParams p{};
-  p.weights = weights.const_data_ptr();
-  p.bias = static_cast<const float*>(bias.const_data_ptr());
-  p.batch = in.n, p.in_channels = in.c, p.height = in.h, p.width = in.w;
-  p.out_channels = out_channels, p.groups = groups;
-  p.nonlinearity = nonlinearity(activation, slope);
-  p.source = p.weight = chain->type();
-  set_geometry(p, geometry);
-  groups == 1 ? check_parameters(p, p.source, plan.empty(), weights, bias) : check_grouped_parameters(p, weights, bias);
-  check_conv(p, plan);
-  const ChainShape out{p.batch, p.out_channels, p.out_height, p.out_width};
-  check_residual(*chain, residual, out);
-  chain->parameters.push_back(weights);
-  chain->parameters.push_back(bias);
-  return chain->add({ChainStep::Convolution{p, std::move(plan)}, {x}, residual.value_or(NO_VALUE)}, out);
-}
-
 LayerParams layer_params(DType source, const Tensor& weights, const Tensor& bias, int64_t in_channels, int64_t out_channels,
                          int64_t kernel) {
   ConvParams p{};
@@ -84,13 +60,36 @@ LayerParams layer_params(DType source, const Tensor& weights, const Tensor& bias
   return {weights.const_data_ptr(), p.transformed, static_cast<const float*>(bias.const_data_ptr()), in_channels, out_channels};
 }
 
+}  // namespace
+
+// Adds y = act(conv(x, w) + bias + residual). `plan` empty: direct arithmetic; otherwise the five numbers of a WinogradPlan.
+int64_t add_conv(Chain& chain, int64_t x, std::optional<int64_t> residual, const Tensor& weights, const Tensor& bias,
+                 int64_t out_channels, int64_t groups, const std::vector<int64_t>& geometry, const std::string& activation,
+                 double slope, std::vector<int64_t> plan) {
+  const ChainShape in = chain.shape(x, "x");
+  ConvParams p{};
+  p.weights = weights.const_data_ptr();
+  p.bias = static_cast<const float*>(bias.const_data_ptr());
+  p.batch = in.n, p.in_channels = in.c, p.height = in.h, p.width = in.w;
+  p.out_channels = out_channels, p.groups = groups;
+  p.nonlinearity = nonlinearity(activation, slope);
+  p.source = p.weight = chain.type();
+  set_geometry(p, geometry);
+  groups == 1 ? check_parameters(p, p.source, plan.empty(), weights, bias) : check_grouped_parameters(p, weights, bias);
+  check_conv(p, plan);
+  const ChainShape out{p.batch, p.out_channels, p.out_height, p.out_width};
+  check_residual(chain, residual, out);
+  chain.parameters.push_back(weights);
+  chain.parameters.push_back(bias);
+  return chain.add({ChainStep::Convolution{p, std::move(plan)}, {x}, residual.value_or(NO_VALUE)}, out);
+}
+
 // Adds y = relu(layers(x) + shortcut(x)) of a block of stride 1. `channels`: those of each layer's result; as many weights and
 // biases as layers, and one more for a projection shortcut. `plan`: strip, parts, panels of BlockParams.
-int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                    std::vector<int64_t> channels, std::vector<int64_t> plan) {
-  const std::shared_ptr<Chain> chain = chain_of(id);
-  const ChainShape in = chain->shape(x, "x");
-  const bool pairs = direct_weights(chain->type(), in.c) == DType::bfloat16;
+int64_t add_block(Chain& chain, int64_t x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                  const std::vector<int64_t>& channels, const std::vector<int64_t>& plan) {
+  const ChainShape in = chain.shape(x, "x");
+  const bool pairs = direct_weights(chain.type(), in.c) == DType::bfloat16;
   const size_t layers = channels.size();
   const bool projection = weights.size() > layers;
   RF_CHECK((layers == 2 || layers == 3) && (weights.size() == layers || weights.size() == layers + 1) &&
@@ -103,7 +102,7 @@ int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vec
   p.batch = in.n, p.height = in.h, p.width = in.w;
   const auto layer = [&](size_t i, int64_t from, int64_t to, int64_t kernel) {
     RF_CHECK(!pairs || from % 2 == 0, "a bfloat16 block needs even numbers of channels, not ", from, ".");
-    return layer_params(chain->type(), weights[i], biases[i], from, to, kernel);
+    return layer_params(chain.type(), weights[i], biases[i], from, to, kernel);
   };
   for (size_t i = 0; i < layers; ++i) {
     const bool pointwise = layers == 3 && i != 1;
@@ -111,53 +110,75 @@ int64_t chain_block(int64_t id, int64_t x, std::vector<Tensor> weights, std::vec
   }
   if (projection) p.shortcut = layer(layers, in.c, channels.back(), 1);
   p.strip = plan[0], p.parts = plan[1], p.panels = plan[2];
-  chain->parameters.insert(chain->parameters.end(), weights.begin(), weights.end());
-  chain->parameters.insert(chain->parameters.end(), biases.begin(), biases.end());
-  return chain->add({p, {x}}, {in.n, channels.back(), in.h, in.w});
+  chain.parameters.insert(chain.parameters.end(), weights.begin(), weights.end());
+  chain.parameters.insert(chain.parameters.end(), biases.begin(), biases.end());
+  return chain.add({p, {x}}, {in.n, channels.back(), in.h, in.w});
 }
 
 // Adds y = act((x scale + shift) gate + residual), x being the concatenation of the sources along channels. Scale and shift are
 // float32, one value a channel each; the gate has one pixel.
-int64_t chain_pass(int64_t id, std::vector<int64_t> sources, std::optional<int64_t> gate, std::optional<int64_t> residual,
-                   std::optional<Tensor> scale, std::optional<Tensor> shift, std::string activation, double slope) {
-  const std::shared_ptr<Chain> chain = chain_of(id);
+int64_t add_pass(Chain& chain, std::vector<int64_t> sources, std::optional<int64_t> gate, std::optional<int64_t> residual,
+                 const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, const std::string& activation,
+                 double slope) {
   RF_CHECK(!sources.empty(), "sources is empty; a pass reads at least one value.");
-  ChainShape shape = chain->shape(sources[0], "a source");
+  ChainShape shape = chain.shape(sources[0], "a source");
   shape.c = 0;
   for (const int64_t source : sources) {
-    const ChainShape& own = chain->shape(source, "a source");
+    const ChainShape& own = chain.shape(source, "a source");
     RF_CHECK(own.n == shape.n && own.h == shape.h && own.w == shape.w, "sources differ in batch, height or width.");
     shape.c += own.c;
   }
   PassParams p{};
   p.batch = shape.n, p.pixels = shape.h * shape.w, p.channels = shape.c;
   p.nonlinearity = nonlinearity(activation, slope);
-  p.dtype = chain->type();
+  p.dtype = chain.type();
   RF_CHECK(scale.has_value() == shift.has_value(), "scale and shift go together; give both, or neither.");
   if (scale.has_value()) {
     for (const Tensor& t : {*scale, *shift}) {
       RF_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == shape.c && t.is_contiguous(),
                "scale and shift must be contiguous float32 with ", shape.c, " elements, those of the channels.");
-      chain->parameters.push_back(t);
+      chain.parameters.push_back(t);
     }
     p.scale = static_cast<const float*>(scale->const_data_ptr());
     p.shift = static_cast<const float*>(shift->const_data_ptr());
   }
-  RF_CHECK(!gate.has_value() || chain->shape(*gate, "gate") == ChainShape({shape.n, shape.c, 1, 1}),
+  RF_CHECK(!gate.has_value() || chain.shape(*gate, "gate") == ChainShape({shape.n, shape.c, 1, 1}),
            "gate must have one pixel, and x's batch and channels.");
-  check_residual(*chain, residual, shape);
-  return chain->add({p, std::move(sources), residual.value_or(NO_VALUE), gate.value_or(NO_VALUE)}, shape);
+  check_residual(chain, residual, shape);
+  return chain.add({p, std::move(sources), residual.value_or(NO_VALUE), gate.value_or(NO_VALUE)}, shape);
 }
 
 // Adds y = mean of x over its pixels.
-int64_t chain_average_pool(int64_t id, int64_t x) {
-  const std::shared_ptr<Chain> chain = chain_of(id);
-  const ChainShape in = chain->shape(x, "x");
+int64_t add_average_pool(Chain& chain, int64_t x) {
+  const ChainShape in = chain.shape(x, "x");
   AveragePoolParams p{};
   p.batch = in.n, p.channels = in.c, p.height = in.h, p.width = in.w;
-  p.dtype = chain->type();
-  return chain->add({p, {x}}, {in.n, in.c, 1, 1});
+  p.dtype = chain.type();
+  return chain.add({p, {x}}, {in.n, in.c, 1, 1});
 }
+
+// ---- Operators ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+int64_t chain_conv(int64_t chain, int64_t x, std::optional<int64_t> residual, Tensor weights, Tensor bias, int64_t out_channels,
+                   int64_t groups, std::vector<int64_t> geometry, std::string activation, double slope,
+                   std::vector<int64_t> plan) {
+  return add_conv(*chain_of(chain), x, residual, weights, bias, out_channels, groups, geometry, activation, slope,
+                  std::move(plan));
+}
+
+int64_t chain_block(int64_t chain, int64_t x, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                    std::vector<int64_t> channels, std::vector<int64_t> plan) {
+  return add_block(*chain_of(chain), x, weights, biases, channels, plan);
+}
+
+int64_t chain_pass(int64_t chain, std::vector<int64_t> sources, std::optional<int64_t> gate, std::optional<int64_t> residual,
+                   std::optional<Tensor> scale, std::optional<Tensor> shift, std::string activation, double slope) {
+  return add_pass(*chain_of(chain), std::move(sources), gate, residual, scale, shift, activation, slope);
+}
+
+int64_t chain_average_pool(int64_t chain, int64_t x) { return add_average_pool(*chain_of(chain), x); }
 
 }  // namespace
 }  // namespace resnet_fused::cpu

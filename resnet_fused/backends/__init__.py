@@ -16,6 +16,7 @@ from contextvars import ContextVar
 
 from resnet_fused import config
 from resnet_fused.backends import tuning_cache
+from resnet_fused.backends.freezing import freezing
 from resnet_fused.backends.implementation import Backend, BackendError, Declined, Implementation, JoinableKernel, Kernel
 from resnet_fused.backends.parameters import NO_PARAMETERS, ConvParameters
 from resnet_fused.backends.problem import Activation, Conv, Epilogue, Pool, Precision, Problem, Step
@@ -43,6 +44,7 @@ __all__ = [
     "check_available",
     "choice",
     "choosing",
+    "freezer",
     "get",
     "names",
     "resolve",
@@ -147,6 +149,11 @@ def choice(argument: str = "auto") -> str:
     return _context_choice.get() or environment_choice()
 
 
+def freezer() -> Backend:
+    """The backend that has the operators of frozen models."""
+    return next(get(name) for name in AUTOMATIC_ORDER if name != STOCK and get(name).freezes)
+
+
 def candidates(problem: Problem) -> list[str]:
     """Backends that are available and can serve the problem, in automatic order, then the others."""
     ordered = [*AUTOMATIC_ORDER, *(n for n in BACKENDS if n not in AUTOMATIC_ORDER)]
@@ -155,6 +162,8 @@ def candidates(problem: Problem) -> list[str]:
 
 def _refusal(backend: Backend, problem: Problem) -> str | None:
     """Why the automatic choice can't take a backend for a problem; None if it can."""
+    if freezing() and not backend.freezes:
+        return "its kernels have no frozen form"
     # Where CUDA was asked for its devices, processes that are forked later can't use it. A CPU's problem needs no answer.
     if problem.device.type == "cpu" and backend.asks_for_gpu:
         return backend.why_not(problem) or backend.unavailable()

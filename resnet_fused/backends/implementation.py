@@ -45,7 +45,7 @@ class JoinableKernel:
     @classmethod
     def run_of(
         cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]], inputs: int, results: Sequence[int]
-    ) -> Callable[..., list[Tensor]]:
+    ) -> Callable[..., Sequence[Tensor]]:
         """The kernels as one function of any number of inputs that gives any number of results.
 
         Args:
@@ -104,6 +104,7 @@ class Backend:
         asks_for_gpu: whether `unavailable` looks for a GPU. CPU tensors are then refused without a look.
         ready: whether its kernels run without being compiled first.
         keeps_bounds: whether its kernels are faster where values are known to be bounded (backends/bounds.py).
+        freezes: whether its kernels have a frozen form (backends/freezing.py).
     """
 
     name: str
@@ -112,9 +113,18 @@ class Backend:
     asks_for_gpu = False
     ready = True
     keeps_bounds = False
+    freezes = False
 
     def unavailable(self) -> str | None:
         """Why this backend can't run on this machine, with the remedy; None if it can."""
+        raise NotImplementedError
+
+    def frozen_input(self, x: Tensor, example: Tensor) -> Tensor:
+        """An operator of a backend that `freezes`: a copy of x with the strides of `example`.
+
+        Raises:
+            ValueError: x has another shape or dtype than the example, or is on another device.
+        """
         raise NotImplementedError
 
     def details(self) -> str:

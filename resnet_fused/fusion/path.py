@@ -359,7 +359,9 @@ class FastPath:
 
     def _in_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """For torch.compile and torch.export: the program as registered operators, or the module's own forward."""
-        graph = self.traces.graph
+        # Dynamo knows no context variables of this kind, and torch.export without it asks them.
+        off = not torch.compiler.is_dynamo_compiling() and _off.get()
+        graph = None if off else self.traces.graph
         if graph is not None and not kwargs and len(args) == graph.inputs and graph.holds_for(self.module, args):
             return graph.run(self.module, args)
         # As `own_forward`, in words that Dynamo knows.

@@ -6,7 +6,7 @@ frames in a row, or one image of D rows, each of a whole frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 
@@ -112,7 +112,7 @@ def in_view(kernel: Kernel, view: View) -> Kernel:
     return run
 
 
-def all_in_view(run: Callable[..., list[Tensor]], view: View) -> Callable[..., list[Tensor]]:
+def all_in_view(run: Callable[..., Sequence[Tensor]], view: View) -> Callable[..., Sequence[Tensor]]:
     """The same of a function of several images with several results."""
     if view is View.SAME:
         return run

@@ -11,7 +11,7 @@ from support.problems import problem_of
 from support.tolerances import assert_as_good_as_stock
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused.backends import Activation, ConvParameters, Epilogue, get
+from resnet_fused.backends import NO_PARAMETERS, Activation, ConvParameters, Epilogue, get
 from resnet_fused.backends.binding import join
 from resnet_fused.backends.cpu.chain import Chain, ChainKernel
 from resnet_fused.backends.cpu.packing import padded_bias
@@ -43,7 +43,7 @@ class Recorded:
         packed = torch.ops.resnet_fused_cpu.pack(weight.contiguous(memory_format=torch.channels_last), kernel == 3)
         geometry = [kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1]
         plan = BY_TILES if kernel == 3 else []
-        result = self.chain.conv(x, residual, packed, padded_bias(bias), 32, 1, geometry, RELU, plan)
+        result = self.chain.conv(x, residual, packed, padded_bias(bias), 32, 1, geometry, RELU, NO_PARAMETERS, plan)
         self.steps.append((x, residual, weight, bias))
         return result
 

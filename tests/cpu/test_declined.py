@@ -14,7 +14,7 @@ from support.tolerances import FLOOR
 from torch import Tensor
 
 import resnet_fused as rf
-from resnet_fused.backends import Activation, Conv, ConvParameters, Declined, Epilogue, get
+from resnet_fused.backends import NO_PARAMETERS, Activation, Conv, ConvParameters, Declined, Epilogue, get
 from resnet_fused.backends.accuracy import ProblemCheck
 from resnet_fused.backends.cpu import plan as cpu_plan
 from resnet_fused.backends.cpu.chain import Chain, ChainKernel
@@ -263,7 +263,7 @@ def test_what_comes_after_in_a_chain_is_not_run_and_memory_goes_back(isa: str):
 
     def record(chain: Chain, x: int, residual: int | None) -> int:
         for _ in range(3):
-            x = chain.conv(x, None, weights, bias, 64, 1, [3, 3, 1, 1, 1, 1, 1, 1], RELU, [4, 14, 8, 64, 0])
+            x = chain.conv(x, None, weights, bias, 64, 1, [3, 3, 1, 1, 1, 1, 1, 1], RELU, NO_PARAMETERS, [4, 14, 8, 64, 0])
         return x
 
     conv = Conv(64, 64, (3, 3), padding=(1, 1))

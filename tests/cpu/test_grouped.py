@@ -8,7 +8,7 @@ from support.cpu_layers import Layer
 from support.problems import problem_of
 from support.tolerances import assert_as_good_as_stock
 
-from resnet_fused.backends import Activation, Conv, ConvParameters, Epilogue, get
+from resnet_fused.backends import NO_PARAMETERS, Activation, Conv, ConvParameters, Epilogue, get
 from resnet_fused.backends.cpu.chain import Chain
 from resnet_fused.backends.cpu.packing import padded_bias
 
@@ -140,7 +140,7 @@ def test_wrong_arguments_are_named(count: int, geometry: list[int], plan: list[i
     packed = torch.ops.resnet_fused_cpu.pack_grouped(weight, 4)
     chain = Chain([(1, 16, 8, 8)], torch.float32)
     with pytest.raises(ValueError, match=message):
-        chain.conv(0, None, packed, padded_bias(torch.zeros(16)), 16, count, geometry, RELU, plan)
+        chain.conv(0, None, packed, padded_bias(torch.zeros(16)), 16, count, geometry, RELU, NO_PARAMETERS, plan)
 
 
 def test_a_kernel_of_another_size_is_refused():
@@ -148,7 +148,7 @@ def test_a_kernel_of_another_size_is_refused():
     packed = torch.ops.resnet_fused_cpu.pack_grouped(weight, 4)
     chain = Chain([(1, 16, 8, 8)], torch.float32)
     with pytest.raises(ValueError, match="5 x 5; it must be 3 x 3"):
-        chain.conv(0, None, packed, padded_bias(torch.zeros(16)), 16, 4, [5, 5, 1, 1, 2, 2, 1, 1], RELU, [])
+        chain.conv(0, None, packed, padded_bias(torch.zeros(16)), 16, 4, [5, 5, 1, 1, 2, 2, 1, 1], RELU, NO_PARAMETERS, [])
     with pytest.raises(ValueError, match="groups is 3; it must divide"):
         torch.ops.resnet_fused_cpu.pack_grouped(weight, 3)
     with pytest.raises(ValueError, match="weight is empty"):

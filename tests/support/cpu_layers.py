@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import Activation, Epilogue
+from resnet_fused.backends import NO_PARAMETERS, Activation, Epilogue
 from resnet_fused.backends.cpu.chain import Chain
 from resnet_fused.backends.cpu.packing import padded_bias
 
@@ -70,7 +70,7 @@ class Layer:
         residual = None if self.added is None else 1
         bias = padded_bias(self.bias)
         epilogue = Epilogue(activation=Activation.RELU if self.relu else Activation.NONE)
-        result = chain.conv(0, residual, packed, bias, self.out, self.groups, geometry, epilogue, plan)
+        result = chain.conv(0, residual, packed, bias, self.out, self.groups, geometry, epilogue, NO_PARAMETERS, plan)
         return run(chain, result, *inputs)
 
 
@@ -114,4 +114,4 @@ class Block:
         packed = [ops.pack(w, w.shape[2] == 3) for w in weights]
         biases = [padded_bias(s) for s in self.biases]
         chain = Chain([tuple(self.x.shape)], self.dtype)
-        return run(chain, chain.block(0, packed, biases, self.channels[1:], plan), self.x)
+        return run(chain, chain.block(0, packed, biases, self.channels[1:], [], plan), self.x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from resnet_fused.backends import Backend, library
 from resnet_fused.backends.cpu import plan
@@ -12,6 +13,7 @@ from resnet_fused.backends.cpu.batch_norm import BatchNorm
 from resnet_fused.backends.cpu.block import WholeBlock
 from resnet_fused.backends.cpu.convolution import Direct, Winograd
 from resnet_fused.backends.cpu.elementwise import OnePass
+from resnet_fused.backends.cpu.frozen import checked_input, register_fakes
 from resnet_fused.backends.cpu.grouped import Depthwise, Grouped
 from resnet_fused.backends.cpu.head import AveragePool, Classifier
 from resnet_fused.backends.cpu.stem import Stem
@@ -27,6 +29,7 @@ class CPU(Backend):
     """Compiled kernels of csrc/cpu for CPU tensors."""
 
     name = "cpu"
+    freezes = True
     # Stock's GELU by the error function is NaN at infinity in float32 with AVX-512, and infinity in float64.
     activations = tuple(function for function in Activation if function is not Activation.GELU)
     implementations = (
@@ -43,6 +46,9 @@ class CPU(Backend):
         TrainingConvolution(),
     )
 
+    def frozen_input(self, x: Tensor, example: Tensor) -> Tensor:
+        return checked_input(x, example)
+
     def details(self) -> str:
         ops = torch.ops.resnet_fused_cpu
         built = ", ".join(_INSTRUCTION_SETS[number] for number in ops.instruction_sets())
@@ -55,6 +61,8 @@ class CPU(Backend):
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
         reason = library.load(_LIBRARY)
+        if reason is None:
+            register_fakes()
         if reason is None and torch.ops.resnet_fused_cpu.isa() == _SCALAR:
             return "this CPU has neither AVX-512 nor AVX2 with FMA; use the backend 'onednn'"
         return reason

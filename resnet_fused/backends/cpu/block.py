@@ -43,12 +43,14 @@ class WholeBlock(Implementation):
         plans = plan.block_plans(problem)
         numbers = plans.get(plan_name or "") or next(iter(plans.values()))
         # By part, so that a block composed of its layers finds what was packed. The kernel takes the shortcut last.
-        every = [packed(parameters.part(i), conv, winograd=not conv.pointwise) for i, conv in enumerate(problem.convs)]
-        every = every if block.shortcut is None else [*every[1:], every[0]]
+        parts = [parameters.part(i) for i in range(len(problem.convs))]
+        every = [packed(part, conv, winograd=not conv.pointwise) for part, conv in zip(parts, problem.convs, strict=True)]
+        if block.shortcut is not None:
+            every, parts = [*every[1:], every[0]], [*parts[1:], parts[0]]
         weights, biases = [weight for weight, _ in every], [bias for _, bias in every]
         channels = [conv.out_channels for conv in block.main]
 
         def record(chain: Chain, x: int, residual: int | None) -> int:
-            return chain.block(x, weights, biases, channels, numbers)
+            return chain.block(x, weights, biases, channels, parts, numbers)
 
         return in_its_format(ChainKernel(problem, record), problem)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import Declined, Epilogue, JoinableKernel, Problem
+from resnet_fused.backends import ConvParameters, Declined, Epilogue, JoinableKernel, Problem
+from resnet_fused.backends.cpu.frozen import FrozenSteps
+from resnet_fused.backends.freezing import freezing
 from resnet_fused.backends.problem import FIRST_RESULT, RESIDUAL, Shape
 
 
@@ -41,6 +43,7 @@ class Chain:
         groups: int,
         geometry: list[int],
         epilogue: Epilogue,
+        parameters: ConvParameters,
         plan: list[int],
     ) -> int:
         """Adds y = act(conv2d(x, weights) + bias + residual).
@@ -51,18 +54,28 @@ class Chain:
             groups: of the convolution. The weights of more than one are packed by `pack_grouped`.
             geometry: kernel, stride, padding and dilation, two each.
             epilogue: its function is applied.
+            parameters: what weights and bias were packed of, which a frozen form needs.
             plan: a WinogradPlan's numbers, or empty for the direct sum.
         """
         function = epilogue.activation.value, epilogue.slope
         return self._library.chain_conv(self.id, x, residual, weights, bias, out_channels, groups, geometry, *function, plan)
 
-    def block(self, x: int, weights: list[Tensor], biases: list[Tensor], channels: list[int], plan: list[int]) -> int:
+    def block(
+        self,
+        x: int,
+        weights: list[Tensor],
+        biases: list[Tensor],
+        channels: list[int],
+        parameters: Sequence[ConvParameters],
+        plan: list[int],
+    ) -> int:
         """Adds y = relu(layers(x) + shortcut(x)), a residual block as a whole.
 
         Args:
             x: a value.
             weights, biases: packed weights and padded biases of the layers, and of a projection shortcut.
             channels: of each layer's result.
+            parameters: what weights and biases were packed of, which a frozen form needs.
             plan: a BlockPlan's numbers.
         """
         return self._library.chain_block(self.id, x, weights, biases, channels, plan)
@@ -103,18 +116,21 @@ class ChainRun:
     Args:
         shapes: of the inputs.
         dtype: of all activations.
-        record: record(chain, *inputs) adds the steps and gives the numbers of the results.
+        record: record(chain, *inputs) adds the steps and gives the numbers of the results. Frozen, it is given `FrozenSteps`
+            and tensors, and gives tensors.
 
     Raises:
         Declined: an input, or a result in between, holds values that Winograd can't be trusted with (csrc/cpu/uneven.h).
     """
 
-    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, record: Callable[..., Sequence[int]]) -> None:
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, record: Callable[..., Sequence[Any]]) -> None:
         self.shapes, self.dtype, self.record = shapes, dtype, record
         self.chain: Chain | None = None
         self._run = torch.ops.resnet_fused_cpu.run_chain.default
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        if freezing():
+            return self.record(FrozenSteps(), *(x.contiguous(memory_format=torch.channels_last) for x in inputs))
         chain = self.chain
         if chain is None:
             chain = Chain(self.shapes, self.dtype)
@@ -147,12 +163,12 @@ class ChainKernel(JoinableKernel):
     def _set(self, shapes: Sequence[Shape], has_residual: bool, dtype: torch.dtype, record: Record) -> None:
         self.dtype, self.record, self.has_residual = dtype, record, has_residual
         self.shapes = [shape for i, shape in enumerate(shapes) if i != RESIDUAL or has_residual]
-        self.run = ChainRun(self.shapes, dtype, lambda chain, *inputs: [self.add_to(chain, inputs)])
+        # Not by way of `self`: in a cycle, what the record holds would outlive its model until a garbage collection.
+        self.run = ChainRun(self.shapes, dtype, lambda chain, *inputs: [_record(record, has_residual, chain, inputs)])
 
     def add_to(self, chain: Chain, inputs: Sequence[int]) -> int:
         """Adds its steps to a chain: `inputs` are those that it has. Gives the number of its result."""
-        x, *others = inputs
-        return self.record(chain, x, *others) if self.has_residual else self.record(chain, x, None, *others)
+        return _record(self.record, self.has_residual, chain, inputs)
 
     def __call__(self, x: Tensor, residual: Tensor | None, *more: Tensor) -> Tensor:
         given = (x, *more) if residual is None else (x, residual, *more)
@@ -174,12 +190,17 @@ class ChainKernel(JoinableKernel):
     @classmethod
     def run_of(
         cls, kernels: Sequence[Any], reads: Sequence[tuple[int, ...]], inputs: int, results: Sequence[int]
-    ) -> Callable[..., list[Tensor]]:
+    ) -> Callable[..., Sequence[Tensor]]:
         def record(chain: Chain, *given: int) -> list[int]:
             values = _add(chain, kernels, reads, [*given])
             return [values[number] for number in results]
 
         return ChainRun(_input_shapes(kernels, reads, inputs), kernels[0].dtype, record)
+
+
+def _record(record: Record, has_residual: bool, chain: Chain, inputs: Sequence[int]) -> int:
+    x, *others = inputs
+    return record(chain, x, *others) if has_residual else record(chain, x, None, *others)
 
 
 def _add(chain: Chain, kernels: Sequence[ChainKernel], reads: Sequence[tuple[int, ...]], values: list[Any]) -> list[int]:

@@ -76,7 +76,7 @@ def _kernel(problem: Problem, parameters: ConvParameters, numbers: list[int]) ->
 
     def record(chain: Chain, x: int, residual: int | None) -> int:
         return chain.conv(
-            x, residual if epilogue.residual else None, weight, bias, out_channels, 1, geometry, epilogue, numbers
+            x, residual if epilogue.residual else None, weight, bias, out_channels, 1, geometry, epilogue, parameters, numbers
         )
 
     return in_its_format(ChainKernel(problem, record), problem)

@@ -34,7 +34,7 @@ class _Groups(Implementation):
 
         def record(chain: Chain, x: int, residual: int | None) -> int:
             added = residual if epilogue.residual else None
-            return chain.conv(x, added, weight, bias, out_channels, groups, geometry, epilogue, [])
+            return chain.conv(x, added, weight, bias, out_channels, groups, geometry, epilogue, parameters, [])
 
         return in_its_format(ChainKernel(problem, record), problem)
 

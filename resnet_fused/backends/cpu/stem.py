@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Declined, Implementation, Kernel, Pool
+from resnet_fused.backends.cpu.frozen import FrozenSteps
 from resnet_fused.backends.cpu.packing import padded_bias
+from resnet_fused.backends.freezing import freezing
 from resnet_fused.backends.implementation import in_its_format
 from resnet_fused.backends.problem import Conv, Kind, Problem
 
@@ -40,6 +42,8 @@ class Stem(Implementation):
         run = torch.ops.resnet_fused_cpu.stem.default
 
         def kernel(x: Tensor, residual: Tensor | None) -> Tensor:
+            if freezing():
+                return FrozenSteps().stem(x, weights, bias, out_channels, epilogue, parameters)
             y = run(x, weights, bias, out_channels, *how)
             if y is None:
                 raise Declined

@@ -110,6 +110,7 @@ class Reference(Backend):
     """Stock PyTorch ops on folded weights."""
 
     name = "reference"
+    freezes = True
     activations = tuple(Activation)
     implementations = (StockOps(), StockTrainingConv(), BatchNorm())
 
