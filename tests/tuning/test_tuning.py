@@ -215,11 +215,11 @@ def test_records_of_a_cpu_of_the_same_name_are_others(monkeypatch):
     own = tuning_cache.processor()
     changes = (
         {},
-        {"family": 25},
-        {"model": 1},
-        {"stepping": "9"},
-        {"cores": 64},
-        {"caches": "L1d 32K"},
+        {"family": own.family + 1},
+        {"model": own.model + 1},
+        {"stepping": f"{own.stepping}9"},
+        {"cores": own.cores + 1},
+        {"caches": f"{own.caches}, L9 1M"},
         {"instruction_sets": ()},
     )
     for change in changes:
