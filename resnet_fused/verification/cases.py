@@ -81,6 +81,7 @@ ENTRIES = (
     Entry("odd channels", (2, 5, 13, 11), _one(_3x3(5, 23))),
     Entry("dilated", (1, 24, 20, 18), _one(Conv(24, 48, (3, 3), (1, 1), (2, 2), (2, 2)))),
     Entry("grouped", (2, 64, 14, 14), _one(Conv(64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 32))),
+    Entry("grouped, NaN and Inf", (2, 64, 14, 14), _one(Conv(64, 64, (3, 3), (1, 1), (1, 1), (1, 1), 8)), special=True),
     Entry("depthwise", (2, 48, 15, 14), _one(Conv(48, 48, (3, 3), (1, 1), (1, 1), (1, 1), 48))),
     Entry("depthwise, strided", (2, 40, 15, 14), _one(Conv(40, 40, (5, 5), (2, 2), (2, 2), (1, 1), 40), _RELU)),
     Entry("large image", (1, 64, 112, 112), _one(_3x3(64, 64))),

@@ -50,6 +50,28 @@ class Depthwise(Implementation):
         return prepare.convolution(problem, parameters, plan, prepare.Depthwise)
 
 
+class Grouped(Implementation):
+    """Several groups as one block of a matrix unit's size; conv2d_grouped.py."""
+
+    name = "grouped"
+    kinds = frozenset({Kind.CONVOLUTION})
+
+    def why_not(self, problem: Problem) -> str | None:
+        from resnet_fused.backends.triton import prepare
+
+        return _why_not_whole(problem) or prepare.why_not_grouped(problem)
+
+    def plans(self, problem: Problem) -> list[str]:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.grouped_plans(problem)
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.convolution(problem, parameters, plan, prepare.Grouped)
+
+
 class Convolution(Implementation):
     """Implicit GEMM, grouped too; conv2d.py, conv2d_pairs.py, and the tiles of configs.py."""
 
@@ -107,7 +129,7 @@ class Triton(Backend):
 
     name = "triton"
     activations = tuple(Activation)
-    implementations = (Depthwise(), Convolution(), AddReLU(), BatchNorm())
+    implementations = (Depthwise(), Grouped(), Convolution(), AddReLU(), BatchNorm())
     asks_for_gpu = True
     ready = False
 

@@ -12,7 +12,7 @@ from resnet_fused import config
 from resnet_fused.backends import Conv, ConvParameters, Kernel
 from resnet_fused.backends.problem import Pointwise, Problem
 from resnet_fused.backends.tf32 import to_tf32
-from resnet_fused.backends.triton import configs, conv2d, conv2d_depthwise, conv2d_pairs, elementwise
+from resnet_fused.backends.triton import configs, conv2d, conv2d_depthwise, conv2d_grouped, conv2d_pairs, elementwise
 from resnet_fused.backends.triton.launch import aligned, on
 
 
@@ -22,8 +22,18 @@ def plans(problem: Problem) -> list[str]:
 
 
 def depthwise_plans(problem: Problem) -> list[str]:
-    """The same of the depthwise kernel."""
+    """Those of the depthwise kernel."""
     return [strip.name for strip in conv2d_depthwise.plans(problem, configs.Chip.of(problem.device))]
+
+
+def why_not_grouped(problem: Problem) -> str | None:
+    """Why the kernel for groups can't serve a convolution now; None if it can."""
+    return conv2d_grouped.why_not(problem, configs.Chip.of(problem.device), problem.tf32_allowed())
+
+
+def grouped_plans(problem: Problem) -> list[str]:
+    """Those of the kernel for groups."""
+    return [tile.name for tile in conv2d_grouped.plans(problem, configs.Chip.of(problem.device))]
 
 
 def module_of(plan: configs.Plan) -> ModuleType:
@@ -131,6 +141,27 @@ class Depthwise(Conv2d):
         strip = next((strip for strip in strips if strip.name == self.plan), strips[0])
         weight = self.parameters.pack(("triton", "depthwise"), lambda: conv2d_depthwise.pack(self.parameters.weights[0]))
         return conv2d_depthwise.launch(problem, strip).bind(), weight
+
+
+class Grouped(ImplicitGemm):
+    """By conv2d_grouped.py, and as the class above where TF32 was allowed when this was made, and isn't now."""
+
+    def bind(self, tf32: bool) -> tuple[Callable[..., None], Tensor]:
+        problem, conv = self.problem, self.problem.conv
+        chip = configs.Chip.of(problem.device)
+        if conv2d_grouped.why_not(problem, chip, tf32) is not None:
+            return super().bind(tf32)
+        tiles = conv2d_grouped.plans(problem, chip)
+        tile = next((tile for tile in tiles if tile.name == self.plan), tiles[0])
+        rounds = tf32 and not config.triton_interpreted()
+        precision = chip.precision(rounds)
+
+        def pack() -> Tensor:
+            packed = conv2d_grouped.pack(self.parameters.weights[0], conv, tile)
+            return to_tf32(packed) if precision == "tf32" else packed
+
+        weight = self.parameters.pack(("triton", "grouped", tile.merged, precision), pack)
+        return conv2d_grouped.launch(problem, tile, chip, rounds).bind(), weight
 
 
 class Elementwise(_Prepared):
