@@ -128,12 +128,14 @@ def conv2d_grouped_fwd_kernel(
     GROUP_C: tl.constexpr = C // MERGED
     GROUP_K: tl.constexpr = K // MERGED
     REGISTERS: tl.constexpr = WGMMA and PRECISION == "tf32"
-    if WIDE:
-        N = N.to(tl.int64)
-    M = N * OH * OW
     # Bundles first, so that programs that run at the same time read neighbouring sectors of the same pixels.
     bundle = tl.program_id(0) % BUNDLES
-    m = tl.program_id(0) // BUNDLES * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0) // BUNDLES
+    if WIDE:
+        N = N.to(tl.int64)
+        tile = tile.to(tl.int64)
+    M = N * OH * OW
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
 
@@ -219,7 +221,9 @@ def plans(problem: Problem, chip: Chip) -> list[Tile]:
         by_rows = conv.kernel[1] > 1 and conv.kernel[1] * merged * c <= _MOST_LANES_OF_A_ROW
         lanes = merged * c * (conv.kernel[1] if by_rows else 1)
         block_n, block_k = (max(16, triton.next_power_of_2(width)) for width in (merged * k, lanes))
-        found += [Tile(m, merged, block_n, block_k, by_rows) for m in (128, 64)]
+        # Offsets of 64 bits take two registers each, which 64 sums a thread leave too few of.
+        sizes = (64,) if configs.wide(problem) and block_n > 32 else (128, 64)
+        found += [Tile(m, merged, block_n, block_k, by_rows) for m in sizes]
     found = [tile for tile in found if tile.shared_bytes(chip, problem.types.source.itemsize) <= chip.shared_limit]
     found.sort(key=lambda tile: _cost(tile, problem, chip))
     return [tile for tile in found if _cost(tile, problem, chip) <= _HOPELESS * _cost(found[0], problem, chip)]

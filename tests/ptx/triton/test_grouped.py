@@ -32,7 +32,7 @@ COMPILED = [
     *((arch, c, tile, F16, False) for arch in (80, 90) for c in TILES for tile in TILES[c]),
     *((arch, 4, TILES[4][1], F16, False) for arch in (86, 89, 100, 120, "gfx942")),
     *((arch, c, TILES[c][-1], F32, False) for arch in (80, 90) for c in (4, 64)),
-    *((arch, 4, TILES[4][1], F16, True) for arch in (80, 90)),
+    *((arch, 4, tile, F16, True) for arch in (80, 90) for tile in TILES[4]),
 ]
 
 
@@ -81,6 +81,15 @@ def test_there_are_tiles_for_everything_and_all_fit_the_chip(arch: Arch) -> None
         assert tiles
         assert len({tile.name for tile in tiles}) == len(tiles)
         assert all(tile.shared_bytes(chip, dtype.itemsize) <= chip.shared_limit for tile in tiles)
+
+
+def test_offsets_have_64_bits_where_a_tensor_needs_them() -> None:
+    few, many = (grouped(4, 16, 32, images) for images in (2**15 - 1, 2**15))
+    tile = TILES[4][0]
+    for posed, bits in ((few, "32"), (many, "64")):
+        code = conv2d_grouped.launch(posed, tile, CHIPS[80], False).compile(target(80)).asm["ttir"]
+        shape = f"{tile.m}x{tile.n}"  # of the residual and the result
+        assert set(re.findall(rf"tt\.addptr .*tensor<{shape}x!tt\.ptr<f16>>, tensor<{shape}xi(\d+)>", code)) == {bits}
 
 
 def test_larger_tiles_where_there_is_enough_work() -> None:
