@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,7 @@ def _blocks(fused: nn.Module) -> list[str]:
         for group in built.groups.values() if built is not None else ():
             names = [match.name.split(".") for match in group.convolutions]
             if len(names) > 1:
-                common = [part for part, *others in zip(*names, strict=False) if others == [part] * len(others)]
+                common = os.path.commonprefix(names)  # of lists, part by part
                 found.append(join(path, ".".join(common)))
     return [path for path in dict.fromkeys(found) if path]
 

@@ -96,16 +96,21 @@ def instructions(ptx: str) -> list[str]:
     return [line.strip().rstrip(";") for line in ptx.splitlines() if re.match(r"\s+(@!?%p\d+\s+)?[a-z][\w.:]+[\s;]", line)]
 
 
-def main_loop(ptx: str) -> list[str]:
-    """The instructions of the innermost loop with a matrix instruction (or the most fma, where there is none)."""
+def loops(ptx: str) -> list[list[str]]:
+    """The instructions of each loop."""
     lines = ptx.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\$L\w+:", line)}
-    loops = []
+    found = []
     for i, line in enumerate(lines):
         jump = re.search(r"bra(?:\.uni)?\s+(\$L\w+)", line)
         if jump and labels.get(jump[1], i) < i:
-            loops.append(instructions("\n".join(lines[labels[jump[1]] : i + 1])))
-    return max(loops, key=lambda loop: sum(("mma" in x or "fma" in x) for x in loop) / len(loop) if loop else 0)
+            found.append(instructions("\n".join(lines[labels[jump[1]] : i + 1])))
+    return found
+
+
+def main_loop(ptx: str) -> list[str]:
+    """The instructions of the innermost loop with a matrix instruction (or the most fma, where there is none)."""
+    return max(loops(ptx), key=lambda loop: sum(("mma" in x or "fma" in x) for x in loop) / len(loop) if loop else 0)
 
 
 def opcodes(code: list[str]) -> collections.Counter[str]:

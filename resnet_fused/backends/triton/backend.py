@@ -23,6 +23,55 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ADD_RELU = Epilogue(residual=True, activation=Activation.RELU)
 
 
+def _why_not_whole(problem: Problem) -> str | None:
+    served = problem.epilogue.pool is None and problem.epilogue.bias
+    return None if served else f"it has no kernel for {problem.label} as a whole"
+
+
+class Depthwise(Implementation):
+    """A channel at a time, without matrix units; conv2d_depthwise.py."""
+
+    name = "depthwise"
+    kinds = frozenset({Kind.CONVOLUTION})
+
+    def why_not(self, problem: Problem) -> str | None:
+        from resnet_fused.backends.triton import conv2d_depthwise
+
+        return _why_not_whole(problem) or conv2d_depthwise.why_not(problem)
+
+    def plans(self, problem: Problem) -> list[str]:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.depthwise_plans(problem)
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.convolution(problem, parameters, plan, prepare.Depthwise)
+
+
+class Grouped(Implementation):
+    """Several groups as one block of a matrix unit's size; conv2d_grouped.py."""
+
+    name = "grouped"
+    kinds = frozenset({Kind.CONVOLUTION})
+
+    def why_not(self, problem: Problem) -> str | None:
+        from resnet_fused.backends.triton import prepare
+
+        return _why_not_whole(problem) or prepare.why_not_grouped(problem)
+
+    def plans(self, problem: Problem) -> list[str]:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.grouped_plans(problem)
+
+    def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
+        from resnet_fused.backends.triton import prepare
+
+        return prepare.convolution(problem, parameters, plan, prepare.Grouped)
+
+
 class Convolution(Implementation):
     """Implicit GEMM, grouped too; conv2d.py, conv2d_pairs.py, and the tiles of configs.py."""
 
@@ -30,8 +79,7 @@ class Convolution(Implementation):
     kinds = frozenset({Kind.CONVOLUTION})
 
     def why_not(self, problem: Problem) -> str | None:
-        served = problem.epilogue.pool is None and problem.epilogue.bias
-        return None if served else f"it has no kernel for {problem.label} as a whole"
+        return _why_not_whole(problem)
 
     def plans(self, problem: Problem) -> list[str]:
         from resnet_fused.backends.triton import prepare
@@ -81,7 +129,7 @@ class Triton(Backend):
 
     name = "triton"
     activations = tuple(Activation)
-    implementations = (Convolution(), AddReLU(), BatchNorm())
+    implementations = (Depthwise(), Grouped(), Convolution(), AddReLU(), BatchNorm())
     asks_for_gpu = True
     ready = False
 

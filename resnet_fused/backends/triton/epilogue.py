@@ -64,6 +64,14 @@ def activate(y, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def activated(acc, dtype: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The function of sums that are complete; dtype is the result's."""
+    if ACTIVATION != "none" and ACTIVATION != "relu":
+        acc = overflow(acc, dtype)
+    return activate(acc, ACTIVATION, SLOPE)
+
+
+@triton.jit
 def finish(
     acc,
     bias_ptr,
@@ -87,7 +95,5 @@ def finish(
     if residual_ptr is not None:
         acc = overflow(acc, dtype)
         acc += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION != "none" and ACTIVATION != "relu":
-        acc = overflow(acc, dtype)
-    acc = activate(acc, ACTIVATION, SLOPE)
+    acc = activated(acc, dtype, ACTIVATION, SLOPE)
     tl.store(y_ptr + offsets, acc.to(dtype), mask=inside)
