@@ -422,6 +422,29 @@ def test_verify_compares_block_by_block(trained):
     assert "FAILED" in str(worse)
 
 
+class Unit(nn.Sequential):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+
+class BlockOfUnits(nn.Module):
+    """Whose layers have names of the same form, as timm's RegNets'."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = Unit(), Unit()
+
+    def forward(self, x):
+        return torch.relu(self.conv2(torch.relu(self.conv1(x))) + x)
+
+
+def test_verify_finds_blocks_of_units(trained):
+    model = trained(nn.Sequential(BlockOfUnits(), BlockOfUnits()))
+    result = rf.verify(model, rf.fuse(model), torch.randn(2, 8, 9, 9))
+    assert [e.layer for e in result.layers] == ["0", "1", "result"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.no_grad()
 def test_an_empty_batch_gives_an_empty_result(trained, dtype):
