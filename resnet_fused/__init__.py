@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from resnet_fused import functional
 from resnet_fused.backends import BackendError, available_backends, use_backend
 from resnet_fused.fusion.fuse import fuse
-from resnet_fused.fusion.installing import unfuse
+from resnet_fused.fusion.installing import fuse_training, unfuse
 from resnet_fused.fusion.report import Report, report
 from resnet_fused.tuning import Tuning, tune
 from resnet_fused.verification.model import Verification, verify
@@ -48,6 +48,7 @@ __all__ = [
     "convert_state_dict",
     "functional",
     "fuse",
+    "fuse_training",
     "report",
     "resnet18",
     "resnet34",

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused as rf
-from resnet_fused.modules import batch_norm as fused_norm
+from resnet_fused.fusion import batch_norm as fused_norm
 
 CL = torch.channels_last
 
