@@ -102,6 +102,7 @@ class Trace:
         arguments: names of forward's arguments that are tensors.
         dims: how many dimensions forward was told that some of them have.
         assumes_batches: whether convolutions were taken to read batches where nothing says so.
+        asked: paths of parameters and buffers whose shape, dtype or device the forward asked for.
         by_size: whether a module is called as a whole that asks for a tensor's size, so that it may be traced for one size.
     """
 
@@ -114,6 +115,7 @@ class Trace:
     arguments: tuple[str, ...] = ()
     dims: dict[str, int] = field(default_factory=dict)
     assumes_batches: bool = False
+    asked: set[str] = field(default_factory=set)
     by_size: bool = False
 
 
@@ -144,6 +146,9 @@ class _OwnArithmetic(TorchFunctionMode):
             func = None
         if name == "requires_grad" and self._tracer.training:
             raise CannotTrace("asks whether a derivative may be asked for")
+        if name in _METADATA:
+            found = (self._tracer.tensors.get(id(leaf)) for leaf in leaves)
+            self._tracer.trace.asked.update(path for path in found if path is not None)
         if name in _METADATA or name in ("_assert", "is_tensor", "is_storage", "compile") or not isinstance(name, str):
             return own(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in leaves):

@@ -21,6 +21,7 @@ from resnet_fused.fusion.batch_norm import FunctionalNorm, conv2d, fused
 from resnet_fused.fusion.building import template
 from resnet_fused.fusion.graph import run_call
 from resnet_fused.fusion.guards import Structure
+from resnet_fused.fusion.layers import get
 from resnet_fused.fusion.nodes import Nodes
 from resnet_fused.fusion.traces import LONGEST_WAIT, PROMPT_TRACES
 from resnet_fused.fusion.tracing import CannotTrace, trace
@@ -113,18 +114,23 @@ class TrainingMatcher(Nodes):
             unseen = written in self.matches and self.next_reader(written) is node
             if node.target in _IN_PLACE_SUMS and node.args[0] is not own and not unseen:
                 continue
-            if any(self.may_write(n) for n, at in self.order.items() if self.order[match.covered[0]] < at < self.order[node]):
+            between = [n for n, at in self.order.items() if self.order[match.covered[0]] < at < self.order[node]]
+            if any(self.may_write(n) or self._reads_tensors_of(n, match) for n in between):
                 continue
             match.covered += [node, following]
             match.residual, match.relu = other, True
             return
+
+    def _reads_tensors_of(self, node: fx.Node, match: NormMatch) -> bool:
+        """Whether a node reads a tensor of a norm's, such as its running statistics."""
+        read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+        return any(path.rpartition(".")[0] == match.name for path in read)
 
 
 class Trained:
     """The training path of one module: made for one trace of it.
 
     Attributes:
-        structure: what it relies on.
         trace: the trace.
         matches: its batch norms.
 
@@ -147,7 +153,17 @@ class Trained:
         self._outputs = template(found.structure, _numbering(matcher))
         called = (node for node in found.graph.nodes if node.op == "call_module" and matcher.called(node) is not None)
         absorbed = [*found.inlined, *(str(node.target) for node in called)]
-        self.structure = Structure(module, found, [*dict.fromkeys(absorbed)])
+        self._structure = Structure(module, found, [*dict.fromkeys(absorbed)])
+        self._kinds = self._kinds_now()
+
+    def holds(self) -> bool:
+        """Whether everything is as it was when the forward was traced."""
+        return self._structure.fault() is None and self._kinds_now() == self._kinds
+
+    def _kinds_now(self) -> list[Any]:
+        """What the forward may have asked of its parameters: model.half() changes it in place."""
+        asked = (get(self._module, path) for path in self.trace.asked)
+        return [(tensor.shape, tensor.dtype, tensor.device) for tensor in asked]
 
     def __call__(self, args: Sequence[Tensor]) -> Any:
         values: list[Any] = [*args, *[None] * (self._count - len(args))]
@@ -173,7 +189,7 @@ class TrainingTraces:
 
     def current(self) -> Trained | None:
         """The path that holds now; None, with `untraceable`, where there is none."""
-        if self._made is not None and self._made.structure.fault() is None:
+        if self._made is not None and self._made.holds():
             return self._made
         self._made = None
         if self._wait > 0:

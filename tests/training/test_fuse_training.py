@@ -200,6 +200,22 @@ class WritesBetween(Small):
         return F.relu(with_norm + y) + self.bn2(z)
 
 
+class ReadsStatistics(Small):
+    """The running statistics are read between a norm and the sum."""
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(x)
+        z = self.bn1(y)
+        mean = self.bn1.running_mean.clone()
+        return self.bn2(F.relu(y + z)) + mean.view(-1, 1, 1)
+
+
+class AsksForDtype(Small):
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(y)).relu() if self.fc.weight.dtype == torch.float32 else y
+
+
 class InPlaceSums(Small):
     def features(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn1(self.conv1(x))
@@ -299,6 +315,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "read-twice": (lambda: small(kind=ReadTwice), {"bn": 2}),
     "shared-norm": (lambda: small(kind=SharedNorm), {"bn": 1, "": 1}),
     "writes-between": (lambda: small(kind=WritesBetween), {"bn": 2}),
+    "reads-statistics": (lambda: small(kind=ReadsStatistics), {"bn": 2}),
     "in-place-sums": (lambda: small(kind=InPlaceSums), {"bn": 2}),
     "many-forms": (lambda: small(kind=ManyForms), {"bn_relu": 1, "bn_add_relu": 1}),
     "dropping": (lambda: small(kind=Dropping), {"bn_relu": 1, "": 1}),
@@ -350,6 +367,14 @@ def test_changes_after_fusing_are_seen():
     assert_step_as_stock(ours, rf.unfuse(copy.deepcopy(ours)), images())
     handle.remove()
     assert_step_as_stock(ours, rf.unfuse(copy.deepcopy(ours)), images())
+
+
+def test_a_branch_by_the_parameters_dtype_is_taken_again():
+    theirs = small(kind=AsksForDtype)
+    ours = rf.fuse_training(theirs)
+    ours(images()), theirs(images())
+    ours.double(), theirs.double()
+    torch.testing.assert_close(ours(images().double()), theirs(images().double()))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "regnety"])
