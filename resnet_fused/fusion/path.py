@@ -238,7 +238,8 @@ class FastPath:
     def _by_training(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result with fused batch norms, as autograd watches it, or `_STOCK`."""
         given = (*args, *kwargs.values())
-        if self.removed or any(not isinstance(x, Tensor) or x.layout is not torch.strided or x.numel() == 0 for x in given):
+        # Empty batches are served too: of processes that share statistics, each must do as the others do.
+        if self.removed or any(not isinstance(x, Tensor) or x.layout is not torch.strided for x in given):
             return _STOCK
         if not self.module.training and not any(map(_requires_grad, (*given, *self.module.parameters()))):
             return _STOCK  # which is inference
