@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused.modules.batch_norm import bn_relu
+from resnet_fused.fusion.batch_norm import bn_relu
 
 CHANNELS_LAST = torch.channels_last
 

@@ -14,7 +14,7 @@ from resnet_fused import functional
 from resnet_fused.backends import BackendError, available_backends, use_backend
 from resnet_fused.fusion.freeze import freeze
 from resnet_fused.fusion.fuse import fuse
-from resnet_fused.fusion.installing import unfuse
+from resnet_fused.fusion.installing import fuse_training, unfuse
 from resnet_fused.fusion.report import Report, report
 from resnet_fused.tuning import Tuning, tune
 from resnet_fused.verification.model import Verification, verify
@@ -50,6 +50,7 @@ __all__ = [
     "freeze",
     "functional",
     "fuse",
+    "fuse_training",
     "report",
     "resnet18",
     "resnet34",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.modules.batch_norm import bn_relu
+from resnet_fused.fusion.batch_norm import bn_relu
 from resnet_fused.modules.blocks import Block
 from resnet_fused.modules.drop_ins import BasicBlock, Bottleneck
 from resnet_fused.runtime.folding import hooks_of

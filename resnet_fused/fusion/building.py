@@ -120,7 +120,7 @@ class _Builder:
                         if parameter is not None:
                             self._parameter(f"{node.target}.{name}")
         plain = {number: self._plain(group) for number, group in made.items()}
-        outputs = self._template(self.trace.structure)
+        outputs = template(self.trace.structure, self._number)
         program = Program(len(inputs), tuple(items), outputs, plain, self.trace.assumes_batches)
         names = [*dict.fromkeys([*self.trace.inlined, *absorbed])]
         derived = {name: tensor for name, tensor in matcher.tensors.derived.items() if name in self.parameters}
@@ -204,7 +204,7 @@ class _Builder:
 
     def _call(self, node: fx.Node, number: Callable[[fx.Node], int]) -> Call:
         """A node as a call on values, of which `number` gives the numbers."""
-        args, kwargs = _template(tuple(node.args), number), _template(dict(node.kwargs), number)
+        args, kwargs = template(tuple(node.args), number), template(dict(node.kwargs), number)
         reads = tuple(dict.fromkeys(number(source) for source in node.all_input_nodes))
         transparent, elementwise = self._is_transparent(node), self._is_elementwise(node)
         pure, writes = self._is_pure(node), self.matcher.may_write(node)
@@ -235,27 +235,24 @@ class _Builder:
             return called is not None and is_layer(called) and not called.training
         return is_repeatable(node)
 
-    def _template(self, value: Any) -> Any:
-        return _template(value, self._number)
 
-
-def _template(value: Any, number: Callable[[fx.Node], int]) -> Any:
+def template(value: Any, number: Callable[[fx.Node], int]) -> Any:
     """A structure of nodes as one of values."""
     if isinstance(value, fx.Node):
         return Value(number(value))
     if isinstance(value, tuple) and type(value) is not torch.Size:
-        items = [_template(item, number) for item in value]
+        items = [template(item, number) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
-        return [_template(item, number) for item in value]
+        return [template(item, number) for item in value]
     if isinstance(value, dict):
         kind = dict if type(value).__module__.startswith("torch.fx") else type(value)
-        return kind((key, _template(item, number)) for key, item in value.items())
+        return kind((key, template(item, number)) for key, item in value.items())
     if isinstance(value, slice):
-        return slice(*(_template(part, number) for part in (value.start, value.stop, value.step)))
+        return slice(*(template(part, number) for part in (value.start, value.stop, value.step)))
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         for name, item in vars(value).items():
-            object.__setattr__(value, name, _template(item, number))
+            object.__setattr__(value, name, template(item, number))
     return value
 
 

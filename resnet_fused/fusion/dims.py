@@ -12,9 +12,10 @@ from resnet_fused.runtime.folding import CONVOLUTIONS, is_norm
 _ELEMENTWISE = ("relu", "relu_", "silu", "hardswish", "sigmoid", "gelu", "tanh", "clamp", "add", "iadd", "mul", "imul", "sub")
 _KEEPING = (
     *_ELEMENTWISE,
-    "batch_norm",
+    *("batch_norm", "bernoulli_", "div_"),
     *(f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_avg") for dims in (1, 2, 3)),
 )
+_NEW = ("new_empty", "new_zeros", "new_ones", "new_full")
 _CONCATENATIONS = ("cat", "concat", "concatenate")
 _CONVOLUTIONS = {"conv1d": 3, "conv2d": 4, "conv3d": 5}
 _KEEPING_FILES = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.pooling")
@@ -67,6 +68,10 @@ class Dims:
             return taken or (self.of(sources[0]) if keeps and not isinstance(called, nn.MultiheadAttention) else None)
         if name in _CONVOLUTIONS:
             return self._of_convolution(sources[0], _CONVOLUTIONS[name])
+        if name in _NEW and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
+            return len(node.args[1])
+        if name in ("mean", "sum") and node.kwargs.get("keepdim") is True:
+            return self.of(sources[0])
         # A sum or product has the dimensions of the operand that has the most of them.
         dims = [self.of(operand) for operand in (sources if name in _ELEMENTWISE else sources[:1])]
         known = [d for d in dims if d is not None]

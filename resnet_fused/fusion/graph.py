@@ -103,7 +103,7 @@ class GraphProgram:
                 for number, result in zip(item.outputs, results):  # noqa: B905 — Dynamo knows no strict zip of old
                     values[number] = result
             else:
-                values[item.output] = _run_call(item.call, module, values)
+                values[item.output] = run_call(item.call, module, values)
         return fill(self.outputs, values.__getitem__)
 
 
@@ -179,7 +179,8 @@ def _get(module: nn.Module, path: str) -> Tensor:
     return getattr(module, name)
 
 
-def _run_call(call: Call, module: nn.Module, values: dict[int, Any]) -> Any:
+def run_call(call: Call, module: nn.Module, values: dict[int, Any] | list[Any]) -> Any:
+    """Calls what a call says, on values by their numbers."""
     if call.kind == "get_attr":
         return _get(module, call.target)
     args, kwargs = fill(call.args, values.__getitem__), fill(call.kwargs, values.__getitem__)

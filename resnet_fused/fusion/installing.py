@@ -23,15 +23,28 @@ from resnet_fused.runtime.folding import NORMS
 
 
 def install(model: nn.Module, precision: Precision, backend: str, replay: bool = False) -> Fusion:
+    """Puts fast paths for inference into a model. Where it is fused for training, it stays so."""
+    root = path_of(model)
+    return _put(model, Fusion(Settings(precision, backend, replay), training=root is not None and root.fusion.training))
+
+
+def install_training(model: nn.Module) -> Fusion:
+    """Puts fast paths for training into a model. Where it is fused for inference, it stays so."""
+    root = path_of(model)
+    fused = root is not None and root.root and root.fusion.inference
+    return _put(model, Fusion(root.fusion.settings if root is not None and fused else Settings(), fused, training=True))
+
+
+def _put(model: nn.Module, fusion: Fusion) -> Fusion:
     """Puts fast paths into a model, at the forward of each module with a convolution in it."""
     unfuse(model)
-    fusion = Fusion(Settings(precision, backend, replay))
     for module in model.modules():
         if module is model or _may_have_path(module):
             FastPath(module, fusion, module is model).install()
             install_hook(module)
-    with torch.no_grad():
-        fusion.rows = rows_of(model)
+    if fusion.inference:
+        with torch.no_grad():
+            fusion.rows = rows_of(model)
     return fusion
 
 
@@ -83,13 +96,7 @@ def install_checked(
     # Outside of inference mode, so that copied parameters count their changes.
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
-            try:
-                model = copy_of(model)
-            except Exception as error:
-                raise TypeError(
-                    f"model can't be copied ({error}), since something in it can't; pass inplace=True, which changes the model "
-                    "itself, and rf.unfuse(model) to undo it."
-                ) from error
+            model = _copied(model)
         install(model, PRECISIONS[precision], backend, replay)
     if example_inputs is not None:
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -104,6 +111,47 @@ def install_checked(
     return model, True
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy_of(model)
+    except Exception as error:
+        raise TypeError(
+            f"model can't be copied ({error}), since something in it can't; pass inplace=True, which changes the model "
+            "itself, and rf.unfuse(model) to undo it."
+        ) from error
+
+
+def fuse_training(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Returns the model with fused batch norms for training: each with the residual sum and the ReLU after it in one op.
+
+    The model stays what it is: its class, modules, parameters, hooks and state dict are the original's, and so are loss,
+    gradients, running statistics and random numbers, within rounding. Batch norms (nn.BatchNorm2d, nn.SyncBatchNorm, and
+    modules such as timm's BatchNormAct2d whose forward calls F.batch_norm) become the ops of `rf.BasicBlock` and
+    `rf.Bottleneck`, forward and backward, and convolutions run by this library's kernels where they are the faster. That is so
+    in training mode, and in eval mode where a derivative may be asked for, wherever a module's forward can be traced; all else
+    runs as the model calls it. Optimizers, autocast, DistributedDataParallel, checkpointing and gradient accumulation work as
+    ever; torch.compile, torch.func and forward-mode differentiation get the model's own forward.
+
+    A model may be fused for inference too, by `rf.fuse`, before or after. `rf.report` says how many norms are fused and why
+    not more; `rf.unfuse` takes everything out.
+
+    Args:
+        model: any module.
+        inplace: put the fast paths into `model` itself, instead of a copy. A copy has parameters of its own: make its
+            optimizer afterwards.
+
+    Raises:
+        TypeError: `model` is no nn.Module, or can't be copied.
+        ValueError: a parameter of the model has no shape yet.
+    """
+    _check_model(model)
+    with torch.inference_mode(False):
+        if not inplace:
+            model = _copied(model)
+        install_training(model)
+    return model
+
+
 def release_packed(model: nn.Module, example_inputs: Any) -> None:
     """Gives back the weights that kernels for inputs such as the example packed."""
     path = path_of(model)
@@ -113,7 +161,14 @@ def release_packed(model: nn.Module, example_inputs: Any) -> None:
     path.release()
 
 
-def _check(model: object, precision: str, backend: str) -> None:
+def _check(model: nn.Module, precision: str, backend: str) -> None:
+    _check_model(model)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be 'fast' or 'direct'.")
+    check_available(backend, "backend")
+
+
+def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model is {type(model).__name__}; it must be a torch.nn.Module. Pass the model itself, not its output."
@@ -127,9 +182,6 @@ def _check(model: object, precision: str, backend: str) -> None:
             raise ValueError(
                 f"model has the parameter {name!r} of a lazy module, which has no shape yet. Call the model once, then fuse it."
             )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be 'fast' or 'direct'.")
-    check_available(backend, "backend")
 
 
 def _warn_of_training(model: nn.Module) -> None:

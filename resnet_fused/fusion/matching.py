@@ -7,24 +7,20 @@ from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from resnet_fused.backends import Activation, Conv, Pool
-from resnet_fused.fusion.activations import activation_called, activation_of
 from resnet_fused.fusion.layers import Tensors, convolution, norm
 from resnet_fused.fusion.matches import ConvMatch, Group, Match
+from resnet_fused.fusion.nodes import Nodes
 from resnet_fused.fusion.passes import match_gate, match_norm
-from resnet_fused.fusion.results import name_of, writes
-from resnet_fused.fusion.tracing import has_hooks, is_layer
+from resnet_fused.fusion.results import writes
 from resnet_fused.runtime.folding import NotFoldable, check_overflow
 from resnet_fused.runtime.views import View, view_of, viewed_pool
 
 _POOLS: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-_PLAIN_LAYERS = "torch.nn.modules"
 
 
-class Matcher:
+class Matcher(Nodes):
     """Finds the groups of one trace.
 
     Args:
@@ -39,9 +35,9 @@ class Matcher:
     """
 
     def __init__(self, module: nn.Module, graph: fx.Graph, alone: frozenset[str] = frozenset()) -> None:
-        self.module, self.graph, self.alone = module, graph, alone
+        super().__init__(module, graph)
+        self.alone = alone
         self.tensors = Tensors(module)
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.reasons: dict[str, str] = {}
         self.matches: list[Match] = []
         self.by_last: dict[fx.Node, Match] = {}
@@ -272,69 +268,3 @@ class Matcher:
         if self.written_between(first, last.last, matches):
             return None
         return Group.of_block(chain, shortcut if projected else None)
-
-    # ---- reading nodes -----------------------------------------------------------------------------------------------
-
-    def called(self, node: fx.Node) -> nn.Module | None:
-        """The layer that a node calls, if it is such a call with one argument, and nobody's hook sees it."""
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
-            return None
-        module = self.module.get_submodule(str(node.target))
-        return None if has_hooks(module) or "forward" in vars(module) else module
-
-    def is_identity(self, node: fx.Node) -> bool:
-        called = self.called(node)
-        if isinstance(called, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
-            return not called.training
-        return type(called) is nn.Identity
-
-    def activation(self, node: fx.Node) -> tuple[Activation, float] | None:
-        """The function of one value that a node applies, and its slope below zero; None if epilogues don't have it."""
-        if node.op == "call_module":
-            return activation_of(self.called(node))
-        return activation_called(node)
-
-    def add_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """Both operands of a plain sum of two nodes, None for any other node."""
-        function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
-        method = node.op == "call_method" and node.target in ("add", "add_", "__add__", "__iadd__")
-        if not (function or method) or len(node.args) != 2 or node.kwargs:
-            return None
-        a, b = node.args
-        return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
-
-    def may_write(self, node: fx.Node) -> bool:
-        """Whether a node may write to its inputs: in-place functions and methods, and modules that aren't known not to."""
-        if node.op == "call_module":
-            called = self.module.get_submodule(str(node.target))
-            kind = parametrize.type_before_parametrizations(called)
-            known = is_layer(called) and kind.__module__.startswith(_PLAIN_LAYERS)
-            return not known or self.has_inplace(node) or has_hooks(called)
-        return node.op in ("call_function", "call_method") and writes(node)
-
-    def has_inplace(self, node: fx.Node) -> bool:
-        """Whether a called module writes into its input by its setting."""
-        return bool(getattr(self.module.get_submodule(str(node.target)), "inplace", False))
-
-    def next_reader(self, node: fx.Node) -> fx.Node | None:
-        """The only reader of a node's result, seen through identities; None if there is none or several."""
-        users = list(node.users)
-        if len(users) != 1:
-            return None
-        return self.next_reader(users[0]) if self.is_identity(users[0]) else users[0]
-
-    def producer(self, node: fx.Node) -> fx.Node:
-        """The node whose result `node` is, seen back through identities."""
-        while self.is_identity(node) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return node
-
-    def describe(self, node: fx.Node | None) -> str:
-        """A node in the words of the report."""
-        if node is None:
-            return "several readers"
-        if node.op == "call_module":
-            return type(self.module.get_submodule(str(node.target))).__name__
-        if node.op == "output":
-            return "the end of forward"
-        return name_of(node)

@@ -24,6 +24,7 @@ from resnet_fused.backends import choice
 from resnet_fused.fusion.layers import get
 from resnet_fused.fusion.traces import Traced, Traces
 from resnet_fused.fusion.tracing import class_forward, own_forward
+from resnet_fused.fusion.training import TrainingTraces
 from resnet_fused.runtime.calls import autocast_dtype, plain
 from resnet_fused.runtime.executor import Settings, settle
 from resnet_fused.runtime.kept import ByKind, Unservable
@@ -61,6 +62,8 @@ class Fusion:
 
     Args:
         settings: as `rf.fuse` was given them.
+        inference: whether programs of kernels serve calls in inference (`rf.fuse`).
+        training: whether batch norms are fused where a derivative may be asked for (`rf.fuse_training`).
 
     Attributes:
         parameters: folded and packed parameters of all its layers.
@@ -70,8 +73,8 @@ class Fusion:
         reason: why the last of the latter ran as stock.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, inference: bool = True, training: bool = False) -> None:
+        self.settings, self.inference, self.training = settings, inference, training
         self.parameters = Parameters()
         self.rows: list[Any] = []
         self.served = self.calls_served = self.calls_stock = 0
@@ -79,10 +82,10 @@ class Fusion:
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self.settings, "rows": self.rows}
+        return {"settings": self.settings, "inference": self.inference, "training": self.training, "rows": self.rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["settings"])  # type: ignore[misc]
+        self.__init__(state["settings"], state["inference"], state["training"])  # type: ignore[misc]
         self.rows = state["rows"]
 
     def count(self, served: bool, reason: str) -> None:
@@ -113,6 +116,7 @@ class FastPath:
     Attributes:
         previous: the module's own forward, where it had one that isn't of its class.
         traces: the programs of the module's forward.
+        training: the training paths of the module, by its mode.
         reason: why the last call ran the module's own forward; "" if it didn't.
     """
 
@@ -128,6 +132,7 @@ class FastPath:
         self.removed = False
         self._settings = self.fusion.settings
         self.traces = Traces(self.module, self._settings)
+        self.training = {mode: TrainingTraces(self.module) for mode in (True, False)}
         kind = next(base for base in type(self.module).__mro__ if "forward" in vars(base))
         self._by_parts = "unfused_forward" in vars(kind)
 
@@ -167,7 +172,7 @@ class FastPath:
     def remove(self) -> None:
         """Takes the path out of the module, and out of use where someone's own forward still calls it."""
         self.removed = True
-        self.traces = Traces(self.module, self._settings)
+        self.traces, self.training = Traces(self.module, self._settings), {}
         own = vars(self.module)
         if own.get("_path") is self:
             own["_path"] = None
@@ -181,7 +186,8 @@ class FastPath:
     def extra_repr(self) -> str:
         own = type(self.module).extra_repr(self.module)
         rows = self.fusion.rows
-        mark = f"fused by resnet_fused: {sum(bool(row.op) for row in rows)} of {len(rows)} convolutions"
+        fused = [f"{sum(bool(row.op) for row in rows)} of {len(rows)} convolutions"] if self.fusion.inference else []
+        mark = "fused by resnet_fused: " + ", ".join([*fused, *(["for training"] if self.fusion.training else [])])
         return f"{own}\n{mark}" if own else mark
 
     # ---- calls -------------------------------------------------------------------------------------------------------
@@ -197,6 +203,10 @@ class FastPath:
                 return self._forward_of(called)(*args, **kwargs)
         if _off.get():  # the library's own comparisons, which the report doesn't count
             return self.own_forward(*args, **kwargs)
+        if self.fusion.training and torch.is_grad_enabled():
+            result = self._by_training(args, kwargs)
+            if result is not _STOCK:
+                return result
         if not self.root:
             result = self._by_program(args, kwargs)
             return self.own_forward(*args, **kwargs) if result is _STOCK else result
@@ -207,7 +217,7 @@ class FastPath:
             return result
         reason = self.reason
         result = self.own_forward(*args, **kwargs)
-        if not self._trains():
+        if self.fusion.inference and not self._trains():
             self.fusion.count(self.fusion.served != served, reason)
         return result
 
@@ -225,12 +235,37 @@ class FastPath:
         self.reason = reason
         return _STOCK
 
+    def _by_training(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result with fused batch norms, as autograd watches it, or `_STOCK`."""
+        given = (*args, *kwargs.values())
+        # Empty batches are served too: of processes that share statistics, each must do as the others do.
+        if self.removed or any(not isinstance(x, Tensor) or x.layout is not torch.strided for x in given):
+            return _STOCK
+        if not self.module.training and not any(map(_requires_grad, (*given, *self.module.parameters()))):
+            return _STOCK  # which is inference
+        if not plain(*given):
+            return _STOCK
+        trained = self.training[self.module.training].current()
+        if trained is None:
+            return _STOCK
+        arguments, dims = trained.trace.arguments, trained.trace.dims
+        if kwargs or len(args) != len(arguments):
+            bound = self._bind(args, kwargs, arguments)
+            if bound is None:
+                return _STOCK
+            args = bound
+        if any(dims.get(name, x.dim()) != x.dim() for name, x in zip(arguments, args, strict=True)):
+            return _STOCK
+        return trained(args)
+
     def _by_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result by the program of kernels, or `_STOCK`."""
         if self._trains():
             return self._not("the module is in training mode; call model.eval()")
         if self.removed:
             return self._not("the fast path was taken out")
+        if not self.fusion.inference:
+            return self._not("it was fused for training alone; rf.fuse fuses it for inference")
         for x in (*args, *kwargs.values()):
             if not isinstance(x, Tensor):
                 return self._not(f"an argument is {type(x).__name__}, not a tensor")

@@ -31,6 +31,21 @@ class Row:
     note: str = "forward doesn't call it"
 
 
+@dataclass
+class NormRow:
+    """One batch norm of a model that is fused for training.
+
+    Attributes:
+        norm: its path in the model.
+        op: the op that computes it where a derivative may be asked for, or "" where stock does.
+        note: why it is not fused.
+    """
+
+    norm: str
+    op: str = ""
+    note: str = "forward doesn't call it"
+
+
 def path_of(module: nn.Module) -> FastPath | None:
     """The fast path that was installed at a module's forward."""
     own = vars(module)
@@ -86,6 +101,34 @@ def _explain(module: nn.Module, path: str, rows: dict[str, Row]) -> None:
             if own is not None and not own.op and own.note == Row.note:
                 own.note = reason
         _explain(child, join(path, name), rows)
+
+
+def norm_rows_of(model: nn.Module) -> list[NormRow]:
+    """A row for each batch norm of a model over images, as it is now."""
+    norms = {p: m for p, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))}
+    rows = {p: NormRow(p) for p in norms}
+    _explain_norms(model, "", "", rows)
+    return [*rows.values()]
+
+
+def _explain_norms(module: nn.Module, path: str, reason: str, rows: dict[str, NormRow]) -> None:
+    """`reason`: why the module around this one isn't traced through it."""
+    fast = path_of(module)
+    trained = None if fast is None else fast.training[module.training].for_report()
+    if fast is not None and trained is None:
+        reason = fast.training[module.training].untraceable
+    row = rows.get(path)
+    if row is not None and not row.op and reason:
+        row.note = reason
+    if trained is None:
+        for name, child in module.named_children():
+            _explain_norms(child, join(path, name), reason, rows)
+        return
+    for match in trained.matches:
+        if (row := rows.get(join(path, match.name))) is not None:
+            row.op, row.note = match.op, ""
+    for name, own in trained.trace.opaque.items():
+        _explain_norms(module.get_submodule(name), join(path, name), own, rows)
 
 
 def _backends(model: nn.Module) -> dict[str, set[str]]:

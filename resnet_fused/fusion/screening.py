@@ -44,6 +44,8 @@ class Watched(NamedTuple):
 
 
 _TRUSTED = tuple(os.path.dirname(m.__file__) + os.sep for m in (torch, resnet_fused) if m.__file__)
+# Code that switches autograd and autocast, functions with a backward of their own, checkpoints.
+_AUTOGRAD = tuple(os.path.join(_TRUSTED[0], *path) for path in (("autograd", ""), ("amp", ""), ("utils", "checkpoint.py")))
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 # Of Python's library: what classes and containers run on. The rest (logging, random, time, …) has effects or changes.
 _LIBRARY_FILES = (
@@ -167,13 +169,17 @@ def _globals_read(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ..
 class Screen:
     """What the functions called during one trace read, and the look at each before it runs.
 
+    Args:
+        training: whether the recording is for training, where code must not change what autograd does.
+
     Attributes:
         watched: global names that must keep their values.
         names: of all attributes that the functions ask for.
         asking: the frame that calls isinstance now, if one does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, training: bool = False) -> None:
+        self._training = training
         self.watched: list[Watched] = []
         self.names: set[str] = set()
         self.asking: types.FrameType | None = None
@@ -206,6 +212,8 @@ class Screen:
                 self.asking = None
             return
         code = frame.f_code
+        if self._training and code.co_filename.startswith(_AUTOGRAD):
+            raise CannotTrace("changes what autograd does")
         if code in self._seen or code.co_filename.startswith(_TRUSTED):
             return
         if _of_library(code):

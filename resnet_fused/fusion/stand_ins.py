@@ -69,7 +69,7 @@ class StandIn(fx.Proxy):
         shape = self.tracer.shape_of(self.node)
         if shape is not None:
             return shape.numel()
-        if self.tracer.dims_of(self.node) is None:
+        if self.tracer.training or self.tracer.dims_of(self.node) is None:
             return _Attribute(self, "numel")()
         return _Count(self.tracer.create_node("call_method", "numel", (self.node,), {}), self.tracer)
 
@@ -122,7 +122,7 @@ class _Attribute(StandIn, Attribute):
 
 
 class _Count(StandIn):
-    """A number of elements. Programs serve tensors that have some."""
+    """A number of elements. Programs for inference serve tensors that have some."""
 
     def __eq__(self, other: object) -> Any:
         return False if other == 0 else super().__eq__(other)

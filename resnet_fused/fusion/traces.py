@@ -26,7 +26,7 @@ from resnet_fused.runtime.run import Run
 
 # Traces that are made at once when a module changes; later ones wait for ever more calls, so that a module that changes at
 # every call isn't traced at every call.
-_PROMPT_TRACES, _LONGEST_WAIT = 4, 10
+PROMPT_TRACES, LONGEST_WAIT = 4, 10
 # Sizes for which there are programs of their own. After the first, a size gets one when it is met again.
 _MOST_SIZES, _MOST_MET = 8, 64
 
@@ -185,7 +185,7 @@ class Traces:
             self._wait -= 1
             return None
         self._attempts += 1
-        self._wait = 2 ** min(self._attempts - _PROMPT_TRACES, _LONGEST_WAIT) if self._attempts > _PROMPT_TRACES else 0
+        self._wait = 2 ** min(self._attempts - PROMPT_TRACES, LONGEST_WAIT) if self._attempts > PROMPT_TRACES else 0
         self.forget()
         self.reasons = {}
         try:
@@ -197,11 +197,11 @@ class Traces:
                 self.untraceable += ", which the sizes of a call may tell"
                 self.arguments = argument_names(self._module)
             else:
-                self._wait = max(self._wait, 2 ** min(self._attempts, _LONGEST_WAIT))
+                self._wait = max(self._wait, 2 ** min(self._attempts, LONGEST_WAIT))
             return None
         except Exception as error:  # the model's code ran on stand-ins, and may do anything; it runs as stock
             self.untraceable = f"its forward can't be read: {type(error).__name__}: {error}"
-            self.graph, self._wait = None, 2**_LONGEST_WAIT
+            self.graph, self._wait = None, 2**LONGEST_WAIT
             config.logger().debug("tracing %s failed", type(self._module).__name__, exc_info=True)
             return None
         self._any, self.untraceable = traced, ""

@@ -102,6 +102,7 @@ class Trace:
         arguments: names of forward's arguments that are tensors.
         dims: how many dimensions forward was told that some of them have.
         assumes_batches: whether convolutions were taken to read batches where nothing says so.
+        asked: paths of parameters and buffers whose shape, dtype or device the forward asked for.
         by_size: whether a module is called as a whole that asks for a tensor's size, so that it may be traced for one size.
     """
 
@@ -114,6 +115,7 @@ class Trace:
     arguments: tuple[str, ...] = ()
     dims: dict[str, int] = field(default_factory=dict)
     assumes_batches: bool = False
+    asked: set[str] = field(default_factory=set)
     by_size: bool = False
 
 
@@ -142,12 +144,19 @@ class _OwnArithmetic(TorchFunctionMode):
             if name in ("T", "mT"):
                 return self._tracer.create_proxy("call_function", getattr, (args[0], name), {})
             func = None
+        if name == "requires_grad" and self._tracer.training:
+            raise CannotTrace("asks whether a derivative may be asked for")
+        if name in _METADATA:
+            found = (self._tracer.tensors.get(id(leaf)) for leaf in leaves)
+            self._tracer.trace.asked.update(path for path in found if path is not None)
         if name in _METADATA or name in ("_assert", "is_tensor", "is_storage", "compile") or not isinstance(name, str):
             return own(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             raise CannotTrace(f"makes a tensor or asks PyTorch by itself ({name})")
         writes = (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None or kwargs.get("inplace")
-        if func is None or writes or name in _NOT_NOTED:
+        # In training what is written is noted down too: a step is counted, say. Calls run in their order, once each.
+        noted = self._tracer.training and kwargs.get("out") is None and not kwargs.get("inplace")
+        if func is None or (writes and not noted) or name in _NOT_NOTED:
             raise CannotTrace(f"computes with its parameters by itself ({name})")
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, self._tracer.parameter, (args, kwargs))
         return fx.Proxy.__torch_function__(func, types, args, kwargs)
@@ -160,9 +169,13 @@ class Tracer(TracerBase):
         module: whose forward is traced.
         opaque: paths of modules that are called as a whole, and why.
         inputs: of a trace for one size: tensors without memory in the place of forward's arguments.
+        training: as `trace`'s.
     """
 
-    def __init__(self, module: nn.Module, opaque: dict[str, str], inputs: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, opaque: dict[str, str], inputs: Sequence[Tensor] | None = None, training: bool = False
+    ) -> None:
+        self.training = training
         self.trace = Trace(fx.Graph(), opaque=dict(opaque))
         self.graph = self.trace.graph
         self.module = module
@@ -176,7 +189,7 @@ class Tracer(TracerBase):
         convolution = next((m for m in module.modules() if isinstance(m, CONVOLUTIONS)), None)
         self.dims = Dims(module, 4 if convolution is None else convolution.weight.dim())
         self.shapes = None if inputs is None else Shapes(module, inputs)
-        self.screen = Screen()
+        self.screen = Screen(training)
         self.finds_shapes = False
         self.sizes_asked = 0
         self.mode = self._mode()
@@ -369,12 +382,14 @@ def _reason(module: nn.Module, error: BaseException) -> str:
     return f"forward of {type(module).__name__} can't be traced: {text}"
 
 
-def trace(module: nn.Module, inputs: Sequence[Tensor] | None = None) -> Trace:
+def trace(module: nn.Module, inputs: Sequence[Tensor] | None = None, training: bool = False) -> Trace:
     """What the module's forward does, with its layers, and what can't be traced through, as calls of a whole.
 
     Args:
         module: the module.
         inputs: of a trace for one size, which holds for arguments of these shapes alone: the arguments.
+        training: whether it is for calls that autograd watches. They are made with autograd, as it is; forwards of which the
+            derivative isn't that of what they call can't be traced, and writes to buffers are calls like others.
 
     Raises:
         CannotTrace: the module's own forward can't be traced; the message is the reason.
@@ -382,11 +397,16 @@ def trace(module: nn.Module, inputs: Sequence[Tensor] | None = None) -> Trace:
     if torch.nn.modules.module._has_any_global_hook():
         raise CannotTrace("hooks for all modules are registered")
     opaque = {p: f"{type(m).__name__} has hooks" for p, m in module.named_modules() if p and has_hooks(m)}
+    if training:  # the library's own blocks, which have their own way to train
+        blocks = {p: f"{type(m).__name__} trains by itself" for p, m in module.named_modules() if hasattr(m, "unfused_forward")}
+        if "" in blocks:
+            raise CannotTrace(blocks[""])
+        opaque |= blocks
     if inputs is not None:
         inputs = [*map(without_memory, inputs)]
     # A module that its own forward changes, which is seen only afterwards, is called as a whole at the next attempt.
     for _ in range(1 + sum(1 for _ in module.modules())):
-        tracer = Tracer(module, opaque, inputs)
+        tracer = Tracer(module, opaque, inputs, training)
         found = tracer.run()
         changing = [(p, tracer.sandbox.changed(module.get_submodule(p))) for p in dict.fromkeys(found.inlined)]
         changed = {p: f"forward of {_kind(module, p)} changes its attribute {name!r}" for p, name in changing if name}

@@ -1,4 +1,4 @@
-"""Drop-in blocks, and batch norm with what follows it for training."""
+"""Drop-in blocks."""
 
 from __future__ import annotations
 

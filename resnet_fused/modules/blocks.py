@@ -11,8 +11,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.fusion.batch_norm import bn, bn_add_relu, bn_relu, bn_relu_conv2d, conv2d
 from resnet_fused.fusion.path import FastPath, Fusion
-from resnet_fused.modules.batch_norm import bn, bn_add_relu, bn_relu, bn_relu_conv2d, conv2d
 from resnet_fused.runtime.executor import Settings
 from resnet_fused.runtime.folding import hooks_of
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.modules import batch_norm as fused
+from resnet_fused.fusion import batch_norm as fused
 
 CL = torch.channels_last
 

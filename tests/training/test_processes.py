@@ -35,7 +35,7 @@ def run(job: str, processes: int) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_together_are_one_process_with_the_whole_batch(processes: int):
-    """SyncBatchNorm, averaged gradients, FSDP2; uneven and empty batches; DistributedDataParallel; torch.compile; rf.fuse."""
+    """SyncBatchNorm, averaged gradients, FSDP2; uneven and empty batches; DistributedDataParallel; compiled, fused models."""
     result = run("everything", processes)
     assert result.returncode == 0, result.stderr[-4000:]
 

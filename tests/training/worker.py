@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused as rf
-from resnet_fused.modules import batch_norm as fused_norm
+from resnet_fused.fusion import batch_norm as fused_norm
 
 CL = torch.channels_last
 
@@ -132,6 +132,36 @@ def fused() -> None:
         torch.testing.assert_close(rf.fuse(parts)(x), parts(x), rtol=1e-4, atol=1e-5)
 
 
+def plain_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    )
+
+
+def fused_for_training() -> None:
+    """rf.fuse_training: gradients of DistributedDataParallel; statistics of all processes, one of which has no batch."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, target = batch(world)
+    own = slice(3 * rank, 3 * rank + 3)
+    each = [DistributedDataParallel(m, broadcast_buffers=False) for m in (rf.fuse_training(plain_model()), plain_model())]
+    for parts in each:
+        F.cross_entropy(parts(x[own]), target[own]).backward()
+    compare(gradients(each[0]), gradients(each[1]))
+
+    whole, shared = plain_model(), rf.fuse_training(nn.SyncBatchNorm.convert_sync_batchnorm(plain_model()))
+    count = 3 * (world - 1)
+    F.cross_entropy(whole(x[:count]), target[:count], reduction="sum").backward()
+    own = slice(min(3 * rank, count), min(3 * rank + 3, count))
+    F.cross_entropy(shared(x[own]), target[own], reduction="sum").backward()
+    for p in shared.parameters():
+        dist.all_reduce(p.grad)
+    compare(gradients(shared), gradients(whole))
+    for got, want in zip(shared.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def death() -> None:
     """The last process dies; the others get the group's error."""
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -147,6 +177,7 @@ def everything() -> None:
     unsynchronised()
     compiled()
     fused()
+    fused_for_training()
 
 
 JOBS = {"everything": everything, "death": death}

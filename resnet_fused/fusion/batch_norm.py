@@ -13,7 +13,7 @@ exchange between processes of nn.SyncBatchNorm. What the ops don't serve runs by
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,32 +30,70 @@ from resnet_fused.runtime.folding import hooks_of
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
+class FunctionalNorm(NamedTuple):
+    """A call of F.batch_norm, with the names that nn.BatchNorm2d has for its arguments.
+
+    Whoever calls it counts its steps by itself.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    num_batches_tracked: None = None
+
+    @property
+    def track_running_stats(self) -> bool:
+        return self.running_mean is not None and self.running_var is not None
+
+    @property
+    def num_features(self) -> int | None:
+        return next((t.numel() for t in self[:4] if t is not None), None)
+
+
 def bn(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x)."""
-    return _run(ops.bn, norm, x) if _fusible(norm, x, None, relu=False) else norm(x)
+    y = fused(norm, x, None, relu=False)
+    return norm(x) if y is None else y
 
 
 def bn_relu(norm: nn.Module, x: Tensor) -> Tensor:
     """relu(norm(x))."""
-    return _run(ops.bn_relu, norm, x) if _fusible(norm, x, None, relu=True) else F.relu(norm(x), inplace=True)
+    y = fused(norm, x, None, relu=True)
+    return F.relu(norm(x), inplace=True) if y is None else y
 
 
 def bn_add_relu(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """relu(norm(x) + residual)."""
-    if _fusible(norm, x, residual, relu=True):
+    y = fused(norm, x, residual, relu=True)
+    if y is None:
+        y = norm(x)
+        y += residual
+        return F.relu(y, inplace=True)
+    return y
+
+
+def fused(norm: nn.Module | FunctionalNorm, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor | None:
+    """norm(x) with a sum (which only a ReLU may follow) and ReLU, as one op; None, with nothing done, where stock must run."""
+    if not _fusible(norm, x, residual, relu):
+        return None
+    if residual is not None:
         return _run(ops.bn_add_relu, norm, x, residual)
-    y = norm(x)
-    y += residual
-    return F.relu(y, inplace=True)
+    return _run(ops.bn_relu if relu else ops.bn, norm, x)
 
 
 def _fusible(norm: Any, x: Tensor, residual: Tensor | None, relu: bool) -> bool:
     """Whether the op computes what the module's forward does, and a backend serves it better than stock PyTorch."""
     if not isinstance(x, Tensor):
         return False  # a tracer's stand-in
-    if type(norm) not in _NORMS or hooks_of(norm) is not None or module_hooks._has_any_global_hook():
+    if type(norm) is not FunctionalNorm and (type(norm) not in _NORMS or hooks_of(norm) is not None):
         return False
-    if x.layout is not torch.strided or x.dim() != 4 or x.shape[1] != norm.num_features or not norm.eps > 0:
+    if module_hooks._has_any_global_hook():
+        return False
+    if x.layout is not torch.strided or x.dim() != 4 or norm.num_features not in (None, x.shape[1]) or not norm.eps > 0:
         return False  # oneDNN's own layout runs as in stock, and stock's forward raises the errors that users know
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         return False
