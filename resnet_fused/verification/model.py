@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,8 @@ def _blocks(fused: nn.Module) -> list[str]:
         for group in built.groups.values() if built is not None else ():
             names = [match.name.split(".") for match in group.convolutions]
             if len(names) > 1:
-                common = os.path.commonprefix(names)  # of lists, part by part
-                found.append(join(path, ".".join(common)))
+                same = itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*names, strict=False))
+                found.append(join(path, ".".join(part for part, *_ in same)))
     return [path for path in dict.fromkeys(found) if path]
 
 
