@@ -47,6 +47,14 @@ const void* packed_for_a_call(Scratch& scratch, PackParams packing, DType dtype,
   return packing.packed;
 }
 
+// The same of a grouped convolution, whose packed weights are float32.
+const void* packed_groups_for_a_call(Scratch& scratch, PackParams packing, int64_t groups, int64_t kernel) {
+  const int64_t channels = groups * packing.in_channels;
+  packing.packed = scratch.take<float>(kernels().grouped_size(groups, channels, packing.out_channels, packing.taps));
+  kernels().pack_grouped(packing, groups, kernel);
+  return packing.packed;
+}
+
 const float* no_shift(Scratch& scratch, int64_t channels) {
   const int64_t padded = padded_channels(channels);
   float* bias = scratch.take<float>(padded);
@@ -55,24 +63,27 @@ const float* no_shift(Scratch& scratch, int64_t channels) {
 }
 
 // conv(x, w); `plan` as run_conv takes it.
-Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::vector<int64_t> plan) {
+Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::vector<int64_t> plan, int64_t groups) {
   check_cpu_activations(x, "x");
   const PackParams packing = pack_params(weight);
-  check_training(x, "x", weight, packing, packing.in_channels, stride, pad);
+  RF_CHECK(groups > 0 && packing.out_channels % groups == 0, "groups is ", groups, "; it must divide the weight's ",
+           packing.out_channels, " output channels.");
+  check_training(x, "x", weight, packing, groups * packing.in_channels, stride, pad);
   const int64_t kernel = weight.size(2);
   ConvParams p{};
   p.x = x.const_data_ptr();
-  p.batch = x.size(0), p.in_channels = packing.in_channels, p.height = x.size(2), p.width = x.size(3);
-  p.out_channels = packing.out_channels;
+  p.batch = x.size(0), p.in_channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
+  p.out_channels = packing.out_channels, p.groups = groups;
   p.source = p.weight = dtype_of(x);
   set_geometry(p, {kernel, kernel, stride, stride, pad, pad, 1, 1});
   check_conv(p, plan);
-  if (plan.empty()) check_direct(p.source, p.in_channels);
+  if (plan.empty() && groups == 1) check_direct(p.source, p.in_channels);
   Tensor y = new_activations(x, p.batch, p.out_channels, p.out_height, p.out_width);
   p.y = y.mutable_data_ptr();
   if (p.batch == 0) return y;
   Scratch scratch;
-  p.weights = packed_for_a_call(scratch, packing, p.source, !plan.empty(), nullptr);
+  p.weights = groups == 1 ? packed_for_a_call(scratch, packing, p.source, !plan.empty(), nullptr)
+                          : packed_groups_for_a_call(scratch, packing, groups, kernel);
   p.bias = no_shift(scratch, p.out_channels);
   run_conv(p, plan);
   return y;
@@ -149,7 +160,7 @@ Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int6
 }  // namespace resnet_fused::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
-  m.def("training_conv(Tensor x, Tensor weight, int stride, int pad, int[] plan) -> Tensor");
+  m.def("training_conv(Tensor x, Tensor weight, int stride, int pad, int[] plan, int groups=1) -> Tensor");
   m.def("input_gradient(Tensor dy, Tensor weight, int height, int width, int stride, int pad, int[] plan) -> Tensor");
   m.def("weight_gradient(Tensor x, Tensor dy, int kernel, int stride, int pad, bool winograd) -> Tensor");
 }

@@ -29,6 +29,11 @@ class TrainingConvKernels(NamedTuple):
     weight_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
     saves_most: bool = False
 
+    @property
+    def serves(self) -> bool:
+        """Whether one of them is faster than stock's, in channels_last."""
+        return self.forward is not None or self.weight_gradient is not None
+
 
 STOCKS = TrainingConvKernels()
 
@@ -37,39 +42,36 @@ _TYPICAL_BATCH, _TYPICAL_SIZE = 16, 56
 
 
 def training_conv(x: Tensor, weight_shape: tuple[int, ...], stride: int, padding: int) -> TrainingConvKernels:
-    """The kernels of the backend chosen for a convolution without dilation or groups, of square kernel, on x."""
-    return _kernels(tuple(x.shape), weight_shape[0], weight_shape[2], stride, padding, x.dtype, x.device, choice())
+    """The kernels of the backend chosen for a convolution without dilation, of square kernel, on x."""
+    return _kernels(tuple(x.shape), weight_shape, stride, padding, x.dtype, x.device, choice())
 
 
-def saves_at_any_size(
-    device_type: str, dtype: torch.dtype, weight_shape: tuple[int, ...], stride: int, padding: int
+def serves_at_any_size(
+    device_type: str, dtype: torch.dtype, channels: int, weight_shape: tuple[int, ...], stride: int, padding: int
 ) -> tuple[bool, bool]:
-    """Whether y is worth copies, and whether the weights' gradient is computed, for inputs of a size that isn't known yet.
-
-    By a typical one.
-    """
-    shape = (_TYPICAL_BATCH, weight_shape[1], _TYPICAL_SIZE, _TYPICAL_SIZE)
-    device = torch.device(device_type)
-    found = _kernels(shape, weight_shape[0], weight_shape[2], stride, padding, dtype, device, choice())
-    return found.saves_most, found.weight_gradient is not None
+    """`saves_most` and `serves` for inputs of a size that isn't known yet, by a typical one."""
+    shape = (_TYPICAL_BATCH, channels, _TYPICAL_SIZE, _TYPICAL_SIZE)
+    found = _kernels(shape, weight_shape, stride, padding, dtype, torch.device(device_type), choice())
+    return found.saves_most, found.serves
 
 
 # As in batch_norm.py: torch.compile takes the result as a constant. For `training_conv` it would have to compute x.
-saves_at_any_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
+serves_at_any_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=512)
 def _kernels(
     shape: Shape,
-    out_channels: int,
-    kernel: int,
+    weight_shape: tuple[int, ...],
     stride: int,
     padding: int,
     dtype: torch.dtype,
     device: torch.device,
     chosen: str,
 ) -> TrainingConvKernels:
-    conv = Conv(shape[1], out_channels, (kernel, kernel), (stride, stride), (padding, padding))
+    out_channels, of_group, kernel = weight_shape[:3]
+    groups = shape[1] // of_group
+    conv = Conv(shape[1], out_channels, (kernel, kernel), (stride, stride), (padding, padding), groups=groups)
     problem = Problem.of(TrainingConv(conv), shape, dtype, device)
     try:
         backend = resolve(problem, chosen)

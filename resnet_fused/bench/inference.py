@@ -308,9 +308,8 @@ def _by_stock(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def _in_channels_last(model: nn.Module, x: Tensor) -> list[Tensor]:
-    other, image = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     try:
-        return _by_stock(other, image)
+        return _by_stock(*variants.in_channels_last(copy.deepcopy(model), x))
     except RuntimeError:  # `view` of what is channels_last
         return _by_stock(model, x)
 

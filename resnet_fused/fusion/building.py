@@ -26,7 +26,16 @@ _ELEMENTWISE_LAYERS = (
     *(nn.Identity, nn.Dropout),
 )
 _TRANSPARENT_LAYERS = (
-    *(*_ELEMENTWISE_LAYERS, nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d, nn.Upsample),
+    *(
+        *_ELEMENTWISE_LAYERS,
+        nn.MaxPool2d,
+        nn.AvgPool2d,
+        nn.BatchNorm2d,
+        nn.GroupNorm,
+        nn.Dropout2d,
+        nn.Upsample,
+        nn.ConstantPad2d,
+    ),
 )
 _ELEMENTWISE_FUNCTIONS = {
     *(F.relu, torch.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh),
@@ -221,6 +230,9 @@ class _Builder:
             called = self.matcher.called(node)
             return isinstance(called, _TRANSPARENT_LAYERS) and not called.training
         if node.op == "call_function":
+            if node.target is F.pad:
+                mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+                return isinstance(mode, str) and mode == "constant"
             return node.target in _TRANSPARENT_FUNCTIONS or (node.target is F.batch_norm and self._is_pure(node))
         return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
 

@@ -13,26 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends.training_conv import saves_at_any_size, training_conv
+from resnet_fused.backends.training_conv import serves_at_any_size, training_conv
 from resnet_fused.ops import common
 from resnet_fused.runtime import calls
 
 
 def beats_stock(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
     """Whether this op serves the convolution, and is faster than stock PyTorch."""
-    if x.dim() != 4 or weight.shape[1] != x.shape[1] or groups != 1 or tuple(dilation) != (1, 1):
+    if x.dim() != 4 or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups or tuple(dilation) != (1, 1):
         return False
     square = stride[0] == stride[1] and padding[0] == padding[1] and weight.shape[2] == weight.shape[3]
     if not square or weight.dtype not in (torch.float32, x.dtype):
         return False
     if torch.compiler.is_compiling():
         # The graph serves inputs of other sizes too; when it runs, the op looks at what it is given.
-        saves_most, by_weight = saves_at_any_size(x.device.type, x.dtype, tuple(weight.shape), stride[0], padding[0])
+        own = tuple(weight.shape)
+        saves_most, serves = serves_at_any_size(x.device.type, x.dtype, x.shape[1], own, stride[0], padding[0])
     else:
         kernels = training_conv(x, tuple(weight.shape), stride[0], padding[0])
-        saves_most, by_weight = kernels.saves_most, kernels.weight_gradient is not None
+        saves_most, serves = kernels.saves_most, kernels.serves
     # In contiguous format only what saves most, Winograd, is worth the copies.
-    return saves_most or (by_weight and calls.memory_format(x, weight) == torch.channels_last)
+    return saves_most or (serves and calls.memory_format(x, weight) == torch.channels_last)
 
 
 def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -43,7 +44,7 @@ def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
 
 
 def _stock(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
+    return F.conv2d(x, weight.to(x.dtype), None, stride, padding, groups=_groups(x, weight))
 
 
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -51,8 +52,12 @@ def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     return common.empty_result((x.shape[0], weight.shape[0], h, w), x, calls.memory_format(x, weight))
 
 
-def _geometry(stride: int, padding: int) -> list[int]:
-    return [stride, stride, padding, padding, 1, 1, 1]
+def _groups(x: Tensor, weight: Tensor) -> int:
+    return x.shape[1] // weight.shape[1]
+
+
+def _geometry(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[int]:
+    return [stride, stride, padding, padding, 1, 1, _groups(x, weight)]
 
 
 def _gradients(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs: list[bool]) -> tuple[Tensor, Tensor]:
@@ -82,7 +87,7 @@ def _stock_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by x and weight, in x's dtype; None where not needed."""
     wanted = (*needs, False)
-    return common.convolution_backward(dy, x, weight.to(x.dtype), _geometry(stride, padding), wanted)[:2]
+    return common.convolution_backward(dy, x, weight.to(x.dtype), _geometry(x, weight, stride, padding), wanted)[:2]
 
 
 def _fake_gradients(
@@ -102,7 +107,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None,
     needs = [*ctx.needs_input_grad[:2]]
     if torch.is_grad_enabled():
         # A second derivative is asked for: stock's formula has one.
-        geometry = _geometry(ctx.stride, ctx.padding)
+        geometry = _geometry(x, weight, ctx.stride, ctx.padding)
         dx, dweight, _ = common.convolution_backward(dy, x, weight.to(x.dtype), geometry, (*needs, False))
         return dx, dweight.to(weight.dtype) if dweight is not None else None, None, None
     run = _gradients if calls.plain(dy, x, weight) else torch.ops.resnet_fused.conv2d_backward.default
@@ -122,7 +127,7 @@ _Function = common.function("conv2d", _forward, _setup_context, _backward)
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
-    """F.conv2d(x, weight, stride=stride, padding=padding) where `beats_stock` says so."""
+    """F.conv2d(x, weight, stride=stride, padding=padding), in as many groups as fit, where `beats_stock` says so."""
     if not calls.plain(x, weight):
         return torch.ops.resnet_fused.conv2d.default(x, weight, stride, padding)
     if not calls.needs_grad(x, weight):

@@ -421,7 +421,9 @@ class _Settling:
         if self._norms_groups(call):
             # On other devices stock's result is contiguous whatever its input is.
             return formats.pop() if self.values[images[0]].device.type == "cpu" else None
-        if len(formats) > 1 or any(isinstance(value, Tensor) and value.dim() not in (0, *dims) for value in others):
+        # One number has no format, whatever its dimensions.
+        vectors = (v for v in others if isinstance(v, Tensor) and v.numel() != 1)
+        if len(formats) > 1 or any(value.dim() not in dims for value in vectors):
             return None
         (format,) = formats
         # What a mean of channels_last gives is contiguous or not by its dimensions.

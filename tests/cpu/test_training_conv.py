@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
 
+from resnet_fused.backends.cpu import training_conv
+from resnet_fused.fusion.batch_norm import conv2d
+
 CL = torch.channels_last
 
 
@@ -23,19 +26,21 @@ class Case(NamedTuple):
     stride: int
     pad: int
     plan: tuple[int, ...] = ()
+    groups: int = 1
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """x, float32 weights that are values of `dtype`, dy."""
         x = torch.randn(self[:4])
-        weight = torch.randn(self.out_channels, self.in_channels, self.kernel, self.kernel)
-        weight = (weight * (self.in_channels * self.kernel**2) ** -0.5).to(dtype).float()
-        dy = torch.randn_like(F.conv2d(x, weight, None, self.stride, self.pad))
+        inside = self.in_channels // self.groups
+        weight = torch.randn(self.out_channels, inside, self.kernel, self.kernel)
+        weight = (weight * (inside * self.kernel**2) ** -0.5).to(dtype).float()
+        dy = torch.randn_like(F.conv2d(x, weight, None, self.stride, self.pad, groups=self.groups))
         return tuple(t.contiguous(memory_format=CL) for t in (x.to(dtype), weight, dy.to(dtype)))
 
     def stock(self, x: Tensor, weight: Tensor, dy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x, weight, dy = (t.to(dtype) for t in (x, weight, dy))
         x.requires_grad_()
-        y = F.conv2d(x, weight, None, self.stride, self.pad)
+        y = F.conv2d(x, weight, None, self.stride, self.pad, groups=self.groups)
         return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
 
@@ -61,6 +66,55 @@ CASES = {
     "3x3, Winograd": Case(2, 64, 8, 9, 96, 3, 1, 1, WINOGRAD),
     "3x3, Winograd, tails, by panels": Case(2, 67, 10, 11, 33, 3, 1, 1, (4, 14, 1, 64, 1)),
 }
+
+
+GROUPED = {
+    "depthwise": Case(2, 34, 9, 11, 34, 3, 1, 1, groups=34),
+    "depthwise 5x5, padding 1": Case(2, 16, 9, 11, 16, 5, 1, 1, groups=16),
+    "depthwise, stride 2": Case(2, 34, 9, 11, 34, 3, 2, 1, groups=34),
+    "4 channels a group": Case(3, 36, 8, 7, 36, 3, 1, 1, groups=9),
+    "24 channels a group": Case(2, 72, 10, 9, 72, 3, 1, 1, groups=3),
+    "24 channels a group, stride 2": Case(2, 72, 10, 9, 72, 3, 2, 1, groups=3),
+    "more outputs than inputs": Case(1, 16, 6, 5, 32, 3, 1, 1, groups=4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", GROUPED.values(), ids=[*GROUPED])
+def test_grouped(isa: str, case: Case, dtype: torch.dtype):
+    tensors = x, weight, dy = case.tensors(dtype)
+    y = training_conv._grouped(case.groups, case.stride, case.pad, x, weight)
+    results = zip(case.stock(*tensors, dtype), case.stock(*tensors, torch.float64), strict=True)
+    own = [y]
+    if case.stride == 1:
+        own.append(training_conv._gradient_of_groups(case.groups, case.pad, dy, weight, (case.height, case.width)))
+    for got, (stock, truth) in zip(own, results, strict=False):
+        assert got.dtype == dtype
+        assert got.is_contiguous(memory_format=CL)
+        assert_as_good_as_stock(got, stock, truth)
+
+
+def test_groups_of_a_network_are_ours_where_they_were_measured_to_be_faster(monkeypatch):
+    """As the modules call them, with gradients of all, and the second one."""
+    called = []
+    grouped = training_conv._grouped
+    monkeypatch.setattr(training_conv, "_grouped", lambda *args: called.append(args[:3]) or grouped(*args))
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(64, 64, 3, padding=1, groups=16, bias=False).to(memory_format=CL)
+    x = torch.randn(2, 64, 10, 9).contiguous(memory_format=CL).requires_grad_()
+    found = []
+    for forward in (lambda: conv2d(conv, x), lambda: conv(x)):
+        y = forward()
+        gradients = torch.autograd.grad(y.square().sum(), (x, conv.weight), create_graph=True)
+        (second,) = torch.autograd.grad(gradients[0].square().sum(), conv.weight)
+        found.append((y, *gradients, second))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert got.stride() == want.stride()
+    with torch.no_grad():
+        torch.testing.assert_close(conv2d(conv, x), conv(x), rtol=1e-5, atol=1e-5)
+    assert called == [(16, 1, 1)] * len(called)
+    assert len(called) >= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

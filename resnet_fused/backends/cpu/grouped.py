@@ -61,6 +61,11 @@ class Grouped(_Groups):
         return why_not_any(problem) or _why_not_geometry(problem.conv, (3,))
 
 
+def why_not_groups(conv: Conv) -> str | None:
+    """Why the kernel doesn't serve the geometry of a convolution of several groups; None if it does."""
+    return _why_not_geometry(conv, (3, 5, 7) if _depthwise(conv) else (3,))
+
+
 def _depthwise(conv: Conv) -> bool:
     return conv.in_channels == conv.out_channels == conv.groups != 1
 

@@ -263,7 +263,7 @@ def conv_preferred(problem: Problem) -> bool:
         if conv.groups == 1 and conv.in_channels % 2 != 0 and winograd(problem) is None:
             return False  # of an odd number of channels there are no pairs
     if conv.groups != 1:
-        return _groups_preferred(conv, problem.types.source)
+        return groups_preferred(conv, problem.types.source)
     if conv.in_channels * math.prod(conv.kernel) > _LONGEST_SUM and winograd(problem) is None:
         return False
     # Without Winograd we are level with oneDNN at best.
@@ -280,7 +280,7 @@ def conv_preferred(problem: Problem) -> bool:
     return conv.in_channels >= 32
 
 
-def _groups_preferred(conv: Conv, dtype: torch.dtype) -> bool:
+def groups_preferred(conv: Conv, dtype: torch.dtype) -> bool:
     """Whether a convolution of several groups was measured to be faster than oneDNN's.
 
     On Zen 5, and there without AVX-512 against oneDNN without it (docs/cpu-measurements.md).

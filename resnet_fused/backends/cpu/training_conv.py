@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Implementation
 from resnet_fused.backends.cpu import plan
+from resnet_fused.backends.cpu.grouped import why_not_groups
 from resnet_fused.backends.problem import Conv, Kind, Problem, Shape, TrainingConv
 from resnet_fused.backends.training_conv import TrainingConvKernels
 
@@ -48,7 +49,7 @@ _ENOUGH_TILES = {torch.float32: 128, torch.bfloat16: 256}  # of 4×4 pixels, for
 
 
 class TrainingConvolution(Implementation):
-    """1×1 and 3×3 convolutions; csrc/cpu/input_gradient.h, weight_gradient.h."""
+    """1×1 and 3×3 convolutions, and grouped ones; csrc/cpu/input_gradient.h, weight_gradient.h, grouped.h."""
 
     name = "training"
     kinds = frozenset({Kind.TRAINING_CONV})
@@ -60,6 +61,11 @@ class TrainingConvolution(Implementation):
         conv, found = _conv(problem), _products_of(problem)
         kernel, stride, padding = conv.kernel[0], conv.stride[0], conv.padding[0]
         by_winograd = found.weight_winograd
+        if conv.groups != 1:
+            by_groups = partial(_gradient_of_groups, conv.groups, padding)
+            return TrainingConvKernels(
+                partial(_grouped, conv.groups, stride, padding), None if found.input is None else by_groups
+            )
         return TrainingConvKernels(
             None if found.forward is None else partial(_forward, stride, padding, found.forward),
             None if found.input is None else partial(_input_gradient, stride, padding, found.input),
@@ -76,8 +82,10 @@ def _conv(problem: Problem) -> Conv:
 
 def _products_of(problem: Problem) -> Products:
     conv, dtype = _conv(problem), problem.types.source
-    if conv.kernel[0] != conv.kernel[1] or conv.dilation != (1, 1) or conv.groups != 1:
+    if conv.kernel[0] != conv.kernel[1] or conv.dilation != (1, 1):
         return Products()
+    if conv.groups != 1:
+        return _of_groups(conv, dtype)
     return products(problem.shape, conv.out_channels, conv.kernel[0], conv.stride[0], conv.padding[0], dtype)
 
 
@@ -107,6 +115,14 @@ def products(shape: Shape, out_channels: int, kernel: int, stride: int, padding:
     return Products(forward, input, True, tiles >= _ENOUGH_TILES[dtype])
 
 
+def _of_groups(conv: Conv, dtype: torch.dtype) -> Products:
+    """The products of a grouped convolution. The gradient of x with stride 1 is such a convolution, of dy."""
+    if why_not_groups(conv) is not None or not plan.groups_preferred(conv, dtype):
+        return Products()
+    by_groups = conv.stride == (1, 1) and conv.padding[0] < conv.kernel[0]
+    return Products((), () if by_groups else None)
+
+
 def _winograd(shape: Shape, conv: Conv, dtype: torch.dtype) -> Plan | None:
     """The plan of a 3×3 convolution; None where Winograd doesn't pay."""
     n, c, h, w = shape
@@ -120,6 +136,20 @@ def _forward(stride: int, padding: int, plan: Plan, x: Tensor, weight: Tensor) -
     """conv2d(x, weight) in channels_last. Weights may be float32 where x is bfloat16."""
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     return torch.ops.resnet_fused_cpu.training_conv(x, weight, stride, padding, plan)
+
+
+def _grouped(groups: int, stride: int, padding: int, x: Tensor, weight: Tensor) -> Tensor:
+    """conv2d(x, weight) of several groups, in channels_last."""
+    x, weight = (t.to(x.dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return torch.ops.resnet_fused_cpu.training_conv(x, weight, stride, padding, [], groups)
+
+
+def _gradient_of_groups(groups: int, padding: int, dy: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """Gradient of x for stride 1: dy convolved with each group's filters turned round, channels in each other's place."""
+    out_channels, of_group, kernel, _ = weight.shape
+    filters = weight.reshape(groups, out_channels // groups, of_group, kernel, kernel)
+    turned = filters.flip(3, 4).transpose(1, 2).reshape(groups * of_group, out_channels // groups, kernel, kernel)
+    return _grouped(groups, 1, kernel - 1 - padding, dy, turned)
 
 
 def _input_gradient(stride: int, padding: int, plan: Plan, dy: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
