@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import BackendError, ConvParameters, Declined, JoinableKernel, Kernel, Precision, Problem, choice
 from resnet_fused.backends.binding import Bound, bind, bind_if_better
-from resnet_fused.backends.problem import FIRST_RESULT, Linear, Types, X
+from resnet_fused.backends.problem import FIRST_RESULT, Conv, Linear, Types, X
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.kept import Unservable
 from resnet_fused.runtime.parameters import Parameters
@@ -468,11 +468,13 @@ class _Settling:
 
     def _linear(self, layer: nn.Linear, x: Tensor, call: Call, number: int) -> Operation | None:
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is None or bias is None or weight.numel() == 0 or x.dim() != 2 or x.shape[0] == 0:
+        if weight is None or bias is None or weight.numel() == 0 or x.dim() < 2 or x.numel() == 0:
             return None
-        if not x.dtype == weight.dtype == bias.dtype or x.device != weight.device or x.shape[1] != weight.shape[1]:
+        if not x.dtype == weight.dtype == bias.dtype or x.device != weight.device or x.shape[-1] != weight.shape[1]:
             return None
         folded = self.folded.linear(weight, bias)
+        if x.dim() > 2:
+            return self._linear_of_pixels(weight, folded, x, call, number)
         operation = Linear(weight.shape[1], weight.shape[0])
         problem = Problem.of(operation, (x.shape[0], x.shape[1], 1, 1), x.dtype, x.device)
         bound = bind_if_better(problem, folded, choice(self.settings.backend))
@@ -480,6 +482,36 @@ class _Settling:
             return None
         self.made.note_kernel(number, problem, bound, folded)
         return Operation(without_residual(bound.kernel), call.reads, (number,))
+
+    def _linear_of_pixels(self, weight: Tensor, folded: ConvParameters, x: Tensor, call: Call, number: int) -> Operation | None:
+        """A linear layer on (…, features), such as ConvNeXt's on images with channels last: a 1×1 convolution of one row.
+
+        On CPUs in float32, where our kernel was measured to be faster than stock's.
+        """
+        if (
+            x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or self.formats[call.reads[0]] is not None
+            or not x.is_contiguous()
+        ):
+            return None
+        conv = Conv(weight.shape[1], weight.shape[0], (1, 1))
+        problem = Problem.of(conv, (1, weight.shape[1], 1, x.numel() // weight.shape[1]), x.dtype, x.device)
+        bound = bind_if_better(problem, folded, choice(self.settings.backend))
+        if bound is None:
+            return None
+        self.made.note_kernel(number, problem, bound, folded)
+        return Operation(_of_pixels(bound.kernel), call.reads, (number,))
+
+
+def _of_pixels(kernel: Kernel) -> Callable[[Tensor], Tensor]:
+    """A 1×1 convolution as a function of contiguous (…, features)."""
+
+    def run(x: Tensor) -> Tensor:
+        y = kernel(x.view(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2), None)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], y.shape[1])
+
+    return run
 
 
 def _operation(

@@ -358,3 +358,53 @@ def test_a_size_that_was_changed_since_is_stocks():
     fused[3].output_size = net[3].output_size = 2
     assert fused(x).shape == (2, 8, 2, 2)
     torch.testing.assert_close(fused(x), net(x))
+
+
+class Tokens(nn.Module):
+    """Linear layers on images with channels last, as ConvNeXt has them, or on rows of tokens."""
+
+    def __init__(self, tokens: bool = False, contiguous: bool = True) -> None:
+        super().__init__()
+        self.conv, self.up, self.down = nn.Conv2d(3, 24, 3), nn.Linear(24, 40), nn.Linear(40, 24)
+        self.tokens, self.contiguous = tokens, contiguous
+
+    def forward(self, x):
+        y = self.conv(x).flatten(2).transpose(1, 2) if self.tokens else self.conv(x).permute(0, 2, 3, 1)
+        y = self.down(torch.relu(self.up(y.contiguous() if self.contiguous else y)))
+        return y if self.tokens else y.permute(0, 3, 1, 2)
+
+
+def linears(fused: nn.Module) -> list[tuple[int, str]]:
+    """Output channels and backends of linear layers on pixels."""
+    every = [problem for run in runs(fused) for problem in run.problems.values()]
+    return [
+        (problem.conv.out_channels, backend) for problem, backend in every if problem.shape[:1] + problem.shape[2:3] == (1, 1)
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [False, True], ids=["pixels", "tokens"])
+@torch.no_grad()
+def test_linear_layers_on_pixels_are_1x1_convolutions(tokens):
+    net = Tokens(tokens).eval()
+    fused, x = rf.fuse(net), images(3)
+    for _ in range(2):
+        got, want = fused(x), net(x)
+        assert_as_good_as_stock(got, want, copy.deepcopy(net).double()(x.double()))
+        assert got.stride() == want.stride()
+        for each in (net, fused):
+            each.up.weight.mul_(1.5)
+    assert linears(fused)[-2:] == [(40, "cpu"), (24, "cpu")]
+    x[0, 0, 0, 0] = torch.nan
+    assert torch.equal(fused(x).isnan(), net(x).isnan())
+
+
+@torch.no_grad()
+def test_linear_layers_on_other_pixels_are_stocks():
+    for net, x in ((Tokens(contiguous=False), images()), (Tokens(), images(0)), (Tokens().double(), images().double())):
+        fused = rf.fuse(net.eval())
+        got, want = fused(x), net(x)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert got.stride() == want.stride()
+        # What stock's makes of pixels that aren't contiguous is contiguous.
+        assert {channels for channels, _ in linears(fused)} <= ({24} if not net.contiguous else set())
