@@ -120,7 +120,10 @@ def test_what_it_does_not_serve():
     assert not is_served(x, weight, 3, 1)
     assert not beats_stock(x, weight, (1, 2), (1, 1), (1, 1), 1)
     assert not beats_stock(x, weight, (1, 1), (1, 1), (2, 2), 1)
-    assert not beats_stock(x, weight[:, :16], (1, 1), (1, 1), (1, 1), 4)
+    groups = weight[:, :4].contiguous(memory_format=torch.channels_last)
+    assert beats_stock(x, groups, (1, 1), (1, 1), (1, 1), 16)
+    assert not beats_stock(x, torch.cat((groups, groups)), (1, 1), (1, 1), (1, 1), 16)
+    assert not beats_stock(x.contiguous(), groups.contiguous(), (1, 1), (1, 1), (1, 1), 16)
     assert not is_served(x.contiguous(), weight[:, :, :1, :1].contiguous(), 1, 0)
     with rf.use_backend("reference"):
         assert not is_served(x, weight, 1, 1)
