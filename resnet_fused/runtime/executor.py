@@ -394,7 +394,9 @@ class _Settling:
         self._do(Operation(_caller(call, self.module), reads, (number,)))
         value = self.values[number]
         if isinstance(value, Tensor) and 3 <= value.dim() <= 5:
-            self.formats[number] = format
+            # What is written in place, or given back, stays as it was.
+            same = next((read for read in reads if self.values[read] is value), None)
+            self.formats[number] = format if same is None else self.formats[same]
 
     def _is_image(self, number: int) -> bool:
         """Whether a value has a memory format."""

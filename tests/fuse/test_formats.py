@@ -109,3 +109,27 @@ def test_groups_are_normed_in_the_kernels_own_format():
         got, want = fused(x), model(x)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert got.stride() == want.stride()
+
+
+class WritesToASlice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.act = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.a(x)
+        y = F.relu(self.b(x))
+        part = torch.cat([x, y], 1)[:, :16]
+        part += y
+        return self.act(part)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@torch.no_grad()
+def test_a_slice_that_is_written_to_keeps_its_strides(count):
+    model = WritesToASlice().eval()
+    fused, x = rf.fuse(model), torch.randn(count, 16, 7, 6)
+    for _ in range(2):
+        got, want = fused(x), model(x)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert got.stride() == want.stride()
