@@ -133,3 +133,21 @@ def test_a_slice_that_is_written_to_keeps_its_strides(count):
         got, want = fused(x), model(x)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert got.stride() == want.stride()
+
+
+@torch.no_grad()
+def test_one_number_of_five_dimensions_gives_a_result_of_five():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.conv(x) * torch.full((1, 1, 1, 1, 1), 2.0)
+
+    model = Scaled().eval()
+    x = torch.randn(2, 8, 7, 6)
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        got, want = rf.fuse(model)(image), model(image)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert got.stride() == want.stride()
