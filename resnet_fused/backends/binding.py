@@ -93,6 +93,8 @@ def bind(problem: Problem, parameters: ConvParameters, chosen: str) -> Bound:
         if chosen == "auto":
             first_call.trial(problem, parameters)
         return _bind_one(problem, parameters, chosen)
+    if chosen == "auto":
+        first_call.trial(problem, parameters, lambda own: compose(problem, own, chosen).kernel)
     name = _backend_of_whole(problem, chosen)
     return compose(problem, parameters, chosen) if name == tuning_cache.PARTS else _prepared(get(name), problem, parameters)
 

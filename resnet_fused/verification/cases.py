@@ -90,6 +90,11 @@ ENTRIES = (
     Entry("block, projected", (2, 64, 20, 24), residual_block([_3x3(64, 128, 2), _3x3(128, 128)], _1x1(64, 128, 2))),
     Entry("block", (2, 256, 14, 18), residual_block([_1x1(256, 64), _3x3(64, 64), _1x1(64, 256)], None)),
     Entry(
+        "block, projected without stride",
+        (2, 64, 19, 24),
+        residual_block([_1x1(64, 64), _3x3(64, 64), _1x1(64, 256)], _1x1(64, 256)),
+    ),
+    Entry(
         "block, projected",
         (2, 256, 14, 18),
         residual_block([_1x1(256, 128), _3x3(128, 128, 2), _1x1(128, 512)], _1x1(256, 512, 2)),

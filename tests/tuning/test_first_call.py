@@ -17,6 +17,7 @@ from resnet_fused.backends.problem import Conv
 pytestmark = pytest.mark.cpu
 
 CONV = Conv(16, 16, (3, 3), (1, 1), (1, 1))
+WIDE = Conv(64, 64, (3, 3), (1, 1), (1, 1))
 PROBLEM = problem_of("conv2d_bn_add_relu", (10, 16, 6, 6), torch.float32, torch.device("cpu"), (CONV,))
 
 
@@ -63,6 +64,39 @@ def test_the_fastest_is_taken_and_kept(monkeypatch, cache):
     tuning_cache.forget()  # as in another process
     assert binding.bind(PROBLEM, folded(), "auto").backend == "onednn"
     assert timed == []
+
+
+@pytest.mark.parametrize("whole, taken", [(0.5, "cpu"), (0.98, "parts"), (2.0, "parts")], ids=["faster", "level", "slower"])
+def test_a_whole_block_is_tried_beside_its_parts(whole, taken, monkeypatch):
+    timed = fake_times(monkeypatch, {"parts": 1.0, "cpu": whole})
+    block = problem_of("basic_block", (2, 64, 12, 12), torch.float32, torch.device("cpu"), (WIDE, WIDE), False)
+    weights = tuple(torch.randn(64, 64, 3, 3) / 24 for _ in range(2))
+    parameters = ConvParameters(weights, tuple(torch.randn(64) for _ in range(2)))
+    kernel = binding.bind(block, parameters, "auto").kernel
+    assert tuning_cache.choice(block).backend == taken
+    assert timed.count("parts") == 1
+    x = torch.randn(2, 64, 12, 12).contiguous(memory_format=torch.channels_last)
+    expected = get("reference").prepare(block, parameters)(x, None)
+    torch.testing.assert_close(kernel(x, None), expected, rtol=1e-4, atol=1e-4)
+    timed.clear()
+    binding.bind(block, parameters, "auto")
+    assert timed == []
+
+
+def test_a_whole_block_that_is_wrong_is_dropped(monkeypatch, caplog):
+    fake_times(monkeypatch, {"parts": 1.0, "cpu": 0.1})
+    block = problem_of("basic_block", (2, 64, 12, 12), torch.float32, torch.device("cpu"), (WIDE, WIDE), False)
+    parameters = ConvParameters(tuple(torch.randn(64, 64, 3, 3) / 24 for _ in range(2)), (torch.randn(64), torch.randn(64)))
+    prepare = type(get("cpu")).prepare
+
+    def spoilt(self, problem, *args):
+        kernel = prepare(self, problem, *args)
+        return (lambda x, residual: wrong(kernel(x, residual))) if len(problem.steps) > 1 else kernel
+
+    monkeypatch.setattr(type(get("cpu")), "prepare", spoilt)
+    binding.bind(block, parameters, "auto")
+    assert tuning_cache.choice(block).backend == "parts"
+    assert {name.partition(":")[0] for name in tuning_cache.dropped(block)} == {"cpu"}
 
 
 def test_stock_stays_where_nothing_is_clearly_faster(monkeypatch):
