@@ -253,9 +253,10 @@ def result_format(
         # Where both formats hold, stock's batch norm gives a contiguous result; one written out in sums and products does for
         # one value a channel alone.
         if (one and (x.shape[0] == 1 or not layer.promotes)) or (single and not layer.promotes):
-            # On a GPU it is the activation's that is contiguous.
-            plain = step.layers[-1].epilogue.activation is Activation.NONE
-            values[number] = channels_last and x.is_cuda and plain, size
+            # On a GPU it is that of what follows and makes a new tensor, but for ReLU6, which makes one like its input.
+            follows = layer.epilogue
+            kept = not layer.renews or (follows.activation is Activation.RELU6 and not follows.residual)
+            values[number] = channels_last and x.is_cuda and kept, size
     return torch.channels_last if values[FIRST_RESULT + len(step.layers) - 1][0] else torch.contiguous_format
 
 

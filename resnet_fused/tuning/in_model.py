@@ -126,15 +126,16 @@ class InModel:
 
     def _run_queued(self) -> list[tuple[Any, Any]]:
         """Runs the model; on GPUs its launches queue up, so that events time the kernels and not the host. Marks by GPU."""
-        begins = []
+        begins = {}
         for device in self.devices:
             with torch.cuda.device(device):
                 let_launches_queue(self._host_ms)
-            begins.append(time_mark(device))
+            begins[device] = time_mark(device)
         start = time.perf_counter()
         self._run()
         self._host_ms = _ROOM * 1e3 * (time.perf_counter() - start)
-        return [(begin, time_mark(device)) for begin, device in zip(begins, self.devices, strict=True)]
+        # More devices are known after the first run, in which kernels are bound.
+        return [(begin, time_mark(device)) for device, begin in begins.items()]
 
     def _synchronize(self) -> None:
         for device in self.devices:

@@ -92,6 +92,7 @@ def _copies(model, x):
     return sum(event.name == "aten::copy_" for event in profile.events())
 
 
+@pytest.mark.cpu
 def test_an_input_is_converted_once_for_all_that_read_it():
     fused = rf.fuse(Branches(JOINS["results"][0]).eval(), backend="cpu")
     one = rf.fuse(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).eval(), backend="cpu")
@@ -100,6 +101,7 @@ def test_an_input_is_converted_once_for_all_that_read_it():
     assert _copies(fused, x) == _copies(one, x)
 
 
+@pytest.mark.cpu
 def test_groups_are_normed_in_the_kernels_own_format():
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
     one = rf.fuse(nn.Sequential(nn.Conv2d(8, 8, 3)).eval(), backend="cpu")

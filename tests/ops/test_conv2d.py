@@ -110,6 +110,7 @@ def test_opcheck(name: str):
     torch.library.opcheck(torch.ops.resnet_fused.conv2d.default, leaves(name))
 
 
+@pytest.mark.cpu
 def test_what_it_does_not_serve():
     """Few channels, where stock is faster, other dtypes, contiguous 1×1, and whatever isn't a plain 1×1 or 3×3 convolution."""
     x, weight, *_ = leaves("3x3")

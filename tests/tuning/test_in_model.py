@@ -192,6 +192,18 @@ def test_on_a_gpu_launches_queue_up_before_each_timed_run(run, keys, monkeypatch
     assert done[0].startswith("sleep")
 
 
+def test_a_gpu_that_the_first_run_binds_kernels_on_is_timed_from_the_second_on(monkeypatch):
+    marked: list[torch.device] = []
+    monkeypatch.setattr(in_model, "time_mark", lambda device: marked.append(device) or 0.0)
+    monkeypatch.setattr(in_model, "let_launches_queue", lambda milliseconds: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    gpu = torch.device("cuda", 0)
+    model = InModel(lambda: model.devices.add(gpu), {})
+    model.measure({"a problem": ["reference"]}, {"a problem": set()}, lambda text: None)
+    assert marked
+    assert {*marked} == {gpu}
+
+
 @pytest.mark.parametrize("problem", ["interrupted", "records-can-not-be-kept"])
 def test_no_kernel_of_the_measurements_stays_in_the_model(problem, model, run, keys, monkeypatch, tmp_path):
     served = []

@@ -48,7 +48,7 @@ class CuDNN(Backend):
             return f"it serves cuda tensors, not {problem.device.type}"
         if problem.dtype not in _DTYPES:
             return f"it serves float32, float16 and bfloat16, not {problem.types.source}"
-        return None
+        return "the input or the result is empty" if 0 in (*problem.shape, *problem.output_shape()) else None
 
     def why_not(self, problem: Problem) -> str | None:
         reason = super().why_not(problem)
@@ -59,10 +59,7 @@ class CuDNN(Backend):
         if problem.precision != "fast" and replace(problem, precision="fast").tf32_allowed():
             return "precision is 'direct', and torch.backends.cudnn.conv.fp32_precision is 'tf32'; set it to 'ieee'"
         n, c, h, w = problem.shape
-        result = torch.Size(problem.output_shape()).numel()
-        if result == 0:
-            return "the input or the result is empty"
-        if max(n * c * h * w, result) >= 2**31:
+        if max(n * c * h * w, torch.Size(problem.output_shape()).numel()) >= 2**31:
             return "a tensor has 2^31 elements or more, and cuDNN's fused convolution indexes by 32 bits"
         if torch.cuda.is_current_stream_capturing():
             return "the stream is being captured, and a problem must be tried before; run it once without capture"
