@@ -48,12 +48,14 @@ template <int WORDS>
 struct PixelWords {
   uint32_t words[4][WORDS];
 
-  // from: the lane's channels of its first pixel; stride: bytes between pixels.
+  // from: the lane's channels of its first pixel; stride: bytes between pixels. LAST: nobody reads them soon again.
+  template <bool LAST = false>
   __device__ __forceinline__ void load(const char* from, int stride, const bool (&valid)[4]) {
     static_assert(WORDS == 4);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const uint4 v = ptx::load_global_16(from + r * 8 * stride, valid[r]);
+      const char* pixel = from + r * 8 * stride;
+      const uint4 v = LAST ? ptx::load_global_16_last(pixel, valid[r]) : ptx::load_global_16(pixel, valid[r]);
       words[r][0] = v.x, words[r][1] = v.y, words[r][2] = v.z, words[r][3] = v.w;
     }
   }
@@ -62,9 +64,9 @@ struct PixelWords {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if constexpr (WORDS == 4) {
-        ptx::store_global_16(to + r * 8 * stride, {words[r][0], words[r][1], words[r][2], words[r][3]}, valid[r]);
-      } else if (valid[r]) {
-        *reinterpret_cast<uint2*>(to + r * 8 * stride) = {words[r][0], words[r][1]};
+        ptx::store_global_16_last(to + r * 8 * stride, {words[r][0], words[r][1], words[r][2], words[r][3]}, valid[r]);
+      } else {
+        ptx::store_global_8_last(to + r * 8 * stride, {words[r][0], words[r][1]}, valid[r]);
       }
     }
   }

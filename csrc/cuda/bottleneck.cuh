@@ -16,6 +16,13 @@ class Bottleneck {
   static constexpr int COLUMNS = Tile::WIDTH / 8, K = Tile::WIDTH / 16;  // of a layer inside: columns and steps of mma
   static constexpr int STEP_BYTES = COLUMNS / 2 * FRAGMENT_BYTES, STEPS_PER_CHUNK = CHUNK_BYTES / STEP_BYTES;
   static constexpr int IN_BYTES = Tile::IN * 2, OUT_BYTES = Tile::OUT * 2;
+  // Whether the residual is loaded while the columns before its own are multiplied: where that was measured. On other
+  // architectures the registers don't suffice.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  static constexpr bool AHEAD = !Tile::PROJECTED && !Tile::RESIDENT;
+#else
+  static constexpr bool AHEAD = false;
+#endif
 
  public:
   __device__ __forceinline__ Bottleneck(const BlockParams& p, uint32_t shared)
@@ -30,9 +37,10 @@ class Bottleneck {
       const int first = (before ? begin : step) * pixels_of_step_;  // pixel of the image
       conv1(first, slot, before);
       if (before) continue;
-      prefetch(first + p_.width + pixels_of_step_);
       PixelFragments a[K];
       conv2(a, slot);
+      // Not before: what is to come would take the place in L2 of what conv3 adds.
+      prefetch(first + p_.width + pixels_of_step_);
       conv3(a, first);
       slot = ring_.after(slot, p_.rows);
     }
@@ -52,7 +60,7 @@ class Bottleneck {
     float acc[2][COLUMNS][4];
     start(acc, p_.bias, lane);
     uint32_t b = 0;
-#pragma unroll 1
+#pragma unroll(AHEAD ? 2 : 1)  // takes fewer registers with AHEAD, and more without
     for (int k = 0; k < Tile::IN / 16; k += 2) {
       PixelWords<4> loaded;
       loaded.load(x, IN_BYTES, valid);
@@ -123,24 +131,31 @@ class Bottleneck {
       loaded.load(x + k * 64, IN_BYTES, valid);
       to_fragments(loaded, of_x[k]);
     });
+    PixelWords<Tile::COLUMNS_3> residual[AHEAD ? 2 : 1];
+    if constexpr (AHEAD) residual[0].template load<true>(x, IN_BYTES, valid);
 #pragma unroll 1
     for (int chunk = 0; chunk < Tile::CHUNKS_3; ++chunk) {
       const uint32_t b = weights_.take(Tile::CHUNKS_1 + Tile::CHUNKS_2 + chunk) + lane * 16;
       unroll<GROUPS>([&](auto group) {
         constexpr int OFFSET = group * GROUP_BYTES, K_BYTES = Tile::COLUMNS_3 / 2 * FRAGMENT_BYTES;
-        PixelWords<Tile::COLUMNS_3> residual;
+        static_assert(GROUPS % 2 == 0);
+        PixelWords<Tile::COLUMNS_3>& added = residual[AHEAD ? group % 2 : 0];
         float acc[2][Tile::COLUMNS_3][4];
         if constexpr (Tile::PROJECTED) {
           start(acc, bias + Tile::OUT, lane);
           unroll<PROJECTION>([&](auto k) { multiply<T, OFFSET + k * K_BYTES>(acc, of_x[k / 2][k % 2], b); });
-          residual = rounded<T>(acc);
+          added = rounded<T>(acc);
+        } else if constexpr (AHEAD) {
+          x += 8 * NEIGHBOURS;
+          if (group + 1 < GROUPS || chunk + 1 < Tile::CHUNKS_3)
+            residual[(group + 1) % 2].template load<true>(x, IN_BYTES, valid);
         } else {
-          residual.load(x, IN_BYTES, valid);
+          added.template load<true>(x, IN_BYTES, valid);
           x += 8 * NEIGHBOURS;
         }
         start(acc, bias, lane);
         unroll<K>([&](auto k) { multiply<T, OFFSET + (PROJECTION + k) * K_BYTES>(acc, a[k], b); });
-        add_relu<T>(rounded<T>(acc), residual).store(y, OUT_BYTES, valid);
+        add_relu<T>(rounded<T>(acc), added).store(y, OUT_BYTES, valid);
         bias += 4 * NEIGHBOURS, y += 8 * NEIGHBOURS;
       });
     }

@@ -83,6 +83,27 @@ __device__ __forceinline__ void store_global_16(void* global, uint4 v, bool vali
                : "memory");
 }
 
+// The same with .cs (9.7.9.2): for what nobody reads soon again, which gives its place in L2 up before other lines do.
+__device__ __forceinline__ uint4 load_global_16_last(const void* global, bool valid) {
+  uint4 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+      " @p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(global), "r"(int(valid)));
+  return v;
+}
+__device__ __forceinline__ void store_global_16_last(void* global, uint4 v, bool valid) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(global), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(valid))
+               : "memory");
+}
+__device__ __forceinline__ void store_global_8_last(void* global, uint2 v, bool valid) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.cs.v2.u32 [%0], {%1, %2};}" ::"l"(global), "r"(v.x), "r"(v.y),
+               "r"(int(valid))
+               : "memory");
+}
+
 // max.NaN (9.7.3.12, 9.7.4.8): max(v, 0) that keeps NaN; two 16-bit elements or one float32 in a word.
 template <class T>
 __device__ __forceinline__ uint32_t relu_word(uint32_t word);

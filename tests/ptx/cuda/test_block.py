@@ -97,6 +97,7 @@ CASES = {
     "strips_of_one_step": Case(9, 56, device=A100),
     "strips_of_two_steps": Case(19, 56, device=[80, 3, 163 << 10, 83 << 10]),
     "as_wide_as_two_rows_fill_the_warps": Case(5, 112, dtype=BF16),
+    "residual_loaded_ahead": Case(9, 56, device=SMALL_H100, kernel="bottleneck_fwd_f16_64"),
     "pixels_that_fill_no_warp": Case(7, 13, batch=2, projected=True, device=A100),
 }
 
