@@ -9,7 +9,7 @@
 
 #include "recent_need.h"
 #include "runtime.h"
-#include "stable_abi.h"
+#include "../stable_abi.h"
 
 // Of PyTorch 2.11's stable ABI; null where an older PyTorch runs the library.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(

@@ -1,6 +1,5 @@
 // Operators of frozen models (resnet_fused/fusion/freeze.py), which run without Python: functions of tensors, packed weights
 // among them, that give new tensors. What a kernel declines they leave to stock's convolution by themselves.
-#include <array>
 #include <cstdint>
 #include <iterator>
 #include <optional>
@@ -12,30 +11,16 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "../frozen.h"
 #include "activations.h"
 #include "chain.h"
 #include "runtime.h"
-#include "stable_abi.h"
 
 namespace resnet_fused::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// One of PyTorch's operators, which gives a tensor.
-template <class... Args>
-Tensor call(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-std::string text_of(const std::vector<int64_t>& sizes) {
-  std::string text = "(";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
-  return text + ")";
-}
 
 const char* name_of(int64_t isa) {
   // In the order of Isa.
@@ -105,17 +90,7 @@ Tensor stock_conv(const Tensor& x, const std::optional<Tensor>& residual, const 
 
 // x with exactly these strides, after a look at whether it is what the model was frozen for.
 Tensor frozen_input(Tensor x, std::vector<int64_t> shape, std::vector<int64_t> strides, ScalarType dtype) {
-  std::vector<int64_t> own;
-  for (int64_t d = 0; d < x.dim(); ++d) own.push_back(x.size(d));
-  RF_CHECK(own == shape && x.scalar_type() == dtype && x.is_cpu(), "an input has shape ", text_of(own), " and dtype ",
-           torch::headeronly::toString(x.scalar_type()), x.is_cpu() ? "" : ", not on the CPU", "; the model was frozen for ",
-           text_of(shape), " and ", torch::headeronly::toString(dtype),
-           ", on the CPU. Give it such a tensor, or freeze the model for this one.");
-  Tensor y =
-      call("aten::empty_strided", "", shape, strides, std::optional<ScalarType>(dtype),
-           std::optional<torch::headeronly::Layout>(), std::optional<torch::stable::Device>(x.device()), std::optional<bool>());
-  torch::stable::copy_(y, x);
-  return y;
+  return frozen_input_on("the CPU", x.is_cpu(), x, shape, strides, dtype);
 }
 
 // As add_conv, but `plan` is a single 0 for direct sums: AOTInductor loses the type of an empty list. `plain`: the weight as

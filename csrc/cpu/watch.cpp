@@ -15,7 +15,7 @@
 
 #include "../checks.h"
 #include "registry.h"
-#include "stable_abi.h"
+#include "../stable_abi.h"
 
 namespace resnet_fused::cpu {
 namespace {

@@ -2,6 +2,7 @@
 //
 //     serve model.pt2 resnet_fused_cpu.so input.pt output.pt
 //
+// A package for a GPU takes resnet_fused_cuda.so, and a program that is linked with PyTorch's CUDA libraries (CMakeLists.txt).
 // input.pt is a tensor that torch.save wrote; output.pt is the model's result, for torch.load.
 #include <dlfcn.h>
 
@@ -30,12 +31,13 @@ static void write(const torch::Tensor& tensor, const char* path) {
 }
 
 int main(int argc, char** argv) try {
-  if (argc != 5) throw std::runtime_error("usage: serve model.pt2 resnet_fused_cpu.so input.pt output.pt");
+  if (argc != 5) throw std::runtime_error("usage: serve model.pt2 resnet_fused_cpu.so|resnet_fused_cuda.so input.pt output.pt");
   // Registers the operators that the package calls; stays loaded as long as the process.
   if (dlopen(argv[2], RTLD_NOW) == nullptr) throw std::runtime_error(dlerror());
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
-  const std::vector<torch::Tensor> results = model.run({read(argv[3])});
-  write(results.at(0), argv[4]);
+  const torch::Device device(model.get_metadata().at("AOTI_DEVICE_KEY"));
+  const std::vector<torch::Tensor> results = model.run({read(argv[3]).to(device)});
+  write(results.at(0).cpu(), argv[4]);
   return 0;
 } catch (const std::exception& error) {
   std::cerr << error.what() << '\n';

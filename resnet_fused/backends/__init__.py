@@ -149,9 +149,16 @@ def choice(argument: str = "auto") -> str:
     return _context_choice.get() or environment_choice()
 
 
-def freezer() -> Backend:
-    """The backend that has the operators of frozen models."""
-    return next(get(name) for name in AUTOMATIC_ORDER if name != STOCK and get(name).freezes)
+def freezer(device: torch.device) -> Backend:
+    """The backend that has the operators of frozen models on a device.
+
+    Raises:
+        BackendError: there is none for such devices.
+    """
+    for name in (name for name in BACKENDS if name != STOCK and get(name).freezes):
+        if {"cpu": False, "cuda": True}.get(device.type) == get(name).asks_for_gpu:
+            return get(name)
+    raise BackendError(f"no backend has a frozen form for {device.type}; freeze the model on the CPU or on a CUDA device.")
 
 
 def candidates(problem: Problem) -> list[str]:

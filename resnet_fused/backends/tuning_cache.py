@@ -23,6 +23,7 @@ import torch
 
 from resnet_fused import config
 from resnet_fused.backends import library
+from resnet_fused.backends.freezing import freezing
 from resnet_fused.backends.problem import Activation, Conv, Pointwise, Problem, Step, Types
 from resnet_fused.backends.processor import processor
 
@@ -152,6 +153,8 @@ def key(problem: Problem) -> str:
     settings = []
     if problem.device.type == "cuda":
         settings.append(f"benchmark={torch.backends.cudnn.benchmark}")
+        if freezing():  # chosen among fewer
+            settings.append("frozen")
         if problem.dtype == torch.float32:
             settings.append(f"conv={torch.backends.cudnn.conv.fp32_precision}")  # type: ignore[attr-defined]
     elif problem.device.type == "cpu":

@@ -15,7 +15,6 @@ from resnet_fused.backends import STOCK, Activation, Conv, ConvParameters, Imple
 from resnet_fused.backends.cpu.block import WholeBlock
 from resnet_fused.backends.cpu.convolution import Direct, Winograd
 from resnet_fused.backends.cpu.elementwise import OnePass
-from resnet_fused.backends.cpu.frozen import checked_input
 from resnet_fused.backends.cpu.grouped import Depthwise, Grouped
 from resnet_fused.backends.cpu.head import AveragePool
 from resnet_fused.backends.cpu.stem import Stem
@@ -138,7 +137,7 @@ def _calls() -> dict[str, tuple[object, tuple[object, ...]]]:
     with Note(), freeze_kernels():
         for case in CASES.values():
             Frozen(case).ours()
-        checked_input(x.contiguous(), x)
+        get("cpu").frozen_input(x.contiguous(), x)
         AveragePool().prepare(Problem.of(Pointwise.AVERAGE_POOL, (2, 24, 9, 10), x.dtype, CPU), ConvParameters((), ()), None)(
             x, None
         )
@@ -182,9 +181,9 @@ def test_inputs_unlike_the_example_are_refused():
         pytest.skip(reason)
     example = torch.randn(2, 3, 8, 9).contiguous(memory_format=torch.channels_last)
     given = torch.randn(2, 3, 8, 18)[..., ::2]
-    copied = checked_input(given, example)
+    copied = get("cpu").frozen_input(given, example)
     assert copied.stride() == example.stride()
     assert torch.equal(copied, given)
     for other in (example[:1], example[0], example.double()):
         with pytest.raises(ValueError, match=r"an input has shape .* the model was frozen for \(2, 3, 8, 9\) and Float"):
-            checked_input(other, example)
+            get("cpu").frozen_input(other, example)

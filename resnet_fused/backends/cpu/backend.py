@@ -13,11 +13,12 @@ from resnet_fused.backends.cpu.batch_norm import BatchNorm
 from resnet_fused.backends.cpu.block import WholeBlock
 from resnet_fused.backends.cpu.convolution import Direct, Winograd
 from resnet_fused.backends.cpu.elementwise import OnePass
-from resnet_fused.backends.cpu.frozen import checked_input, register_fakes
+from resnet_fused.backends.cpu.frozen import FAKES
 from resnet_fused.backends.cpu.grouped import Depthwise, Grouped
 from resnet_fused.backends.cpu.head import AveragePool, Classifier
 from resnet_fused.backends.cpu.stem import Stem
 from resnet_fused.backends.cpu.training_conv import TrainingConvolution
+from resnet_fused.backends.freezing import checked_input, register_fakes
 from resnet_fused.backends.problem import Activation, Kind, Problem
 
 _LIBRARY = "resnet_fused_cpu"
@@ -47,7 +48,7 @@ class CPU(Backend):
     )
 
     def frozen_input(self, x: Tensor, example: Tensor) -> Tensor:
-        return checked_input(x, example)
+        return checked_input(_LIBRARY, x, example)
 
     def details(self) -> str:
         ops = torch.ops.resnet_fused_cpu
@@ -62,7 +63,7 @@ class CPU(Backend):
     def unavailable(self) -> str | None:
         reason = library.load(_LIBRARY)
         if reason is None:
-            register_fakes()
+            register_fakes(_LIBRARY, FAKES)
         if reason is None and torch.ops.resnet_fused_cpu.isa() == _SCALAR:
             return "this CPU has neither AVX-512 nor AVX2 with FMA; use the backend 'onednn'"
         return reason

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Epilogue
+from resnet_fused.backends.freezing import channels_last_result, output_size
 
-_NAMESPACE = "resnet_fused_cpu"
 _NO_PLAN = [0]  # the direct sum; AOTInductor loses the type of an empty list
 
 
@@ -80,11 +79,6 @@ class FrozenSteps:
         return self._library.frozen_stem(x, weights, bias, plain_weight(parameters), *how)
 
 
-def checked_input(x: Tensor, example: Tensor) -> Tensor:
-    """A copy of x with the strides of `example`; the operator raises where x has another shape, dtype or device."""
-    return torch.ops.resnet_fused_cpu.frozen_input(x, [*example.shape], [*example.stride()], example.dtype)
-
-
 def packed_for(parameters: ConvParameters) -> int:
     """The instruction set that weights were packed for, asked once: the question isn't one of the graph's."""
     return parameters.pack(("cpu", "isa"), torch.ops.resnet_fused_cpu.isa)
@@ -103,20 +97,6 @@ def plain_weight(parameters: ConvParameters) -> Tensor:
 # ---- shapes of results --------------------------------------------------------------------------------------------------
 
 
-def _channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    n = x.shape[0]
-    return x.new_empty_strided((n, channels, height, width), (channels * height * width, 1, width * channels, channels))
-
-
-def _input(x: Tensor, shape: list[int], strides: list[int], dtype: torch.dtype) -> Tensor:
-    if [*x.shape] != shape or x.dtype != dtype:
-        raise ValueError(
-            f"an input has shape {tuple(x.shape)} and dtype {x.dtype}; the model was frozen for {tuple(shape)} and {dtype}. "
-            "Give it such a tensor, or freeze the model for this one."
-        )
-    return x.new_empty_strided(shape, strides)
-
-
 def _conv(
     x: Tensor,
     residual: Tensor | None,
@@ -131,10 +111,7 @@ def _conv(
     plan: list[int],
     isa: int,
 ) -> Tensor:
-    size = [
-        (x.shape[2 + d] + 2 * geometry[4 + d] - geometry[6 + d] * (geometry[d] - 1) - 1) // geometry[2 + d] + 1 for d in (0, 1)
-    ]
-    return _channels_last(x, out_channels, *size)
+    return channels_last_result(x, out_channels, *output_size(x, geometry))
 
 
 def _block(
@@ -146,7 +123,7 @@ def _block(
     plan: list[int],
     isa: int,
 ) -> Tensor:
-    return _channels_last(x, channels[-1], x.shape[2], x.shape[3])
+    return channels_last_result(x, channels[-1], x.shape[2], x.shape[3])
 
 
 def _stem(
@@ -161,7 +138,7 @@ def _stem(
     isa: int,
 ) -> Tensor:
     size = [(x.shape[2 + d] - 1) // 2 + 1 for d in (0, 1)]
-    return _channels_last(x, out_channels, *([(s - 1) // 2 + 1 for s in size] if pool else size))
+    return channels_last_result(x, out_channels, *([(s - 1) // 2 + 1 for s in size] if pool else size))
 
 
 def _pass(
@@ -173,23 +150,17 @@ def _pass(
     activation: str,
     slope: float,
 ) -> Tensor:
-    return _channels_last(sources[0], sum(x.shape[1] for x in sources), *sources[0].shape[2:])
+    return channels_last_result(sources[0], sum(x.shape[1] for x in sources), *sources[0].shape[2:])
 
 
 def _average_pool(x: Tensor) -> Tensor:
-    return _channels_last(x, x.shape[1], 1, 1)
+    return channels_last_result(x, x.shape[1], 1, 1)
 
 
-@functools.cache
-def register_fakes() -> None:
-    """Tells PyTorch the operators' results without memory, once the library is loaded."""
-    fakes: dict[str, Callable[..., Tensor]] = {
-        "frozen_input": _input,
-        "frozen_conv": _conv,
-        "frozen_block": _block,
-        "frozen_stem": _stem,
-        "frozen_pass": _pass,
-        "frozen_average_pool": _average_pool,
-    }
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
+FAKES: dict[str, Callable[..., Tensor]] = {
+    "frozen_conv": _conv,
+    "frozen_block": _block,
+    "frozen_stem": _stem,
+    "frozen_pass": _pass,
+    "frozen_average_pool": _average_pool,
+}

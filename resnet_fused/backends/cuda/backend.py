@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from resnet_fused.backends import Backend, library
 from resnet_fused.backends.cuda import device
@@ -12,6 +13,8 @@ from resnet_fused.backends.cuda.add_relu import AddReLU
 from resnet_fused.backends.cuda.batch_norm import BatchNorm
 from resnet_fused.backends.cuda.block import Bottleneck
 from resnet_fused.backends.cuda.convolution import ELEMENTS, ImplicitGemm
+from resnet_fused.backends.cuda.frozen import FAKES
+from resnet_fused.backends.freezing import checked_input, freezing, register_fakes
 from resnet_fused.backends.problem import Activation, Kind, Problem
 
 _LIBRARY = "resnet_fused_cuda"
@@ -24,6 +27,10 @@ class CUDA(Backend):
     activations = tuple(Activation)
     implementations = (Bottleneck(), ImplicitGemm(), AddReLU(), BatchNorm())
     asks_for_gpu = True
+    freezes = True
+
+    def frozen_input(self, x: Tensor, example: Tensor) -> Tensor:
+        return checked_input(_LIBRARY, x, example)
 
     @functools.cache  # noqa: B019 — one instance lives as long as the process
     def unavailable(self) -> str | None:
@@ -33,6 +40,7 @@ class CUDA(Backend):
         if reason is not None:
             toolkit = f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={torch.version.cuda}.*"
             return f"{reason}; nvcc of PyTorch's CUDA must be there before: pip install '{toolkit}'"
+        register_fakes(_LIBRARY, FAKES)
         return None if torch.cuda.is_available() else "there is no GPU (torch.cuda.is_available() is False)"
 
     def why_none(self, problem: Problem) -> str | None:
@@ -40,6 +48,8 @@ class CUDA(Backend):
             return f"it serves cuda tensors, not {problem.device.type}"
         if problem.dtype not in ELEMENTS:
             return f"it serves float32, float16 and bfloat16, not {problem.types.source}"
+        if freezing() and problem.kind in (Kind.ELEMENTWISE, Kind.BATCH_NORM):
+            return "its passes have no frozen form"
         capability = device.properties(problem.device)[0]
         if capability < 75:
             return f"it needs compute capability 7.5 or newer, and {problem.device} has {capability / 10}"
