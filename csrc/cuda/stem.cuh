@@ -1,10 +1,10 @@
-// The stem of a ResNet as a whole: y = max_pool(relu(conv(x) + bias)), a 7x7 convolution of stride 2 on 3 channels and a pool of
-// 3x3, stride 2. The convolution's result is rounded as the layer's would be, and never leaves the registers of a warp.
+// The stem of a ResNet as a whole: y = max_pool(relu(conv(x) + bias)), a 7x7 convolution of stride 2 on 3 channels and a
+// pool of 3x3, stride 2. The convolution's result is rounded as the layer's would be, and never leaves the multiprocessor.
 //
 // A block of threads goes down a strip, a row of the pool's result a step, which is two new rows of the convolution; the one
-// before them was computed in the step before, and its maxima along the row wait in shared memory. Along the row a warp goes tile
-// by tile of 16 pixels. Weights stay in registers. mma's rows 0 to 7 are a tile's even pixels and 8 to 15 its odd ones, so that a lane
-// has both pixels of a pair, and its left neighbour's lane the third of the pool's window.
+// before them was computed in the step before, and its maxima along the row wait in shared memory. Along the row a warp goes
+// tile by tile of 16 pixels. Weights stay in registers. mma's rows 0 to 7 are a tile's even pixels and 8 to 15 its odd ones,
+// so that a lane has both pixels of a pair, and its left neighbour's lane the third of the pool's window.
 #pragma once
 
 #include "element.cuh"
@@ -34,8 +34,8 @@ class Stem {
               (warp_ * p.tiles * 32 + lane_) * 16) {}
 
   __device__ __forceinline__ void run() {
-    load_parameters();
-    rows_.begin(begin_);
+    load_weight();
+    rows_.start(begin_);
     if (begin_ > 0) {
       compute<false>(begin_ - 1);
     } else {
@@ -49,15 +49,12 @@ class Stem {
   }
 
  private:
-  __device__ __forceinline__ void load_parameters() {
+  __device__ __forceinline__ void load_weight() {
     const char* weight = static_cast<const char*>(p_.weight) + warp_ * (Tile::WEIGHT_BYTES / Tile::WARPS) + lane_ * 16;
     unroll<Tile::WEIGHT_WORDS / 4>([&](auto i) {
       const uint4 v = ptx::load_global_16(weight + i * 512, true);
       weight_[4 * i] = v.x, weight_[4 * i + 1] = v.y, weight_[4 * i + 2] = v.z, weight_[4 * i + 3] = v.w;
     });
-    const float* bias = p_.bias + warp_ * Tile::WARP_CHANNELS + lane_ % 4 * 2 * COLUMNS;
-#pragma unroll
-    for (int i = 0; i < 2 * COLUMNS; ++i) bias_[i] = bias[i];
   }
 
   // A row of the pool's result. Without STORED only the lower of its rows of the convolution, which the next result needs.
@@ -98,16 +95,23 @@ class Stem {
     }
   }
 
-  // Two rows of the convolution; the upper one only if UPPER. Of nine rows of x the upper one reads those from the first on, the
-  // lower one those from the third on. What both read is loaded once, two rows for a step of mma.
+  // Two rows of the convolution; the upper one only if UPPER. Of nine rows of x the upper one reads those from the first on,
+  // the lower one those from the third on. What both read is loaded once, two rows for a step of mma.
   template <bool UPPER>
   __device__ __forceinline__ void multiply(float (&acc)[2][COLUMNS][4], const uint32_t (&from)[3]) const {
+    // It is loaded as any memory, not by ld.global.nc: ptxas would do that once for all tiles, and find no registers for it.
+    const float4* bias = reinterpret_cast<const float4*>(p_.bias + warp_ * Tile::WARP_CHANNELS + lane_ % 4 * 2 * COLUMNS);
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int j = 0; j < COLUMNS; j += 2) {
+      const float4 b = bias[j / 2];
 #pragma unroll
-      for (int j = 0; j < COLUMNS; ++j)
+      for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[r][j][i] = bias_[2 * j + i % 2];
+        for (int odd = 0; odd < 4; odd += 2) {
+          acc[r][j][odd] = b.x, acc[r][j][odd + 1] = b.y;
+          acc[r][j + 1][odd] = b.z, acc[r][j + 1][odd + 1] = b.w;
+        }
+    }
     uint32_t seventh[2][4];  // filter rows, of two channels
     unroll<Tile::INPUT_CHANNELS>([&](auto channel) {
       unroll<4>([&](auto pair) {
@@ -150,11 +154,11 @@ class Stem {
     }
   }
 
-  // The maxima of the pool's windows along a row of the convolution, before ReLU, for which zeros stand where there is no pixel.
-  // carried: of this tile's left neighbour, and then of the next one's.
+  // The maxima of the pool's windows along a row of the convolution. ReLU follows, so zeros stand where there is no pixel.
+  // carried: what lies left of this tile, and then left of the next one.
   __device__ __forceinline__ void pooled_along(Words& result, const float (&acc)[COLUMNS][4], int tile, bool exists,
                                                Words& carried) const {
-    // Masks: of conditions a compiler makes branches, with a shuffle in each, in which all lanes must take part together.
+    // Masks: of conditions nvcc makes branches, with a shuffle in each, in which all lanes must take part together.
     const int left = tile * Tile::TILE + lane_ / 4 * 2 - (exists ? p_.conv_width : 0);
     const uint32_t masks[2] = {uint32_t(left >> 31), uint32_t((left + 1) >> 31)};  // ones before the end of the row
     const uint32_t leftmost = uint32_t((lane_ - 4) >> 31);
@@ -174,7 +178,6 @@ class Stem {
   const StemRows<INPUT> rows_;
   const uint32_t kept_;
   uint32_t weight_[Tile::WEIGHT_WORDS];
-  float bias_[2 * COLUMNS];
 };
 
 }  // namespace resnet_fused

@@ -27,19 +27,20 @@ StemStrides strides_of(const Ints& strides) {
   return {strides[0], input_of(strides) == StemInput::planar ? strides[1] : 0, strides[2]};
 }
 
-PlanWords stem_plan_op(Ints problem, Ints strides, Ints device, Ints pointers) {
+PlanWords stem_plan_op(Ints problem, Ints strides, Ints device, Ints pointers, int64_t rows) {
   RF_CHECK(pointers.size() == 4, "pointers has ", pointers.size(), " integers; it takes 4: x, weight, bias, y");
   RF_CHECK(strides.size() == 4, "strides has ", strides.size(), " integers; it takes 4, of x");
   const auto pointer = [&](size_t i) {
     return reinterpret_cast<void*>(pointers[i]);
   };
-  const StemPlan plan = plan_stem(stem_of(problem), input_of(strides), strides_of(strides), device_of(device));
+  const StemPlan plan = plan_stem(stem_of(problem), input_of(strides), strides_of(strides), device_of(device), rows);
   return plan_words({plan.launch}, with_pointers(plan, {pointer(0), pointer(1), pointer(2), pointer(3)}), 0);
 }
 
 // x as the kernels read it: planar or interleaved, rows at multiples of 16 bytes; a copy only where it isn't already.
 Tensor as_image(const Tensor& x) {
-  RF_CHECK(x.dim() == 4 && x.size(1) == StemPoolTile::INPUT_CHANNELS, "x must be (N, ", StemPoolTile::INPUT_CHANNELS, ", H, W)");
+  RF_CHECK(x.dim() == 4 && x.size(1) == StemPoolTile::INPUT_CHANNELS, "x must be (N, ", StemPoolTile::INPUT_CHANNELS,
+           ", H, W)");
   constexpr int64_t VECTOR = 8;
   const auto whole = [&](int64_t dim) {
     return x.stride(dim) % VECTOR == 0;
@@ -51,7 +52,7 @@ Tensor as_image(const Tensor& x) {
   return as_activation("x", x, x);
 }
 
-Tensor stem_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bias) {
+Tensor stem_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bias, int64_t rows) {
   const Tensor x = as_image(x_any);
   const StemProblem problem{x.size(0), x.size(2), x.size(3), bias.numel(), element_type(x, false)};
   RF_CHECK(weight.scalar_type() == x.scalar_type() && weight.is_contiguous() && is_aligned(weight) &&
@@ -65,9 +66,8 @@ Tensor stem_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bias
   const Ints strides(x.strides().begin(), x.strides().end());
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const StemPlan plan = plan_stem(problem, input_of(strides), strides_of(strides), device_properties(device));
-  Tensor y =
-      empty_channels_last(x, {problem.batch, problem.out_channels, problem.pooled_height(), problem.pooled_width()});
+  const StemPlan plan = plan_stem(problem, input_of(strides), strides_of(strides), device_properties(device), rows);
+  Tensor y = empty_channels_last(x, {problem.batch, problem.out_channels, problem.pooled_height(), problem.pooled_width()});
   StemParams params =
       with_pointers(plan, {x.const_data_ptr(), weight.const_data_ptr(), bias.const_data_ptr(), y.mutable_data_ptr()});
   launch(plan.launch, &params, device);
@@ -78,8 +78,8 @@ Tensor stem_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bias
 }  // namespace resnet_fused
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
-  m.def("stem_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor");
-  m.def("stem_plan(int[] problem, int[] strides, int[] device, int[] pointers) -> (str[], int[], int[], int)");
+  m.def("stem_fwd(Tensor x, Tensor weight, Tensor bias, int rows) -> Tensor");
+  m.def("stem_plan(int[] problem, int[] strides, int[] device, int[] pointers, int rows) -> (str[], int[], int[], int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) { m.impl("stem_fwd", TORCH_BOX(&resnet_fused::stem_fwd_op)); }

@@ -5,8 +5,8 @@
 
 namespace resnet_fused {
 
-// A block of threads goes down a strip of an image, a row of the pool's result a step; blockIdx.x is the image and blockIdx.y the
-// strip. Strides are in bytes.
+// A block of threads goes down a strip of an image, a row of the pool's result a step; blockIdx.x is the image and blockIdx.y
+// the strip. Strides are in bytes.
 struct StemParams {
   const void* x;       // [N, 3, height, width], or [N, height, width, 3]
   const void* weight;  // as lanes hold it, see stem.cuh

@@ -19,7 +19,8 @@ struct Kernel {
 
   int64_t shared_bytes(const StemProblem& p) const {
     const int64_t tiles = ceil_div(p.conv_width(), Tile::TILE);
-    return groups * Tile::GROUP_LINES * Tile::row_pitch(tiles) + staged_bytes * p.width + Tile::WARPS * tiles * Tile::KEPT_BYTES;
+    return groups * Tile::GROUP_LINES * Tile::row_pitch(tiles) + staged_bytes * p.width +
+           Tile::WARPS * tiles * Tile::KEPT_BYTES;
   }
 };
 
@@ -48,8 +49,10 @@ std::string why_not(const Kernel* k, const StemProblem& p, const StemStrides& st
     reason << "with its pool it needs compute capability 8.0 or newer, not " << double(device.compute_capability) / 10;
   } else if (p.batch <= 0 || p.height <= 0 || p.width <= 0) {
     reason << "the input is empty";
-  } else if (p.width % VECTOR != 0 || strides.image % VECTOR != 0 || strides.channel % VECTOR != 0 || strides.row % VECTOR != 0) {
-    reason << "with its pool it serves rows of whole 16 bytes, so a width that is a multiple of " << VECTOR << ", not " << p.width;
+  } else if (p.width % VECTOR != 0 || strides.image % VECTOR != 0 || strides.channel % VECTOR != 0 ||
+             strides.row % VECTOR != 0) {
+    reason << "with its pool it serves rows of whole 16 bytes, so a width that is a multiple of " << VECTOR << ", not "
+           << p.width;
   } else if (p.batch > std::numeric_limits<int32_t>::max() || p.height > 4 * MOST_STRIPS) {
     reason << "a size beyond the grid's";
   } else if (k->shared_bytes(p) > device.shared_per_block) {
@@ -58,18 +61,20 @@ std::string why_not(const Kernel* k, const StemProblem& p, const StemStrides& st
   return reason.str();
 }
 
-// How many rows of the result a strip has, for the least time by a model: blocks run in waves, and each loads rows and weights and
-// computes a row of the convolution before its first step.
+// How many rows of the result a strip has, for the least time by a model: a block begins with a row of the convolution, rows of
+// x and the weights, and a few blocks at once keep a multiprocessor's tensor cores busy.
 int64_t rows_of_strip(const Kernel& k, const StemProblem& p, const DeviceProperties& device) {
-  constexpr double START = 1.0;        // of a step
+  constexpr double START = 1.0;       // of a row of the result
   constexpr int64_t RESERVED = 1024;  // bytes the system takes of a block's shared memory
+  constexpr int64_t BUSY = 3;         // blocks
   const int64_t by_memory = device.shared_per_multiprocessor / (k.shared_bytes(p) + RESERVED);
-  const int64_t at_once = std::max<int64_t>(1, std::min<int64_t>(Tile::BLOCKS, by_memory)) * device.multiprocessors;
+  const double at_once = double(std::max<int64_t>(1, std::min(BUSY, by_memory)));
   const int64_t rows = p.pooled_height();
   int64_t best = rows;
   double least = std::numeric_limits<double>::infinity();
   for (int64_t own = rows; own > 0; --own) {
-    const double time = double(ceil_div(p.batch * ceil_div(rows, own), at_once)) * (double(own) + START);
+    const int64_t blocks = ceil_div(p.batch * ceil_div(rows, own), device.multiprocessors);
+    const double time = (double(own) + START) * std::max(1.0, double(blocks) / at_once);
     if (time < least) least = time, best = own;
   }
   return best;
@@ -77,12 +82,14 @@ int64_t rows_of_strip(const Kernel& k, const StemProblem& p, const DevicePropert
 
 }  // namespace
 
-StemPlan plan_stem(const StemProblem& p, StemInput input, const StemStrides& strides, const DeviceProperties& device) {
+StemPlan plan_stem(const StemProblem& p, StemInput input, const StemStrides& strides, const DeviceProperties& device,
+                   int64_t rows) {
   const Kernel* kernel = kernel_for(p, input);
   const std::string reason = why_not(kernel, p, strides, device);
   if (!reason.empty()) throw std::invalid_argument("stem: " + reason);
-  const int64_t bytes = element_bytes(p.type), rows = rows_of_strip(*kernel, p, device);
+  rows = std::min(rows > 0 ? rows : rows_of_strip(*kernel, p, device), p.pooled_height());
   const int64_t tiles = ceil_div(p.conv_width(), Tile::TILE), strips = ceil_div(p.pooled_height(), rows);
+  const int64_t bytes = element_bytes(p.type);
   StemPlan plan{};
   plan.params.image_stride = strides.image * bytes;
   plan.params.channel_stride = strides.channel * bytes;
@@ -93,8 +100,7 @@ StemPlan plan_stem(const StemProblem& p, StemInput input, const StemStrides& str
   plan.params.rows_per_strip = int32_t(rows);
   plan.params.tiles = int32_t(tiles);
   plan.params.row_pitch = int32_t(Tile::row_pitch(tiles));
-  plan.launch = {
-      kernel->name, {uint32_t(p.batch), uint32_t(strips), 1}, Tile::THREADS, uint32_t(kernel->shared_bytes(p))};
+  plan.launch = {kernel->name, {uint32_t(p.batch), uint32_t(strips), 1}, Tile::THREADS, uint32_t(kernel->shared_bytes(p))};
   return plan;
 }
 

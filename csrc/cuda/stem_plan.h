@@ -10,8 +10,8 @@
 
 namespace resnet_fused {
 
-// y = max_pool2d(relu(conv2d(x, weight) + bias)), x [batch, 3, height, width], a filter of 7x7 with stride 2 and padding 3, a pool of
-// 3x3 with stride 2 and padding 1; y channels_last.
+// y = max_pool2d(relu(conv2d(x, weight) + bias)), x [batch, 3, height, width], a filter of 7x7 with stride 2 and padding 3, a
+// pool of 3x3 with stride 2 and padding 1; y channels_last.
 struct StemProblem {
   int64_t batch, height, width, out_channels;
   ElementType type;
@@ -22,7 +22,7 @@ struct StemProblem {
   int64_t pooled_width() const { return (conv_width() - 1) / 2 + 1; }
 };
 
-// Strides of x in elements. The fourth is that of columns.
+// Strides of x in elements. The channels' is no matter where they are interleaved.
 struct StemStrides {
   int64_t image, channel, row;
 };
@@ -37,8 +37,10 @@ struct StemPlan {
   StemParams params;  // without the pointers; see with_pointers
 };
 
-// The plan without pointers. Throws std::invalid_argument with the reason where no kernel serves the problem.
-StemPlan plan_stem(const StemProblem& problem, StemInput input, const StemStrides& strides, const DeviceProperties& device);
+// The plan without pointers; `rows` asks for strips of so many rows of the result, or is 0. Throws std::invalid_argument with
+// the reason where no kernel serves the problem.
+StemPlan plan_stem(const StemProblem& problem, StemInput input, const StemStrides& strides, const DeviceProperties& device,
+                   int64_t rows);
 
 StemParams with_pointers(const StemPlan& plan, const StemPointers& pointers);
 

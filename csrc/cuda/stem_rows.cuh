@@ -7,9 +7,9 @@
 
 namespace resnet_fused {
 
-// Group g has rows 4 g - 3 to 4 g of x. Row r of the pool's result reads groups r, r + 1 and the first row of r + 2, while the next
-// group comes. Rows outside of the image, and what lies left and right of it, are zeros. Interleaved rows come as they are, and
-// are brought into the order of planar ones in shared memory.
+// Group g has rows 4 g - 3 to 4 g of x. Row r of the pool's result reads groups r, r + 1 and the first row of r + 2, while the
+// next group comes. Rows outside of the image, and what lies left and right of it, are zeros. Interleaved rows come as they
+// are, and are brought into the order of planar ones in shared memory.
 template <StemInput INPUT>
 class StemRows {
   using Tile = StemPoolTile;
@@ -18,7 +18,7 @@ class StemRows {
   static constexpr int INTERLEAVED_BYTES = Tile::INPUT_CHANNELS * 2;  // of a pixel
 
  public:
-  // Bytes of shared memory from `address` on are as stem_tiles.h counts them. begin, end: rows of the pool's result.
+  // address: of shared memory, as stem_plan.cpp counts it. begin, end: the strip's rows of the pool's result.
   __device__ __forceinline__ StemRows(const StemParams& p, uint32_t address, int begin, int end)
       : p_(p),
         address_(address),
@@ -27,7 +27,7 @@ class StemRows {
         last_(4 * end + 2) {}
 
   // Brings the groups that the strip begins with, from that of the row before `begin` on.
-  __device__ __forceinline__ void begin(int begin) const {
+  __device__ __forceinline__ void start(int begin) const {
     for (int i = threadIdx.x * 16; i < GROUPS * Tile::GROUP_LINES * p_.row_pitch; i += Tile::THREADS * 16)
       ptx::store_shared_16<0>(address_ + i, uint4{});
     __syncthreads();

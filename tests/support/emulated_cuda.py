@@ -143,17 +143,19 @@ def block_packed(
     return Result(memory.download(pointers[3], x.dtype, (n, h, w, c)).permute(0, 3, 1, 2), kernels, counters)
 
 
-def stem(problem: Problem, x: Tensor, parameters: ConvParameters, device: Sequence[int] = A100) -> Result:
-    """The stem with its pool by the CUDA backend's kernels, on x in its own strides."""
+def stem(problem: Problem, x: Tensor, parameters: ConvParameters, device: Sequence[int] = A100, rows: int = 0) -> Result:
+    """The stem with its pool by the CUDA backend's kernels, on x in its own strides; `rows` as in plan_stem."""
     (weight,), (bias,) = parameters.tensors()
-    return stem_packed(problem, x, cuda_stem.pack_weight(weight), bias.float(), device)
+    return stem_packed(problem, x, cuda_stem.pack_weight(weight), bias.float(), device, rows)
 
 
-def stem_packed(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor, device: Sequence[int] = A100) -> Result:
+def stem_packed(
+    problem: Problem, x: Tensor, weight: Tensor, bias: Tensor, device: Sequence[int] = A100, rows: int = 0
+) -> Result:
     """The same with packed parameters."""
     memory, (n, c, h, w) = px.Memory(), problem.output_shape()
     pointers = [memory.upload(t) for t in (x, weight, bias)] + [memory.empty(n * c * h * w * x.element_size())]
-    plan = torch.ops.resnet_fused_cuda.stem_plan(cuda_stem.plan_problem(problem), x.stride(), device, pointers)
+    plan = torch.ops.resnet_fused_cuda.stem_plan(cuda_stem.plan_problem(problem), x.stride(), device, pointers, rows)
     kernels, counters = launch(plan, memory, device)
     return Result(memory.download(pointers[3], x.dtype, (n, h, w, c)).permute(0, 3, 1, 2), kernels, counters)
 

@@ -29,10 +29,13 @@ class StemWithPool(Implementation):
             return "with a pool it serves convolutions with a bias, ReLU, and a max-pool of 3×3, stride 2 and padding 1"
         if problem.conv != Conv(3, problem.conv.out_channels, (7, 7), (2, 2), (3, 3)):
             return "with a pool it serves a 7×7 convolution of stride 2 and padding 3 on 3 channels"
-        numbers, (n, c, h, w) = plan_problem(problem), problem.shape
+        _, c, h, w = problem.shape
+        strides, properties = (
+            [c * h * w, 1, c * w, c],
+            device.properties(problem.device),
+        )  # x is copied where its own don't suit
         try:
-            # What it serves depends on no strides but those of x as a whole tensor: x is copied where its own don't suit.
-            torch.ops.resnet_fused_cuda.stem_plan(numbers, [c * h * w, h * w, w, 1], device.properties(problem.device), [0] * 4)
+            torch.ops.resnet_fused_cuda.stem_plan(plan_problem(problem), strides, properties, [0] * 4, 0)
         except (ValueError, RuntimeError) as error:  # the planner's reason
             return str(error).splitlines()[0]
         return None
@@ -41,7 +44,7 @@ class StemWithPool(Implementation):
         weight = parameters.pack(("cuda", "stem", problem.dtype), lambda: pack_weight(parameters.weights[0]))
         bias = parameters.pack(("cuda", "bias"), lambda: parameters.biases[0].detach().float().contiguous().clone())
         run = torch.ops.resnet_fused_cuda.stem_fwd.default
-        return in_its_format(lambda x, residual: run(x, weight, bias), problem)
+        return in_its_format(lambda x, residual: run(x, weight, bias, 0), problem)
 
 
 def plan_problem(problem: Problem) -> list[int]:
@@ -53,9 +56,9 @@ def plan_problem(problem: Problem) -> list[int]:
 def pack_weight(weight: Tensor) -> Tensor:
     """The weight as lanes hold it: (2 warps, 21 words by fours, 32 lanes, 4 words, 2).
 
-    Of a warp's 32 channels column j of mma has in its place n channel 8 · (n / 2) + 2 · j + n % 2, so that a lane has 8 neighbours of the
-    result. The 21 filter rows of all channels have 8 taps, the first of them zero, and are multiplied two at a time: those of one
-    channel after the other's, then the seventh rows of all.
+    Of a warp's 32 channels column j of mma has in its place n channel 8 · (n / 2) + 2 · j + n % 2, so that a lane has 8
+    neighbours of the result. The 21 filter rows of all channels have 8 taps, the first of them zero, and are multiplied two
+    at a time: those of one channel after the other's, then the seventh rows of all.
 
     Args:
         weight: (64, 3, 7, 7).
