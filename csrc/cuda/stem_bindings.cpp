@@ -37,6 +37,8 @@ PlanWords stem_plan_op(Ints problem, Ints strides, Ints device, Ints pointers, i
   return plan_words({plan.launch}, with_pointers(plan, {pointer(0), pointer(1), pointer(2), pointer(3)}), 0);
 }
 
+Ints stem_rows_op(Ints problem, Ints device) { return stem_rows(stem_of(problem), StemInput::planar, device_of(device)); }
+
 // x as the kernels read it: planar or interleaved, rows at multiples of 16 bytes; a copy only where it isn't already.
 Tensor as_image(const Tensor& x) {
   RF_CHECK(x.dim() == 4 && x.size(1) == StemPoolTile::INPUT_CHANNELS, "x must be (N, ", StemPoolTile::INPUT_CHANNELS,
@@ -79,11 +81,13 @@ Tensor stem_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bias
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
   m.def("stem_fwd(Tensor x, Tensor weight, Tensor bias, int rows) -> Tensor");
+  m.def("stem_rows(int[] problem, int[] device) -> int[]");
   m.def("stem_plan(int[] problem, int[] strides, int[] device, int[] pointers, int rows) -> (str[], int[], int[], int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) { m.impl("stem_fwd", TORCH_BOX(&resnet_fused::stem_fwd_op)); }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CompositeExplicitAutograd, m) {
+  m.impl("stem_rows", TORCH_BOX(&resnet_fused::stem_rows_op));
   m.impl("stem_plan", TORCH_BOX(&resnet_fused::stem_plan_op));
 }

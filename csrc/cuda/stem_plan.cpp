@@ -5,6 +5,7 @@
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace resnet_fused {
 namespace {
@@ -61,22 +62,26 @@ std::string why_not(const Kernel* k, const StemProblem& p, const StemStrides& st
   return reason.str();
 }
 
-// How many rows of the result a strip has, for the least time by a model: a block begins with a row of the convolution, rows of
-// x and the weights, and a few blocks at once keep a multiprocessor's tensor cores busy.
-int64_t rows_of_strip(const Kernel& k, const StemProblem& p, const DeviceProperties& device) {
+// Rows of the result of a strip, by their time in a model: a block begins with a row of the convolution, rows of x and the
+// weights, and a few blocks at once keep a multiprocessor's tensor cores busy.
+std::vector<int64_t> rows_of_strips(const Kernel& k, const StemProblem& p, const DeviceProperties& device) {
   constexpr double START = 1.0;       // of a row of the result
   constexpr int64_t RESERVED = 1024;  // bytes the system takes of a block's shared memory
   constexpr int64_t BUSY = 3;         // blocks
+  constexpr size_t MOST = 4;
   const int64_t by_memory = device.shared_per_multiprocessor / (k.shared_bytes(p) + RESERVED);
   const double at_once = double(std::max<int64_t>(1, std::min(BUSY, by_memory)));
-  const int64_t rows = p.pooled_height();
-  int64_t best = rows;
-  double least = std::numeric_limits<double>::infinity();
-  for (int64_t own = rows; own > 0; --own) {
-    const int64_t blocks = ceil_div(p.batch * ceil_div(rows, own), device.multiprocessors);
-    const double time = (double(own) + START) * std::max(1.0, double(blocks) / at_once);
-    if (time < least) least = time, best = own;
+  std::vector<std::pair<double, int64_t>> found;
+  for (int64_t strips = 1; strips <= p.pooled_height(); ++strips) {
+    const int64_t rows = ceil_div(p.pooled_height(), strips);
+    if (!found.empty() && found.back().second == rows) continue;
+    const int64_t blocks = ceil_div(p.batch * strips, device.multiprocessors);
+    found.emplace_back((double(rows) + START) * std::max(1.0, double(blocks) / at_once), rows);
   }
+  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<int64_t> best;
+  for (const auto& [time, rows] : found)
+    if (best.size() < MOST) best.push_back(rows);
   return best;
 }
 
@@ -87,7 +92,7 @@ StemPlan plan_stem(const StemProblem& p, StemInput input, const StemStrides& str
   const Kernel* kernel = kernel_for(p, input);
   const std::string reason = why_not(kernel, p, strides, device);
   if (!reason.empty()) throw std::invalid_argument("stem: " + reason);
-  rows = std::min(rows > 0 ? rows : rows_of_strip(*kernel, p, device), p.pooled_height());
+  rows = std::min(rows > 0 ? rows : rows_of_strips(*kernel, p, device).front(), p.pooled_height());
   const int64_t tiles = ceil_div(p.conv_width(), Tile::TILE), strips = ceil_div(p.pooled_height(), rows);
   const int64_t bytes = element_bytes(p.type);
   StemPlan plan{};
@@ -102,6 +107,11 @@ StemPlan plan_stem(const StemProblem& p, StemInput input, const StemStrides& str
   plan.params.row_pitch = int32_t(Tile::row_pitch(tiles));
   plan.launch = {kernel->name, {uint32_t(p.batch), uint32_t(strips), 1}, Tile::THREADS, uint32_t(kernel->shared_bytes(p))};
   return plan;
+}
+
+std::vector<int64_t> stem_rows(const StemProblem& p, StemInput input, const DeviceProperties& device) {
+  const Kernel* kernel = kernel_for(p, input);
+  return kernel == nullptr ? std::vector<int64_t>{} : rows_of_strips(*kernel, p, device);
 }
 
 StemParams with_pointers(const StemPlan& plan, const StemPointers& pointers) {

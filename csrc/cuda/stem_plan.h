@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "plan.h"
 #include "stem_params.h"
@@ -41,6 +42,9 @@ struct StemPlan {
 // the reason where no kernel serves the problem.
 StemPlan plan_stem(const StemProblem& problem, StemInput input, const StemStrides& strides, const DeviceProperties& device,
                    int64_t rows);
+
+// Rows of the result that strips may have, the most promising first.
+std::vector<int64_t> stem_rows(const StemProblem& problem, StemInput input, const DeviceProperties& device);
 
 StemParams with_pointers(const StemPlan& plan, const StemPointers& pointers);
 

@@ -40,17 +40,26 @@ class StemWithPool(Implementation):
             return str(error).splitlines()[0]
         return None
 
+    def plans(self, problem: Problem) -> list[str]:
+        return list(_rows(problem))
+
     def prepare(self, problem: Problem, parameters: ConvParameters, plan: str | None) -> Kernel:
         weight = parameters.pack(("cuda", "stem", problem.dtype), lambda: pack_weight(parameters.weights[0]))
         bias = parameters.pack(("cuda", "bias"), lambda: parameters.biases[0].detach().float().contiguous().clone())
-        run = torch.ops.resnet_fused_cuda.stem_fwd.default
-        return in_its_format(lambda x, residual: run(x, weight, bias, 0), problem)
+        run, rows = torch.ops.resnet_fused_cuda.stem_fwd.default, _rows(problem).get(plan or "", 0)
+        return in_its_format(lambda x, residual: run(x, weight, bias, rows), problem)
 
 
 def plan_problem(problem: Problem) -> list[int]:
     """A stem in the order of csrc/cuda/stem_plan.h's StemProblem."""
     n, _, h, w = problem.shape
     return [n, h, w, problem.conv.out_channels, ELEMENTS[problem.types.source]]
+
+
+def _rows(problem: Problem) -> dict[str, int]:
+    """How many rows of the result a strip may have, by the name of the plan."""
+    found = torch.ops.resnet_fused_cuda.stem_rows(plan_problem(problem), device.properties(problem.device))
+    return {f"strips_of_{rows}": rows for rows in found}
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from support.problems import problem_of
 from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
 
+from resnet_fused import tuning
 from resnet_fused.backends import Conv, ConvParameters, Pool, Problem, binding, get
 from resnet_fused.backends.cuda import device as cuda_device
 from resnet_fused.backends.cuda.stem import plan_problem
@@ -210,6 +211,7 @@ def test_it_is_a_candidate_that_no_rule_takes(gpu: None) -> None:
     assert get("cuda").why_not(asked) is None
     assert not get("cuda").preferred(asked)
     assert binding.rules(asked) == PARTS
+    assert tuning.candidates.names(asked) == [f"cuda:strips_of_{rows}" for rows in (1, 2, 3, 4)] + ["reference", PARTS]
 
 
 @FORMATS
@@ -220,12 +222,17 @@ def test_a_prepared_kernel_gives_the_problems_format(format: torch.memory_format
     asked = problem_of("stem", x.shape, F16, CPU, (CONV,), pool=POOL, memory_format=format)
 
     def stem_fwd(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
+        strips.append(rows)
         return stem_packed(asked, x, weight, bias, A100, rows).y
 
     library = torch.library.Library("resnet_fused_cuda", "IMPL")
     library.impl("stem_fwd", stem_fwd, "CPU")
+    strips: list[int] = []
     y = get("cuda").prepare(asked, parameters)(x, None)
+    for plan in get("cuda").plans(asked):
+        assert torch.equal(get("cuda").prepare(asked, parameters, plan)(x, None), y)
     library._destroy()
+    assert strips == [0, 1, 2, 3, 5]
     assert y.is_contiguous(memory_format=format)
     assert_as_good_as_stock(y, stock(x, parameters), stock(x.double(), parameters.to(torch.float64)))
     assert plan_problem(asked) == [1, 20, 24, 64, 0]
