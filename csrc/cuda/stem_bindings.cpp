@@ -39,18 +39,22 @@ PlanWords stem_plan_op(Ints problem, Ints strides, Ints device, Ints pointers, i
 
 Ints stem_rows_op(Ints problem, Ints device) { return stem_rows(stem_of(problem), StemInput::planar, device_of(device)); }
 
+// Strides of x; none of a dimension of size 1, where any number may stand.
+Ints strides_of(const Tensor& x) {
+  Ints strides(4);
+  for (int64_t dim = 0; dim < 4; ++dim) strides[dim] = x.size(dim) > 1 ? x.stride(dim) : 0;
+  return strides;
+}
+
 // x as the kernels read it: planar or interleaved, rows at multiples of 16 bytes; a copy only where it isn't already.
 Tensor as_image(const Tensor& x) {
   RF_CHECK(x.dim() == 4 && x.size(1) == StemPoolTile::INPUT_CHANNELS, "x must be (N, ", StemPoolTile::INPUT_CHANNELS,
            ", H, W)");
   constexpr int64_t VECTOR = 8;
-  const auto whole = [&](int64_t dim) {
-    return x.stride(dim) % VECTOR == 0;
-  };
-  const bool aligned = is_aligned(x) && whole(0) && whole(2);
-  const bool planar = x.stride(3) == 1 && whole(1);
-  const bool interleaved = x.stride(1) == 1 && x.stride(3) == StemPoolTile::INPUT_CHANNELS;
-  if (aligned && (planar || interleaved)) return x;
+  const Ints strides = strides_of(x);
+  const bool planar = strides[3] == 1 && strides[1] % VECTOR == 0;
+  const bool readable = planar || input_of(strides) == StemInput::interleaved;
+  if (readable && is_aligned(x) && strides[0] % VECTOR == 0 && strides[2] % VECTOR == 0) return x;
   return as_activation("x", x, x);
 }
 
@@ -65,7 +69,7 @@ Tensor stem_fwd_op(const Tensor& x_any, const Tensor& weight, const Tensor& bias
            "bias must be contiguous float32");
   RF_CHECK(weight.get_device_index() == x.get_device_index() && bias.get_device_index() == x.get_device_index(),
            "weight, bias and x must be on one CUDA device");
-  const Ints strides(x.strides().begin(), x.strides().end());
+  const Ints strides = strides_of(x);
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const StemPlan plan = plan_stem(problem, input_of(strides), strides_of(strides), device_properties(device), rows);

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ptx_executor as px
 import pytest
 import torch
 import torch.nn.functional as F
-from support.emulated_cuda import A100, T4, stem, stem_packed
+from support.emulated_cuda import A100, T4, launch, stem, stem_packed
 from support.problems import problem_of
 from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from resnet_fused import tuning
 from resnet_fused.backends import Conv, ConvParameters, Pool, Problem, binding, get
 from resnet_fused.backends.cuda import device as cuda_device
-from resnet_fused.backends.cuda.stem import plan_problem
+from resnet_fused.backends.cuda.stem import pack_weight, plan_problem
 from resnet_fused.backends.tuning_cache import PARTS
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -133,6 +134,20 @@ def test_images_are_no_neighbours() -> None:
 def test_strips_are_no_matter(rows: int) -> None:
     x, parameters = Case(44, 40).tensors()
     assert torch.equal(Case(44, 40, rows=rows).run(x, parameters), Case(44, 40, rows=11).run(x, parameters))
+
+
+@FORMATS
+def test_a_part_of_larger_images_is_read_where_it_lies(format: torch.memory_format) -> None:
+    case, memory = Case(20, 24, batch=2, format=format), px.Memory()
+    _, parameters = case.tensors()
+    (weight,), (bias,) = parameters.tensors()
+    large = torch.randn(2, 3, 30, 56).half().contiguous(memory_format=format)
+    x = large[:, :, 2:22, 16:40]
+    address = memory.upload(large) + 2 * x.storage_offset()
+    pointers = [address, memory.upload(pack_weight(weight)), memory.upload(bias.float()), memory.empty(2 * 64 * 5 * 6 * 2)]
+    launch(torch.ops.resnet_fused_cuda.stem_plan(plan_problem(case.problem), x.stride(), A100, pointers, 2), memory, A100)
+    y = memory.download(pointers[3], F16, (2, 5, 6, 64)).permute(0, 3, 1, 2)
+    assert_as_good_as_stock(y, stock(x, parameters), stock(x.double(), parameters.to(torch.float64)))
 
 
 # ---- the planner ------------------------------------------------------------------------------------------------------------
