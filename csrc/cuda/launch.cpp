@@ -15,6 +15,8 @@
 #include "conv2d_tiles.h"
 #include "batch_norm_kernels.h"
 #include "batch_norm_params.h"
+#include "stem_params.h"
+#include "stem_tiles.h"
 
 #define RF_CONV2D_KERNELS(X) \
   RF_CONV2D_TILES(X)         \
@@ -38,6 +40,9 @@ RF_CONV2D_KERNELS(RF_DECLARE)
 #define RF_DECLARE(NAME, ...) void NAME(resnet_fused::BlockParams);
 RF_BLOCK_KERNELS(RF_DECLARE)
 #undef RF_DECLARE
+#define RF_DECLARE(NAME, ...) void NAME(resnet_fused::StemParams);
+RF_STEM_KERNELS(RF_DECLARE)
+#undef RF_DECLARE
 #define RF_DECLARE(NAME, ...) void NAME(resnet_fused::BatchNormParams);
 RF_ALL_NORM_KERNELS(RF_DECLARE)
 #undef RF_DECLARE
@@ -59,7 +64,8 @@ struct Entry {
 
 Entry ENTRIES[] = {
 #define RF_ENTRY(NAME, ...) {#NAME, reinterpret_cast<const void*>(&NAME)},
-    RF_CONV2D_KERNELS(RF_ENTRY) RF_BLOCK_KERNELS(RF_ENTRY) RF_ALL_NORM_KERNELS(RF_ENTRY) RF_ADD_RELU_KERNELS(RF_ENTRY)
+    RF_CONV2D_KERNELS(RF_ENTRY) RF_BLOCK_KERNELS(RF_ENTRY) RF_STEM_KERNELS(RF_ENTRY) RF_ALL_NORM_KERNELS(RF_ENTRY)
+        RF_ADD_RELU_KERNELS(RF_ENTRY)
 #undef RF_ENTRY
 };
 

@@ -131,6 +131,27 @@ __device__ __forceinline__ uint32_t relu_word<float>(uint32_t word) {
 #endif
 }
 
+// max.NaN (9.7.4.8): the larger of two 16-bit elements each, NaN where one of them is NaN.
+template <class T>
+__device__ __forceinline__ uint32_t max_word(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t max_word<__half>(uint32_t a, uint32_t b) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+template <>
+__device__ __forceinline__ uint32_t max_word<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
+// lop3 (9.7.8.6): the bits of a where the mask has ones, and those of b elsewhere.
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t selected;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(selected) : "r"(mask), "r"(a), "r"(b));
+  return selected;
+}
+
 // prefetch (9.7.9.15): asks for the line of `global` to be brought into L2; holds no register.
 __device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
@@ -182,6 +203,24 @@ __device__ __forceinline__ void mma_16x8<float>(float (&d)[4], const uint32_t (&
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with 16 bytes along k: m16n8k8 of 16-bit elements.
+template <class T>
+__device__ __forceinline__ void mma_16x8_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b);
+
+template <>
+__device__ __forceinline__ void mma_16x8_half<__half>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+
+template <>
+__device__ __forceinline__ void mma_16x8_half<__nv_bfloat16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a0), "r"(a1), "r"(b));
 }
 
 // cvt.rna.tf32 (9.7.9.21): float32 bits to the nearest tf32, ties away from zero.

@@ -14,6 +14,8 @@ import importlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
+
 from resnet_fused import config
 from resnet_fused.backends import tuning_cache
 from resnet_fused.backends.freezing import freezing

@@ -78,8 +78,8 @@ def freeze(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> nn.
             raise TypeError(f"example_inputs has a {type(x).__name__}; it must be a tensor or a tuple of tensors.")
         if x.device != examples[0].device or x.layout is not torch.strided or x.numel() == 0:
             raise ValueError(
-                f"example_inputs has a tensor of shape {tuple(x.shape)} on {x.device}; frozen models take strided tensors of one "
-                "device that aren't empty. Others package the fused model itself, as docs/elsewhere.md shows."
+                f"example_inputs has a tensor of shape {tuple(x.shape)} on {x.device}; frozen models take strided tensors of "
+                "one device that aren't empty. For others package the fused model itself, as docs/elsewhere.md shows."
             )
     backend = freezer(examples[0].device)
     if model.training:

@@ -13,7 +13,7 @@ from resnet_fused import backends
 from resnet_fused.backends import NO_PARAMETERS, Activation, Backend, Conv, ConvParameters, Epilogue, Problem, Step, tf32
 from resnet_fused.backends.accuracy import activations, inputs_of, parameters_of, with_nan_and_inf
 from resnet_fused.backends.batch_norm import BatchNormPasses
-from resnet_fused.backends.problem import RESIDUAL, Pointwise, Types, X, residual_block
+from resnet_fused.backends.problem import RESIDUAL, Pointwise, Pool, Types, X, residual_block
 from resnet_fused.backends.reference.batch_norm import StockPasses
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,15 +42,16 @@ class Trial(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A problem of convolutions; `special` puts NaN and Inf into x."""
+    """A problem of convolutions; `special` puts NaN and Inf into x, which comes in `memory_format`."""
 
     why: str
     shape: tuple[int, int, int, int]
     steps: tuple[Step, ...]
     special: bool = False
+    memory_format: torch.memory_format = torch.channels_last
 
     def problem(self, dtype: torch.dtype, device: torch.device) -> Problem:
-        return Problem(self.steps, self.shape, Types.of(dtype), device)
+        return Problem(self.steps, self.shape, Types.of(dtype), device, self.memory_format)
 
 
 def _3x3(channels_in: int, channels_out: int, stride: int = 1) -> Conv:
@@ -68,9 +69,14 @@ def _one(conv: Conv, epilogue: Epilogue = _ADD_RELU) -> tuple[Step, ...]:
     return (Step(conv, epilogue, (X, RESIDUAL) if epilogue.residual else (X,)),)
 
 
+_STEM = _one(Conv(3, 64, (7, 7), (2, 2), (3, 3)), _RELU._replace(pool=Pool((3, 3), (2, 2), (1, 1))))
+
 # What a ResNet has, and what is easily wrong: partial tiles, halos, odd channels, split k, one pixel.
 ENTRIES = (
     Entry("stem", (2, 3, 64, 64), _one(Conv(3, 64, (7, 7), (2, 2), (3, 3)), _RELU)),
+    Entry("stem with its pool", (2, 3, 66, 72), _STEM),
+    Entry("stem with its pool, contiguous", (2, 3, 61, 64), _STEM, memory_format=torch.contiguous_format),
+    Entry("stem with its pool, NaN and Inf", (2, 3, 32, 40), _STEM, special=True, memory_format=torch.contiguous_format),
     Entry("3x3", (2, 64, 28, 28), _one(_3x3(64, 64))),
     Entry("3x3 strided", (2, 128, 27, 29), _one(_3x3(128, 136, 2), _RELU)),
     Entry("1x1", (4, 256, 14, 14), _one(_1x1(256, 512))),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resnet_fused.backends import ConvParameters, Problem
 from resnet_fused.backends.cuda import block as cuda_block
+from resnet_fused.backends.cuda import stem as cuda_stem
 from resnet_fused.backends.cuda.convolution import pack_weight, plan_problem
 from resnet_fused.backends.problem import Conv
 from support.problems import problem_of
@@ -49,6 +50,8 @@ def source_of(kernel: str) -> str:
     """The .cu file that a kernel is in."""
     if kernel.startswith("bottleneck"):
         return f"block_{kernel.split('_')[2]}"
+    if kernel.startswith("stem"):
+        return "stem"
     if not kernel.startswith("conv2d"):
         return "batch_norm"
     for part in ("stem", "reduce"):
@@ -136,6 +139,23 @@ def block_packed(
     memory, (n, c, h, w) = px.Memory(), problem.output_shape()
     pointers = [memory.upload(t) for t in (nhwc(x), weight, bias)] + [memory.empty(n * c * h * w * x.element_size())]
     plan = torch.ops.resnet_fused_cuda.block_plan(cuda_block.plan_problem(problem), device, pointers, kernel)
+    kernels, counters = launch(plan, memory, device)
+    return Result(memory.download(pointers[3], x.dtype, (n, h, w, c)).permute(0, 3, 1, 2), kernels, counters)
+
+
+def stem(problem: Problem, x: Tensor, parameters: ConvParameters, device: Sequence[int] = A100, rows: int = 0) -> Result:
+    """The stem with its pool by the CUDA backend's kernels, on x in its own strides; `rows` as in plan_stem."""
+    (weight,), (bias,) = parameters.tensors()
+    return stem_packed(problem, x, cuda_stem.pack_weight(weight), bias.float(), device, rows)
+
+
+def stem_packed(
+    problem: Problem, x: Tensor, weight: Tensor, bias: Tensor, device: Sequence[int] = A100, rows: int = 0
+) -> Result:
+    """The same with packed parameters."""
+    memory, (n, c, h, w) = px.Memory(), problem.output_shape()
+    pointers = [memory.upload(t) for t in (x, weight, bias)] + [memory.empty(n * c * h * w * x.element_size())]
+    plan = torch.ops.resnet_fused_cuda.stem_plan(cuda_stem.plan_problem(problem), x.stride(), device, pointers, rows)
     kernels, counters = launch(plan, memory, device)
     return Result(memory.download(pointers[3], x.dtype, (n, h, w, c)).permute(0, 3, 1, 2), kernels, counters)
 

@@ -14,10 +14,12 @@ from resnet_fused.backends.cuda.batch_norm import BatchNorm
 from resnet_fused.backends.cuda.block import Bottleneck
 from resnet_fused.backends.cuda.convolution import ELEMENTS, ImplicitGemm
 from resnet_fused.backends.cuda.frozen import FAKES
+from resnet_fused.backends.cuda.stem import StemWithPool
 from resnet_fused.backends.freezing import checked_input, freezing, register_fakes
 from resnet_fused.backends.problem import Activation, Kind, Problem
 
 _LIBRARY = "resnet_fused_cuda"
+_STEM = StemWithPool()
 
 
 class CUDA(Backend):
@@ -25,7 +27,7 @@ class CUDA(Backend):
 
     name = "cuda"
     activations = tuple(Activation)
-    implementations = (Bottleneck(), ImplicitGemm(), AddReLU(), BatchNorm())
+    implementations = (Bottleneck(), _STEM, ImplicitGemm(), AddReLU(), BatchNorm())
     asks_for_gpu = True
     freezes = True
 
@@ -53,6 +55,8 @@ class CUDA(Backend):
         capability = device.properties(problem.device)[0]
         if capability < 75:
             return f"it needs compute capability 7.5 or newer, and {problem.device} has {capability / 10}"
+        if problem.kind is Kind.CONVOLUTION and problem.epilogue.pool is not None:
+            return _STEM.why_not(problem)  # nothing else has a pool, so its reason is the backend's
         return None
 
     def preferred(self, problem: Problem) -> bool:
@@ -60,7 +64,10 @@ class CUDA(Backend):
         # and its convolutions without ReLU 0.36 to 0.94 (batch 1 to 256). Where cuDNN has a fused op, that was mostly faster.
         # The passes of batch norm take an H200 less time than stock's, and the host more: a training step of a ResNet-50
         # (batch 128, bfloat16) took 38.8 ms with them and 30.1 without.
-        if problem.kind is not Kind.CONVOLUTION or problem.dtype not in (torch.float16, torch.bfloat16):
+        # What takes several steps or a pool as a whole was not measured.
+        if problem.kind is not Kind.CONVOLUTION or problem.epilogue.pool is not None:
+            return False
+        if problem.dtype not in (torch.float16, torch.bfloat16):
             return False
         stem = problem.conv.in_channels % 8 != 0
         bias_alone = not problem.epilogue.relu

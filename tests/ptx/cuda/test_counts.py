@@ -12,7 +12,10 @@ import re
 import ptx_executor as px
 import pytest
 import torch
-from support.emulated_cuda import A100, Result, conv2d, ptx
+from support.emulated_cuda import A100, Result, conv2d, ptx, stem
+from support.problems import problem_of
+
+from resnet_fused.backends import Conv, ConvParameters, Pool
 
 TILE = "conv2d_fwd_f16_128x128x32"
 # channels in, size, channels out, filter: executed warp instructions per mma of CUTLASS at 128×128×32
@@ -85,6 +88,45 @@ def test_stem_reads_each_pixel_about_once() -> None:
     patches, weights = 4 * 37 * 256, 4 * 64 * 7 * 24 * 2
     assert counters.of("cp_async_global").bytes <= patches + weights
     assert counters.of("cp_async_global").factor <= 1.02
+
+
+FORMATS = {"planar": torch.contiguous_format, "interleaved": torch.channels_last}
+
+
+@functools.cache
+def run_whole_stem(order: str) -> px.Counters:
+    """The stem with its pool on an image of 224², on a GPU of one multiprocessor: a few strips."""
+    torch.manual_seed(0)
+    conv, pool = Conv(3, 64, (7, 7), (2, 2), (3, 3)), Pool((3, 3), (2, 2), (1, 1))
+    problem = problem_of("stem", (1, 3, 224, 224), torch.float16, torch.device("cpu"), (conv,), pool=pool)
+    x = torch.randn(problem.shape).half().contiguous(memory_format=FORMATS[order])
+    parameters = ConvParameters((torch.randn(64, 3, 7, 7).half() / 12,), (torch.randn(64).half(),))
+    result = stem(problem, x, parameters, [A100[0], 1, *A100[2:]])
+    assert result.kernels == [f"stem_fwd_f16_{order}"]
+    return result.counters[0]
+
+
+@pytest.mark.parametrize("order", FORMATS)
+def test_the_stem_with_its_pool_touches_each_byte_about_once(order: str) -> None:
+    counters, pixels = run_whole_stem(order), 224 * 224
+    x, y, weight = 2 * 3 * pixels, 2 * 64 * 56 * 56, 2 * 64 * 147
+    assert counters.bytes_written == y
+    assert counters.bytes_read + counters.bytes_written <= 1.03 * (x + y + weight)
+    assert counters.shared_factor == 1.0
+    assert counters.of("cp_async_global").factor == 1.0
+    assert counters.of("global_store").factor == 1.0
+    # x comes by cp.async alone. A strip's window reaches seven rows further than its own rows.
+    strips = 3
+    assert counters.of("cp_async_global").bytes == x + (strips - 1) * 7 * 2 * 3 * 224
+
+
+@pytest.mark.parametrize("order", FORMATS)
+def test_the_stem_with_its_pool_repeats_few_products(order: str) -> None:
+    counters = run_whole_stem(order)
+    needed = 2 * 112 * 112 * 64 * 21 * 8  # filter rows of seven taps and a zero
+    assert needed <= counters.flops["tensor"] <= 1.08 * needed
+    products = sum(count for count, _ in counters.tensor.values())
+    assert sum(counters.warp_instructions.values()) / products <= 6.0
 
 
 def main_loop(text: str, kernel: str) -> str:

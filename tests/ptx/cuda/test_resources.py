@@ -35,6 +35,8 @@ SOURCES_AND_GPUS = [
     ("conv2d_f32", "sm_80"),
     ("conv2d_stem", "sm_80"),
     ("conv2d_stem", "sm_90"),  # where it is closest to the limit
+    ("stem", "sm_80"),
+    ("stem", "sm_90"),
     ("conv2d_reduce", "sm_80"),
     ("batch_norm", "sm_80"),
     ("conv2d_f16", "sm_75"),
@@ -73,6 +75,14 @@ SHARES = {
 def test_share_of_products_in_the_main_loop(kernel: str) -> None:
     mix = machine_code("conv2d_f16", "sm_80")[kernel]
     assert mix.count("HMMA") / sum(mix.loop.values()) >= SHARES[kernel]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_stems_blocks_fit_a_multiprocessor_and_multiply_mostly(arch: str) -> None:
+    for kernel, used in resources("stem", arch).items():
+        assert used.registers * 64 * 6 <= REGISTERS, kernel  # six blocks of two warps, stem_tiles.h
+    for kernel, mix in machine_code("stem", arch).items():
+        assert mix.count("HMMA") / sum(mix.loop.values()) >= 0.22, kernel
 
 
 @functools.cache
