@@ -51,10 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = config.getoption("--device")
-    if device == "cpu":
-        return
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] not in ON_DEVICE:
+        for_gpus = item.get_closest_marker("gpu") is not None
+        if device == "cpu":
+            if for_gpus:
+                item.add_marker(pytest.mark.skip(reason="it needs a GPU; run it with --device cuda on a machine with one"))
+        elif for_gpus:
+            continue
+        elif item.path.relative_to(Path(__file__).parent).parts[0] not in ON_DEVICE:
             item.add_marker(pytest.mark.skip(reason="it doesn't depend on --device; run it without"))
         elif item.get_closest_marker("cpu") is not None or "isa" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.skip(reason="its subject is for CPU tensors; run it without --device"))

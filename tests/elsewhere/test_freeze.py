@@ -87,6 +87,34 @@ def test_the_same_answers_in_python_and_exported(make, format, trained):
         assert_same(served(x), want, truth)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_the_same_answers_on_a_gpu(make, dtype, trained):
+    model = trained(make()).to("cuda", dtype)
+    ordinary = torch.randn(SHAPE, device="cuda").to(dtype)
+    frozen = rf.freeze(rf.fuse(model), ordinary)
+    exported = torch.export.export(frozen, (ordinary,))
+    found = operators(exported)
+    assert "resnet_fused_cuda.frozen_input.default" in found
+    assert not any(name.startswith("resnet_fused.") for name in found), "an operator that is registered in Python"
+    wide, served = copy.deepcopy(model).double(), exported.module()
+    for value in (0.5, float("nan"), float("-inf")):
+        x = ordinary.clone()
+        x[1, 2, 7, 9] = value
+        want, truth = model(x), wide(x.double())
+        assert_same(frozen(x), want, truth)
+        assert_same(served(x), want, truth)
+    with pytest.raises(ValueError, match="not on a GPU"):
+        frozen(ordinary.cpu())
+
+
+def test_examples_on_a_device_without_frozen_kernels_are_refused(trained):
+    with pytest.raises(rf.BackendError, match="no backend has a frozen form for meta; freeze the model on the CPU or"):
+        rf.freeze(rf.fuse(trained(network())), torch.empty(SHAPE, device="meta"))
+
+
 @torch.no_grad()
 def test_other_strides_than_the_example_s(trained):
     model, x = trained(network()), torch.randn(SHAPE)
