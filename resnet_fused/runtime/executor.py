@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import BackendError, ConvParameters, Declined, JoinableKernel, Kernel, Precision, Problem, choice
 from resnet_fused.backends.binding import Bound, bind, bind_if_better
+from resnet_fused.backends.freezing import freezing
 from resnet_fused.backends.problem import FIRST_RESULT, Conv, Linear, Types, X
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.kept import Unservable
@@ -163,7 +164,9 @@ class _Settling:
             for i in same:
                 self.formats[i] = None
             return
-        self._do(Operation(lambda y: in_format(y, format), (number,), same))
+        # In the graph of a frozen model as well, where a stand-in may have other strides than the tensor.
+        always = freezing()
+        self._do(Operation(lambda y: in_format(y, format, always), (number,), same))
         for i in same:
             self.formats[i] = None
 

@@ -270,14 +270,20 @@ def _keeps_channels_last_3d(shape: Sequence[int], like: Tensor, layer: Layer, we
     return torch._C._conv_determine_backend_memory_format(x, weight, library) == torch.channels_last_3d
 
 
-def in_format(y: Tensor, format: torch.memory_format | None) -> Tensor:
-    """y with exactly the strides of a new tensor of the format; y itself where it has them, or `format` is None."""
+def in_format(y: Tensor, format: torch.memory_format | None, always: bool = False) -> Tensor:
+    """y with exactly the strides of a new tensor of the format; y itself where it has them, or `format` is None.
+
+    Args:
+        y: any tensor.
+        format: the format.
+        always: make a new tensor even where y has these strides.
+    """
     if format is None or not 3 <= y.dim() <= 5:
         return y
     strides = strides_in(y.shape, format)
-    if y.stride() == strides:
+    if not always and y.stride() == strides:
         return y
-    if all(size == 1 or own == given for size, own, given in zip(y.shape, strides, y.stride(), strict=True)):
+    if not always and all(size == 1 or own == given for size, own, given in zip(y.shape, strides, y.stride(), strict=True)):
         return y.as_strided(y.shape, strides)  # they differ only where a size is 1
     return torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).copy_(y)
 

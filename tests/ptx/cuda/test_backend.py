@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import emulated_cuda as emulate
-from support.emulated_cuda import A100, T4
+from support.emulated_cuda import A100, H100, T4
 from support.problems import problem_of
 from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
@@ -75,6 +75,19 @@ def test_variants_follow_the_arithmetic_that_is_allowed(gpu: list[int], float32_
     assert all(name.startswith("conv2d_fwd_f32") for name in backend.plans(exact))
     float32_precision.fp32_precision = "ieee"
     assert backend.plans(float32) == backend.plans(exact)
+
+
+def whole(images: int, capability: int, gpu: list[int]) -> bool:
+    """Whether a bottleneck of width 64 in one kernel is preferred where no trial was made."""
+    gpu[:] = [capability, *H100[1:]]
+    convs = [Conv(256, 64, (1, 1)), Conv(64, 64, (3, 3), (1, 1), (1, 1)), Conv(64, 256, (1, 1))]
+    return get("cuda").preferred(problem_of("bottleneck", (images, 256, 56, 56), torch.float16, GPU, convs))
+
+
+def test_whole_blocks_are_preferred_where_they_were_measured_to_be_faster(gpu: list[int]) -> None:
+    assert whole(32, 90, gpu)
+    assert not whole(1, 90, gpu)
+    assert not whole(32, 80, gpu)
 
 
 def test_packing_for_tf32_rounds_to_nearest_and_keeps_nan() -> None:

@@ -9,7 +9,7 @@ import ptx_executor as px
 import pytest
 import torch
 import torch.nn.functional as F
-from support.emulated_cuda import A100, T4, launch, stem, stem_packed
+from support.emulated_cuda import A100, H100, T4, launch, stem, stem_packed
 from support.problems import problem_of
 from support.tolerances import assert_as_good_as_stock
 from torch import Tensor
@@ -227,6 +227,11 @@ def test_it_is_a_candidate_that_no_rule_takes(gpu: None) -> None:
     assert not get("cuda").preferred(asked)
     assert binding.rules(asked) == PARTS
     assert tuning.candidates.names(asked) == [f"cuda:strips_of_{rows}" for rows in (1, 2, 3, 4)] + ["reference", PARTS]
+
+
+def test_it_is_preferred_on_the_gpu_that_it_was_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_device, "properties", lambda device: H100)
+    assert get("cuda").preferred(on_gpu())
 
 
 @FORMATS
