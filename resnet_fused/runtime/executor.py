@@ -7,6 +7,7 @@ to the caller, has the strides that it would have in stock PyTorch.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ class _Settling:
         # Numbers of values in channels_last that were made of others, by those others' numbers.
         self.converted: dict[int, int] = {}
         self.step_readers = Counter(item.x for item in program.items if isinstance(item, FusedStep))
+        self.returned: set[int] = set()  # numbers of values in the result
+        fill(program.outputs, self.returned.add)
         self.shaped = {*range(program.inputs)}  # numbers of values whose shapes follow from the kind of the inputs
 
     def run(self) -> tuple[Run, Any]:
@@ -383,7 +386,7 @@ class _Settling:
             given = [self.values[read] for read in call.reads]
             self.values[number] = self.made.constants[number] = _caller(call, self.module)(*given)
             return
-        if self._fast_layer(call, number):  # which takes the kernels' own format
+        if self._fast_layer(call, number) or self._slice_of_all(call, number):  # which take the kernels' own format
             return
         format = self._common_format(call) if call.transparent else None
         reads = call.reads
@@ -400,6 +403,24 @@ class _Settling:
             # What is written in place, or given back, stays as it was.
             same = next((read for read in reads if self.values[read] is value), None)
             self.formats[number] = format if same is None else self.formats[same]
+
+    def _slice_of_all(self, call: Call, number: int) -> bool:
+        """Whether a call takes all of a value by slices, as GhostNet does: it is the value itself then, in whatever format.
+
+        Not where the forward returns it, since it must be another tensor there.
+        """
+        if call.target is not operator.getitem or len(call.reads) != 1 or number in self.returned:
+            return False
+        (source,) = call.reads
+        x = self.values[source]
+        if self.formats[source] is None or not isinstance(x, Tensor) or call.args[0] != Value(source):
+            return False
+        index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+        if not all(isinstance(part, slice) for part in index) or x[index].shape != x.shape:
+            return False
+        self._do(Operation(lambda x: x, call.reads, (number,)))
+        self.formats[number] = self.formats[source]
+        return True
 
     def _is_image(self, number: int) -> bool:
         """Whether a value has a memory format."""

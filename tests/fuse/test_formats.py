@@ -31,6 +31,13 @@ def _in_place_on_what_is_as_in_stock(x, a, b, c):
     return torch.cat((joined, y), 1)
 
 
+def _in_place_on_a_slice_of_all(x, a, b, c):
+    joined = torch.cat((a, b, c), 1)
+    part = joined[:, :24]
+    part += 1
+    return joined + part
+
+
 JOINS = {
     "results": (lambda x, a, b, c: torch.cat((a, b, c), 1), 24),
     "results and the input": (lambda x, a, b, c: torch.cat([a, x, c], dim=1), 24),
@@ -41,6 +48,9 @@ JOINS = {
     "padded": (lambda x, a, b, c: torch.cat((F.pad(a, (0, 1, 2, 1)), F.pad(b, (1, 0, 0, 3), value=2.0)), 1), 16),
     "padded by reflection": (lambda x, a, b, c: torch.cat((F.pad(a, (0, 1, 2, 1), "reflect"), F.pad(b, (1, 0, 0, 3))), 1), 16),
     "times one number": (lambda x, a, b, c: torch.cat((a * torch.full((1,), 2.0), b + torch.ones(1, 1), c), 1), 24),
+    "all by slices": (lambda x, a, b, c: torch.cat((a, b, c), 1)[:, :24, :, 0:], 24),
+    "all by slices, written to": (_in_place_on_a_slice_of_all, 24),
+    "a part by slices": (lambda x, a, b, c: torch.cat((a, b, c), 1)[:, :23, 1:], 23),
     "normed by groups": (lambda x, a, b, c: F.group_norm(torch.cat((a, b, c), 1), 4), 24),
     "written to": (_in_place_on_what_is_as_in_stock, 24),
     "one channel": (lambda x, a, b, c: torch.cat((a[:, :1], b, c, x[:, :7]), 1), 24),
@@ -61,6 +71,48 @@ def test_joined_results_have_stocks_values_and_strides(join, width, channels_las
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
             assert got.stride() == want.stride()
     assert report(fused).calls_fused == 2
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@torch.no_grad()
+def test_a_slice_of_all_that_is_returned_is_another_tensor_on_the_same_memory(channels_last):
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            joined = torch.cat((self.a(x), self.b(x)), 1)
+            return joined, joined[:, :16]
+
+    model = Sliced().eval()
+    fused = rf.fuse(model)
+    x = torch.randn(2, 8, 5, 5)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        (whole, part), want = fused(x), model(x)
+        assert part is not whole
+        assert part.data_ptr() == whole.data_ptr()
+        assert part.stride() == whole.stride() == want[0].stride()
+        torch.testing.assert_close(part, want[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cpu
+@torch.no_grad()
+def test_a_slice_of_all_is_no_copy():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+            self.last = nn.Conv2d(24, 8, 1)
+
+        def forward(self, x):
+            return self.last(torch.cat((self.a(x), self.b(x), self.c(x)), 1)[:, :24])
+
+    fused, one = (rf.fuse(m.eval(), backend="cpu") for m in (Sliced(), nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))))
+    x = torch.randn(2, 8, 16, 16)
+    assert _copies(fused, x) == _copies(one, x)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["results", "with the input"])
