@@ -135,8 +135,9 @@ def _batch_norm(
     else:
         y, mean, _, unbiased = ops.bn_relu(x, *rest) if relu else ops.bn(x, *rest)
     if training:
-        update_statistics(running_mean, mean, momentum)
-        update_statistics(running_var, unbiased, momentum)
+        with torch.no_grad():
+            update_statistics(running_mean, mean, momentum)
+            update_statistics(running_var, unbiased, momentum)
     return y
 
 

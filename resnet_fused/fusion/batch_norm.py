@@ -186,11 +186,12 @@ def _update(norm: Any, mean: Tensor, var: Tensor) -> None:
     """In training, moves the running statistics towards the batch's; `var` is unbiased."""
     if not norm.training or not norm.track_running_stats:
         return
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    if norm.momentum is None:  # the mean over all batches; as a tensor, which a GPU needn't be waited for
-        share = norm.num_batches_tracked.reciprocal() if norm.num_batches_tracked is not None else 0.0
-    else:
-        share = norm.momentum
-    update_statistics(norm.running_mean, mean, share)
-    update_statistics(norm.running_var, var, share)
+    with torch.no_grad():
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the mean over all batches; as a tensor, which a GPU needn't be waited for
+            share = norm.num_batches_tracked.reciprocal() if norm.num_batches_tracked is not None else 0.0
+        else:
+            share = norm.momentum
+        update_statistics(norm.running_mean, mean, share)
+        update_statistics(norm.running_var, var, share)

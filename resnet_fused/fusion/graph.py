@@ -48,7 +48,7 @@ class GraphProgram:
         self.outputs = built.program.outputs
         self.precision, self.backend = settings.precision, settings.backend
         self.dims = {2 + match.layer.conv.dims for group in built.groups.values() for match in group.convolutions}
-        self.modes = [(path, _module(module, path).training) for path in built.absorbed]
+        self.modes = [(path, submodule(module, path).training) for path in built.absorbed]
 
     @classmethod
     def of(cls, module: nn.Module, built: Built, settings: Settings) -> GraphProgram:
@@ -85,7 +85,7 @@ class GraphProgram:
             if not isinstance(x, Tensor) or x.dim() not in self.dims or (grad and x.requires_grad):
                 return False
         for path, training in self.modes:
-            if _module(module, path).training is not training:
+            if submodule(module, path).training is not training:
                 return False
         if grad:
             for parameter in module.parameters():
@@ -166,7 +166,8 @@ def _segment(row: list[tuple[int, FusedStep]], paths: list[str], last: dict[int,
     )
 
 
-def _module(module: nn.Module, path: str) -> nn.Module:
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    """As `module.get_submodule`, in a tenth of its time, for a path that there is."""
     for name in path.split(".") if path else ():
         module = module._modules[name]  # type: ignore[assignment]
     return module
@@ -185,7 +186,7 @@ def run_call(call: Call, module: nn.Module, values: dict[int, Any] | list[Any]) 
         return _get(module, call.target)
     args, kwargs = fill(call.args, values.__getitem__), fill(call.kwargs, values.__getitem__)
     if call.kind == "call_module":
-        return _module(module, call.target)(*args, **kwargs)
+        return submodule(module, call.target)(*args, **kwargs)
     if call.kind == "call_method":
         return getattr(args[0], call.target)(*args[1:], **kwargs)
     return call.target(*args, **kwargs)

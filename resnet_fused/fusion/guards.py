@@ -81,7 +81,7 @@ class Structure:
                 self._attributes += [(held, name, held.get(name)) for held in classes for name in names]
         self._versions = versions(self._dicts)
         self._handles = RemovableHandle.next_id
-        self._values = self._look()
+        self._values, self._elements = self._look(), self._look_into_sequences()
 
     def _watch_containers(self, module: nn.Module) -> None:
         """Adds the lists, dicts and objects that a module holds as attributes, and what is in them."""
@@ -104,10 +104,12 @@ class Structure:
                 held += vars(value).values()
 
     def _look(self) -> list[Any]:
-        """All that the watched containers hold now."""
-        values = [*itertools.chain.from_iterable(map(dict.values, self._dicts))]
-        values += itertools.chain.from_iterable(self._sequences)
-        return [*values, *map(len, self._dicts), *map(len, self._sequences)]
+        """All that the watched dicts hold now."""
+        return [*itertools.chain.from_iterable(map(dict.values, self._dicts)), *map(len, self._dicts)]
+
+    def _look_into_sequences(self) -> list[Any]:
+        """All that the watched sequences hold now, which have no versions. They are few and short."""
+        return [*itertools.chain.from_iterable(self._sequences), *map(len, self._sequences)]
 
     def fault(self) -> str | None:
         """What has changed; None if nothing has."""
@@ -128,18 +130,24 @@ class Structure:
         for own, name, value in self._attributes:
             if own.get(name) is not value:
                 return f"the attribute {name!r} of a module has another value"
-        for sequence in self._sequences:
-            if sequence:
-                return self._compare()
+        if self._sequences and not _same(self._look_into_sequences(), self._elements):
+            return _REPLACED
         now = versions(self._dicts)
         return self._compare() if now is None or now != self._versions else None
 
     def _compare(self) -> str | None:
         now_versions, now = versions(self._dicts), self._look()
-        if len(now) != len(self._values) or not all(map(_is, now, self._values)):
-            return "a module, parameter or attribute was replaced"
+        if not _same(now, self._values):
+            return _REPLACED
         self._versions = now_versions
         return None
+
+
+_REPLACED = "a module, parameter or attribute was replaced"
+
+
+def _same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(_is, now, before))
 
 
 def _is(a: Any, b: Any) -> bool:

@@ -7,7 +7,7 @@ running statistics and whatever else they do are as in stock.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,14 @@ from resnet_fused import config
 from resnet_fused.backends import Activation
 from resnet_fused.fusion.batch_norm import FunctionalNorm, conv2d, fused
 from resnet_fused.fusion.building import template
-from resnet_fused.fusion.graph import run_call
+from resnet_fused.fusion.graph import run_call, submodule
 from resnet_fused.fusion.guards import Structure
 from resnet_fused.fusion.layers import get
 from resnet_fused.fusion.nodes import Nodes
 from resnet_fused.fusion.traces import LONGEST_WAIT, PROMPT_TRACES
 from resnet_fused.fusion.tracing import CannotTrace, trace
+from resnet_fused.runtime.calls import autocast_dtype, needs_grad, plain
+from resnet_fused.runtime.passes import mean_of
 from resnet_fused.runtime.program import Call, fill
 
 _RELU = (Activation.RELU, 0.0)
@@ -237,7 +239,39 @@ class _ConvStep(_Step):
     """A call of nn.Conv2d, by our kernels where they are the faster."""
 
     def run(self, module: nn.Module, values: list[Any]) -> None:
-        values[self.number] = conv2d(module.get_submodule(self.call.target), values[self.call.reads[0]])
+        values[self.number] = conv2d(submodule(module, self.call.target), values[self.call.reads[0]])
+
+
+class _MeanStep(_Step):
+    """A mean over all pixels, whose gradient is no tensor of x's size: stock makes one, which is then added to another."""
+
+    def run(self, module: nn.Module, values: list[Any]) -> None:
+        x = values[self.call.reads[0]]
+        if (
+            type(x) is Tensor
+            and x.dim() == 4
+            and x.numel()
+            and needs_grad(x)
+            and plain(x)
+            and autocast_dtype(x.device.type) is None
+        ):
+            values[self.number] = _MeanFunction.apply(x, lambda: run_call(self.call, module, values))
+        else:
+            super().run(module, values)
+
+
+class _MeanFunction(torch.autograd.Function):
+    """A mean over the pixels of x, by `compute`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        ctx.shape = x.shape
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        n, c, h, w = ctx.shape
+        return (dy.reshape(n, c, 1, 1) / (h * w)).expand(ctx.shape), None
 
 
 @dataclass(eq=False)
@@ -274,7 +308,7 @@ class _NormStep(_Step):
         if residual is not None and (type(residual) is not Tensor or residual.stride() != x.stride()):
             return None
         if self.arguments is None:
-            return fused(module.get_submodule(self.call.target), x, residual, self.relu)
+            return fused(submodule(module, self.call.target), x, residual, self.relu)
         return fused(FunctionalNorm(*fill(self.arguments, values.__getitem__)), x, residual, self.relu)
 
 
@@ -304,8 +338,10 @@ def _steps(matcher: TrainingMatcher) -> list[_Step]:
             last, x = matcher.order[match.covered[-1]], number(match.input)
             steps.append(_NormStep(last, calls[0][1], [], x, residual, match.relu, arguments, calls))
         elif node not in covered and node.op not in ("placeholder", "output") and not matcher.is_identity(node):
-            kind = _ConvStep if type(matcher.called(node)) is nn.Conv2d else _Step
-            steps.append(kind(matcher.order[node], call(node)))
+            layer, called = matcher.called(node), call(node)
+            is_mean = (layer is not None or node.op != "call_module") and mean_of(called, layer) is not None
+            kind = _ConvStep if type(layer) is nn.Conv2d else _MeanStep if is_mean else _Step
+            steps.append(kind(matcher.order[node], called))
     results = {number(node) for output in matcher.graph.find_nodes(op="output") for node in output.all_input_nodes}
     last_step = {each: step for step in steps for each in (*step.reads, step.number)}
     for each, step in last_step.items():

@@ -176,10 +176,15 @@ def stock_result(
 
 
 def update_statistics(running: Tensor | None, new: Tensor, share: float | Tensor) -> None:
-    """Moves a running statistic of a batch norm towards the batch's, in place: running += share · (new − running)."""
-    if running is not None:
-        with torch.no_grad():
-            running.lerp_(new.to(running.dtype), share.to(running.dtype) if isinstance(share, Tensor) else share)
+    """Moves a running statistic of a batch norm towards the batch's, in place: running += share · (new − running).
+
+    For calls under no_grad.
+    """
+    if running is None:
+        return
+    if new.dtype != running.dtype:
+        new = new.to(running.dtype)
+    running.lerp_(new, share.to(running.dtype) if isinstance(share, Tensor) else share)
 
 
 def empty_result(problem_shape: Sequence[Any], like: Tensor, format: torch.memory_format) -> Tensor:

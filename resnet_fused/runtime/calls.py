@@ -36,6 +36,11 @@ def suggests_channels_last(x: Tensor) -> bool:
 
     Source: c10/core/MemoryFormat.h, is_channels_last_strides_2d and 3d.
     """
+    if x.dim() == 4 and 1 not in x.shape:
+        # Of dense tensors it is known at once.
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        if last != x.is_contiguous():
+            return last
     smallest = 0
     for dim in (1, *range(x.dim() - 1, 1, -1), 0):
         size, stride = x.shape[dim], x.stride(dim)
