@@ -36,6 +36,8 @@ def problem(op: str, shape: tuple[int, int, int, int], *convs: Conv, **more) -> 
         pytest.param(1, 1, 7, 5, 33, True, torch.float32, id="grey-and-tail"),
         pytest.param(1, 4, 1, 1, 16, True, torch.float32, id="one-pixel"),
         pytest.param(1, 3, 33, 20, 64, True, torch.bfloat16, id="bfloat16"),
+        pytest.param(1, 3, 33, 20, 64, True, torch.float16, id="float16"),
+        pytest.param(1, 3, 17, 20, 33, False, torch.float16, id="float16-without-pool"),
     ],
 )
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
@@ -103,7 +105,9 @@ def test_exact_precision_uses_no_winograd():
         pytest.param(
             problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (5, 5), groups=2)), "of several groups, here 2", id="groups"
         ),
-        pytest.param(problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (1, 1)), dtype=torch.float16), "float16", id="float16"),
+        pytest.param(
+            problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (1, 1)), dtype=torch.float64), "not torch.float64", id="float64"
+        ),
         pytest.param(problem("conv2d_bn", (0, 8, 8, 8), Conv(8, 8, (1, 1))), "empty", id="empty"),
         pytest.param(problem("stem", (1, 3, 8, 8), Conv(3, 8, (3, 3)), pool=POOL), "7×7", id="stem-of-3x3"),
         pytest.param(

@@ -12,7 +12,7 @@ from resnet_fused.backends import NO_PARAMETERS, Activation, Conv, ConvParameter
 from resnet_fused.backends.cpu.chain import Chain
 from resnet_fused.backends.cpu.packing import padded_bias
 
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
 
 RELU = Epilogue(activation=Activation.RELU)
 
@@ -69,6 +69,10 @@ LAYERS = {
     "weights beyond L2, copied in parts": groups(6, 64, n=1, h=40, w=33),
     "weights beyond L2, small groups": groups(470, 4, n=1, h=3, w=8),
     "4 channels a group, bfloat16": groups(8, 4, dtype=BF16),
+    "depthwise, 5x5, float16, stride 2": depthwise(36, kernel=5, padding=2, stride=2, w=30, dtype=F16),
+    "4 channels a group, float16": groups(8, 4, dtype=F16),
+    "24 channels a group, float16": groups(3, 24, dtype=F16),
+    "weights beyond L2, float16": groups(10, 40, n=1, w=8, dtype=F16),
     "24 channels a group, bfloat16, stride 2": groups(3, 24, stride=2, dtype=BF16),
     "weights beyond L2, bfloat16": groups(10, 40, n=1, w=8, dtype=BF16),
 }
