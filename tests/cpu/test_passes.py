@@ -87,6 +87,17 @@ def test_other_memory_formats_are_taken_and_given():
     torch.testing.assert_close(y, (x * gate + residual).relu())
 
 
+def test_float16_overflows_where_stock_does(isa: str):
+    """Where stock stores x · gate, and not only at the end: the residual would bring the sum back."""
+    x = torch.tensor([300.0, -300.0, 1.0]).half().view(1, 3, 1, 1).expand(1, 3, 4, 5).contiguous(memory_format=CL)
+    gate, residual = x[:, :, :1, :1].abs().contiguous(memory_format=CL), -150 * x
+    problem = gate_problem(tuple(x.shape), torch.float16, activation=Activation.NONE)
+    got = get("cpu").prepare(problem, parameters_of(problem))(x, residual, gate)
+    want = x * gate + residual
+    assert want[0, :2, 0, 0].isinf().all(), "stock rounds before it adds"
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_infinity_are_where_stock_has_them(isa: str, dtype: torch.dtype):
     x = torch.randn(2, 20, 4, 5, dtype=dtype).contiguous(memory_format=CL)
