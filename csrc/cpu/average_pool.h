@@ -71,7 +71,7 @@ void average_pool(const AveragePoolParams& p) {
 }
 
 inline void average_pool(const AveragePoolParams& p) {
-  p.dtype == DType::bfloat16 ? average_pool<Bf16>(p) : average_pool<float>(p);
+  with_element(p.dtype, [&](auto t) { average_pool<decltype(t)>(p); });
 }
 
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -47,12 +47,17 @@ static void check_channels_last(const Tensor& t, const char* name) {
   RF_CHECK(is_channels_last(t), name, " is not channels_last; call .contiguous(memory_format=torch.channels_last).");
 }
 
+void check_dtype(ScalarType dtype, const char* name) {
+  RF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+           " must be float32, bfloat16 or float16; convert it with .to().");
+  RF_CHECK(dtype != ScalarType::Half || has_float16(), name,
+           " is float16, which this CPU can't convert (F16C); convert it with .to().");
+}
+
 void check_cpu_activations(const Tensor& t, const char* name) {
   RF_CHECK(t.is_cpu(), name, " is not on the CPU; move it with .cpu().");
   RF_CHECK(t.dim() == 4, name, " has ", t.dim(), " dimensions; it must have four, (N, C, H, W).");
-  const ScalarType dtype = t.scalar_type();
-  RF_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
-           " must be float32 or bfloat16; convert it with .to().");
+  check_dtype(t.scalar_type(), name);
   check_channels_last(t, name);
 }
 
@@ -87,8 +92,7 @@ PackParams pack_params(const Tensor& weight) {
   PackParams p{};
   p.weights = weight.const_data_ptr();
   p.out_channels = weight.size(0), p.in_channels = weight.size(1), p.taps = weight.size(2) * weight.size(3);
-  RF_CHECK(weight.scalar_type() == ScalarType::BFloat16 || weight.scalar_type() == ScalarType::Float,
-           "weight must be float32 or bfloat16.");
+  check_dtype(weight.scalar_type(), "weight");
   p.source = p.destination = dtype_of(weight);
   check_channels_last(weight, "weight");
   return p;
@@ -138,8 +142,7 @@ void run_conv(const ConvParams& p, const std::vector<int64_t>& plan) {
 std::optional<Tensor> stem(const Tensor& x, const Tensor& weights, const Tensor& bias, int64_t out_channels, bool pool,
                            const std::string& activation, double slope) {
   RF_CHECK(x.is_cpu() && x.dim() == 4, "x must be a CPU tensor of shape (N, C, H, W).");
-  RF_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
-           "x must be float32 or bfloat16; convert it with .to().");
+  check_dtype(x.scalar_type(), "x");
   const Nonlinearity function = nonlinearity(activation, slope);
   RF_CHECK(!pool || function.is(ActivationFunction::relu), "the pool of a stem follows a ReLU.");
   const int64_t padded = padded_channels(out_channels);
@@ -168,7 +171,7 @@ std::optional<Tensor> stem(const Tensor& x, const Tensor& weights, const Tensor&
 namespace {
 
 // Packed weights of a convolution, as the direct kernels take them or as Winograd does. Those of the direct kernels are float32
-// where bfloat16 isn't multiplied in pairs.
+// for float16, and where bfloat16 isn't multiplied in pairs.
 Tensor pack(Tensor weight, bool winograd) {
   PackParams p = pack_params(weight);
   RF_CHECK(!winograd || (weight.size(2) == 3 && weight.size(3) == 3), "weight has a kernel of ", weight.size(2), " x ",
@@ -176,8 +179,8 @@ Tensor pack(Tensor weight, bool winograd) {
   if (!winograd) p.destination = direct_weights(p.source, p.in_channels);
   p.winograd = winograd;
   const std::array<int64_t, 1> size{padded_channels(p.out_channels) * p.taps * p.in_channels};
-  const ScalarType type = p.destination == DType::float32 ? ScalarType::Float : ScalarType::BFloat16;
-  Tensor packed = torch::stable::empty({size.data(), size.size()}, type, std::nullopt, weight.device());
+  Tensor packed =
+      torch::stable::empty({size.data(), size.size()}, scalar_type_of(p.destination), std::nullopt, weight.device());
   advise_huge_pages(packed.mutable_data_ptr(), size[0] * static_cast<int64_t>(packed.element_size()));
   p.packed = packed.mutable_data_ptr();
   kernels().pack(p);
@@ -245,6 +248,7 @@ Tensor empty_activations(Tensor like) {
 int64_t isa() { return static_cast<int64_t>(detected_isa()); }
 int64_t set_isa_limit(int64_t highest) { return static_cast<int64_t>(limit_isa(static_cast<Isa>(highest))); }
 bool avx512_bf16() { return has_avx512_bf16(); }
+bool float16() { return has_float16(); }
 bool amx_bf16() { return has_amx_bf16(); }
 int64_t panel() { return 2 * kernels().lanes; }
 
@@ -256,6 +260,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("isa() -> int");
   m.def("limit_isa(int highest) -> int");
   m.def("avx512_bf16() -> bool");
+  m.def("float16() -> bool");
   m.def("amx_bf16() -> bool");
   m.def("measure_peak(bool bfloat16) -> float");
   m.def("begin_shares(int first) -> ()");
@@ -276,6 +281,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("limit_isa", TORCH_BOX(&set_isa_limit));
   m.impl("avx512_bf16", TORCH_BOX(&avx512_bf16));
+  m.impl("float16", TORCH_BOX(&float16));
   m.impl("amx_bf16", TORCH_BOX(&amx_bf16));
   m.impl("measure_peak", TORCH_BOX(&measure_peak));
   m.impl("begin_shares", TORCH_BOX(&begin_shares));

@@ -14,10 +14,19 @@
 
 namespace resnet_fused::cpu {
 
-// float32 or bfloat16, as a DType.
-inline DType dtype_of(const torch::stable::Tensor& t) {
-  return t.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? DType::bfloat16 : DType::float32;
+// float32, bfloat16 or float16, as a DType, and back.
+inline DType dtype_of(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  return type == ScalarType::BFloat16 ? DType::bfloat16 : type == ScalarType::Half ? DType::float16 : DType::float32;
 }
+inline DType dtype_of(const torch::stable::Tensor& t) { return dtype_of(t.scalar_type()); }
+inline torch::headeronly::ScalarType scalar_type_of(DType dtype) {
+  using torch::headeronly::ScalarType;
+  return dtype == DType::bfloat16 ? ScalarType::BFloat16 : dtype == DType::float16 ? ScalarType::Half : ScalarType::Float;
+}
+
+// That kernels for activations of this dtype are at hand.
+void check_dtype(torch::headeronly::ScalarType dtype, const char* name);
 
 // Channels up to whole panels.
 int64_t padded_channels(int64_t channels);
@@ -26,7 +35,7 @@ int64_t padded_channels(int64_t channels);
 bool has_strides(const torch::stable::Tensor& t, const std::array<int64_t, 4>& strides);
 bool is_channels_last(const torch::stable::Tensor& t);
 
-// That `t` is float32 or bfloat16, with four dimensions, and dense in channels_last.
+// That `t` is float32, bfloat16 or float16, with four dimensions, and dense in channels_last.
 void check_cpu_activations(const torch::stable::Tensor& t, const char* name);
 
 // Height or width of a convolution's result; `kernel` with its dilation.

@@ -89,6 +89,7 @@ const void* check_input(const Chain& chain, size_t value, const Tensor& t) {
 std::shared_ptr<Chain> chain_of(int64_t id) { return chains().get(id); }
 
 Chain make_chain(const std::vector<ChainShape>& shapes, ScalarType dtype) {
+  check_dtype(dtype, "x");
   Chain chain{dtype, detected_isa(), static_cast<int64_t>(shapes.size()), {}, {}, {}, {}};
   for (const ChainShape& shape : shapes) {
     RF_CHECK(shape.n > 0 && shape.c > 0 && shape.h > 0 && shape.w > 0, "shapes has a size that isn't positive, of input ",
@@ -163,12 +164,12 @@ std::vector<Tensor> run_chain(const Chain& chain, const std::vector<Tensor>& inp
 namespace {
 
 // `shapes`: four numbers for each input, (N, C, H, W).
-int64_t new_chain(std::vector<int64_t> shapes, bool bfloat16) {
+int64_t new_chain(std::vector<int64_t> shapes, ScalarType dtype) {
   RF_CHECK(!shapes.empty() && shapes.size() % 4 == 0, "shapes has ", shapes.size(),
            " numbers; it must have four, (N, C, H, W), for each input.");
   std::vector<ChainShape> inputs;
   for (size_t i = 0; i < shapes.size(); i += 4) inputs.push_back({shapes[i], shapes[i + 1], shapes[i + 2], shapes[i + 3]});
-  return chains().add(std::make_shared<Chain>(make_chain(inputs, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float)));
+  return chains().add(std::make_shared<Chain>(make_chain(inputs, dtype)));
 }
 
 void delete_chain(int64_t chain) { chains().remove(chain); }
@@ -184,7 +185,7 @@ std::vector<Tensor> run_chain_of(int64_t chain, std::vector<Tensor> inputs) {
 }  // namespace resnet_fused::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
-  m.def("new_chain(int[] shapes, bool bfloat16) -> int");
+  m.def("new_chain(int[] shapes, ScalarType dtype) -> int");
   m.def("delete_chain(int chain) -> ()");
   m.def("end_chain(int chain, int[] results) -> ()");
   m.def("run_chain(int chain, Tensor[] inputs) -> Tensor[]");

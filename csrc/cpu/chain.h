@@ -65,7 +65,7 @@ struct Chain {
   std::vector<torch::stable::Tensor> parameters;  // what steps point into
   std::vector<int64_t> results;                   // set by end_chain, after which no step is added
 
-  DType type() const { return dtype == torch::headeronly::ScalarType::BFloat16 ? DType::bfloat16 : DType::float32; }
+  DType type() const { return dtype_of(dtype); }
 
   const ChainShape& shape(int64_t value, const char* name) const {
     RF_CHECK(value >= 0 && value < static_cast<int64_t>(values.size()), name, " is ", value,
@@ -87,7 +87,7 @@ struct Chain {
 // The chain of a number. Throws where there is none.
 std::shared_ptr<Chain> chain_of(int64_t id);
 
-// A chain without steps, on inputs of these shapes, float32 or bfloat16.
+// A chain without steps, on inputs of these shapes and this dtype.
 Chain make_chain(const std::vector<ChainShape>& shapes, torch::headeronly::ScalarType dtype);
 
 // Says which values, results of steps, a run gives.

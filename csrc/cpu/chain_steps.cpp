@@ -36,11 +36,10 @@ void check_grouped_parameters(const ConvParams& p, const Tensor& weights, const 
 // Also finds out whether the weights are packed or, for a 3 x 3 convolution, transformed. `direct`: for which kernels.
 void check_parameters(ConvParams& p, DType source, bool direct, const Tensor& weights, const Tensor& bias) {
   const DType wanted_type = direct ? direct_weights(source, p.in_channels) : source;
-  const ScalarType dtype = wanted_type == DType::float32 ? ScalarType::Float : ScalarType::BFloat16;
   const int64_t wanted = padded_channels(p.out_channels) * p.kernel_h * p.kernel_w * p.in_channels;
   p.transformed = p.kernel_h == 3 && p.kernel_w == 3 && weights.scalar_type() == ScalarType::Float &&
                   weights.numel() == kernels().transformed_size(p.in_channels, p.out_channels, p.stride_h);
-  RF_CHECK(p.transformed || weights.scalar_type() == dtype,
+  RF_CHECK(p.transformed || weights.scalar_type() == scalar_type_of(wanted_type),
            "weights have another dtype than these kernels take for this x; make them with resnet_fused_cpu::pack.");
   RF_CHECK(p.transformed || weights.numel() == wanted, "weights has ", weights.numel(),
            " elements, the packed weights of this problem ", wanted, "; make it with resnet_fused_cpu::pack.");

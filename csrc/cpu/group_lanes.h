@@ -100,7 +100,7 @@ void pack_grouped_as(const PackParams& p, int64_t groups, int64_t kernel) {
 
 // `kernel`: columns of the filter. p.in_channels are those of a group.
 inline void pack_grouped(const PackParams& p, int64_t groups, int64_t kernel) {
-  p.source == DType::bfloat16 ? pack_grouped_as<Bf16>(p, groups, kernel) : pack_grouped_as<float>(p, groups, kernel);
+  with_element(p.source, [&](auto from) { pack_grouped_as<decltype(from)>(p, groups, kernel); });
 }
 
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -339,6 +339,8 @@ void grouped_as(const ConvParams& p) {
   }
 }
 
-inline void grouped(const ConvParams& p) { p.source == DType::bfloat16 ? grouped_as<Bf16>(p) : grouped_as<float>(p); }
+inline void grouped(const ConvParams& p) {
+  with_element(p.source, [&](auto t) { grouped_as<decltype(t)>(p); });
+}
 
 }  // namespace resnet_fused::cpu::RF_ISA

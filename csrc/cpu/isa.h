@@ -25,9 +25,9 @@
 #endif
 
 // prfchw lets a prefetch for writing take the line from other cores at once; a CPU that doesn't know it does nothing.
-#define RF_ISA_AVX2_BEGIN RF_TARGET("avx2,fma,prfchw")
-#define RF_ISA_AVX512_BEGIN RF_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prfchw")
-#define RF_ISA_AVX512_BF16_BEGIN RF_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prfchw")
+#define RF_ISA_AVX2_BEGIN RF_TARGET("avx2,fma,f16c,prfchw")
+#define RF_ISA_AVX512_BEGIN RF_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
+#define RF_ISA_AVX512_BF16_BEGIN RF_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
 
 #define RF_INLINE inline __attribute__((always_inline))
 
@@ -43,6 +43,9 @@ Isa limit_isa(Isa highest);
 
 // Whether vdpbf16ps (AVX512_BF16) may be used.
 bool has_avx512_bf16();
+
+// Whether activations may be float16: the vectors in use convert it (F16C).
+bool has_float16();
 
 // Whether the CPU has AMX tiles for bfloat16, which oneDNN uses and we don't.
 bool has_amx_bf16();

@@ -41,12 +41,13 @@ struct Kernels {
   BatchNormKernels batch_norm;
 };
 
-// One instruction set: its kernels, the direct sums of bfloat16 in float32 arithmetic, and those by instructions for bfloat16 that
-// a CPU may have.
+// One instruction set: its kernels, the direct sums of bfloat16 and of float16 in float32 arithmetic, and those by instructions
+// for bfloat16 that a CPU may have.
 struct InstructionSet {
   Isa isa;
   const Kernels& kernels;
-  const DirectKernels& widened;
+  const DirectKernels& widened_bf16;
+  const DirectKernels& widened_f16;
   const DirectKernels* bfloat16;
 };
 
@@ -59,7 +60,7 @@ inline const Kernels& kernels() { return instruction_set().kernels; }
 // The dtype of packed weights that direct sums over so many channels of a dtype take: bfloat16 where pairs of channels are
 // multiplied by instructions for them.
 inline DType direct_weights(DType dtype, int64_t channels) {
-  return has_avx512_bf16() && channels % 2 == 0 ? dtype : DType::float32;
+  return dtype == DType::bfloat16 && has_avx512_bf16() && channels % 2 == 0 ? dtype : DType::float32;
 }
 
 // The direct sums for activations of a dtype with weights of one.

@@ -4,6 +4,7 @@
 //   direct, float32   [panel][kernel position][input channel][PANEL]
 //   direct, bfloat16  [panel][kernel position][channel pair][PANEL][2]: what vdpbf16ps takes lies side by side; in float32 where a
 //                     CPU hasn't that instruction
+//   direct, float16   as direct, float32
 //   Winograd          [panel][input channel][kernel position][PANEL]: a transform takes all positions of a channel
 //
 // They are packed from channels_last weights, [out_channel][kernel position][in_channel]; or turned round for the gradient of
@@ -15,11 +16,8 @@
 namespace resnet_fused::cpu::RF_ISA {
 
 // Input channel c of a panel.
-RF_INLINE void put_line(const float* line, float* out) {
-  store(out, load(line));
-  store(out + LANES, load(line + LANES));
-}
-RF_INLINE void put_line(const float* line, Bf16* out) {
+template <class To>
+RF_INLINE void put_line(const float* line, To* out) {
   store(out, load(line));
   store(out + LANES, load(line + LANES));
 }
@@ -79,7 +77,7 @@ struct PackedPanels {
 
   RF_INLINE void put(const PackBlock& block, int64_t panel, int64_t tap, int64_t channel, int64_t count) const {
     To* out = data + panel * panel_stride + tap * tap_stride + channel * channel_stride;
-    if constexpr (sizeof(To) < sizeof(float)) {
+    if constexpr (std::is_same_v<To, Bf16>) {
       if (pairs) {
         for (int64_t k = 0; k < count; k += 2) put_pair(block.lines[k], block.lines[k + 1], out + k * PANEL);
         return;
@@ -130,7 +128,9 @@ void pack_as(const PackParams& p) {
 
 inline void pack(const PackParams& p) {
   if (p.destination == DType::float32) {
-    p.source == DType::bfloat16 ? pack_as<Bf16, float>(p) : pack_as<float, float>(p);
+    with_element(p.source, [&](auto from) { pack_as<decltype(from), float>(p); });
+  } else if (p.destination == DType::float16) {
+    pack_as<F16, F16>(p);
   } else if (p.source == DType::bfloat16) {
     pack_as<Bf16, Bf16>(p);
   } else {

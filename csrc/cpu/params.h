@@ -10,7 +10,11 @@ struct Bf16 {
   uint16_t bits;
 };
 
-enum class DType : uint8_t { float32, bfloat16 };
+struct F16 {
+  uint16_t bits;
+};
+
+enum class DType : uint8_t { float32, bfloat16, float16 };
 
 // The function at the end of an epilogue, as torch.nn.functional names it. GELU by the error function isn't among them: stock's
 // is NaN at infinity in float32 with AVX-512, and infinity in float64.

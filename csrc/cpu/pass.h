@@ -27,8 +27,8 @@ void pass_pixels(const PassParams& p, int64_t begin, int64_t end) {
         const int64_t c = first + offset;
         vec a = get(kind, x + offset, lanes);
         if (AFFINE) a = fma(a, get(kind, scales + c, lanes), get(kind, shifts + c, lanes));
-        if (GATE) a = mul(a, get(kind, gate + c, lanes));
-        if (RESIDUAL) a = add(a, get(kind, residual + c, lanes));
+        if (GATE) a = mul(AFFINE ? stored<T>(a) : a, get(kind, gate + c, lanes));
+        if (RESIDUAL) a = add(AFFINE || GATE ? stored<T>(a) : a, get(kind, residual + c, lanes));
         put(kind, y + c, max_keeping_nan(floor, a), lanes);
       });
       first += own;
@@ -54,6 +54,8 @@ void pass(const PassParams& p) {
                  [&](int64_t unit, int64_t) { run(p, unit * step, std::min(pixels, (unit + 1) * step)); });
 }
 
-inline void pass(const PassParams& p) { p.dtype == DType::bfloat16 ? pass<Bf16>(p) : pass<float>(p); }
+inline void pass(const PassParams& p) {
+  with_element(p.dtype, [&](auto t) { pass<decltype(t)>(p); });
+}
 
 }  // namespace resnet_fused::cpu::RF_ISA

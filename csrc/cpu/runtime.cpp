@@ -226,6 +226,17 @@ bool has_avx512_bf16() {
 #endif
 }
 
+bool has_float16() {
+#if RF_X86_64
+  // By CPUID: not every compiler knows "f16c" in __builtin_cpu_supports. AVX2, which is looked for before, is the system's part.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned F16C = 1u << 29;  // CPUID leaf 1, ECX
+  return detected_isa() == Isa::scalar || (__get_cpuid(1, &a, &b, &c, &d) != 0 && (c & F16C) != 0);
+#else
+  return true;
+#endif
+}
+
 bool has_amx_bf16() {
 #if RF_X86_64
   unsigned a = 0, b = 0, c = 0, d = 0;

@@ -5,7 +5,7 @@
 //
 // The direct kernels see activations and weights as 32-bit units: one float32 channel, or a pair of bfloat16 channels.
 // Addresses and copies are then the same for both. What a unit is copied from in memory is a Unit: those 32 bits, or a bfloat16
-// channel, which the copy widens.
+// or float16 channel, which the copy widens.
 #pragma once
 
 #include RF_VECTORS
@@ -32,6 +32,30 @@ RF_INLINE float widen(Bf16 a) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+// Calls body with an element of a dtype.
+template <class Body>
+RF_INLINE void with_element(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::float32:
+      return body(float{});
+    case DType::bfloat16:
+      return body(Bf16{});
+    case DType::float16:
+      return body(F16{});
+  }
+}
+
+// A result as it is where stock stores it as T before it goes on with it: beyond float16 it is infinite. It isn't rounded, since
+// each rounding adds to the error. Numbers beyond bfloat16 are beyond float32, too.
+template <class T>
+RF_INLINE vec stored(vec a) {
+  if constexpr (std::is_same_v<T, F16>) {
+    return infinite_from(a, 65520.0f);  // the smallest number that rounds to infinity
+  } else {
+    return a;
+  }
 }
 
 RF_INLINE int64_t vector_count(int64_t channels) { return (channels + LANES - 1) / LANES; }

@@ -127,6 +127,8 @@ void run_stem(const StemParams& p) {
   });
 }
 
-inline void stem(const StemParams& p) { p.dtype == DType::bfloat16 ? run_stem<Bf16>(p) : run_stem<float>(p); }
+inline void stem(const StemParams& p) {
+  with_element(p.dtype, [&](auto t) { run_stem<decltype(t)>(p); });
+}
 
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -161,7 +161,7 @@ struct ConvTile {
 
 template <class Out>
 RF_INLINE void finish(vec acc, const Out* residual, Out* y, vec floor) {
-  if (residual != nullptr) acc = add(acc, load(residual));
+  if (residual != nullptr) acc = add(stored<Out>(acc), load(residual));
   store(y, max_keeping_nan(floor, acc));
 }
 
@@ -169,7 +169,7 @@ template <class Out>
 RF_INLINE void finish(vec acc, const Out* residual, Out* y, vec floor, int64_t lanes) {
   if (lanes <= 0) return;
   const int n = static_cast<int>(lanes < LANES ? lanes : LANES);
-  if (residual != nullptr) acc = add(acc, load(residual, n));
+  if (residual != nullptr) acc = add(stored<Out>(acc), load(residual, n));
   store(y, max_keeping_nan(floor, acc), n);
 }
 

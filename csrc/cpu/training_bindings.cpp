@@ -20,8 +20,16 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// As check_cpu_activations; float16 is trained by stock alone.
+void check_trained(const Tensor& t, const char* name) {
+  RF_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, name,
+           " must be float32 or bfloat16; convert it with .to().");
+  check_cpu_activations(t, name);
+}
+
 void check_training(const Tensor& x, const char* name, const Tensor& weight, const PackParams& packing, int64_t channels,
                     int64_t stride, int64_t pad) {
+  RF_CHECK(packing.source != DType::float16, "weight must be float32 or bfloat16; convert it with .to().");
   RF_CHECK(x.scalar_type() == ScalarType::BFloat16 || packing.source == DType::float32, "weight is bfloat16 where ", name,
            " is float32; convert one with .to().");
   RF_CHECK(x.size(1) == channels, name, " has ", x.size(1), " channels, where weight asks for ", channels, ".");
@@ -64,7 +72,7 @@ const float* no_shift(Scratch& scratch, int64_t channels) {
 
 // conv(x, w); `plan` as run_conv takes it.
 Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::vector<int64_t> plan, int64_t groups) {
-  check_cpu_activations(x, "x");
+  check_trained(x, "x");
   const PackParams packing = pack_params(weight);
   RF_CHECK(groups > 0 && packing.out_channels % groups == 0, "groups is ", groups, "; it must divide the weight's ",
            packing.out_channels, " output channels.");
@@ -93,7 +101,7 @@ Tensor training_conv(Tensor x, Tensor weight, int64_t stride, int64_t pad, std::
 // is, or empty.
 Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, int64_t stride, int64_t pad,
                       std::vector<int64_t> plan) {
-  check_cpu_activations(dy, "dy");
+  check_trained(dy, "dy");
   const PackParams packing = pack_params(weight);
   check_training(dy, "dy", weight, packing, packing.out_channels, stride, pad);
   const int64_t kernel = weight.size(2);
@@ -134,8 +142,8 @@ Tensor input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width, i
 
 // Gradient of the weights of conv(x, w) with a square kernel, as float32 [out_channels][kernel][kernel][in_channels].
 Tensor weight_gradient(Tensor x, Tensor dy, int64_t kernel, int64_t stride, int64_t pad, bool winograd) {
-  check_cpu_activations(x, "x");
-  check_cpu_activations(dy, "dy");
+  check_trained(x, "x");
+  check_trained(dy, "dy");
   RF_CHECK(x.scalar_type() == dy.scalar_type(), "x and dy differ in dtype.");
   WeightGradientParams p{};
   p.x = x.const_data_ptr(), p.dy = dy.const_data_ptr();

@@ -1,4 +1,4 @@
-// What serves bfloat16 in float32 arithmetic: the direct kernels on activations that are widened as they are copied. Training has
+// What serves bfloat16 and float16 in float32 arithmetic: the direct kernels on activations that are widened as they are copied. Training has
 // none of it.
 #pragma once
 

@@ -217,9 +217,9 @@ inline void transform_packed(const LayerParams& layer, int64_t stride, DType dty
     transform_layer<decltype(f), T>(static_cast<const T*>(layer.weights), layer.in_channels, layer.out_channels, u);
   };
   if (stride == 2) {
-    dtype == DType::bfloat16 ? run(Stride2{}, Bf16{}) : run(Stride2{}, float{});
+    with_element(dtype, [&](auto t) { run(Stride2{}, t); });
   } else {
-    dtype == DType::bfloat16 ? run(F4{}, Bf16{}) : run(F4{}, float{});
+    with_element(dtype, [&](auto t) { run(F4{}, t); });
   }
 }
 
@@ -246,7 +246,7 @@ void run_winograd(const ConvParams& p, const WinogradPlan& plan) {
 }
 
 inline void winograd(const ConvParams& p, const WinogradPlan& plan) {
-  p.source == DType::bfloat16 ? run_winograd<Bf16>(p, plan) : run_winograd<float>(p, plan);
+  with_element(p.source, [&](auto t) { run_winograd<decltype(t)>(p, plan); });
 }
 
 }  // namespace resnet_fused::cpu::RF_ISA

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,12 @@ from support.problems import problem_of
 from support.refusals import Asked, Machine, refusal
 from support.tolerances import assert_as_good_as_stock
 
-from resnet_fused.backends import Conv, ConvParameters, Pool, Problem, get
+from resnet_fused.backends import Activation, Conv, ConvParameters, Epilogue, Pool, Problem, get
 from resnet_fused.backends.binding import bind
 from resnet_fused.backends.cpu import plan as cpu_plan
 from resnet_fused.backends.cpu.block import WholeBlock
+from resnet_fused.backends.cpu.stem import Stem
+from resnet_fused.backends.processor import processor
 from resnet_fused.fusion.fuse import fuse
 
 CPU = torch.device("cpu")
@@ -36,6 +40,8 @@ def problem(op: str, shape: tuple[int, int, int, int], *convs: Conv, **more) -> 
         pytest.param(1, 1, 7, 5, 33, True, torch.float32, id="grey-and-tail"),
         pytest.param(1, 4, 1, 1, 16, True, torch.float32, id="one-pixel"),
         pytest.param(1, 3, 33, 20, 64, True, torch.bfloat16, id="bfloat16"),
+        pytest.param(1, 3, 33, 20, 64, True, torch.float16, id="float16"),
+        pytest.param(1, 3, 17, 20, 33, False, torch.float16, id="float16-without-pool"),
     ],
 )
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
@@ -103,7 +109,9 @@ def test_exact_precision_uses_no_winograd():
         pytest.param(
             problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (5, 5), groups=2)), "of several groups, here 2", id="groups"
         ),
-        pytest.param(problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (1, 1)), dtype=torch.float16), "float16", id="float16"),
+        pytest.param(
+            problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (1, 1)), dtype=torch.float64), "not torch.float64", id="float64"
+        ),
         pytest.param(problem("conv2d_bn", (0, 8, 8, 8), Conv(8, 8, (1, 1))), "empty", id="empty"),
         pytest.param(problem("stem", (1, 3, 8, 8), Conv(3, 8, (3, 3)), pool=POOL), "7×7", id="stem-of-3x3"),
         pytest.param(
@@ -113,6 +121,27 @@ def test_exact_precision_uses_no_winograd():
 )
 def test_what_it_can_not_serve_has_a_reason(kind: Problem, reason: str):
     assert reason in get("cpu").why_not(kind)
+
+
+def test_float16_needs_vectors_that_convert_it(monkeypatch):
+    kind = problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (1, 1)), dtype=torch.float16)
+    assert get("cpu").why_not(kind) is None
+    monkeypatch.setattr(torch.ops.resnet_fused_cpu, "float16", lambda: False)
+    assert "F16C" in get("cpu").why_not(kind)
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_float16_is_stocks_where_the_cpu_multiplies_it(monkeypatch, multiplies: bool):
+    own = replace(processor(), vendor="GenuineIntel", instruction_sets=("avx512_fp16",) if multiplies else ("f16c",))
+    monkeypatch.setattr("resnet_fused.backends.cpu.backend.processor", lambda: own)
+    kind = problem("conv2d_bn", (1, 8, 8, 8), Conv(8, 8, (1, 1)), dtype=torch.float16)
+    assert get("cpu").preferred(kind) is not multiplies
+
+
+def test_a_float16_stem_leaves_functions_that_see_infinity_to_stock():
+    epilogue = Epilogue(activation=Activation.SILU)
+    kind = Problem.of(Conv(3, 8, **STEM), (1, 3, 8, 8), torch.float16, CPU, epilogue)
+    assert "in float16 it serves ReLU or no function, not silu" in Stem().why_not(kind)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from resnet_fused.backends.cpu.packing import padded_bias
 from resnet_fused.tuning import candidates
 
 CL = torch.channels_last
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VALUES = [1e10, 3.4e38, -1e5, math.inf, math.nan]
 
 RELU = Epilogue(activation=Activation.RELU)

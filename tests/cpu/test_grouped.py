@@ -11,8 +11,9 @@ from support.tolerances import assert_as_good_as_stock
 from resnet_fused.backends import NO_PARAMETERS, Activation, Conv, ConvParameters, Epilogue, get
 from resnet_fused.backends.cpu.chain import Chain
 from resnet_fused.backends.cpu.packing import padded_bias
+from resnet_fused.backends.processor import processor
 
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
 
 RELU = Epilogue(activation=Activation.RELU)
 
@@ -69,6 +70,10 @@ LAYERS = {
     "weights beyond L2, copied in parts": groups(6, 64, n=1, h=40, w=33),
     "weights beyond L2, small groups": groups(470, 4, n=1, h=3, w=8),
     "4 channels a group, bfloat16": groups(8, 4, dtype=BF16),
+    "depthwise, 5x5, float16, stride 2": depthwise(36, kernel=5, padding=2, stride=2, w=30, dtype=F16),
+    "4 channels a group, float16": groups(8, 4, dtype=F16),
+    "24 channels a group, float16": groups(3, 24, dtype=F16),
+    "weights beyond L2, float16": groups(10, 40, n=1, w=8, dtype=F16),
     "24 channels a group, bfloat16, stride 2": groups(3, 24, stride=2, dtype=BF16),
     "weights beyond L2, bfloat16": groups(10, 40, n=1, w=8, dtype=BF16),
 }
@@ -171,6 +176,7 @@ F32 = torch.float32
         pytest.param(_square(128, 32), BF16, {"avx512"}, id="narrow-groups-bfloat16"),
         pytest.param(_square(512, 32), F32, {"avx512"}, id="wide-groups"),
         pytest.param(_square(512, 32), BF16, set(), id="wide-groups-bfloat16"),
+        pytest.param(_square(512, 32), F16, {"avx2", "avx512"}, id="wide-groups-float16"),
         pytest.param(_square(1024, 32, 2), F32, set(), id="wide-groups-stride-2"),
         pytest.param(Conv(32, 64, (3, 3), padding=(1, 1), groups=8), F32, set(), id="more-outputs-than-inputs"),
     ],
@@ -179,6 +185,8 @@ F32 = torch.float32
 def test_it_is_preferred_where_it_was_measured_to_be_faster(isa: str, conv: Conv, dtype, by: set[str], precision: str):
     if dtype == BF16 and torch.ops.resnet_fused_cpu.amx_bf16():
         pytest.skip("this CPU has AMX, by which oneDNN is preferred; run the tests on a CPU without it")
+    if dtype == F16 and processor().multiplies("float16"):
+        pytest.skip("this CPU multiplies float16, and stock comes first; run the tests on a CPU that doesn't")
     if isa == "scalar":
         pytest.skip("scalar kernels are preferred for nothing; run the tests on a CPU with AVX2 or AVX-512")
     kind = problem_of("conv2d_bn", (1, conv.in_channels, 28, 28), dtype, torch.device("cpu"), (conv,), precision=precision)

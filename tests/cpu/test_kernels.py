@@ -27,6 +27,7 @@ WINOGRAD = {
     "up to four 2x2 tiles": ({"n": 1, "c": 40, "h": 3, "w": 4, "out": 40}, [2, 4, 1, 64, 1]),
     "two tiles": ({"n": 2, "c": 40, "h": 3, "w": 4, "out": 40}, [4, 2, 1, 64, 1]),
     "up to four tiles, bfloat16": ({"n": 1, "c": 36, "h": 7, "w": 7, "out": 40, "dtype": torch.bfloat16}, [4, 4, 1, 64, 1]),
+    "up to four tiles, float16": ({"n": 1, "c": 36, "h": 7, "w": 7, "out": 40, "dtype": torch.float16}, [4, 4, 1, 64, 1]),
     "short tiles of several images in a block": ({"n": 3, "c": 32, "h": 14, "w": 14, "out": 32}, [4, 20, 2, 64, 0]),
     "short tiles of several images in a block, by panels": ({"n": 3, "c": 32, "h": 14, "w": 11, "out": 32}, [4, 20, 1, 64, 1]),
     "2x2 tiles": ({"n": 1, "c": 40, "h": 7, "w": 5, "out": 40}, SMALL_TILES),
@@ -37,6 +38,9 @@ WINOGRAD = {
     "more tiles than are transformed at once": ({"n": 4, "c": 512, "h": 30, "w": 32, "out": 16}, [4, 32, 1, 64, 1]),
     "bfloat16": ({"n": 1, "c": 36, "h": 11, "w": 10, "out": 40, "dtype": torch.bfloat16}, BY_TILES),
     "bfloat16, by panels": ({"n": 1, "c": 36, "h": 11, "w": 10, "out": 40, "dtype": torch.bfloat16}, BY_PANELS),
+    "float16": ({"n": 1, "c": 36, "h": 11, "w": 10, "out": 40, "dtype": torch.float16}, BY_TILES),
+    "float16, by panels": ({"n": 1, "c": 36, "h": 11, "w": 10, "out": 40, "dtype": torch.float16}, BY_PANELS),
+    "float16, stride 2, tail": ({"n": 1, "c": 16, "h": 13, "w": 9, "out": 33, "stride": 2, "dtype": torch.float16}, STRIDE_2),
     "stride 2": ({"n": 2, "c": 32, "h": 28, "w": 28, "out": 64, "stride": 2}, STRIDE_2),
     "stride 2, by panels": ({"n": 2, "c": 32, "h": 28, "w": 28, "out": 64, "stride": 2}, STRIDE_2_BY_PANELS),
     "stride 2, odd, tail": ({"n": 1, "c": 16, "h": 13, "w": 9, "out": 33, "stride": 2}, STRIDE_2),
@@ -81,6 +85,9 @@ BFLOAT16_DIRECT = {
     "7x7, three channels": ({"n": 1, "c": 3, "h": 17, "w": 19, "out": 40, "kernel": 7, "stride": 2, "padding": 3}, []),
 }
 
+# The same code but for loads and stores: a case for each kind of these.
+FLOAT16_DIRECT = ("1x1, channel tails", "1x1, rows 4 KiB apart", "1x1, stride 2", "3x3, stride 2", "7x7, three channels")
+
 BLOCKS = {
     "bottleneck": ({"n": 2, "c": 64, "h": 20, "w": 20, "width": 32, "out": 64}, [1, 1, 2]),
     "bottleneck, projection": ({"n": 1, "c": 64, "h": 13, "w": 11, "width": 32, "out": 128}, [2, 1, 1]),
@@ -93,6 +100,8 @@ BLOCKS = {
     "basic in parts": ({"n": 1, "c": 40, "h": 23, "w": 9, "width": 24, "out": 40, "basic": True}, [1, 3, 4]),
     "basic, one strip": ({"n": 1, "c": 32, "h": 7, "w": 7, "width": 32, "out": 32, "basic": True}, [20, 1, 2]),
 }
+
+FLOAT16_BLOCKS = ("bottleneck, projection", "bottleneck, channel tails", "basic, projection", "basic in parts")
 
 
 def listed(cases: dict[str, tuple[dict, list[int]]]):
@@ -120,6 +129,30 @@ def test_direct_bfloat16(isa: str, sizes: dict, plan: list[int]):
     check(Layer(**sizes, dtype=torch.bfloat16), plan, torch.bfloat16)
 
 
+@listed({name: BFLOAT16_DIRECT[name] for name in FLOAT16_DIRECT})
+def test_direct_float16(isa: str, sizes: dict, plan: list[int]):
+    check(Layer(**sizes, dtype=torch.float16), plan, torch.float16)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("out", [32, 33], ids=["whole-panels", "a-tail"])
+def test_float16_overflows_where_stock_does(isa: str, kernel: int, out: int):
+    """Before the residual, which would bring the result back; and neither NaN nor subnormal numbers are lost."""
+    layer = Layer(n=1, c=16, h=6, w=7, out=out, kernel=kernel, padding=kernel // 2, relu=False, dtype=torch.float16)
+    layer.weight.zero_(), layer.bias.zero_()
+    layer.weight[:, 0, kernel // 2, kernel // 2] = 2
+    values = [40000.0, -40000.0, 32752.0, 32768.0, float("nan"), float("inf"), -float("inf"), 2.0**-24, -(2.0**-15), 0.0]
+    layer.x[0, 0].zero_()
+    layer.x[0, 0].view(-1)[: len(values)] = torch.tensor(values, dtype=torch.float16)
+    assert layer.added is not None
+    layer.added.zero_()
+    layer.added[0, :, 0, 0], layer.added[0, :, 0, 1] = -50000.0, 50000.0
+    got, want = layer.ours([]), layer.stock(torch.float16)
+    assert want[0, 0, 0, 0] == float("inf"), "stock rounds before it adds"
+    assert want[0, 0, 1, 0] == 2.0**-23, "stock keeps subnormal numbers"
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 @listed(BLOCKS)
 def test_block(isa: str, sizes: dict, plan: list[int]):
     check(Block(**sizes), plan)
@@ -128,6 +161,11 @@ def test_block(isa: str, sizes: dict, plan: list[int]):
 @listed(BLOCKS)
 def test_block_bfloat16(isa: str, sizes: dict, plan: list[int]):
     check(Block(**sizes, dtype=torch.bfloat16), plan, torch.bfloat16)
+
+
+@listed({name: BLOCKS[name] for name in FLOAT16_BLOCKS})
+def test_block_float16(isa: str, sizes: dict, plan: list[int]):
+    check(Block(**sizes, dtype=torch.float16), plan, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +228,7 @@ def test_result_does_not_depend_on_the_number_of_threads(threads: int):
     ("change", "message"),
     [
         pytest.param({"x": torch.randn(1, 16, 8, 8)}, "not channels_last", id="contiguous"),
-        pytest.param({"x": torch.randn(1, 16, 8, 8).double()}, "float32 or bfloat16", id="double"),
+        pytest.param({"x": torch.randn(1, 16, 8, 8).double()}, "float32, bfloat16 or float16", id="double"),
         pytest.param({"weight": torch.randn(16, 8, 3, 3)}, "packed weights of this problem", id="weights"),
         pytest.param(
             {"added": torch.randn(1, 16, 7, 8).contiguous(memory_format=torch.channels_last)}, "residual", id="residual"

@@ -173,7 +173,7 @@ def test_wrong_arguments_are_named(isa: str):
     x, weight, dy = CASES["3x3, stride 2"].tensors(torch.float32)
     wrong = {
         "weight is not channels_last": (x, weight.contiguous(), 2, 1, []),
-        "weight must be float32 or bfloat16": (x, weight.double(), 2, 1, []),
+        "weight must be float32, bfloat16 or float16": (x, weight.double(), 2, 1, []),
         "weight is bfloat16 where x is float32": (x, weight.bfloat16(), 2, 1, []),
         "x has 70 channels, where weight asks for 6": (x, weight[:, :6].contiguous(memory_format=CL), 2, 1, []),
         "it must be square": (x, weight[..., :1].contiguous(memory_format=CL), 2, 1, []),

@@ -182,7 +182,7 @@ def test_what_follows(follows, op, trained):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 16, 56, 56), (3, 16, 2, 2), (8, 16, 7, 7)], ids=str)
 def test_values_are_as_good_as_stocks(dtype, shape, trained):
     model = trained(Block(Gate())).to(dtype)

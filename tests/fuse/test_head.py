@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.models import resnet18
 
 import resnet_fused as rf
+from resnet_fused.backends.processor import processor
 
 pytestmark = pytest.mark.cpu
 
@@ -42,7 +43,7 @@ def classifiers(fused: nn.Module) -> list[str]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "classes"), [(1, 10), (3, 1000), (128, 33)])
 @torch.no_grad()
 def test_rows_are_multiplied_by_our_kernel(dtype, rows, classes):
@@ -51,9 +52,10 @@ def test_rows_are_multiplied_by_our_kernel(dtype, rows, classes):
     got, want = fused(x), net(x)
     assert_as_good_as_stock(got, want, copy.deepcopy(net).double()(x.double()))
     assert got.stride() == want.stride()
-    # With AMX oneDNN is faster, and the layer is stock's.
+    # With AMX oneDNN is faster, and may be with instructions for float16; the layer is stock's.
     amx = dtype == torch.bfloat16 and torch.ops.resnet_fused_cpu.amx_bf16()
-    assert classifiers(fused) == ([] if amx else ["cpu"])
+    native = dtype == torch.float16 and processor().multiplies("float16")
+    assert classifiers(fused) == ([] if amx or native else ["cpu"])
 
 
 @needs_kernels

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torchvision
-from support.fast_paths import assert_same_model, ops, report, rows, runs
+from support.fast_paths import assert_same_model, needs_kernels, ops, report, rows, runs
 from support.plain_resnet import PlainResNet
 from support.tolerances import assert_as_good_as_stock
 from torch import nn
@@ -16,6 +16,7 @@ from torch.utils.mkldnn import to_mkldnn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import resnet_fused as rf
+from resnet_fused.backends.processor import processor
 from resnet_fused.fusion.rows import path_of
 
 timm = pytest.importorskip("timm", reason="timm is not installed; pip install 'resnet_fused[test]'")
@@ -152,6 +153,18 @@ def test_half_width_models(dtype, trained):
     with torch.no_grad():
         assert_as_good_as_stock(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
     assert report(fused).calls_fused == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("make", [tv.resnet18, tv.resnet50])
+@torch.no_grad()
+def test_whole_models_in_float16_are_our_kernels(make, trained):
+    model, x = trained(make(num_classes=10)).half(), torch.randn(2, 3, 64, 64).half()
+    fused = rf.fuse(model)
+    assert_as_good_as_stock(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
+    served = {backend for run in runs(fused) for _, backend in run.problems.values()}
+    # Where the CPU multiplies float16 itself, stock comes first.
+    assert served == {"cpu"} or processor().multiplies("float16")
 
 
 def test_autocast_is_as_good_as_stock_and_leaves_the_weights_alone(trained):

@@ -71,6 +71,7 @@ BLOCKS = [
     Block("basic-odd-channels", "basic_block", (7, 7, 7), (2, 5, 9)),
     Block("basic-contiguous", "basic_block", (16, 16, 16), layout=torch.contiguous_format),
     Block("basic-bfloat16", "basic_block", (64, 64, 64), dtype=BF16),
+    Block("basic-float16", "basic_block", (64, 64, 64), dtype=torch.float16),
     Block("basic-nan", "basic_block", (64, 64, 64), nan=True),
     Block("basic-batch-0", "basic_block", (16, 16, 16), (0, 7, 7)),
     Block("bottleneck", "bottleneck", (256, 64, 256), (1, 28, 28)),
@@ -81,6 +82,7 @@ BLOCKS = [
     Block("bottleneck-dilation", "bottleneck", (64, 32, 64), dilation=2),
     Block("bottleneck-contiguous", "bottleneck", (64, 16, 64), layout=torch.contiguous_format),
     Block("bottleneck-bfloat16", "bottleneck", (256, 64, 256), dtype=BF16),
+    Block("bottleneck-float16", "bottleneck", (64, 64, 256), dtype=torch.float16),
     Block("bottleneck-nan", "bottleneck", (256, 64, 256), nan=True),
     Block("bottleneck-float64", "bottleneck", (16, 8, 16), dtype=torch.float64),
 ]

@@ -65,6 +65,7 @@ CASES = [
     Case("3x3"),
     Case("3x3-bfloat16", dtype=BF16),
     Case("3x3-float16", dtype=torch.float16),
+    Case("1x1-float16-odd-channels", x=(2, 13, 7, 5), out_channels=11, kernel=(1, 1), padding=(0, 0), dtype=torch.float16),
     Case("float64-runs-on-stock", dtype=torch.float64),
     Case("contiguous-input", layout="contiguous"),
     Case("contiguous-input-bfloat16", layout="contiguous", dtype=BF16),

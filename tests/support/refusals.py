@@ -59,8 +59,8 @@ MAY_BE_REFUSED_WHEN_TRIED = {"cudnn"}
 def _cpu(asked: Asked, machine: Machine) -> Iterator[str]:
     if machine.device != "cpu":
         yield "it serves CPU tensors"
-    if asked.dtype in (F64, F16):
-        yield "it serves float32 and bfloat16"
+    if asked.dtype == F64:
+        yield "it serves float32, bfloat16 and float16, not"
     if asked.empty:
         yield "empty"
     if asked.id in OTHER_GROUPS:

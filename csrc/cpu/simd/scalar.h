@@ -107,6 +107,48 @@ RF_INLINE void store(Bf16* p, vec a, int lanes) {
 RF_INLINE vec load(const Bf16* p) { return load(p, LANES); }
 RF_INLINE void store(Bf16* p, vec a) { store(p, a, LANES); }
 
+RF_INLINE float widen(F16 a) {
+  const uint32_t sign = (a.bits & 0x8000u) << 16, exponent = a.bits >> 10 & 31u, fraction = a.bits & 1023u;
+  float value = static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24: subnormal numbers
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (exponent != 0) bits = (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+// Round to nearest even; a NaN stays a quiet NaN.
+RF_INLINE F16 to_float16(float a) {
+  uint32_t bits;
+  std::memcpy(&bits, &a, sizeof(bits));
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (a != a) {
+    half = 0x7e00;
+  } else if (bits >= 0x477ff000) {  // 65520, which rounds to infinity
+    half = 0x7c00;
+  } else if (bits < 0x38800000) {  // below 2^-14: subnormal numbers, multiples of 2^-24
+    half = static_cast<uint32_t>(std::nearbyint(std::fabs(a) * 16777216.0f));
+  } else {
+    half = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112u << 10);
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+RF_INLINE vec splat(F16 a) { return splat(widen(a)); }
+RF_INLINE vec load(const F16* p, int lanes) {
+  return each_lane([&](int i) { return i < lanes ? widen(p[i]) : 0.0f; });
+}
+RF_INLINE void store(F16* p, vec a, int lanes) {
+  for (int i = 0; i < lanes; ++i) p[i] = to_float16(a.lane[i]);
+}
+RF_INLINE vec load(const F16* p) { return load(p, LANES); }
+RF_INLINE void store(F16* p, vec a) { store(p, a, LANES); }
+// Infinity of a's sign where its magnitude is at least `limit`.
+RF_INLINE vec infinite_from(vec a, float limit) {
+  return each_lane([&](int i) { return std::fabs(a.lane[i]) >= limit ? a.lane[i] * __builtin_inff() : a.lane[i]; });
+}
+
 // dy where y is positive, or NaN as in stock PyTorch; zero elsewhere.
 RF_INLINE vec through_relu(vec y, vec dy) {
   return each_lane([&](int i) { return y.lane[i] <= 0 ? 0.0f : dy.lane[i]; });

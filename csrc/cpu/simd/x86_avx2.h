@@ -74,6 +74,27 @@ RF_INLINE void store(Bf16* p, vec a, int lanes) {
   store(buffer, a);
   __builtin_memcpy(p, buffer, sizeof(Bf16) * static_cast<unsigned>(lanes));
 }
+// vcvtph2ps and vcvtps2ph keep subnormals and NaNs, whatever MXCSR says.
+RF_INLINE float widen(F16 a) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits))); }
+RF_INLINE vec splat(F16 a) { return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits))); }
+RF_INLINE vec load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+RF_INLINE void store(F16* p, vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+RF_INLINE vec load(const F16* p, int lanes) {
+  F16 buffer[LANES] = {};
+  __builtin_memcpy(buffer, p, sizeof(F16) * static_cast<unsigned>(lanes));
+  return load(buffer);
+}
+RF_INLINE void store(F16* p, vec a, int lanes) {
+  F16 buffer[LANES];
+  store(buffer, a);
+  __builtin_memcpy(p, buffer, sizeof(F16) * static_cast<unsigned>(lanes));
+}
+// Infinity of a's sign where its magnitude is at least `limit`.
+RF_INLINE vec infinite_from(vec a, float limit) {
+  return _mm256_blendv_ps(a, mul(a, splat(__builtin_inff())), _mm256_cmp_ps(magnitude(a), splat(limit), _CMP_GE_OQ));
+}
 // dy where y is positive, or NaN as in stock PyTorch; zero elsewhere.
 RF_INLINE vec through_relu(vec y, vec dy) { return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_NLE_UQ), dy); }
 // Zero beyond the first `lanes`.

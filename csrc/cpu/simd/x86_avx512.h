@@ -58,6 +58,18 @@ RF_INLINE vec load(const Bf16* p) { return widen(_mm256_loadu_si256(reinterpret_
 RF_INLINE vec load(const Bf16* p, int lanes) { return widen(_mm256_maskz_loadu_epi16(lane_mask(lanes), p)); }
 RF_INLINE void store(Bf16* p, vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
 RF_INLINE void store(Bf16* p, vec a, int lanes) { _mm256_mask_storeu_epi16(p, lane_mask(lanes), narrow(a)); }
+// vcvtph2ps and vcvtps2ph keep subnormals and NaNs, whatever MXCSR says.
+RF_INLINE float widen(F16 a) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits))); }
+RF_INLINE vec splat(F16 a) { return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(a.bits))); }
+RF_INLINE __m256i to_float16(vec a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+RF_INLINE vec load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+RF_INLINE vec load(const F16* p, int lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(lanes), p)); }
+RF_INLINE void store(F16* p, vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_float16(a)); }
+RF_INLINE void store(F16* p, vec a, int lanes) { _mm256_mask_storeu_epi16(p, lane_mask(lanes), to_float16(a)); }
+// Infinity of a's sign where its magnitude is at least `limit`.
+RF_INLINE vec infinite_from(vec a, float limit) {
+  return _mm512_mask_mul_ps(a, _mm512_cmp_ps_mask(magnitude(a), splat(limit), _CMP_GE_OQ), a, splat(__builtin_inff()));
+}
 // dy where y is positive, or NaN as in stock PyTorch; zero elsewhere.
 RF_INLINE vec through_relu(vec y, vec dy) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), dy); }
 // Zero beyond the first `lanes`.

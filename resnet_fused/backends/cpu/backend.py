@@ -20,6 +20,7 @@ from resnet_fused.backends.cpu.stem import Stem
 from resnet_fused.backends.cpu.training_conv import TrainingConvolution
 from resnet_fused.backends.freezing import checked_input, register_fakes
 from resnet_fused.backends.problem import Activation, Kind, Problem
+from resnet_fused.backends.processor import processor
 
 _LIBRARY = "resnet_fused_cpu"
 _INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512")  # Isa in csrc/cpu/isa.h
@@ -71,14 +72,22 @@ class CPU(Backend):
     def why_none(self, problem: Problem) -> str | None:
         if problem.device.type != "cpu":
             return f"it serves CPU tensors, not {problem.device.type}"
-        if problem.dtype not in (torch.float32, torch.bfloat16):
-            return f"it serves float32 and bfloat16, not {problem.types.source}"
+        if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it serves float32, bfloat16 and float16, not {problem.types.source}"
+        if problem.dtype == torch.float16:
+            if problem.kind in (Kind.BATCH_NORM, Kind.TRAINING_CONV):
+                return "it trains in float32 and bfloat16, not in float16"
+            if not torch.ops.resnet_fused_cpu.float16():
+                return "this CPU can't convert float16 (F16C is needed)"
         if 0 in (*problem.shape, *problem.output_shape()):
             return "the input or the result is empty"
         return None
 
     def preferred(self, problem: Problem) -> bool:
         kind = problem.kind
+        # Where the CPU multiplies float16 itself, stock wasn't measured; elsewhere it emulates that, at many times our time.
+        if problem.dtype == torch.float16 and processor().multiplies("float16"):
+            return False
         if kind in (Kind.BATCH_NORM, Kind.AVERAGE_POOL, Kind.TRAINING_CONV, Kind.ELEMENTWISE, Kind.AFFINE):
             return True
         # oneDNN uses AMX, at many times the rate of our instructions.

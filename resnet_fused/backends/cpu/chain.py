@@ -22,12 +22,12 @@ class Chain:
 
     Args:
         shapes: of the inputs, (N, C, H, W).
-        dtype: of all activations, float32 or bfloat16.
+        dtype: of all activations, float32, bfloat16 or float16.
     """
 
     def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype) -> None:
         self._library = torch.ops.resnet_fused_cpu
-        self.id = self._library.new_chain([size for shape in shapes for size in shape], dtype == torch.bfloat16)
+        self.id = self._library.new_chain([size for shape in shapes for size in shape], dtype)
         # Not through the dispatcher: a chain may be collected while a mode watches or traces another model's operators.
         delete, keys = self._library.delete_chain.default.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         # Not at the interpreter's exit, where the operator may be gone already.

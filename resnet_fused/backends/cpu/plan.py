@@ -93,7 +93,7 @@ def keeps_transformed(conv: Conv) -> bool:
 
 def _by_panels(tiles: int, size: int, dtype: torch.dtype) -> WinogradPlan:
     """The plan of F(4×4, 3×3) that splits the work over output channels, `size` tiles at a time."""
-    # A chunk's taps are read once for each row of points: those of 16 float32 channels, or of 32 bfloat16 ones, stay in L1
+    # A chunk's taps are read once for each row of points: those of 16 float32 channels, or of 32 of 16 bits, stay in L1
     # until then. With more tiles than that the transform counts for less than how often sums are put down and taken up again.
     narrow = 16 if dtype == torch.float32 else 32
     return WinogradPlan(4, min(tiles, size), 1, narrow if tiles <= narrow else 32, True)
@@ -107,10 +107,10 @@ def winograd(problem: Problem) -> WinogradPlan | None:
     n, _, h, w = problem.shape
     if _unit_stride(conv):
         tiles = n * _tiles(h, w, 4)
-        bfloat16 = problem.dtype == torch.bfloat16
+        half = problem.dtype != torch.float32
         # In products for each pair of channels, against 9 a pixel, which bfloat16 takes two at a time. The transform of a
-        # weight counts as 250; for up to four tiles it is done in registers, from bfloat16 with a conversion at each use.
-        transform = 0 if keeps_transformed(conv) else 250 if tiles > 4 else 100 if bfloat16 else 60
+        # weight counts as 250; for up to four tiles it is done in registers, from 16 bits with a conversion at each use.
+        transform = 0 if keeps_transformed(conv) else 250 if tiles > 4 else 100 if half else 60
         if n * _products(h, w) + transform > (4.5 if in_pairs(problem.dtype) else 9) * n * h * w:
             return None
         if keeps_transformed(conv):
@@ -257,6 +257,8 @@ _LONGEST_SUM = 20480
 def conv_preferred(problem: Problem) -> bool:
     """Whether a convolution was measured to be at least level with oneDNN's."""
     conv = problem.conv
+    if problem.dtype == torch.float16:
+        return True  # where stock multiplies it by instructions, the backend isn't preferred at all
     if problem.dtype == torch.bfloat16:
         if not in_pairs(torch.bfloat16):
             return True  # oneDNN has no such products either, or emulates them

@@ -10,7 +10,7 @@ from resnet_fused.backends.cpu.frozen import FrozenSteps
 from resnet_fused.backends.cpu.packing import padded_bias
 from resnet_fused.backends.freezing import freezing
 from resnet_fused.backends.implementation import in_its_format
-from resnet_fused.backends.problem import Conv, Kind, Problem
+from resnet_fused.backends.problem import Activation, Conv, Kind, Problem
 
 _POOL = Pool((3, 3), (2, 2), (1, 1))
 
@@ -27,6 +27,9 @@ class Stem(Implementation):
             return "it serves a 7×7 convolution of stride 2 and padding 3 on up to 4 channels, with a bias and no residual"
         if problem.precision != "fast":
             return "it serves stems by Winograd only, which precision='direct' forbids"
+        if problem.dtype == torch.float16 and not epilogue.relu and epilogue.activation is not Activation.NONE:
+            # Its functions see results before these are stored: SiLU of what float16 makes -infinity would be 0, not NaN.
+            return f"in float16 it serves ReLU or no function, not {epilogue.activation.value}"
         if epilogue.pool is not None and (epilogue.pool != _POOL or not epilogue.relu):
             return "it serves a max-pool of 3×3, stride 2 and padding 1 after ReLU"
         return None

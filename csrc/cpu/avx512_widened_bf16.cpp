@@ -1,5 +1,9 @@
-// Direct sums of bfloat16 in float32 arithmetic, and whole blocks that contain them, in plain C++, for every target.
+// Direct sums of bfloat16 in float32 arithmetic, and whole blocks that contain them, compiled for AVX-512.
 #include "isa.h"
+
+#if RF_X86_64
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <array>
@@ -14,14 +18,19 @@
 #include "params.h"
 #include "runtime.h"
 
-#define RF_ISA scalar_widened
-#define RF_VECTORS "simd/scalar.h"
+#define RF_ISA avx512_widened_bf16
+#define RF_VECTORS "simd/x86_avx512.h"
 #define RF_PRODUCTS "simd/products_widened_bf16.h"
+RF_ISA_AVX512_BEGIN
 
 #include "widened.h"
 
 namespace resnet_fused::cpu {
 
-extern const DirectKernels scalar_widened_kernels = RF_ISA::WIDENED_KERNELS;
+extern const DirectKernels avx512_widened_bf16_kernels = RF_ISA::WIDENED_KERNELS;
 
 }  // namespace resnet_fused::cpu
+
+RF_ISA_END
+
+#endif

@@ -1,4 +1,4 @@
-// Direct sums of bfloat16 in float32 arithmetic, and whole blocks that contain them, compiled for AVX2 with FMA.
+// Direct sums of float16 in float32 arithmetic, and whole blocks that contain them, compiled for AVX2 with FMA.
 #include "isa.h"
 
 #if RF_X86_64
@@ -18,16 +18,16 @@
 #include "params.h"
 #include "runtime.h"
 
-#define RF_ISA avx2_widened
+#define RF_ISA avx2_widened_f16
 #define RF_VECTORS "simd/x86_avx2.h"
-#define RF_PRODUCTS "simd/products_widened_bf16.h"
+#define RF_PRODUCTS "simd/products_widened_f16.h"
 RF_ISA_AVX2_BEGIN
 
 #include "widened.h"
 
 namespace resnet_fused::cpu {
 
-extern const DirectKernels avx2_widened_kernels = RF_ISA::WIDENED_KERNELS;
+extern const DirectKernels avx2_widened_f16_kernels = RF_ISA::WIDENED_KERNELS;
 
 }  // namespace resnet_fused::cpu
 

@@ -1,0 +1,36 @@
+// Direct sums of bfloat16 in float32 arithmetic, and whole blocks that contain them, compiled for AVX2 with FMA.
+#include "isa.h"
+
+#if RF_X86_64
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+#include "params.h"
+#include "runtime.h"
+
+#define RF_ISA avx2_widened_bf16
+#define RF_VECTORS "simd/x86_avx2.h"
+#define RF_PRODUCTS "simd/products_widened_bf16.h"
+RF_ISA_AVX2_BEGIN
+
+#include "widened.h"
+
+namespace resnet_fused::cpu {
+
+extern const DirectKernels avx2_widened_bf16_kernels = RF_ISA::WIDENED_KERNELS;
+
+}  // namespace resnet_fused::cpu
+
+RF_ISA_END
+
+#endif
