@@ -17,7 +17,7 @@ from resnet_fused.fusion.matching import Matcher
 from resnet_fused.fusion.results import is_new, is_repeatable
 from resnet_fused.fusion.tracing import CannotTrace, Trace, is_layer, trace
 from resnet_fused.runtime.executor import CONCATENATIONS
-from resnet_fused.runtime.passes import mean_of
+from resnet_fused.runtime.layers import mean_of
 from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, Value
 
 # Layers and functions that compute the same of either memory format, and whose result has that of their input.

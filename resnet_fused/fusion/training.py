@@ -26,7 +26,7 @@ from resnet_fused.fusion.nodes import Nodes
 from resnet_fused.fusion.traces import LONGEST_WAIT, PROMPT_TRACES
 from resnet_fused.fusion.tracing import CannotTrace, trace
 from resnet_fused.runtime.calls import autocast_dtype, needs_grad, plain
-from resnet_fused.runtime.passes import mean_of
+from resnet_fused.runtime.layers import mean_of
 from resnet_fused.runtime.program import Call, fill
 
 _RELU = (Activation.RELU, 0.0)

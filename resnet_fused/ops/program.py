@@ -21,10 +21,11 @@ from resnet_fused.backends.problem import PRECISIONS, Types
 from resnet_fused.ops.common import LIBRARY, register
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.executor import Settings, settle
+from resnet_fused.runtime.formats import result_format, strides_in
 from resnet_fused.runtime.kept import Kept, Unservable
 from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.plain import stock_step
-from resnet_fused.runtime.program import NONE, FusedStep, Program, from_text, result_format, strides_in
+from resnet_fused.runtime.program import NONE, FusedStep, Program, from_text
 from resnet_fused.runtime.run import Run
 
 _kept = WeakIdKeyDictionary()

@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.backends import BackendError, ConvParameters, Declined, JoinableKernel, Kernel, Precision, Problem, choice
-from resnet_fused.backends.binding import Bound, bind, bind_if_better
+from resnet_fused.backends.binding import Bound, bind
 from resnet_fused.backends.freezing import freezing
-from resnet_fused.backends.problem import FIRST_RESULT, Conv, Linear, Types, X
+from resnet_fused.backends.problem import FIRST_RESULT, Types, X
 from resnet_fused.runtime.calls import autocast_dtype
+from resnet_fused.runtime.formats import channels_are_last, format_of, in_format, result_format, same_in_both
 from resnet_fused.runtime.kept import Unservable
+from resnet_fused.runtime.layers import Mean, bind_linear, bind_mean, mean_of
 from resnet_fused.runtime.parameters import Parameters
-from resnet_fused.runtime.passes import Mean, Refused, bind_mean, bind_pass, mean_of
+from resnet_fused.runtime.passes import Refused, bind_pass
 from resnet_fused.runtime.plain import stock_step
-from resnet_fused.runtime.program import NONE, Call, FusedStep, Program, Value, fill, in_format, result_format
+from resnet_fused.runtime.program import NONE, Call, FusedStep, Program, Value, caller, fill
 from resnet_fused.runtime.run import Operation, Run, without_residual
 from resnet_fused.runtime.sizes import asks_for_sizes, shape_follows
 from resnet_fused.runtime.views import View, in_view, viewed_problem
@@ -200,7 +202,7 @@ class _Settling:
     def _plain_calls(self, number: int) -> Callable[..., Any]:
         """A step by the calls that it was made of."""
         program = self.program.plain[number]
-        callers = [(_caller(call, self.module), call.reads) for call in program.items if isinstance(call, Call)]
+        callers = [(caller(call, self.module), call.reads) for call in program.items if isinstance(call, Call)]
         output = program.outputs.number
 
         def run(*given: Any) -> Any:
@@ -294,7 +296,7 @@ class _Settling:
 
     def _in_channels_last(self, number: int) -> int:
         """The number of a value in channels_last, for all that read it so: itself, or one that is made of it."""
-        if _channels_are_last(self.values[number]):
+        if channels_are_last(self.values[number]):
             return number
         if number not in self.converted:
             made = self._derive(lambda x: in_format(x, torch.channels_last), number)
@@ -338,8 +340,8 @@ class _Settling:
             raise Unservable("a residual differs in shape from what it is added to")
         if own.dtype != problem.dtype or own.device != problem.device or own.layout is not torch.strided:
             raise Unservable("a residual differs in dtype, device or layout from what it is added to")
-        given = given or _format_of(own)
-        if given != format and not _same_in_both(own):
+        given = given or format_of(own)
+        if given != format and not same_in_both(own):
             raise Unservable("a residual has another memory format than what it is added to")
 
     # ---- passes ------------------------------------------------------------------------------------------------------
@@ -384,7 +386,7 @@ class _Settling:
     def _call(self, call: Call, number: int) -> None:
         if asks_for_sizes(call, self.shaped, self.made.constants):
             given = [self.values[read] for read in call.reads]
-            self.values[number] = self.made.constants[number] = _caller(call, self.module)(*given)
+            self.values[number] = self.made.constants[number] = caller(call, self.module)(*given)
             return
         if self._fast_layer(call, number) or self._slice_of_all(call, number):  # which take the kernels' own format
             return
@@ -397,7 +399,7 @@ class _Settling:
             reads = tuple(self._in_channels_last(r) if self._is_image(r) else r for r in reads)
         if call.writes:
             self.converted.clear()  # views of what it writes to are values, too
-        self._do(Operation(_caller(call, self.module), reads, (number,)))
+        self._do(Operation(caller(call, self.module), reads, (number,)))
         value = self.values[number]
         if isinstance(value, Tensor) and 3 <= value.dim() <= 5:
             # What is written in place, or given back, stays as it was.
@@ -425,7 +427,7 @@ class _Settling:
     def _is_image(self, number: int) -> bool:
         """Whether a value has a memory format."""
         value = self.values[number]
-        return isinstance(value, Tensor) and 3 <= value.dim() <= 5 and not _same_in_both(value)
+        return isinstance(value, Tensor) and 3 <= value.dim() <= 5 and not same_in_both(value)
 
     def _common_format(self, call: Call) -> torch.memory_format | None:
         """The format of stock's result of a call that doesn't depend on its inputs' formats.
@@ -437,7 +439,7 @@ class _Settling:
         dims = {self.values[number].dim() for number in images}
         if len(dims) != 1 or (dims != {4} and not call.elementwise):
             return None
-        formats = {self.formats[number] or _format_of(self.values[number]) for number in images}
+        formats = {self.formats[number] or format_of(self.values[number]) for number in images}
         if None in formats or all(self.formats[number] is None for number in images):
             return None
         if call.target in CONCATENATIONS:
@@ -474,10 +476,14 @@ class _Settling:
         mean = mean_of(call, layer)
         if mean is not None:
             return self._mean(mean, x, call, number)
-        operation = self._linear(layer, x, call, number) if type(layer) is nn.Linear else None
-        if operation is not None:
-            self._do(operation)
-        return operation is not None
+        if type(layer) is not nn.Linear:
+            return False
+        found = bind_linear(layer, x, self.formats[call.reads[0]] is None, self.folded, self.settings.backend)
+        if found is None:
+            return False
+        self.made.note_kernel(number, found.problem, found.bound, found.parameters)
+        self._do(Operation(found.run, call.reads, (number,)))
+        return True
 
     def _mean(self, mean: Mean, x: Tensor, call: Call, number: int) -> bool:
         bound = bind_mean(x, self.settings.backend)
@@ -492,53 +498,6 @@ class _Settling:
             self._do(Operation(lambda y: y.flatten(1), (pooled,), (number,)))
         return True
 
-    def _linear(self, layer: nn.Linear, x: Tensor, call: Call, number: int) -> Operation | None:
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is None or bias is None or weight.numel() == 0 or x.dim() < 2 or x.numel() == 0:
-            return None
-        if not x.dtype == weight.dtype == bias.dtype or x.device != weight.device or x.shape[-1] != weight.shape[1]:
-            return None
-        folded = self.folded.linear(weight, bias)
-        if x.dim() > 2:
-            return self._linear_of_pixels(weight, folded, x, call, number)
-        operation = Linear(weight.shape[1], weight.shape[0])
-        problem = Problem.of(operation, (x.shape[0], x.shape[1], 1, 1), x.dtype, x.device)
-        bound = bind_if_better(problem, folded, choice(self.settings.backend))
-        if bound is None:
-            return None
-        self.made.note_kernel(number, problem, bound, folded)
-        return Operation(without_residual(bound.kernel), call.reads, (number,))
-
-    def _linear_of_pixels(self, weight: Tensor, folded: ConvParameters, x: Tensor, call: Call, number: int) -> Operation | None:
-        """A linear layer on (…, features), such as ConvNeXt's on images with channels last: a 1×1 convolution of one row.
-
-        On CPUs in float32, where our kernel was faster than stock's on ConvNeXt-T (Zen 4, batch 1 and 8).
-        """
-        if (
-            x.device.type != "cpu"
-            or x.dtype != torch.float32
-            or self.formats[call.reads[0]] is not None
-            or not x.is_contiguous()
-        ):
-            return None
-        conv = Conv(weight.shape[1], weight.shape[0], (1, 1))
-        problem = Problem.of(conv, (1, weight.shape[1], 1, x.numel() // weight.shape[1]), x.dtype, x.device)
-        bound = bind_if_better(problem, folded, choice(self.settings.backend))
-        if bound is None:
-            return None
-        self.made.note_kernel(number, problem, bound, folded)
-        return Operation(_of_pixels(bound.kernel), call.reads, (number,))
-
-
-def _of_pixels(kernel: Kernel) -> Callable[[Tensor], Tensor]:
-    """A 1×1 convolution as a function of contiguous (…, features)."""
-
-    def run(x: Tensor) -> Tensor:
-        y = kernel(x.view(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2), None)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], y.shape[1])
-
-    return run
-
 
 def _operation(
     kernel: Kernel,
@@ -551,49 +510,3 @@ def _operation(
     """A kernel as an operation on numbered values."""
     joinable, kernel = kernel if isinstance(kernel, JoinableKernel) else None, in_view(kernel, view)
     return Operation(kernel if has_residual else without_residual(kernel), reads, (number,), joinable, plain, view)
-
-
-def _format_of(x: Tensor) -> torch.memory_format | None:
-    """The memory format of a tensor as a result of stock's would have it; None if it has neither."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    return torch.channels_last if _channels_are_last(x) else None
-
-
-def _channels_are_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
-
-
-def _same_in_both(x: Tensor) -> bool:
-    """Whether a tensor's sizes make contiguous and channels_last the same."""
-    return 3 <= x.dim() <= 5 and (x.shape[1] == 1 or math.prod(x.shape[2:]) == 1)
-
-
-def _caller(call: Call, module: nn.Module | None) -> Callable[..., Any]:
-    """The call as a function of the values that it reads."""
-    target, kind, args, kwargs = call.target, call.kind, call.args, call.kwargs
-    places = {number: place for place, number in enumerate(call.reads)}
-    if kind == "get_attr":
-        owner, _, name = target.rpartition(".")
-        assert module is not None
-        held = module.get_submodule(owner)
-        return lambda: getattr(held, name)
-    function: Any = target
-    if kind == "call_module":
-        assert module is not None
-        function = module.get_submodule(target)
-    elif kind == "call_method":
-
-        def function(x: Any, *args: Any, **kwargs: Any) -> Any:
-            return getattr(x, target)(*args, **kwargs)
-
-    if not kwargs and args == tuple(map(Value, call.reads)):
-        return function  # its arguments are the values as they are
-
-    def call_with(*values: Any) -> Any:
-        def value_of(number: int) -> Any:
-            return values[places[number]]
-
-        return function(*fill(args, value_of), **fill(kwargs, value_of))
-
-    return call_with

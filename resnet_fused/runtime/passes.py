@@ -1,4 +1,4 @@
-"""Finds kernels for what is no convolution: gates and batch norms by themselves (passes), and the mean over all pixels.
+"""Finds kernels for what is no convolution: gates and batch norms by themselves (passes).
 
 Where no kernel of ours is better than stock's ops, or a shape is one whose memory format in stock isn't that of its input, they
 run as the calls that they were made of.
@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from resnet_fused.backends import NO_PARAMETERS, ConvParameters, Precision, Problem, choice
+from resnet_fused.backends import ConvParameters, Precision, Problem, choice
 from resnet_fused.backends.binding import Bound, bind_if_better
-from resnet_fused.backends.problem import MORE, Affine, Pointwise, Types
+from resnet_fused.backends.problem import MORE, Affine, Types
 from resnet_fused.runtime.calls import autocast_dtype
 from resnet_fused.runtime.parameters import Parameters
-from resnet_fused.runtime.program import Call, FusedStep, Value
+from resnet_fused.runtime.program import FusedStep
 
 
 class BoundPass(NamedTuple):
@@ -104,47 +103,3 @@ def _common_format(given: Sequence[Any], formats: Sequence[torch.memory_format |
     if len(found) > 1:
         raise Refused
     return found.pop()
-
-
-class Mean(NamedTuple):
-    """A call that takes the mean over all pixels of each channel.
-
-    Attributes:
-        keeps: whether the result has four dimensions, and not two.
-        as_input: whether its format in stock is that of its input; otherwise it is contiguous.
-    """
-
-    keeps: bool
-    as_input: bool
-
-
-_PIXELS = ({2, 3}, {-2, -1}, {2, -1}, {-2, 3})
-_ONE = (1, (1, 1), [1, 1])
-
-
-def mean_of(call: Call, layer: nn.Module | None) -> Mean | None:
-    """What a call computes, if it is such a mean; `layer` is the layer that it calls."""
-    if call.kind == "call_module":
-        return Mean(True, True) if type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in _ONE else None
-    names = ("x", "dim", "keepdim") if call.target in ("mean", torch.mean) else ("x", "output_size")
-    given: dict[str, Any] = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-    if len(call.args) > len(names) or type(call.args[0] if call.args else None) is not Value:
-        return None
-    if call.target is F.adaptive_avg_pool2d:
-        return Mean(True, True) if {*given} == {*names} and given["output_size"] in _ONE else None
-    if call.target not in ("mean", torch.mean) or not {*given} <= {*names}:
-        return None
-    dims, keeps = given.get("dim"), given.get("keepdim", False)
-    whole = isinstance(dims, (tuple, list)) and len(dims) == 2 and {*dims} in _PIXELS
-    return Mean(keeps, False) if whole and isinstance(keeps, bool) else None
-
-
-def bind_mean(x: Any, backend: str) -> Bound | None:
-    """The kernel of the mean over all pixels of x; None where stock's is as good."""
-    if not isinstance(x, Tensor) or x.layout is not torch.strided or x.dim() != 4 or x.numel() == 0:
-        return None
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return None
-    n, c, h, w = x.shape
-    problem = Problem.of(Pointwise.AVERAGE_POOL, (n, c, h, w), x.dtype, x.device)
-    return bind_if_better(problem, NO_PARAMETERS, choice(backend))
