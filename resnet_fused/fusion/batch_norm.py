@@ -24,7 +24,7 @@ from resnet_fused import ops
 from resnet_fused.backends.batch_norm import beats_stock
 from resnet_fused.ops import training_conv2d
 from resnet_fused.ops.common import update_statistics
-from resnet_fused.runtime.calls import autocast_dtype, plain, stock_only
+from resnet_fused.runtime.calls import autocast_dtype, memory_format, plain, stock_only
 from resnet_fused.runtime.folding import hooks_of
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -121,16 +121,39 @@ def _group(norm: Any) -> str | None:
 
 def conv2d(conv: Any, x: Tensor) -> Tensor:
     """conv(x)."""
-    if not isinstance(x, Tensor) or x.layout is not torch.strided or not _plain_conv(conv, x) or conv.bias is not None:
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or not _plain_conv(conv, x):
         return conv(x)
     if stock_only() or not (torch.compiler.is_compiling() or plain(x)):
         return conv(x)
     dtype = autocast_dtype(x.device.type)
+    if dtype is None and _on_one_pixel(conv, x):
+        return _linear(conv, x)
+    if conv.bias is not None:
+        return conv(x)
     if dtype is not None:
         x = x.to(dtype)
     if training_conv2d.beats_stock(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups):
         return ops.conv2d(x, conv.weight, conv.stride[0], conv.padding[0])
     return conv(x)
+
+
+def _on_one_pixel(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a 1×1 convolution reads images of one pixel, as those of a squeeze-and-excite do, on a CPU in float32.
+
+    A product of matrices takes half of oneDNN's time or less, forward and backward (16 images, 120 to 888 channels, Zen 5).
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[2:] != (1, 1) or x.numel() == 0:
+        return False
+    return conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+
+
+def _linear(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Such a convolution as the product of matrices that it is, with the strides of its result."""
+    y = F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
+    n, c = y.shape
+    if memory_format(x, conv.weight) == torch.channels_last:
+        return y.view(n, 1, 1, c).permute(0, 3, 1, 2)
+    return y.view(n, c, 1, 1)
 
 
 def bn_relu_conv2d(norm: Any, conv: Any, x: Tensor) -> Tensor:

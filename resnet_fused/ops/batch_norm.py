@@ -292,13 +292,13 @@ class _Family:
         if dy is None:
             return (None,) * (self.first + 6)
         x, y, weight, mean, var = ctx.saved_tensors
-        saved = Saved(x, y, weight, mean, var, ctx.eps, ctx.batch, ctx.group)
         if torch.is_grad_enabled():
+            saved = Saved(x, y, weight, mean, var, ctx.eps, ctx.batch, ctx.group)
             dx, dresidual, dweight, dbias = _differentiable_backward(dy, saved, ctx.needs)
         else:
             own = (_by_channel(mean), _by_channel(var), ctx.eps, ctx.batch, ctx.group, ctx.needs)
-            registered = torch.ops.resnet_fused.bn_backward.default
-            run: Callable[..., Result] = backward if calls.plain(dy, x, y, weight) else registered
+            plain = calls.plain(dy, x, y, weight)
+            run: Callable[..., Result] = backward if plain else torch.ops.resnet_fused.bn_backward.default
             dx, dresidual, dweight, dbias = run(self.name, dy, x, y, weight, *own)
         needed = ctx.needs_input_grad
         grads = (dx, dresidual, dweight, dbias) if self.residual else (dx, dweight, dbias)

@@ -68,6 +68,8 @@ def _with_choice(
         setup_context(ctx, inputs, output)
 
     def run(ctx: Any, *grads: Any) -> Any:
+        if choice() == ctx.chosen:
+            return backward(ctx, *grads)
         with choosing(ctx.chosen):
             return backward(ctx, *grads)
 

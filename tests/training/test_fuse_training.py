@@ -357,7 +357,8 @@ class Squeezed(nn.Module):
 
     def forward(self, x):
         y = self.bn(x)
-        return y * self.gate(self.mean(y)).sigmoid()
+        gate = self.gate(self.mean(y))
+        return y * gate.sigmoid(), gate
 
 
 MEANS = {
@@ -371,18 +372,19 @@ MEANS = {
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS)
-def test_means_over_pixels_have_stocks_derivatives(mean, layout):
+def test_a_gate_by_a_mean_has_stocks_strides_and_derivatives(mean, layout):
     """The second one too."""
     theirs = Squeezed(mean)
     x = torch.randn(3, 8, 5, 6).contiguous(memory_format=layout)
     found = []
     for model in (rf.fuse_training(theirs), theirs):
         given = x.clone().requires_grad_()
-        y = model(given)
-        (dx,) = torch.autograd.grad(y.square().sum(), given, create_graph=True)
-        found.append((y, dx, *torch.autograd.grad(dx.square().sum(), [given, model.gate.weight])))
+        y, gate = model(given)
+        (dx,) = torch.autograd.grad(y.square().sum() + gate.sum(), given, create_graph=True)
+        found.append((y, gate, dx, *torch.autograd.grad(dx.square().sum(), [given, model.gate.weight, model.gate.bias])))
     for ours, stocks in zip(*found, strict=True):
         torch.testing.assert_close(ours, stocks, rtol=2e-5, atol=2e-5)
+    for ours, stocks in zip(found[0][:3], found[1][:3], strict=True):
         assert ours.stride() == stocks.stride()
 
 
