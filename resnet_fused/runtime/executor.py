@@ -96,8 +96,9 @@ class _Settling:
         # Numbers of values in channels_last that were made of others, by those others' numbers.
         self.converted: dict[int, int] = {}
         self.step_readers = Counter(item.x for item in program.items if isinstance(item, FusedStep))
-        self.returned: set[int] = set()  # numbers of values in the result
-        fill(program.outputs, self.returned.add)
+        # How often each value is read, by its number; the result reads, too.
+        self.readers = Counter(number for item in program.items for number in item.reads)
+        fill(program.outputs, lambda number: self.readers.update((number,)))
         self.shaped = {*range(program.inputs)}  # numbers of values whose shapes follow from the kind of the inputs
 
     def run(self) -> tuple[Run, Any]:
@@ -407,11 +408,11 @@ class _Settling:
             self.formats[number] = format if same is None else self.formats[same]
 
     def _slice_of_all(self, call: Call, number: int) -> bool:
-        """Whether a call takes all of a value by slices, as GhostNet does: it is the value itself then, in whatever format.
+        """Takes all of a value by slices, as GhostNet does, in whatever format the value has; False for any other call.
 
-        Not where the forward returns it, since it must be another tensor there.
+        Only where nothing else reads the value: what is done in place to one would have to be done to the other.
         """
-        if call.target is not operator.getitem or len(call.reads) != 1 or number in self.returned:
+        if call.target is not operator.getitem or len(call.reads) != 1 or self.readers[call.reads[0]] != 1:
             return False
         (source,) = call.reads
         x = self.values[source]
@@ -420,7 +421,9 @@ class _Settling:
         index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
         if not all(isinstance(part, slice) for part in index) or x[index].shape != x.shape:
             return False
-        self._do(Operation(lambda x: x, call.reads, (number,)))
+        if sum(value is x for value in self.values) > 1:
+            return False  # it is known by another number, too, as what is written in place is
+        self._do(Operation(lambda x: x[index], call.reads, (number,)))
         self.formats[number] = self.formats[source]
         return True
 

@@ -38,6 +38,26 @@ def _in_place_on_a_slice_of_all(x, a, b, c):
     return joined + part
 
 
+def _turned_in_place(x, a, b, c):
+    turned = torch.cat((a, b, c), 1)[:, :24]
+    turned.transpose_(2, 3)
+    return turned * 2
+
+
+def _turned_in_place_beside_the_whole(x, a, b, c):
+    joined = torch.cat((a, b, c), 1)
+    turned = joined[:, :24]
+    turned.transpose_(2, 3)
+    return joined + turned.mean()
+
+
+def _slice_of_what_is_known_twice(x, a, b, c):
+    joined = torch.cat((a, b, c), 1)
+    part = joined.relu_()[:, :24]
+    part.transpose_(2, 3)
+    return joined + part.mean()
+
+
 JOINS = {
     "results": (lambda x, a, b, c: torch.cat((a, b, c), 1), 24),
     "results and the input": (lambda x, a, b, c: torch.cat([a, x, c], dim=1), 24),
@@ -50,6 +70,9 @@ JOINS = {
     "times one number": (lambda x, a, b, c: torch.cat((a * torch.full((1,), 2.0), b + torch.ones(1, 1), c), 1), 24),
     "all by slices": (lambda x, a, b, c: torch.cat((a, b, c), 1)[:, :24, :, 0:], 24),
     "all by slices, written to": (_in_place_on_a_slice_of_all, 24),
+    "all by slices, turned in place": (_turned_in_place, 24),
+    "all by slices, turned in place and read whole": (_turned_in_place_beside_the_whole, 24),
+    "all by slices of what is known twice": (_slice_of_what_is_known_twice, 24),
     "a part by slices": (lambda x, a, b, c: torch.cat((a, b, c), 1)[:, :23, 1:], 23),
     "normed by groups": (lambda x, a, b, c: F.group_norm(torch.cat((a, b, c), 1), 4), 24),
     "written to": (_in_place_on_what_is_as_in_stock, 24),
