@@ -1,5 +1,5 @@
-// What serves bfloat16 and float16 in float32 arithmetic: the direct kernels on activations that are widened as they are copied. Training has
-// none of it.
+// What serves bfloat16 and float16 in float32 arithmetic: the direct kernels on activations that are widened as they are copied.
+// Training has none of it.
 #pragma once
 
 #include "blocks.h"

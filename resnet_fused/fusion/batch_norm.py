@@ -144,7 +144,10 @@ def _on_one_pixel(conv: nn.Conv2d, x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[2:] != (1, 1) or x.numel() == 0:
         return False
-    return conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+    if conv.kernel_size != (1, 1) or conv.groups != 1 or conv.padding != (0, 0) or torch.compiler.is_compiling():
+        return False
+    # Products of matrices have a setting of their own, by which they may be computed in bfloat16.
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
 
 
 def _linear(conv: nn.Conv2d, x: Tensor) -> Tensor:

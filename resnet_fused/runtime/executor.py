@@ -27,7 +27,7 @@ from resnet_fused.runtime.kept import Unservable
 from resnet_fused.runtime.layers import Mean, bind_linear, bind_mean, mean_of
 from resnet_fused.runtime.parameters import Parameters
 from resnet_fused.runtime.passes import Refused, bind_pass
-from resnet_fused.runtime.plain import stock_step
+from resnet_fused.runtime.plain import plain_calls, plain_layers, plain_padded
 from resnet_fused.runtime.program import NONE, Call, FusedStep, Program, Value, caller, fill
 from resnet_fused.runtime.run import Operation, Run, without_residual
 from resnet_fused.runtime.sizes import asks_for_sizes, shape_follows
@@ -192,43 +192,14 @@ class _Settling:
     def _plain(self, step: FusedStep, number: int, format: torch.memory_format | None) -> Callable[..., Any]:
         """The step in stock's ops. `format`: which they are to give their result; None: as it comes."""
         formats = [self.formats[read] for read in step.reads]
-        run = self._plain_calls(number) if number in self.program.plain else self._plain_layers(step)
+        own = self.program.plain.get(number)
+        run = plain_layers(step, self.parameters) if own is None else plain_calls(own, self.module)
 
         def in_stocks_format(*given: Tensor) -> Tensor:
             y = run(*(in_format(x, f) if isinstance(x, Tensor) else x for x, f in zip(given, formats, strict=True)))
             return in_format(y, format)
 
         return in_stocks_format
-
-    def _plain_calls(self, number: int) -> Callable[..., Any]:
-        """A step by the calls that it was made of."""
-        program = self.program.plain[number]
-        callers = [(caller(call, self.module), call.reads) for call in program.items if isinstance(call, Call)]
-        output = program.outputs.number
-
-        def run(*given: Any) -> Any:
-            values = [*given]
-            for function, reads in callers:
-                values.append(function(*[values[read] for read in reads]))
-            return values[output]
-
-        return run
-
-    def _plain_layers(self, step: FusedStep) -> Callable[..., Any]:
-        parameters = self.parameters
-        if step.residual == NONE:
-            return lambda x, *more: stock_step(step, parameters, x, None, more)
-        return lambda x, residual, *more: stock_step(step, parameters, x, residual, more)
-
-    def _plain_padded(self, step: FusedStep) -> Callable[..., Any]:
-        """A step of one layer in stock's ops, on an input that is padded already."""
-        parameters, (layer,) = self.parameters, step.layers
-        padded = step._replace(layers=(layer._replace(pad=()),))
-
-        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            return in_format(stock_step(padded, parameters, x, residual), torch.channels_last)
-
-        return run
 
     def _fused(self, step: FusedStep, number: int) -> None:
         x = self.values[step.x]
@@ -279,7 +250,7 @@ class _Settling:
         problem = viewed_problem(problem, view)
         bound = self._bind(problem, folded)
         self.made.note_kernel(number, problem, bound, folded)
-        plain = self._plain_padded(step) if pad else self._plain(step, number, torch.channels_last)
+        plain = plain_padded(step, self.parameters) if pad else self._plain(step, number, torch.channels_last)
         self._do(_operation(bound.kernel, residual is not None, reads, number, plain, view))
         self.formats[number] = format
 

@@ -1,17 +1,19 @@
-"""A fused step in stock PyTorch's ops, layer by layer, on the parameters as the model has them."""
+"""A fused step in stock PyTorch's ops, on the parameters as the model has them: by layers, or by the calls that it was."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fused.backends.activation import activated
 from resnet_fused.backends.functions import CONVOLUTIONS, POOLS
 from resnet_fused.backends.problem import Pointwise
-from resnet_fused.runtime.program import NONE, FusedStep, Layer
+from resnet_fused.runtime.formats import in_format
+from resnet_fused.runtime.program import NONE, Call, FusedStep, Layer, Program, caller
 
 
 def stock_step(
@@ -32,6 +34,38 @@ def stock_step(
         values.append(y if layer.epilogue.pool is None else POOLS[layer.conv.dims](y, *layer.epilogue.pool))
     assert values[-1] is not None
     return values[-1]
+
+
+def plain_layers(step: FusedStep, parameters: Sequence[Tensor]) -> Callable[..., Any]:
+    """The step as a function of what it reads, layer by layer."""
+    if step.residual == NONE:
+        return lambda x, *more: stock_step(step, parameters, x, None, more)
+    return lambda x, residual, *more: stock_step(step, parameters, x, residual, more)
+
+
+def plain_padded(step: FusedStep, parameters: Sequence[Tensor]) -> Callable[..., Any]:
+    """A step of one layer as a function of an input that is padded already, and the residual; the result is channels_last."""
+    (layer,) = step.layers
+    padded = step._replace(layers=(layer._replace(pad=()),))
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return in_format(stock_step(padded, parameters, x, residual), torch.channels_last)
+
+    return run
+
+
+def plain_calls(program: Program, module: nn.Module | None) -> Callable[..., Any]:
+    """A program of calls alone as a function of its inputs; `module`: whose forward it is."""
+    callers = [(caller(call, module), call.reads) for call in program.items if isinstance(call, Call)]
+    output = program.outputs.number
+
+    def run(*given: Any) -> Any:
+        values = [*given]
+        for function, reads in callers:
+            values.append(function(*[values[read] for read in reads]))
+        return values[output]
+
+    return run
 
 
 def _pass(layer: Layer, parameters: Sequence[Tensor], x: Tensor, residual: Tensor | None, more: Sequence[Tensor]) -> Tensor:

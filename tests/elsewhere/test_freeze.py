@@ -185,6 +185,8 @@ def test_what_it_refuses(trained):
         rf.freeze(x, x)
     with pytest.raises(ValueError, match=r"model is not fused; freeze what rf.fuse\(model\) returns"):
         rf.freeze(model, x)
+    with pytest.raises(ValueError, match="example_inputs is empty; give the model's arguments"):
+        rf.freeze(rf.fuse(trained(network())), ())
     with pytest.raises(TypeError, match="example_inputs has a list"):
         rf.freeze(fused, [x])
     with pytest.raises(ValueError, match=r"example_inputs has a tensor of shape \(0, 3, 40, 48\)"):

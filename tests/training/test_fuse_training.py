@@ -348,46 +348,6 @@ def test_a_hook_on_a_norm_is_called_once():
     assert calls == [model.bn1]
 
 
-class Squeezed(nn.Module):
-    """A norm, and a gate by the mean over its pixels."""
-
-    def __init__(self, mean: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.bn, self.gate, self.mean = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), mean
-
-    def forward(self, x):
-        y = self.bn(x)
-        gate = self.gate(self.mean(y))
-        return y * gate.sigmoid(), gate
-
-
-MEANS = {
-    "mean": lambda y: y.mean((2, 3), keepdim=True),
-    "negative dims": lambda y: torch.mean(y, (-1, -2), True),
-    "without dims kept": lambda y: y.mean((2, 3))[:, :, None, None],
-    "adaptive pool": lambda y: F.adaptive_avg_pool2d(y, 1),
-    "rows alone": lambda y: y.mean((2,), keepdim=True),
-}
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("mean", MEANS.values(), ids=MEANS)
-def test_a_gate_by_a_mean_has_stocks_strides_and_derivatives(mean, layout):
-    """The second one too."""
-    theirs = Squeezed(mean)
-    x = torch.randn(3, 8, 5, 6).contiguous(memory_format=layout)
-    found = []
-    for model in (rf.fuse_training(theirs), theirs):
-        given = x.clone().requires_grad_()
-        y, gate = model(given)
-        (dx,) = torch.autograd.grad(y.square().sum() + gate.sum(), given, create_graph=True)
-        found.append((y, gate, dx, *torch.autograd.grad(dx.square().sum(), [given, model.gate.weight, model.gate.bias])))
-    for ours, stocks in zip(*found, strict=True):
-        torch.testing.assert_close(ours, stocks, rtol=2e-5, atol=2e-5)
-    for ours, stocks in zip(found[0][:3], found[1][:3], strict=True):
-        assert ours.stride() == stocks.stride()
-
-
 @needs_kernels
 def test_changes_after_fusing_are_seen():
     ours = rf.fuse_training(small(), inplace=True)

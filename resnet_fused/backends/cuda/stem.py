@@ -30,12 +30,9 @@ class StemWithPool(Implementation):
         if problem.conv != Conv(3, problem.conv.out_channels, (7, 7), (2, 2), (3, 3)):
             return "with a pool it serves a 7×7 convolution of stride 2 and padding 3 on 3 channels"
         _, c, h, w = problem.shape
-        strides, properties = (
-            [c * h * w, 1, c * w, c],
-            device.properties(problem.device),
-        )  # x is copied where its own don't suit
+        strides = [c * h * w, 1, c * w, c]  # x is copied where its own don't suit
         try:
-            torch.ops.resnet_fused_cuda.stem_plan(plan_problem(problem), strides, properties, [0] * 4, 0)
+            torch.ops.resnet_fused_cuda.stem_plan(plan_problem(problem), strides, device.properties(problem.device), [0] * 4, 0)
         except (ValueError, RuntimeError) as error:  # the planner's reason
             return str(error).splitlines()[0]
         return None
